@@ -1,0 +1,191 @@
+"""``embedcache extract``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .show import TerminalProgress, print_json, print_pairs, size
+
+
+def extract_command(
+    corpus: Annotated[
+        list[str],
+        typer.Argument(
+            help="Text files, folders, globs, .jsonl/.csv/.parquet, hf:org/name, or stdlib: (the "
+            "Python standard library).",
+            metavar="CORPUS...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    base: Annotated[
+        str, typer.Option(help="Hub id, local folder, GGUF file, or builtin:NAME.")
+    ] = "builtin:smollm2-135m",
+    revision: Annotated[str | None, typer.Option(help="Hub revision of the base.")] = None,
+    dev: Annotated[list[str] | None, typer.Option(help="A corpus that is all dev.")] = None,
+    test: Annotated[list[str] | None, typer.Option(help="A corpus that is all test.")] = None,
+    split_file: Annotated[
+        str | None, typer.Option(help="JSON of document names by split: train, dev, test.")
+    ] = None,
+    dev_fraction: Annotated[float, typer.Option(help="Share of documents for dev.")] = 0.05,
+    test_fraction: Annotated[float, typer.Option(help="Share of documents for test.")] = 0.1,
+    split_seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
+    text_field: Annotated[str | None, typer.Option(help="Field of records that is text.")] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(help="Template of the prompt, such as 'Question: {question}\\nAnswer: '."),
+    ] = None,
+    completion: Annotated[
+        str | None, typer.Option(help="Template of the completion, such as '{answer}'.")
+    ] = None,
+    messages_field: Annotated[
+        str | None, typer.Option(help="Field of records that is a list of chat messages.")
+    ] = None,
+    dataset_config: Annotated[
+        str | None, typer.Option(help="Configuration of an hf: data set.")
+    ] = None,
+    dataset_split: Annotated[str, typer.Option(help="Split of an hf: data set.")] = "train",
+    encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
+    undecodable: Annotated[
+        str, typer.Option(help="What to do with files that are not: error or skip.")
+    ] = "error",
+    context: Annotated[int, typer.Option(help="Tokens of a sequence at most.")] = 1024,
+    min_tokens: Annotated[int, typer.Option(help="Shorter pieces of text are dropped.")] = 16,
+    limit_documents: Annotated[int | None, typer.Option(help="Stop after so many.")] = None,
+    limit_tokens: Annotated[int | None, typer.Option(help="Stop after so many.")] = None,
+    max_tokens_per_document: Annotated[
+        int | None, typer.Option(help="Keep so many of each document.")
+    ] = None,
+    taps: Annotated[str, typer.Option(help="Layers to keep, such as final,22,15.")] = "final",
+    codec: Annotated[str, typer.Option(help="bf16 (lossless) or int8, for train.")] = "bf16",
+    block_tokens: Annotated[int, typer.Option(help="Rows of a block.")] = 16384,
+    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a forward pass.")] = 8192,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
+    max_quarantined: Annotated[
+        float, typer.Option(help="Share of sequences that may be put aside as not finite.")
+    ] = 0.01,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the corpus, predict, write nothing.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Stage one."""
+    from embedcache.base.taps import parse_taps
+    from embedcache.cache.layout import ExtractSettings
+    from embedcache.corpus.config import CorpusConfig
+    from embedcache.extract import extract, preview
+
+    config = CorpusConfig(
+        sources=tuple(corpus),
+        dev_sources=tuple(dev or ()),
+        test_sources=tuple(test or ()),
+        split_file=split_file,
+        dev_fraction=dev_fraction,
+        test_fraction=test_fraction,
+        split_seed=split_seed,
+        text_field=text_field,
+        prompt=_unescape(prompt),
+        completion=_unescape(completion),
+        messages_field=messages_field,
+        dataset_config=dataset_config,
+        dataset_split=dataset_split,
+        encoding=encoding,
+        undecodable=undecodable,
+        context=context,
+        min_tokens=min_tokens,
+        limit_documents=limit_documents,
+        limit_tokens=limit_tokens,
+        max_tokens_per_document=max_tokens_per_document,
+    )
+    settings = ExtractSettings(
+        taps=parse_taps(taps),
+        codec=codec,
+        context=context,
+        block_tokens=block_tokens,
+        batch_tokens=batch_tokens,
+    )
+    progress = TerminalProgress()
+    if dry_run:
+        prediction, summary = preview(
+            config, base=base, out=out, settings=settings, revision=revision, progress=progress
+        )
+        if as_json:
+            print_json({"prediction": asdict(prediction), "corpus": summary})
+            return
+        print_pairs(
+            [
+                *_corpus_pairs(summary),
+                ("predicted size", size(prediction.bytes)),
+                ("free disk", size(prediction.free_bytes)),
+            ]
+        )
+        return
+    result = extract(
+        config,
+        base=base,
+        out=out,
+        settings=settings,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        max_quarantined=max_quarantined,
+        progress=progress,
+    )
+    if as_json:
+        print_json(asdict(result))
+        return
+    print_pairs(
+        [
+            ("cache", result.out),
+            ("base", result.base),
+            *_corpus_pairs(result.corpus),
+            ("blocks", f"{result.blocks} ({result.resumed_blocks} from an earlier run)"),
+            ("quarantined", f"{result.quarantined} sequences with values that are not finite"),
+            ("self-check", f"batched against alone: {result.self_check:.1e} relative, at most"),
+            (
+                "size",
+                f"{size(result.bytes)} (predicted {size(result.predicted_bytes)}), "
+                f"{result.bytes_per_token:,.0f} bytes a token besides the head",
+            ),
+            ("speed", f"{result.tokens_per_second:,.0f} tokens/s over {result.seconds:.1f} s"),
+        ]
+    )
+    typer.echo("\nThe cache holds the corpus: its token ids, and embeddings text can be read from.")
+    typer.echo(f"Next: embedcache train {result.out} --out CARRYON")
+
+
+def _corpus_pairs(summary: dict[str, Any]) -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = [
+        (
+            split,
+            f"{summary['tokens'][split]:,} tokens, {summary['sequences'][split]:,} sequences, "
+            f"{summary['documents'][split]:,} documents",
+        )
+        for split in ("train", "dev", "test")
+    ]
+    left_out = [
+        f"{summary[key]:,} {words}"
+        for key, words in (
+            ("dropped_short", "short pieces"),
+            ("dropped_without_target", "sequences without a target"),
+            ("skipped_undecodable", "undecodable files"),
+            ("unlisted", "documents not in the split file"),
+        )
+        if summary[key]
+    ]
+    if left_out:
+        pairs.append(("left out", ", ".join(left_out)))
+    if summary["near_duplicates_across_splits"]:
+        pairs.append(
+            ("warning", f"{summary['near_duplicates_across_splits']} near-duplicates across splits")
+        )
+    return pairs
+
+
+def _unescape(template: str | None) -> str | None:
+    r"""Turn a typed ``\n`` or ``\t`` into the character, as shells do not."""
+    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

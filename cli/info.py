@@ -1,0 +1,80 @@
+"""``embedcache info``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .show import print_json, print_pairs, size
+
+
+def info_command(
+    path: Annotated[Path, typer.Argument(help="A cache or a carry-on.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Describe a cache or a carry-on."""
+    from embedcache.info import describe
+
+    found = describe(path)
+    if as_json:
+        print_json(found)
+        return
+    print_pairs(_cache_pairs(found) if found["kind"] == "cache" else _carryon_pairs(found))
+
+
+def _base_pairs(base: dict[str, Any]) -> list[tuple[str, object]]:
+    return [
+        ("base", base["name"]),
+        ("architecture", f"{base['architecture']}, {base['num_layers']} layers"),
+        ("hidden, vocabulary", f"{base['hidden_size']:,}, {base['vocab_size']:,}"),
+        ("fingerprint", base["fingerprint"]),
+    ]
+
+
+def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
+    settings = found["settings"]
+    pairs: list[tuple[str, object]] = [
+        ("cache", found["path"]),
+        ("complete", "yes" if found["complete"] else "no: run the same extract again to go on"),
+        *_base_pairs(found["base"]),
+        ("corpus", ", ".join(found["corpus"]["config"]["sources"])),
+        ("taps", ", ".join(settings["taps"])),
+        ("codec", f"{settings['codec']} (dev and test: bf16)"),
+        ("context", settings["context"]),
+    ]
+    for name, split in found["splits"].items():
+        pairs.append(
+            (
+                name,
+                f"{split['tokens']:,} tokens, {split['sequences']:,} sequences, "
+                f"{split['documents']:,} documents, {split['blocks']} blocks"
+                + (f", {split['bytes_per_token']:,.0f} bytes a token" if "bytes" in split else ""),
+            )
+        )
+    pairs.append(("size", size(found["bytes"])))
+    environment = found["environment"]
+    pairs.append(
+        (
+            "made with",
+            f"embedcache {environment['embedcache']}, torch {environment['torch']}, "
+            f"{environment['device']}, {environment['dtype']}",
+        )
+    )
+    return pairs
+
+
+def _carryon_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
+    config, results = found["carryon"], found["results"]
+    pairs: list[tuple[str, object]] = [
+        ("carry-on", found["path"]),
+        *_base_pairs(found["base"]),
+        ("parameters", f"{results['parameters']:,}"),
+        ("shape", ", ".join(f"{key} {value}" for key, value in config.items())),
+        ("trained on", ", ".join(found["cache"]["corpus"]["config"]["sources"])),
+        ("epochs", f"{results['epochs']}, kept {results['best_epoch']}"),
+    ]
+    if results["base_dev"] is not None:
+        pairs.append(("dev", f"base {results['base_dev']:.4f}, carry-on {results['best_dev']:.4f}"))
+    return pairs

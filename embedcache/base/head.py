@@ -1,0 +1,127 @@
+"""The head: the base's frozen linear map from a final embedding to the logits.
+
+Shapes: N tokens (any leading shape), H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from embedcache.errors import BaseModelError, nearest
+
+
+class Head(nn.Module):
+    """logits = softcap(scale · (x Wᵀ + b)), in the order of operations of transformers.
+
+    ``weight_VH`` and ``bias_V`` are buffers that share the model's storage and take no gradient.
+    ``logit_scale`` multiplies (Cohere); an architecture that divides instead (Granite) has its
+    divisor in ``logit_divisor``, so that the rounding is its own, and 1/divisor in
+    ``logit_scale``. ``softcap`` is c in c · tanh(logits / c) (Gemma), or None.
+    """
+
+    weight_VH: torch.Tensor
+    bias_V: torch.Tensor | None
+
+    def __init__(
+        self,
+        weight_VH: torch.Tensor,
+        bias_V: torch.Tensor | None = None,
+        *,
+        logit_scale: float = 1.0,
+        logit_divisor: float | None = None,
+        softcap: float | None = None,
+    ) -> None:
+        super().__init__()
+        # Not persistent: a state dict of something trained must not carry the base's head.
+        self.register_buffer("weight_VH", weight_VH.detach(), persistent=False)
+        bias = None if bias_V is None else bias_V.detach()
+        self.register_buffer("bias_V", bias, persistent=False)
+        self.logit_scale = logit_scale if logit_divisor is None else 1.0 / logit_divisor
+        self.logit_divisor = logit_divisor
+        self.softcap = softcap
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the logits [..., V] of final embeddings ``x`` [..., H], in x's dtype."""
+        logits = F.linear(x, self.weight_VH, self.bias_V)
+        if self.logit_divisor is not None:
+            logits = logits / self.logit_divisor
+        elif self.logit_scale != 1.0:
+            logits = logits * self.logit_scale
+        if self.softcap is not None:
+            logits = torch.tanh(logits / self.softcap) * self.softcap
+        return logits
+
+    @property
+    def settings(self) -> dict[str, float | None]:
+        """What ``from_parts`` needs beside weight and bias, as JSON values."""
+        return {
+            "logit_scale": self.logit_scale,
+            "logit_divisor": self.logit_divisor,
+            "softcap": self.softcap,
+        }
+
+    @classmethod
+    def from_parts(
+        cls,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        settings: Mapping[str, float | None],
+    ) -> Head:
+        """Return the head with ``weight`` [V, H], ``bias`` [V] and the ``settings`` of another.
+
+        Raises ``BaseModelError`` for an unknown setting.
+        """
+        known = ("logit_scale", "logit_divisor", "softcap")
+        for key in settings:
+            if key not in known:
+                raise BaseModelError(
+                    f"a head's settings are {', '.join(known)}; found '{key}'."
+                    f"{nearest(key, known)} A newer embedcache may know it: "
+                    "pip install --upgrade embedcache"
+                )
+        scale = settings.get("logit_scale")
+        return cls(
+            weight,
+            bias,
+            logit_scale=1.0 if scale is None else scale,
+            logit_divisor=settings.get("logit_divisor"),
+            softcap=settings.get("softcap"),
+        )
+
+    @classmethod
+    def from_model(cls, model: Any) -> Head:
+        """Return the head of a transformers causal language model, sharing its weights.
+
+        Raises ``BaseModelError`` if it has no output embeddings that are a plain matrix.
+        """
+        output = model.get_output_embeddings()
+        weight = getattr(output, "weight", None)
+        if (
+            not isinstance(weight, torch.Tensor)
+            or weight.ndim != 2
+            or not weight.is_floating_point()
+        ):
+            raise BaseModelError(
+                f"a base's head is a linear layer with a floating-point weight [V, H]; "
+                f"{type(model).__name__} has {type(output).__name__}. Use an unquantised copy of a "
+                "causal language model."
+            )
+        config = model.config.get_text_config()
+        divisor = getattr(config, "logits_scaling", None)
+        multipliers = (
+            getattr(config, name, None) for name in ("logit_scale", "lm_head_multiplier")
+        )
+        scale = next((float(value) for value in multipliers if value is not None), 1.0)
+        softcap = getattr(config, "final_logit_softcapping", None)
+        return cls(
+            weight,
+            getattr(output, "bias", None),
+            logit_scale=scale,
+            logit_divisor=None if divisor in (None, 1, 1.0) else float(divisor),
+            softcap=None if softcap is None else float(softcap),
+        )

@@ -1,0 +1,44 @@
+"""What stage two needs of the base, stored once in the cache: its head and token embedding."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import zarr
+
+from embedcache.cache.codecs import compressors
+
+
+def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
+    """Store a tensor of the base losslessly: bfloat16 as its bit patterns.
+
+    A float32 tensor whose every value is a bfloat16 (a base computed in a wider type than its
+    weights were saved in) is stored as bfloat16, too.
+    """
+    value = value.detach().cpu().contiguous()
+    if value.dtype == torch.float32 and torch.equal(value.bfloat16().float(), value):
+        value = value.bfloat16()
+    dtype = str(value.dtype).removeprefix("torch.")
+    stored = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+    array = stored.numpy()
+    chunks = (min(4096, array.shape[0]), *array.shape[1:])
+    target = group.create_array(
+        name,
+        shape=array.shape,
+        chunks=chunks,
+        dtype=array.dtype,
+        compressors=compressors(array.itemsize),
+    )
+    target[:] = array
+    target.attrs["dtype"] = dtype
+
+
+def read_base_array(cache: Path, name: str) -> torch.Tensor | None:
+    """Read what `write_base_array` stored; None where there is no such array."""
+    if not (cache / "base" / name / "zarr.json").is_file():
+        return None
+    array = zarr.open_array(cache / "base" / name, mode="r")
+    value = torch.from_numpy(np.asarray(array[:]))
+    return value.view(torch.bfloat16) if array.attrs["dtype"] == "bfloat16" else value

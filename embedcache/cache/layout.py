@@ -1,0 +1,106 @@
+"""Where things lie in a cache, and the attributes of its root.
+
+zarr.json                          root group; its attributes are a `CacheAttributes`
+<split>/tokens/{ids,loss_mask,span}       [blocks * R, ...]  one chunk a block
+<split>/tokens/offsets                    [sequences, 2]     first row, row past the last
+<split>/tokens/document                   [sequences]        index into documents
+<split>/tokens/blocks                     [blocks + 1]       first sequence of each block
+<split>/documents/{index,name_bytes,name_offsets}            corpus index and UTF-8 name
+<split>/embeddings/<tap>                  [blocks * R, hidden]  one shard a block
+<split>/scale/<tap>                       [blocks * R]       (int8 only)
+base/head/{weight,bias}, base/token_embedding/weight
+commits/<split>/<block>.<generation>.json   one marker a committed block
+manifest.json                               published last
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from embedcache.errors import CacheError
+
+SCHEMA = 1
+SPLITS = ("train", "dev", "test")
+ATTRIBUTE = "embedcache"
+STAGING = ".staging"
+COMMITS = "commits"
+MANIFEST = "manifest.json"
+LOCK = ".lock"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractSettings:
+    """What stage one was asked for, besides the base and the corpus.
+
+    ``block_tokens`` is R, the rows of a block; ``batch_tokens`` bounds the padded tokens of one
+    forward pass. Both belong to the settings because batch shape changes floating-point results.
+    """
+
+    taps: tuple[str, ...] = ("final",)
+    codec: str = "bf16"
+    context: int = 1024
+    block_tokens: int = 16384
+    batch_tokens: int = 8192
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheAttributes:
+    """The root attributes: identities and settings, written once, when pass 0 is sealed.
+
+    ``base`` and ``corpus`` are the plain dictionaries of their identities (the cache package
+    depends on neither); ``environment`` is recorded, never enforced.
+    """
+
+    base: dict[str, Any]
+    corpus: dict[str, Any]
+    settings: ExtractSettings
+    environment: dict[str, Any]
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes as JSON-ready values."""
+        return asdict(self) | {"settings": asdict(self.settings)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], *, path: Path) -> CacheAttributes:
+        """Parse the root attributes of the cache at ``path``.
+
+        Raises ``CacheError`` for a newer schema or missing entries.
+        """
+        schema = value.get("schema")
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise CacheError(
+                f"{path} has cache schema {schema!r}; this embedcache reads up to {SCHEMA}. "
+                "Upgrade with: pip install --upgrade embedcache"
+            )
+        try:
+            settings = dict(value["settings"])
+            settings["taps"] = tuple(settings["taps"])
+            return cls(
+                base=value["base"],
+                corpus=value["corpus"],
+                settings=ExtractSettings(**settings),
+                environment=value["environment"],
+                schema=schema,
+            )
+        except (KeyError, TypeError) as error:
+            raise CacheError(
+                f"{path} has no complete embedcache attributes ({error}); its zarr.json was edited "
+                "or damaged. Extract it again."
+            ) from error
+
+
+def marker_path(cache: Path, split: str, block: int, generation: int = 0) -> Path:
+    """Return where the commit marker of one generation of a block lies."""
+    return cache / COMMITS / split / f"{block:08d}.{generation}.json"
+
+
+def shard_name(array: str, block: int, dimensions: int) -> str:
+    """Return the path, inside the cache, of an array's shard for a block.
+
+    >>> shard_name("train/embeddings/final", 3, 2)
+    'train/embeddings/final/c/3/0'
+    """
+    return "/".join([array, "c", str(block), *["0"] * (dimensions - 1)])

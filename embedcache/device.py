@@ -1,0 +1,43 @@
+"""Which device and precision to compute on."""
+
+from __future__ import annotations
+
+import torch
+
+from embedcache.errors import UsageError, nearest
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_device(device: str) -> torch.device:
+    """Return the device named; ``auto`` is CUDA where there is one, else the CPU.
+
+    Raises ``UsageError`` for an unknown device, or CUDA where torch sees none.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        target = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(
+            f"a device is auto, cpu, cuda or cuda:N; found '{device}'. Type: --device auto"
+        ) from error
+    if target.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(
+            f"the device {device} was asked for, and torch sees no CUDA device. Type: --device cpu"
+        )
+    return target
+
+
+def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the dtype named; ``auto`` is bfloat16 on CUDA, else float32.
+
+    Raises ``UsageError`` for an unknown dtype.
+    """
+    if dtype == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    if dtype not in DTYPES:
+        raise UsageError(
+            f"a dtype is auto, {', '.join(DTYPES)}; found '{dtype}'.{nearest(dtype, DTYPES)}"
+        )
+    return DTYPES[dtype]

@@ -1,0 +1,223 @@
+"""Cross-entropy of the base and of a carry-on, from a cache or with the live base.
+
+Always exact: the whole head, every target. Axes: A values of α, D documents, N positions.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embedcache.base.head import Head
+from embedcache.base.identity import BaseIdentity
+from embedcache.cache.loader import Batch, BatchLoader
+from embedcache.cache.reader import Cache
+from embedcache.carryon.model import CarryOn, segment_mask
+from embedcache.carryon.store import load_carryon
+from embedcache.device import resolve_device
+from embedcache.errors import CacheError
+from embedcache.loss import cross_entropy
+from embedcache.progress import SILENT, Progress
+
+Array = np.ndarray[Any, Any]
+
+EVAL_TOKENS = 8192
+"""Tokens of an evaluation batch."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Summed cross-entropy by α and document, in nats: loss_AD float64, targets_D int64."""
+
+    alphas: tuple[float, ...]
+    loss_AD: Array
+    targets_D: Array
+
+    def mean(self, alpha: float) -> float:
+        """Return the cross-entropy at α in nats a token."""
+        return float(self.loss_AD[self.alphas.index(alpha)].sum() / self.targets_D.sum())
+
+    def difference(self, alpha: float, *, samples: int = 2000, seed: int = 0) -> Difference:
+        """Return carry-on minus base with a bootstrap 95 % interval over documents."""
+        change_D = self.loss_AD[self.alphas.index(alpha)] - self.loss_AD[self.alphas.index(0.0)]
+        generator = np.random.default_rng(seed)
+        count = len(change_D)
+        means = np.empty(samples)
+        for sample in range(samples):
+            drawn = generator.integers(count, size=count)
+            means[sample] = change_D[drawn].sum() / self.targets_D[drawn].sum()
+        low, high = np.quantile(means, [0.025, 0.975])
+        return Difference(float(change_D.sum() / self.targets_D.sum()), float(low), float(high))
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A difference of cross-entropies in nats a token, and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+class FrozenInputs:
+    """What stage two uses of the base: its head and token embedding, on one device."""
+
+    def __init__(self, cache: Cache, device: torch.device, *, tokens: bool):
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        weight = cache.base_array("head/weight")
+        if weight is None:
+            raise CacheError(f"{cache.path} holds no head: its 'base' is missing. Extract again.")
+        bias = cache.base_array("head/bias")
+        self.head = Head.from_parts(
+            weight.to(device, dtype),
+            None if bias is None else bias.to(device, dtype),
+            cache.head_settings(),
+        )
+        self._embedding_VH: torch.Tensor | None = None
+        if tokens:
+            embedding = cache.base_array("token_embedding/weight")
+            self._embedding_VH = (
+                self.head.weight_VH if embedding is None else embedding.to(device, dtype)
+            )
+        self.device, self.dtype = device, dtype
+
+    def tokens_BTH(self, ids_BT: torch.Tensor) -> torch.Tensor | None:
+        """Return the base's token embedding of ids, where the carry-on reads them."""
+        return None if self._embedding_VH is None else self._embedding_VH[ids_BT]
+
+    def delta(self, model: CarryOn, batch: Batch) -> torch.Tensor:
+        """Return the carry-on's delta_BTH on a batch, in its own precision."""
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+            delta_BTH: torch.Tensor = model(
+                {tap: x.to(self.dtype) for tap, x in batch.x_BTH.items()},
+                positions_BT=batch.positions_BT,
+                tokens_BTH=self.tokens_BTH(batch.ids_BT),
+                mask_BTS=segment_mask(batch.segments_BT),
+            )
+        return delta_BTH
+
+
+@torch.no_grad()
+def score(
+    batches: Iterable[Batch],
+    inputs: FrozenInputs,
+    model: CarryOn,
+    alphas: Sequence[float],
+    documents: int,
+    on_batch: Callable[[int], None] = lambda tokens: None,
+) -> Scores:
+    """Return the exact cross-entropy of every document at every α; one pass over the batches."""
+    loss_AD = np.zeros((len(alphas), documents))
+    targets_D = np.zeros(documents, np.int64)
+    for host_batch in batches:
+        batch = host_batch.to(inputs.device)
+        wanted = batch.targets_BT >= 0
+        targets_N = batch.targets_BT[wanted]
+        x_NH = batch.x_BTH["final"][wanted].to(inputs.dtype)
+        needs_delta = any(alpha != 0 for alpha in alphas)
+        delta_NH = inputs.delta(model, batch)[wanted].to(inputs.dtype) if needs_delta else None
+        document_N = batch.documents_BT[wanted].cpu().numpy()
+        np.add.at(targets_D, document_N, 1)
+        for row, alpha in enumerate(alphas):
+            y_NH = x_NH if delta_NH is None or alpha == 0 else x_NH + alpha * delta_NH
+            loss_N = cross_entropy(y_NH, inputs.head, targets_N)
+            np.add.at(loss_AD[row], document_N, loss_N.double().cpu().numpy())
+        on_batch(batch.tokens)
+    return Scores(tuple(alphas), loss_AD, targets_D)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What `evaluate` found, ready for a table or JSON."""
+
+    carryon: str
+    on: str
+    split: str
+    live: bool
+    documents: int
+    targets: int
+    base_cross_entropy: float
+    base_perplexity: float
+    rows: tuple[dict[str, float], ...]
+    """By α: cross_entropy, perplexity, difference, low, high."""
+
+
+def summarise(scores: Scores, *, carryon: str, on: str, split: str, live: bool) -> Evaluation:
+    """Return the table of an evaluation; documents without targets are left out of the interval."""
+    seen = scores.targets_D > 0
+    scores = Scores(scores.alphas, scores.loss_AD[:, seen], scores.targets_D[seen])
+    rows = []
+    for alpha in scores.alphas:
+        if alpha == 0:
+            continue
+        mean, difference = scores.mean(alpha), scores.difference(alpha)
+        rows.append(
+            {
+                "alpha": alpha,
+                "cross_entropy": mean,
+                "perplexity": math.exp(mean),
+                "difference": difference.value,
+                "low": difference.low,
+                "high": difference.high,
+            }
+        )
+    base = scores.mean(0.0)
+    return Evaluation(
+        carryon=carryon,
+        on=on,
+        split=split,
+        live=live,
+        documents=int(seen.sum()),
+        targets=int(scores.targets_D.sum()),
+        base_cross_entropy=base,
+        base_perplexity=math.exp(base),
+        rows=tuple(rows),
+    )
+
+
+def evaluate(
+    carryon: Path,
+    cache_path: Path,
+    *,
+    split: str = "test",
+    alphas: Sequence[float] = (1.0,),
+    device: str = "auto",
+    progress: Progress = SILENT,
+) -> Evaluation:
+    """Compare a carry-on with its base on a split of a cache, from the cache alone.
+
+    Raises ``IdentityError`` where cache and carry-on are of different bases.
+    """
+    model, record = load_carryon(carryon)
+    cache = Cache(cache_path)
+    BaseIdentity.from_dict(cache.attributes.base).require(
+        BaseIdentity.from_dict(record.base),
+        this=f"the cache {cache_path}",
+        that=f"the carry-on {carryon}",
+    )
+    cache.require_taps(record.config.taps)
+    reader = cache.split(split)
+    target = resolve_device(device)
+    inputs = FrozenInputs(cache, target, tokens=record.config.token_input)
+    loader = BatchLoader(reader, batch_tokens=EVAL_TOKENS, taps=record.config.taps, shuffle=False)
+    with progress.bar(f"evaluating on {split}", reader.manifest.tokens, "tok") as bar:
+        scores = score(
+            loader.epoch(0),
+            inputs,
+            model.to(target),
+            with_base(alphas),
+            reader.manifest.documents,
+            bar.advance,
+        )
+    return summarise(scores, carryon=str(carryon), on=str(cache_path), split=split, live=False)
+
+
+def with_base(alphas: Sequence[float]) -> tuple[float, ...]:
+    """Return the values of α, each once, with 0 (the base) first."""
+    return (0.0, *dict.fromkeys(alpha for alpha in alphas if alpha != 0))

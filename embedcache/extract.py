@@ -1,0 +1,395 @@
+"""Stage one: run a frozen base once over a corpus and write its embeddings to a cache."""
+
+from __future__ import annotations
+
+import os
+import queue
+import shutil
+import time
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
+from embedcache.base.taps import check_taps, is_tied, token_embedding_of
+from embedcache.cache.base_arrays import write_base_array
+from embedcache.cache.codecs import codec_for
+from embedcache.cache.commit import BlockWriter, Marker, clear_staging, recover, writer_lock
+from embedcache.cache.layout import LOCK, MANIFEST, SPLITS, STAGING, ExtractSettings
+from embedcache.cache.manifest import Manifest, publish_manifest, read_manifest, split_manifest
+from embedcache.cache.seal import fsync_tree
+from embedcache.cache.tokens import SplitTokens
+from embedcache.corpus.config import CorpusConfig
+from embedcache.device import resolve_device, resolve_dtype
+from embedcache.errors import NumericsError
+from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.plan import (
+    Prediction,
+    check_out,
+    count_tokens,
+    environment_of,
+    predict,
+    seal_corpus,
+    sealed_attributes,
+)
+from embedcache.files import fsync_path
+from embedcache.progress import SILENT, Bar, Progress
+
+CHECK_EVERY = 64
+"""Blocks between self-checks; the first block is always checked."""
+
+QUARANTINE_GRACE = 8
+"""Sequences that may be quarantined before their share is looked at."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractSummary:
+    """What an extraction did. Speeds count this run's blocks only; bytes are of the whole cache."""
+
+    out: str
+    base: str
+    documents: dict[str, int]
+    sequences: dict[str, int]
+    tokens: dict[str, int]
+    bytes: int
+    bytes_per_token: float
+    predicted_bytes: int
+    blocks: int
+    resumed_blocks: int
+    quarantined: int
+    self_check: float
+    seconds: float
+    tokens_per_second: float
+    corpus: dict[str, Any]
+
+
+def preview(
+    corpus: CorpusConfig,
+    *,
+    base: str,
+    out: Path,
+    settings: ExtractSettings,
+    revision: str | None = None,
+    progress: Progress = SILENT,
+) -> tuple[Prediction, dict[str, Any]]:
+    """Return what an extraction would hold and need; reads the corpus, writes nothing."""
+    check_out(out)
+    identity = load_identity(base, revision=revision)
+    check_taps(settings.taps, identity.num_layers)
+    reader = count_tokens(corpus, load_tokenizer(base, revision=revision), progress)
+    summary = asdict(reader.summary)
+    return predict(summary["tokens"], settings, identity, out), summary
+
+
+def extract(
+    corpus: CorpusConfig,
+    *,
+    base: str,
+    out: Path,
+    settings: ExtractSettings | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    max_quarantined: float = 0.01,
+    progress: Progress = SILENT,
+) -> ExtractSummary:
+    """Extract a corpus into the cache at ``out``, or go on with one that was interrupted.
+
+    Args:
+        corpus: what to read, how to render and split it.
+        base: a hub id, a local directory, a GGUF file or ``builtin:NAME``.
+        out: an absent or empty folder, or a cache begun with the same request.
+        settings: taps, codec, and sizes of blocks and batches.
+        revision: the hub revision of the base.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        dtype: ``auto`` (bfloat16 on CUDA, else float32), or a name.
+        max_quarantined: share of sequences that may be put aside for values that are not finite.
+        progress: told of every stage.
+
+    Returns:
+        The counts, sizes and speed. A cache that is already complete is left as it is.
+
+    Raises:
+        EmbedcacheError: for anything a user can mend; see the modules concerned.
+    """
+    settings = settings or ExtractSettings(context=corpus.context)
+    check_out(out)
+    identity = load_identity(base, revision=revision)
+    check_taps(settings.taps, identity.num_layers)
+    target = resolve_device(device)
+    environment = environment_of(target, resolve_dtype(dtype, target), "sdpa")
+    created = not out.exists()
+    with writer_lock(out):
+        try:
+            attributes = sealed_attributes(out, corpus, identity, settings, environment)
+            if attributes is None:
+                tokenizer = load_tokenizer(base, revision=revision)
+                attributes = seal_corpus(
+                    corpus, tokenizer, identity, settings, environment, out, progress
+                )
+        except BaseException:
+            if not (out / "zarr.json").is_file():
+                (out / LOCK).unlink(missing_ok=True)
+                if created:
+                    out.rmdir()
+            raise
+        run = _Extraction(out, attributes.corpus["summary"], settings, max_quarantined, progress)
+        if not (out / MANIFEST).is_file():
+            run.compute(lambda: load_base(base, revision=revision, device=device, dtype=dtype))
+        return run.summary(identity.name, predict(run.tokens, settings, identity, out).bytes)
+
+
+class _Extraction:
+    """One run over the blocks that have no marker yet."""
+
+    def __init__(
+        self,
+        out: Path,
+        corpus_summary: dict[str, Any],
+        settings: ExtractSettings,
+        max_quarantined: float,
+        progress: Progress,
+    ):
+        self._out = out
+        self._corpus_summary = corpus_summary
+        self._settings = settings
+        self._max_quarantined = max_quarantined
+        self._progress = progress
+        self._splits = {name: SplitTokens(out, name, settings.block_tokens) for name in SPLITS}
+        self.tokens = {name: split.totals["tokens"] for name, split in self._splits.items()}
+        self._resumed = 0
+        self._seen = 0
+        self._quarantined = 0
+
+    def compute(self, load: Callable[[], Base]) -> None:
+        """Compute every block without a marker and publish the manifest."""
+        out, progress = self._out, self._progress
+        markers = {name: recover(out, name, split.blocks) for name, split in self._splits.items()}
+        clear_staging(out)
+        self._resumed = sum(len(done) for done in markers.values())
+        todo = [
+            (name, block)
+            for name, split in self._splits.items()
+            for block in range(split.blocks)
+            if block not in markers[name]
+        ]
+        if self._resumed:
+            progress.say(f"resuming: {self._resumed} blocks are there, {len(todo)} to go")
+        worst, tokens, seconds = 0.0, 0, 0.0
+        if todo or not (out / "base").is_dir():
+            with progress.bar("loading the base", None, "") as _:
+                base = load()
+            _store_base(out, base)
+            worst, tokens, seconds = self._forward(base, todo, markers)
+        manifest = Manifest(
+            splits={
+                name: split_manifest(split.totals, markers[name], split.blocks)
+                for name, split in self._splits.items()
+            },
+            extracted={
+                "self_check": worst,
+                "tokens": tokens,
+                "seconds": round(seconds, 3),
+                "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            },
+        )
+        publish_manifest(out, manifest)
+        clear_staging(out)
+
+    def _forward(
+        self, base: Base, todo: list[tuple[str, int]], markers: dict[str, dict[int, Marker]]
+    ) -> tuple[float, int, float]:
+        settings = self._settings
+        forward = BlockForward(
+            base,
+            settings.taps,
+            block_tokens=settings.block_tokens,
+            batch_tokens=settings.batch_tokens,
+        )
+        writer = BlockWriter(self._out)
+        # Encoding runs beside the forward pass: one thread where the CPU is the device, several
+        # where a GPU would otherwise wait for zstd.
+        threads = 1 if base.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        slots = _HostBuffers(base, settings, count=threads + 1)
+        futures: list[tuple[str, int, int, Future[Marker]]] = []
+        total = sum(self._splits[name].block_rows(block) for name, block in todo)
+        worst, started = 0.0, time.perf_counter()
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        try:
+            with self._progress.bar("extracting", total, "tok") as bar:
+                for number, (name, block) in enumerate(todo):
+                    ids_N, rows_S2, first = self._splits[name].read(block)
+                    x_NH = forward(ids_N, rows_S2)
+                    if number % CHECK_EVERY == 0:
+                        sample = 4 if number == 0 else 1
+                        worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))
+                    ready = slots.fetch(x_NH)
+                    future = pool.submit(self._write, writer, name, block, ready, rows_S2, first)
+                    futures.append((name, block, int(rows_S2[-1, 1]), future))
+                    futures = self._settle(futures, markers, bar, wait=False)
+                self._settle(futures, markers, bar, wait=True)
+        finally:
+            pool.shutdown(wait=True)
+            writer.close()
+        seconds = time.perf_counter() - started
+        return worst, total, seconds
+
+    def _write(
+        self,
+        writer: BlockWriter,
+        name: str,
+        block: int,
+        ready: Callable[[], _Slot],
+        rows_S2: np.ndarray[Any, Any],
+        first: int,
+    ) -> Marker:
+        slot = ready()
+        try:
+            bad = _not_finite(slot.x_NH, rows_S2)
+            arrays: dict[str, np.ndarray[Any, Any]] = {}
+            codec = codec_for(name, self._settings.codec)
+            for tap, x_NH in slot.x_NH.items():
+                for index in bad:
+                    x_NH[rows_S2[index, 0] : rows_S2[index, 1]] = 0
+                for group, values in codec.encode(x_NH).items():
+                    arrays[f"{group}/{tap}"] = values
+            quarantined = tuple(first + index for index in bad)
+            return writer.commit(name, block, arrays, quarantined=quarantined)
+        finally:
+            slot.release()
+
+    def _settle(
+        self,
+        futures: list[tuple[str, int, int, Future[Marker]]],
+        markers: dict[str, dict[int, Marker]],
+        bar: Bar,
+        *,
+        wait: bool,
+    ) -> list[tuple[str, int, int, Future[Marker]]]:
+        """Take note of the blocks that are committed; return those that are not."""
+        pending = []
+        for name, block, rows, future in futures:
+            if not wait and not future.done():
+                pending.append((name, block, rows, future))
+                continue
+            marker = future.result()
+            markers[name][block] = marker
+            starts = self._splits[name].block_starts
+            self._seen += int(starts[block + 1] - starts[block])
+            self._quarantined += len(marker.quarantined)
+            bar.advance(rows, f"{sum(record.bytes for record in marker.files) / 1e6:.1f} MB/block")
+            allowed = max(QUARANTINE_GRACE, self._max_quarantined * self._seen)
+            if self._quarantined > allowed:
+                raise NumericsError(
+                    f"{self._quarantined} of the first {self._seen} sequences gave embeddings that "
+                    f"are not finite, expected at most {self._max_quarantined:.2%}: the base "
+                    "overflows. Try --dtype float32 or bfloat16, or allow more with "
+                    "--max-quarantined."
+                )
+        return pending
+
+    def summary(self, base: str, predicted: int) -> ExtractSummary:
+        """Return the counts and sizes of the finished cache."""
+        manifest = read_manifest(self._out)
+        size = sum(path.stat().st_size for path in self._out.rglob("*") if path.is_file())
+        head = sum(p.stat().st_size for p in (self._out / "base").rglob("*") if p.is_file())
+        tokens = sum(self.tokens.values())
+        return ExtractSummary(
+            out=str(self._out),
+            base=base,
+            documents={name: split.documents for name, split in manifest.splits.items()},
+            sequences={name: split.sequences for name, split in manifest.splits.items()},
+            tokens=self.tokens,
+            bytes=size,
+            bytes_per_token=round((size - head) / tokens, 1),
+            predicted_bytes=predicted,
+            blocks=sum(split.blocks for split in manifest.splits.values()),
+            resumed_blocks=self._resumed,
+            quarantined=sum(len(split.quarantined) for split in manifest.splits.values()),
+            self_check=manifest.extracted["self_check"],
+            seconds=manifest.extracted["seconds"],
+            tokens_per_second=manifest.extracted["tokens_per_second"],
+            corpus=self._corpus_summary,
+        )
+
+
+def _store_base(out: Path, base: Base) -> None:
+    """Store the head, and the token embedding where it is not the head, once and whole."""
+    if (out / "base").is_dir():
+        return
+    staging = out / STAGING / "base"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.parent.mkdir(exist_ok=True)
+    group = zarr.create_group(staging, zarr_format=3)
+    head = group.create_group("head")
+    head.attrs.update(dict(base.head.settings))
+    write_base_array(head, "weight", base.head.weight_VH)
+    if base.head.bias_V is not None:
+        write_base_array(head, "bias", base.head.bias_V)
+    if not is_tied(base.model):
+        embedding = token_embedding_of(base.model).get_parameter("weight")
+        write_base_array(group, "token_embedding/weight", embedding)
+    fsync_tree(staging)
+    staging.rename(out / "base")
+    fsync_path(out)
+
+
+def _not_finite(x_NH: dict[str, torch.Tensor], rows_S2: np.ndarray[Any, Any]) -> list[int]:
+    """Return the block's sequences that hold a value that is not finite in any tap."""
+    # A sum is finite only if every term is; in float32 the sum of finite embeddings is, too.
+    finite_N = torch.stack([x.float().sum(dim=1).isfinite() for x in x_NH.values()]).all(dim=0)
+    if finite_N.all():
+        return []
+    return [i for i, (a, b) in enumerate(rows_S2.tolist()) if not finite_N[a:b].all()]
+
+
+@dataclass(frozen=True, slots=True)
+class _Slot:
+    """Embeddings of one block in host memory; `release` lets the memory be used again."""
+
+    x_NH: dict[str, torch.Tensor]
+    release: Callable[[], None]
+
+
+class _HostBuffers:
+    """A ring of pinned buffers, so that copies from a GPU run beside its next forward pass."""
+
+    def __init__(self, base: Base, settings: ExtractSettings, count: int):
+        self._cuda = base.device.type == "cuda"
+        self._free: queue.Queue[dict[str, torch.Tensor]] = queue.Queue()
+        for _ in range(count):
+            shape = (settings.block_tokens, base.identity.hidden_size)
+            self._free.put(
+                {
+                    tap: torch.empty(*shape, dtype=base.dtype, pin_memory=True)
+                    for tap in settings.taps
+                }
+                if self._cuda
+                else {}
+            )
+
+    def fetch(self, x_NH: dict[str, torch.Tensor]) -> Callable[[], _Slot]:
+        """Begin the copy to the host; the returned function waits for it. Blocks while full."""
+        buffer = self._free.get()
+
+        def release() -> None:
+            self._free.put(buffer)
+
+        if not self._cuda:
+            return lambda: _Slot(x_NH, release)
+        for tap, x in x_NH.items():
+            buffer[tap].copy_(x, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def ready() -> _Slot:
+            copied.synchronize()
+            return _Slot(buffer, release)
+
+        return ready

@@ -1,0 +1,185 @@
+"""Pass 0 as a verb: tokenise and seal a corpus, or find the sealed plan of an earlier run."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embedcache import __version__
+from embedcache.base.identity import BaseIdentity
+from embedcache.cache.codecs import codec_for
+from embedcache.cache.layout import LOCK, STAGING, CacheAttributes, ExtractSettings
+from embedcache.cache.reader import read_attributes
+from embedcache.cache.seal import Sealer
+from embedcache.corpus.config import CorpusConfig
+from embedcache.corpus.sequences import CorpusReader
+from embedcache.errors import OutputError
+from embedcache.progress import Progress
+
+HEAD_BYTES_PER_WEIGHT = 2
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Prediction:
+    """What an extraction will hold: tokens by split, and the bytes that they will take."""
+
+    tokens: dict[str, int]
+    bytes: int
+    free_bytes: int
+
+
+def check_out(out: Path) -> None:
+    """Raise ``OutputError`` unless ``out`` is absent, empty, or a cache of ours."""
+    if out.exists() and not out.is_dir():
+        raise OutputError(f"{out} is a file, expected a folder for the cache: give another --out")
+    ours = (out / "zarr.json").is_file() or (out / LOCK).is_file()
+    if out.is_dir() and not ours and (found := sorted(path.name for path in out.iterdir())):
+        raise OutputError(
+            f"{out} holds something else ({', '.join(found[:3])}): expected an empty or new "
+            "folder, or a cache to go on with. Give another --out."
+        )
+
+
+def predict(
+    tokens: dict[str, int], settings: ExtractSettings, identity: BaseIdentity, out: Path
+) -> Prediction:
+    """Predict the bytes of a cache: embeddings by codec, tokens, and the head."""
+    hidden = identity.hidden_size * len(settings.taps)
+    embeddings = sum(
+        count * hidden * codec_for(split, settings.codec).bits() / 8
+        for split, count in tokens.items()
+    )
+    rest = sum(tokens.values()) * 4 + identity.vocab_size * identity.hidden_size * (
+        HEAD_BYTES_PER_WEIGHT
+    )
+    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    return Prediction(
+        tokens=tokens,
+        bytes=int(embeddings + rest),
+        free_bytes=shutil.disk_usage(existing).free,
+    )
+
+
+def require_disk(prediction: Prediction, out: Path) -> None:
+    """Raise ``OutputError`` where the disk has less than the prediction."""
+    if prediction.bytes > prediction.free_bytes:
+        raise OutputError(
+            f"the cache needs about {prediction.bytes / 1e9:.2f} GB and the disk of {out} has "
+            f"{prediction.free_bytes / 1e9:.2f} GB free: give another --out, --codec int8, or "
+            "--limit-tokens"
+        )
+
+
+def count_tokens(corpus: CorpusConfig, tokenizer: Any, progress: Progress) -> CorpusReader:
+    """Go through the corpus without writing; the reader's summary has the counts."""
+    reader = CorpusReader(corpus, tokenizer)
+    with progress.bar("reading the corpus", None, "tok") as bar:
+        for document in reader:
+            bar.advance(sum(len(sequence.ids) for sequence in document.sequences))
+    return reader
+
+
+def seal_corpus(
+    corpus: CorpusConfig,
+    tokenizer: Any,
+    identity: BaseIdentity,
+    settings: ExtractSettings,
+    environment: dict[str, Any],
+    out: Path,
+    progress: Progress,
+) -> CacheAttributes:
+    """Run pass 0 into ``out`` and return its attributes; on any error nothing is left of it."""
+    staging = out / STAGING / "pass0"
+    for leftover in (out / STAGING, *(out / split for split in ("train", "dev", "test"))):
+        shutil.rmtree(leftover, ignore_errors=True)
+    try:
+        staging.mkdir(parents=True)
+        sealer = Sealer(out, staging, settings.block_tokens)
+        reader = CorpusReader(corpus, tokenizer)
+        with progress.bar("tokenising", None, "tok") as bar:
+            for document in reader:
+                sequences = [(s.ids, s.loss_mask, s.span) for s in document.sequences]
+                sealer.splits[document.split].append_document(
+                    document.index, document.name, sequences
+                )
+                bar.advance(sum(len(ids) for ids, _, _ in sequences))
+        sealer.close()
+        tokens = {name: split.tokens for name, split in sealer.splits.items()}
+        require_disk(predict(tokens, settings, identity, out), out)
+        attributes = CacheAttributes(
+            base=identity.to_dict(),
+            corpus={"config": corpus.to_dict(), "summary": asdict(reader.summary)},
+            settings=settings,
+            environment=environment,
+        )
+        sealer.seal(attributes, hidden=identity.hidden_size)
+    except BaseException:
+        shutil.rmtree(out / STAGING, ignore_errors=True)
+        raise
+    shutil.rmtree(out / STAGING, ignore_errors=True)
+    return attributes
+
+
+def sealed_attributes(
+    out: Path,
+    corpus: CorpusConfig,
+    identity: BaseIdentity,
+    settings: ExtractSettings,
+    environment: dict[str, Any],
+) -> CacheAttributes | None:
+    """Return the attributes of a plan sealed earlier; None where there is none yet.
+
+    Raises ``OutputError`` if that plan is of another corpus, base, setting or device.
+    """
+    if not (out / "zarr.json").is_file():
+        return None
+    found = read_attributes(out)
+    BaseIdentity.from_dict(found.base).require(identity, this=f"the cache {out}", that="--base")
+    pairs = [
+        ("corpus", found.corpus["config"], corpus.to_dict()),
+        ("extraction", asdict(found.settings), asdict(settings)),
+    ]
+    keys = ("device_type", "dtype", "attention")
+    pairs.append(
+        (
+            "environment",
+            {key: found.environment[key] for key in keys},
+            {key: environment[key] for key in keys},
+        )
+    )
+    for what, old, new in pairs:
+        for key in new:
+            if _plain(old.get(key)) != _plain(new[key]):
+                raise OutputError(
+                    f"{out} was begun with another {what} setting: {key} was {old.get(key)!r}, now "
+                    f"{new[key]!r}. Run with the first to go on, or give another --out."
+                )
+    return found
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def environment_of(device: torch.device, dtype: torch.dtype, attention: str) -> dict[str, Any]:
+    """Return the numeric environment that a cache records."""
+    import transformers
+    import zarr
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+    return {
+        "embedcache": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "zarr": zarr.__version__,
+        "device_type": device.type,
+        "device": name,
+        "dtype": str(dtype).removeprefix("torch."),
+        "attention": attention,
+    }

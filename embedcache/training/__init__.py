@@ -1,0 +1,1 @@
+"""The parts of stage two: settings, schedule, checkpoints and the report."""

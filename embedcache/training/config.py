@@ -1,0 +1,112 @@
+"""How a carry-on is trained, and the file that may say so."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from embedcache.carryon.config import CarryOnConfig, check_keys
+from embedcache.errors import UsageError
+
+LOSSES = ("auto", "exact", "shortlist")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainConfig:
+    """The settings of one training run.
+
+    Attributes:
+        carryon: the shape of what is trained.
+        epochs: passes over the train split.
+        lr: peak learning rate of AdamW.
+        warmup: share of all tokens over which the rate rises linearly; then a cosine falls to 0.
+        batch_tokens: tokens of a step; None takes a 64th of the train split, 2,048 to 16,384.
+        weight_decay: AdamW's, on matrices only.
+        beta2: AdamW's second moment decay; the first is 0.9.
+        clip: largest global norm of the gradient.
+        loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``: shortlist on a CPU.
+        likely: the base's likeliest tokens of a position that a shortlist holds.
+        samples: tokens that a shortlist draws for the tail.
+        patience: epochs without a better dev loss before training stops.
+        seed: of initial weights, order and draws.
+    """
+
+    carryon: CarryOnConfig = field(default_factory=CarryOnConfig)
+    epochs: int = 4
+    lr: float = 2e-3
+    warmup: float = 0.05
+    batch_tokens: int | None = None
+    weight_decay: float = 0.01
+    beta2: float = 0.99
+    clip: float = 1.0
+    loss: str = "auto"
+    likely: int = 8
+    samples: int = 1024
+    patience: int = 2
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Raise ``UsageError`` for values outside their range."""
+        for name in ("epochs", "patience", "likely", "samples"):
+            if getattr(self, name) < 1:
+                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+        for name in ("lr", "clip"):
+            if not getattr(self, name) > 0:
+                raise UsageError(f"{name} must be above 0, found {getattr(self, name)}")
+        if not 0 <= self.warmup < 1:
+            raise UsageError(f"warmup is a share of all tokens in [0, 1), found {self.warmup}")
+        if self.batch_tokens is not None and self.batch_tokens < 1:
+            raise UsageError(f"batch_tokens must be at least 1, found {self.batch_tokens}")
+        if self.loss not in LOSSES:
+            raise UsageError(f"loss is one of {', '.join(LOSSES)}, found '{self.loss}'")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the configuration as JSON-ready values."""
+        return asdict(self) | {"carryon": self.carryon.to_dict()}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any]) -> TrainConfig:
+        """Parse a configuration; unknown keys raise ``UsageError`` naming the nearest known one."""
+        check_keys(value, cls, "training")
+        carryon = CarryOnConfig.from_dict(value.get("carryon", {}))
+        try:
+            return cls(**(value | {"carryon": carryon}))
+        except TypeError as error:
+            raise UsageError(f"a training setting has the wrong type: {error}") from error
+
+    def steps_tokens(self, train_tokens: int) -> int:
+        """Return the tokens of a step for a train split of that size.
+
+        >>> TrainConfig().steps_tokens(100_000), TrainConfig(batch_tokens=512).steps_tokens(10)
+        (2048, 512)
+        """
+        if self.batch_tokens is not None:
+            return self.batch_tokens
+        return min(16384, max(2048, train_tokens // 64))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Read a TOML or YAML file of settings: keys of `TrainConfig`, and a table ``carryon``.
+
+    Raises ``UsageError`` for a missing or malformed file.
+    """
+    if not path.is_file():
+        raise UsageError(f"no such configuration file: {path}")
+    text = path.read_text(encoding="utf-8")
+    try:
+        if path.suffix == ".toml":
+            return tomllib.loads(text)
+        if path.suffix in (".yaml", ".yml"):
+            import yaml
+
+            value = yaml.safe_load(text) or {}
+            if isinstance(value, dict):
+                return value
+            raise UsageError(f"{path} must hold settings by name, found a {type(value).__name__}")
+    except tomllib.TOMLDecodeError as error:
+        raise UsageError(f"{path} is not valid TOML: {error}") from error
+    except ValueError as error:
+        raise UsageError(f"{path} is not valid YAML: {error}") from error
+    raise UsageError(f"{path} must end in .toml, .yaml or .yml")
