@@ -62,7 +62,9 @@ def extract_command(
     taps: Annotated[str, typer.Option(help="Layers to keep, such as final,22,15.")] = "final",
     codec: Annotated[str, typer.Option(help="bf16 (lossless) or int8, for train.")] = "bf16",
     block_tokens: Annotated[int, typer.Option(help="Rows of a block.")] = 16384,
-    batch_tokens: Annotated[int, typer.Option(help="Padded tokens of a forward pass.")] = 8192,
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Padded tokens of a forward pass [2048; on CUDA 16384].")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
     max_quarantined: Annotated[
@@ -77,6 +79,7 @@ def extract_command(
     from embedcache.base.taps import parse_taps
     from embedcache.cache.layout import ExtractSettings
     from embedcache.corpus.config import CorpusConfig
+    from embedcache.device import resolve_device
     from embedcache.extract import extract, preview
 
     config = CorpusConfig(
@@ -101,12 +104,14 @@ def extract_command(
         limit_tokens=limit_tokens,
         max_tokens_per_document=max_tokens_per_document,
     )
+    # A CPU is fastest while activations stay near its caches, a GPU when it is full.
+    best_batch = 16384 if resolve_device(device).type == "cuda" else 2048
     settings = ExtractSettings(
         taps=parse_taps(taps),
         codec=codec,
         context=context,
         block_tokens=block_tokens,
-        batch_tokens=batch_tokens,
+        batch_tokens=best_batch if batch_tokens is None else batch_tokens,
     )
     progress = TerminalProgress()
     if dry_run:

@@ -106,3 +106,5 @@ def _write_base(gguf: Path, directory: Path) -> None:
             stored.add(tensor.data_ptr())
             weights[name] = tensor.contiguous()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    # safetensors writes for its owner alone; a shared home is for everyone who may read it.
+    (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)

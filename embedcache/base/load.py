@@ -19,9 +19,8 @@ from embedcache.base.probe import check_base
 from embedcache.base.quiet import quiet_transformers, read_config
 from embedcache.base.reason import reason
 from embedcache.base.weights import UNREADABLE, read_model
-from embedcache.errors import BaseModelError, UsageError, nearest
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from embedcache.device import resolve_device, resolve_dtype
+from embedcache.errors import BaseModelError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,9 +36,14 @@ class Base:
 
 
 def load_identity(spec: str | os.PathLike[str], *, revision: str | None = None) -> BaseIdentity:
-    """Return the identity of the base that ``spec`` names, loading no weights."""
+    """Return the identity of the base that ``spec`` names, loading no weights.
+
+    Raises ``BaseModelError`` if it is not a causal language model.
+    """
     spec = os.fspath(spec)
-    return identify(locate(spec, revision=revision), name=named(spec, revision))
+    directory = locate(spec, revision=revision)
+    _require_causal(directory)
+    return identify(directory, name=named(spec, revision))
 
 
 def load_tokenizer(
@@ -64,8 +68,8 @@ def load_base(
     device or dtype.
     """
     spec = os.fspath(spec)
-    target = _resolve_device(device)
-    torch_dtype = _resolve_dtype(dtype, target)
+    target = resolve_device(device)
+    torch_dtype = resolve_dtype(dtype, target)
     directory = locate(spec, revision=revision)
     _require_causal(directory)
     identity = identify(directory, name=named(spec, revision))
@@ -81,32 +85,6 @@ def load_base(
         device=target,
         dtype=torch_dtype,
     )
-
-
-def _resolve_device(device: str) -> torch.device:
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        target = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(
-            f"a device is auto, cpu, cuda or cuda:N; found '{device}'. Type: --device auto"
-        ) from error
-    if target.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(
-            f"the device {device} was asked for, and torch sees no CUDA device. Type: --device cpu"
-        )
-    return target
-
-
-def _resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
-    if dtype == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    if dtype not in DTYPES:
-        raise UsageError(
-            f"a dtype is auto, {', '.join(DTYPES)}; found '{dtype}'.{nearest(dtype, DTYPES)}"
-        )
-    return DTYPES[dtype]
 
 
 def _require_causal(directory: Path) -> None:

@@ -35,14 +35,14 @@ class ExtractSettings:
     """What stage one was asked for, besides the base and the corpus.
 
     ``block_tokens`` is R, the rows of a block; ``batch_tokens`` bounds the padded tokens of one
-    forward pass. Both belong to the settings because batch shape changes floating-point results.
+    forward pass (a longer sequence goes alone). Both belong to the settings because batch shape changes floating-point results.
     """
 
     taps: tuple[str, ...] = ("final",)
     codec: str = "bf16"
     context: int = 1024
     block_tokens: int = 16384
-    batch_tokens: int = 8192
+    batch_tokens: int = 2048
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

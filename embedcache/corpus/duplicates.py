@@ -42,9 +42,9 @@ def signature(data: bytes) -> npt.NDArray[np.uint64]:
         for start in range(0, len(values) - SHINGLE_BYTES + 1, BLOCK):
             _lower(bins, _shingles(values[start : start + BLOCK + SHINGLE_BYTES - 1]))
     filled = np.flatnonzero(bins != EMPTY)
-    places = np.arange(BINS)
-    source = filled[np.searchsorted(filled, places) % len(filled)]
-    return bins[source] + ((source - places) % BINS).astype(np.uint64) * ODD
+    # An empty bin takes the value of the next one that is filled, around the end.
+    source = filled[np.searchsorted(filled, np.arange(BINS)) % len(filled)]
+    return bins[source]
 
 
 @dataclass(frozen=True, slots=True)

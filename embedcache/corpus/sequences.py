@@ -122,15 +122,20 @@ class _Pass:
             batch = list(_batch(named, budget.documents))
             if not batch:
                 return
-            tokens = self._tokens([document for document, _, _ in batch])
-            for (document, name, split), tokenised in zip(batch, tokens, strict=True):
-                if tokenised is None:
-                    continue
-                result = self._sequences(document, name, split, tokenised, budget)
-                if result is not None:
-                    yield result
-                if budget.spent:
-                    return
+            yield from self._batch_sequences(batch, budget)
+
+    def _batch_sequences(
+        self, batch: list[tuple[Document, str, Split | None]], budget: Budget
+    ) -> Iterator[DocumentSequences]:
+        tokens = self._tokens([document for document, _, _ in batch])
+        for (document, name, split), tokenised in zip(batch, tokens, strict=True):
+            if tokenised is None:
+                continue
+            result = self._sequences(document, name, split, tokenised, budget)
+            if result is not None:
+                yield result
+            if budget.spent:
+                return
 
     def _named(
         self, documents: Iterable[Document], given: Split | None

@@ -10,8 +10,10 @@ from embedcache.corpus.decode import UndecodableError, decode, decoded_blocks
 from embedcache.corpus.documents import Document, Segment
 from embedcache.corpus.summary import CorpusSummary
 
-PIECE_BYTES = 4 << 20
-"""A larger file is never held whole; also the size of its pieces, in characters."""
+WHOLE_BYTES = 4 << 20
+"""A larger file is never held whole."""
+PIECE_CHARACTERS = 1 << 20
+"""Characters of its pieces at most: tokenising takes some 130 bytes of memory for each."""
 
 
 def text_documents(
@@ -23,7 +25,7 @@ def text_documents(
     """
     summary.files += 1
     try:
-        if path.stat().st_size <= PIECE_BYTES:
+        if path.stat().st_size <= WHOLE_BYTES:
             text = decode(path.read_bytes(), config.encoding, str(path))
             yield Document(name, (Segment(text, target=True),))
             return
@@ -44,9 +46,9 @@ def _pieces(blocks: Iterator[str], name: str) -> Iterator[Document]:
     held = ""
     for block in blocks:
         held += block
-        while len(held) > PIECE_BYTES:
+        while len(held) > PIECE_CHARACTERS:
             # A line longer than a piece is cut where the piece ends.
-            end = held.rfind("\n", 0, PIECE_BYTES) + 1 or PIECE_BYTES
+            end = held.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
             part += 1
             yield Document(name, (Segment(held[:end], target=True),), closed=False, part=part)
             held = held[end:]

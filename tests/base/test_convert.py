@@ -82,6 +82,7 @@ def test_a_converted_base_is_the_base(
     assert set(found) == set(expected)
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor.to(torch.bfloat16)), name
+    assert len({path.stat().st_mode for path in directory.iterdir()}) == 1
     source = json.loads((directory / "embedcache_source.json").read_text())
     assert source == {"gguf_sha256": hash_file(tiny_gguf), "converter": 1}
 

@@ -79,19 +79,12 @@ def test_other_kinds_of_model_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_model_that_sees_both_ways_is_refused(tmp_path: Path) -> None:
-    """BERT with a language-model head has the name of a causal model and none of its masks."""
-    directory = tiny_base_directory(tmp_path)
-    config = AutoConfig.for_model("bert", **SMALL_BERT, is_decoder=False)
-    for file in ("config.json", "model.safetensors"):
-        (directory / file).unlink()
-    model = AutoModelForCausalLM.from_config(config)
-    with torch.no_grad():
-        # BERT's initial attention is too faint for a change to show.
-        for parameter in model.parameters():
-            parameter.add_(0.3 * torch.randn(parameter.shape))
-    model.save_pretrained(directory)
-    with pytest.raises(BaseModelError, match="BertLMHeadModel"):
-        load_base(str(directory))
+    """Embedding models come with a causal model's name and a mask that hides nothing."""
+    config = tiny_base_directory(tmp_path, "gemma3_text") / "config.json"
+    both_ways = json.loads(config.read_text()) | {"use_bidirectional_attention": True}
+    config.write_text(json.dumps(both_ways))
+    with pytest.raises(BaseModelError, match="a base is causal: no token sees a later one"):
+        load_base(str(tmp_path))
 
 
 def test_unknown_architecture_runs_no_code(tmp_path: Path) -> None:

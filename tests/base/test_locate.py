@@ -1,6 +1,14 @@
 """What a user may type for a base, and what it says when there is none."""
 
+import hashlib
+import http.server
+import json
+import os
+import subprocess
+import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -9,8 +17,10 @@ from tiny import tiny_base_directory
 from embedcache.base import builtin
 from embedcache.base.builtin import BUILTINS, builtin_gguf
 from embedcache.base.home import home
+from embedcache.base.identity import identify
 from embedcache.base.locate import locate, named
 from embedcache.errors import BaseModelError, UsageError
+from embedcache.files import hash_file
 
 
 @pytest.fixture
@@ -60,11 +70,127 @@ def test_hub_failure_is_one_line_with_a_way_out(hub: Path) -> None:
         assert "\n" not in message
 
 
+FETCH = """
+import json, sys
+from embedcache.base.identity import identify
+from embedcache.base.identity import identify
+from embedcache.base.locate import locate
+from embedcache.errors import BaseModelError
+try:
+    directory = locate(sys.argv[1])
+except BaseModelError as error:
+    print(json.dumps({"error": str(error)}))
+else:
+    identity = identify(directory, name="a")
+    files = {path.name: path.resolve().name for path in directory.rglob("*") if path.is_file()}
+    print(json.dumps({"fingerprint": identity.fingerprint, "files": files}))
+"""
+COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
+
+
+class FakeHub(http.server.SimpleHTTPRequestHandler):
+    """The answers of a hub that a download needs, for one repository ``org/tiny``."""
+
+    folder: Path
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+    def answer(self, *, body: bool) -> None:
+        headers = {}
+        wanted = self.path.partition("?")[0]
+        if wanted.startswith("/api/models/org/tiny/revision/"):
+            data = json.dumps({"id": "org/tiny", "sha": COMMIT}).encode()
+        elif wanted.startswith("/api/models/org/tiny/tree/"):
+            files = sorted(path for path in self.folder.rglob("*") if path.is_file())
+            rows = [
+                {
+                    "type": "file",
+                    "path": path.relative_to(self.folder).as_posix(),
+                    "size": path.stat().st_size,
+                    "oid": hashlib.sha1(path.read_bytes()).hexdigest(),
+                }
+                for path in files
+            ]
+            data = json.dumps(rows).encode()
+        elif wanted.startswith(f"/org/tiny/resolve/{COMMIT}/"):
+            file = self.folder / wanted.partition(f"{COMMIT}/")[2]
+            data = file.read_bytes()
+            # Large files are named by their SHA-256, others by git's SHA-1.
+            big = file.suffix == ".safetensors"
+            etag = hash_file(file) if big else hashlib.sha1(data).hexdigest()
+            headers = {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT}
+        else:
+            data, headers = b"", {"X-Error-Code": "RepoNotFound"}
+        self.send_response(404 if "X-Error-Code" in headers else 200)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(data)
+
+
+def test_download_takes_what_is_needed_and_names_weights_by_hash(tmp_path: Path) -> None:
+    folder = tiny_base_directory(tmp_path / "remote")
+    (folder / "onnx").mkdir()
+    for unneeded in ("onnx/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"):
+        (folder / unneeded).write_bytes(b"x")
+    handler = type("Handler", (FakeHub,), {"folder": folder})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {
+            "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+            "HF_HOME": str(tmp_path / "hf"),
+            "HF_HUB_DISABLE_XET": "1",
+            "NO_PROXY": "127.0.0.1",
+        }
+
+        def fetch(spec: str) -> tuple[dict[str, Any], str]:
+            done = subprocess.run(
+                [sys.executable, "-c", FETCH, spec],
+                capture_output=True,
+                text=True,
+                check=True,
+                env=environment,
+            )
+            return json.loads(done.stdout), done.stderr
+
+        found, said = fetch("org/tiny@main")
+        missing, _ = fetch("org/absent")
+        server.shutdown()
+    # The port is closed now: what was fetched is still found, what was not is an error.
+    offline, _ = fetch("org/tiny@main")
+    unreachable, _ = fetch("org/never")
+    assert said == ""
+    assert set(found["files"]) == {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "chat_template.jinja",
+    }
+    assert found["files"]["model.safetensors"] == hash_file(folder / "model.safetensors")
+    (folder / "consolidated.safetensors").unlink()
+    assert found["fingerprint"] == identify(folder, name="a").fingerprint
+    assert offline == found
+    assert missing["error"].startswith("the hub has no org/absent, and there is no directory")
+    assert unreachable["error"].startswith("org/never is not a directory here, and could not be")
+    assert "\n" not in unreachable["error"]
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
         ("builtin:smolm2-135m", r"found builtin:smolm2-135m\. Did you mean 'builtin:smollm2-135m'"),
         ("smollm2-135m", r"no base at 'smollm2-135m'\. Did you mean 'builtin:smollm2-135m'"),
+        ("gemma3", r"no base at 'gemma3'\. Did you mean 'builtin:gemma3-270m'"),
         ("buitlin:gemma3-270m", "Did you mean 'builtin:gemma3-270m'"),
         ("/nowhere/base", r"no base at '/nowhere/base'\. Give a directory"),
         ("nowhere/model.gguf", r"no base at 'nowhere/model\.gguf'"),

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import tiny_tokenizer
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document, Kind, Segment
@@ -108,15 +109,14 @@ def test_half_a_surrogate_pair(tokenizer: Any) -> None:
         Renderer(tokenizer, CONFIG).tokens(made(("ab\ud83d", True)))
 
 
-def test_long_documents_do_not_warn(tokenizer: Any, caplog: pytest.LogCaptureFixture) -> None:
+def test_long_documents_do_not_warn(caplog: pytest.LogCaptureFixture) -> None:
+    tokenizer = tiny_tokenizer()  # a fresh one: it warns once
+    tokenizer.model_max_length = 4
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
-    before = tokenizer.model_max_length
-    tokenizer.model_max_length = 4
     try:
         Renderer(tokenizer, CONFIG).tokens(made(("many words and more of them", True)))
     finally:
-        tokenizer.model_max_length = before
         logger.removeHandler(caplog.handler)
     assert not caplog.records
 

@@ -90,6 +90,8 @@ def test_reading_twice_gives_the_same(tokenizer: Any, folder: Path) -> None:
     second, two = rows(list(corpus)), corpus.summary
     assert first == second
     assert one == two
+    assert one is not two
+    assert two.files == 40
     assert len(one.corpus_sha256) == 64
 
 
@@ -106,7 +108,7 @@ def test_the_hash_is_of_the_corpus_and_not_of_its_place(
     assert digest(folder, split_seed=5) != before
     moved = folder.rename(tmp_path / "moved")
     assert digest(moved) == before
-    (moved / "07.txt").write_text(prose(7) + " more")
+    (moved / "07.txt").write_text(prose(7).swapcase())
     assert digest(moved) != before
 
 
@@ -240,7 +242,8 @@ def test_documents_can_be_shortened(tokenizer: Any, folder: Path) -> None:
 def test_pieces_of_a_large_file_stay_together(
     tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(text_module, "PIECE_BYTES", 600)
+    monkeypatch.setattr(text_module, "WHOLE_BYTES", 600)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 600)
     for name in "abcd":
         lines = [prose(ord(name) * 100 + line, 10) for line in range(20)]
         write(f"c/{name}.txt", "\n".join(lines))
@@ -292,7 +295,8 @@ def test_memory_does_not_grow_with_the_corpus(
     tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     monkeypatch.setattr("embedcache.corpus.sequences.BATCH_DOCUMENTS", 16)
-    monkeypatch.setattr(text_module, "PIECE_BYTES", 8192)
+    monkeypatch.setattr(text_module, "WHOLE_BYTES", 8192)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 8192)
     monkeypatch.setattr("embedcache.corpus.decode.BLOCK_BYTES", 8192)
     monkeypatch.setattr("embedcache.corpus.sequences.BATCH_CHARACTERS", 8192)
 

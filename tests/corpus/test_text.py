@@ -60,7 +60,8 @@ def test_undecodable_files_can_be_skipped_and_are_counted(write: Any, tmp_path: 
 def test_pieces_join_to_the_file(
     write: Any, monkeypatch: pytest.MonkeyPatch, lines: list[str], size: int
 ) -> None:
-    monkeypatch.setattr(text_module, "PIECE_BYTES", size)
+    monkeypatch.setattr(text_module, "WHOLE_BYTES", size)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", size)
     content = "\n".join(lines)
     pieces = read(write("big.txt", content))
     assert "".join(piece.text for piece in pieces) == content
@@ -70,7 +71,7 @@ def test_pieces_join_to_the_file(
         names = [f"big.txt#{number}" for number in range(1, len(pieces) + 1)]
         assert [piece.label for piece in pieces] == names
     for piece in pieces[:-1]:
-        assert piece.text.endswith("\n") or len(piece.text) == size
+        assert piece.text.endswith("\n") or ("\n" not in piece.text and len(piece.text) == size)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "utf-16"])
@@ -78,7 +79,8 @@ def test_blocks_do_not_break_characters(
     write: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
     monkeypatch.setattr("embedcache.corpus.decode.BLOCK_BYTES", 7)
-    monkeypatch.setattr(text_module, "PIECE_BYTES", 20)
+    monkeypatch.setattr(text_module, "WHOLE_BYTES", 20)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
     content = "日本語 text\n😀 and more\n" * 10
     pieces = read(write("big.txt", content.encode(encoding)), encoding=encoding)
     assert len(pieces) > 1
@@ -87,7 +89,8 @@ def test_blocks_do_not_break_characters(
 
 def test_a_bad_byte_far_into_a_large_file(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("embedcache.corpus.decode.BLOCK_BYTES", 7)
-    monkeypatch.setattr(text_module, "PIECE_BYTES", 20)
+    monkeypatch.setattr(text_module, "WHOLE_BYTES", 20)
+    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
     start = ("日" * 40 + "\n").encode()
     path = write("big.txt", start + b"\xff rest")
     with pytest.raises(CorpusError, match=f"byte {len(start)}:"):
