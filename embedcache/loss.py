@@ -30,8 +30,7 @@ def cross_entropy(x_NH: Tensor, head: Head, targets_N: Tensor) -> Tensor:
         targets_N: token ids in [0, V).
     """
     columns = Columns(head.weight_VH, head.bias_V, None)
-    loss: Tensor = _FrozenHeadLoss.apply(x_NH, columns, head.logit_scale, head.softcap, targets_N)
-    return loss
+    return _frozen_head_loss(x_NH, columns, head, targets_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,11 +65,7 @@ class Shortlist:
     ) -> Tensor:
         """Return the estimated cross-entropy of each position, float32 [N], in nats."""
         columns, index_V = self.columns(targets_N, likely_NK, step=step)
-        head = self._head
-        loss: Tensor = _FrozenHeadLoss.apply(
-            x_NH, columns, head.logit_scale, head.softcap, index_V[targets_N]
-        )
-        return loss
+        return _frozen_head_loss(x_NH, columns, self._head, index_V[targets_N])
 
     def columns(self, targets_N: Tensor, likely_NK: Tensor, *, step: int) -> tuple[Columns, Tensor]:
         """Return the columns of a step and, by token id, the place of each of S among them."""
@@ -93,6 +88,12 @@ class Shortlist:
         index_V[chosen] = torch.arange(len(chosen), device=chosen.device)
         bias = None if head.bias_V is None else head.bias_V[chosen]
         return Columns(head.weight_VH[chosen], bias, log_weight), index_V
+
+
+def _frozen_head_loss(x_NH: Tensor, columns: Columns, head: Head, targets_N: Tensor) -> Tensor:
+    apply: Any = _FrozenHeadLoss.apply  # torch leaves it untyped
+    loss: Tensor = apply(x_NH, columns, head.logit_scale, head.softcap, targets_N)
+    return loss
 
 
 class _FrozenHeadLoss(torch.autograd.Function):

@@ -35,7 +35,8 @@ class ExtractSettings:
     """What stage one was asked for, besides the base and the corpus.
 
     ``block_tokens`` is R, the rows of a block; ``batch_tokens`` bounds the padded tokens of one
-    forward pass (a longer sequence goes alone). Both belong to the settings because batch shape changes floating-point results.
+    forward pass (a longer sequence goes alone). Both belong to the settings because batch shape
+    changes floating-point results.
     """
 
     taps: tuple[str, ...] = ("final",)

@@ -27,7 +27,7 @@ from embedcache.extract import extract
 from embedcache.extraction.forward import plan_batches
 
 sys.path.insert(0, str(Path(__file__).parent))
-from record import record, row  # noqa: E402
+from record import record, row
 
 
 def bare_forward(base: Base, tokens: SplitTokens, blocks: range, batch_tokens: int) -> float:
