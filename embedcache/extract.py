@@ -251,7 +251,7 @@ class _Extraction:
     ) -> Marker:
         slot = ready()
         try:
-            bad = _not_finite(slot.x_NH, rows_S2)
+            bad = [i for i, (a, b) in enumerate(rows_S2.tolist()) if not slot.finite_N[a:b].all()]
             arrays: dict[str, np.ndarray[Any, Any]] = {}
             codec = codec_for(name, self._settings.codec)
             for tap, x_NH in slot.x_NH.items():
@@ -340,13 +340,10 @@ def _store_base(out: Path, base: Base) -> None:
     fsync_path(out)
 
 
-def _not_finite(x_NH: dict[str, torch.Tensor], rows_S2: np.ndarray[Any, Any]) -> list[int]:
-    """Return the block's sequences that hold a value that is not finite in any tap."""
+def _finite_rows(x_NH: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return, for each row, whether every value of every tap is finite, on their device."""
     # A sum is finite only if every term is; in float32 the sum of finite embeddings is, too.
-    finite_N = torch.stack([x.float().sum(dim=1).isfinite() for x in x_NH.values()]).all(dim=0)
-    if finite_N.all():
-        return []
-    return [i for i, (a, b) in enumerate(rows_S2.tolist()) if not finite_N[a:b].all()]
+    return torch.stack([x.float().sum(dim=1).isfinite() for x in x_NH.values()]).all(dim=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -354,42 +351,48 @@ class _Slot:
     """Embeddings of one block in host memory; `release` lets the memory be used again."""
 
     x_NH: dict[str, torch.Tensor]
+    finite_N: torch.Tensor
     release: Callable[[], None]
 
 
 class _HostBuffers:
-    """A ring of pinned buffers, so that copies from a GPU run beside its next forward pass."""
+    """A ring of pinned buffers, so that copies from a GPU run beside its next forward pass.
+
+    Rows are checked for finite values where they were computed: on a GPU that is free, on the host
+    it would take threads that the encoders need.
+    """
 
     def __init__(self, base: Base, settings: ExtractSettings, count: int):
         self._cuda = base.device.type == "cuda"
-        self._free: queue.Queue[dict[str, torch.Tensor]] = queue.Queue()
+        self._free: queue.Queue[tuple[dict[str, torch.Tensor], torch.Tensor]] = queue.Queue()
+        rows = settings.block_tokens if self._cuda else 0
         for _ in range(count):
-            shape = (settings.block_tokens, base.identity.hidden_size)
-            self._free.put(
-                {
-                    tap: torch.empty(*shape, dtype=base.dtype, pin_memory=True)
-                    for tap in settings.taps
-                }
-                if self._cuda
-                else {}
-            )
+            x_NH = {
+                tap: torch.empty(
+                    rows, base.identity.hidden_size, dtype=base.dtype, pin_memory=self._cuda
+                )
+                for tap in settings.taps
+            }
+            self._free.put((x_NH, torch.empty(rows, dtype=torch.bool, pin_memory=self._cuda)))
 
     def fetch(self, x_NH: dict[str, torch.Tensor]) -> Callable[[], _Slot]:
         """Begin the copy to the host; the returned function waits for it. Blocks while full."""
         buffer = self._free.get()
+        finite_N = _finite_rows(x_NH)
 
         def release() -> None:
             self._free.put(buffer)
 
         if not self._cuda:
-            return lambda: _Slot(x_NH, release)
+            return lambda: _Slot(x_NH, finite_N, release)
         for tap, x in x_NH.items():
-            buffer[tap].copy_(x, non_blocking=True)
+            buffer[0][tap].copy_(x, non_blocking=True)
+        buffer[1].copy_(finite_N, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()
 
         def ready() -> _Slot:
             copied.synchronize()
-            return _Slot(buffer, release)
+            return _Slot(*buffer, release)
 
         return ready
