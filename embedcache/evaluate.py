@@ -117,16 +117,18 @@ def score(
     targets_D = np.zeros(documents, np.int64)
     for host_batch in batches:
         batch = host_batch.to(inputs.device)
-        wanted = batch.targets_BT >= 0
-        targets_N = batch.targets_BT[wanted]
-        x_NH = batch.x_BTH["final"][wanted].to(inputs.dtype)
+        if not len(batch.targets_N):
+            continue
+        x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
         needs_delta = any(alpha != 0 for alpha in alphas)
-        delta_NH = inputs.delta(model, batch)[wanted].to(inputs.dtype) if needs_delta else None
-        document_N = batch.documents_BT[wanted].cpu().numpy()
+        delta_NH = (
+            batch.at_wanted(inputs.delta(model, batch)).to(inputs.dtype) if needs_delta else None
+        )
+        document_N = host_batch.documents_N.numpy()
         np.add.at(targets_D, document_N, 1)
         for row, alpha in enumerate(alphas):
             y_NH = x_NH if delta_NH is None or alpha == 0 else x_NH + alpha * delta_NH
-            loss_N = cross_entropy(y_NH, inputs.head, targets_N)
+            loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N)
             np.add.at(loss_AD[row], document_N, loss_N.double().cpu().numpy())
         on_batch(batch.tokens)
     return Scores(tuple(alphas), loss_AD, targets_D)
@@ -205,7 +207,13 @@ def evaluate(
     reader = cache.split(split)
     target = resolve_device(device)
     inputs = FrozenInputs(cache, target, tokens=record.config.token_input)
-    loader = BatchLoader(reader, batch_tokens=EVAL_TOKENS, taps=record.config.taps, shuffle=False)
+    loader = BatchLoader(
+        reader,
+        batch_tokens=EVAL_TOKENS,
+        taps=record.config.taps,
+        shuffle=False,
+        pin=target.type == "cuda",
+    )
     with progress.bar(f"evaluating on {split}", reader.manifest.tokens, "tok") as bar:
         scores = score(
             loader.epoch(0),

@@ -23,6 +23,7 @@ from embedcache.cache.codecs import codec_for
 from embedcache.cache.commit import BlockWriter, Marker, clear_staging, recover, writer_lock
 from embedcache.cache.layout import LOCK, MANIFEST, SPLITS, STAGING, ExtractSettings
 from embedcache.cache.manifest import Manifest, publish_manifest, read_manifest, split_manifest
+from embedcache.cache.prefetch import prefetch
 from embedcache.cache.seal import fsync_tree
 from embedcache.cache.tokens import SplitTokens
 from embedcache.corpus.config import CorpusConfig
@@ -213,9 +214,9 @@ class _Extraction:
             batch_tokens=settings.batch_tokens,
         )
         writer = BlockWriter(self._out)
-        # Encoding runs beside the forward pass: one thread where the CPU is the device, several
+        # Encoding runs beside the forward pass: one thread where the CPU is the device, a few
         # where a GPU would otherwise wait for zstd.
-        threads = 1 if base.device.type == "cpu" else min(8, os.cpu_count() or 1)
+        threads = 1 if base.device.type == "cpu" else min(4, os.cpu_count() or 1)
         slots = _HostBuffers(base, settings, count=threads + 1)
         futures: list[tuple[str, int, int, Future[Marker]]] = []
         total = sum(self._splits[name].block_rows(block) for name, block in todo)
@@ -223,11 +224,11 @@ class _Extraction:
         pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         try:
             with self._progress.bar("extracting", total, "tok") as bar:
-                for number, (name, block) in enumerate(todo):
-                    ids_N, rows_S2, first = self._splits[name].read(block)
+                read = ((*item, *self._splits[item[0]].read(item[1])) for item in todo)
+                for number, (name, block, ids_N, rows_S2, first) in enumerate(prefetch(read)):
                     x_NH = forward(ids_N, rows_S2)
                     if number % CHECK_EVERY == 0:
-                        sample = 4 if number == 0 else 1
+                        sample = 2 if number == 0 else 1
                         worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))
                     ready = slots.fetch(x_NH)
                     future = pool.submit(self._write, writer, name, block, ready, rows_S2, first)

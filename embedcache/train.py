@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from embedcache.cache.loader import Batch, BatchLoader
-from embedcache.cache.reader import Cache
+from embedcache.cache.reader import Cache, SplitReader
 from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import CONFIG_FILE, CarryOnRecord, save_carryon
 from embedcache.device import resolve_device
@@ -180,10 +180,15 @@ class _Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = CarryOn(config.carryon, cache.attributes.base["hidden_size"])
+        self.model.calibrate(_sample(split, taps))
         self.model.to(device)
         self._optimizer = _adamw(self.model, config)
         self._loader = BatchLoader(
-            split, batch_tokens=config.steps_tokens(self._tokens), taps=taps, seed=config.seed
+            split,
+            batch_tokens=config.steps_tokens(self._tokens),
+            taps=taps,
+            seed=config.seed,
+            pin=device.type == "cuda",
         )
         self._dev = cache.split("dev") if cache.has("dev") else None
         self._loss = _loss_name(config, device)
@@ -235,7 +240,7 @@ class _Training:
                 warmup=self._config.warmup,
             )
             loss, norm = self._step(batch, rate)
-            targets = int((batch.targets_BT >= 0).sum())
+            targets = len(batch.targets_N)
             state.position += 1
             state.step += 1
             state.tokens += batch.tokens
@@ -278,15 +283,14 @@ class _Training:
 
     def _step(self, host_batch: Batch, rate: float) -> tuple[float, float]:
         batch = host_batch.to(self._device)
-        wanted = batch.targets_BT >= 0
-        targets_N = batch.targets_BT[wanted]
+        targets_N = batch.targets_N
         if not len(targets_N):
             return 0.0, 0.0
         inputs = self._inputs
-        x_NH = batch.x_BTH["final"][wanted].to(inputs.dtype)
-        y_NH = x_NH + inputs.delta(self.model, batch)[wanted].to(inputs.dtype)
+        x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
+        y_NH = x_NH + batch.at_wanted(inputs.delta(self.model, batch)).to(inputs.dtype)
         if self._likely is not None:
-            likely_NK = self._likely.of(host_batch, host_batch.targets_BT >= 0).to(self._device)
+            likely_NK = self._likely.of(host_batch).to(self._device)
             loss_N = self._shortlist.cross_entropy(
                 y_NH, targets_N, likely_NK, step=self._state.step
             )
@@ -314,7 +318,11 @@ class _Training:
         if self._dev is None:
             raise UsageError("there is no dev split to score")
         loader = BatchLoader(
-            self._dev, batch_tokens=EVAL_TOKENS, taps=self._config.carryon.taps, shuffle=False
+            self._dev,
+            batch_tokens=EVAL_TOKENS,
+            taps=self._config.carryon.taps,
+            shuffle=False,
+            pin=self._device.type == "cuda",
         )
         title = "scoring the base on dev" if alpha == 0 else "scoring dev"
         with self._progress.bar(title, self._dev.manifest.tokens, "tok") as bar:
@@ -373,6 +381,19 @@ class _Training:
         save_carryon(self._out, self.model, record)
         (self._out / CHECKPOINT).unlink()
         return summary
+
+
+def _sample(split: SplitReader, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
+    """Return the embeddings of up to four blocks spread over the split, by tap."""
+    count = split.manifest.blocks
+    numbers = sorted({count * i // 4 for i in range(4)})
+    blocks = [split.block(number, taps) for number in numbers]
+    return {
+        tap: torch.cat(
+            [block.x_NH[tap][a:b] for block in blocks for a, b in block.rows_S2.tolist()]
+        )
+        for tap in taps
+    }
 
 
 def _adamw(model: CarryOn, config: TrainConfig) -> torch.optim.AdamW:

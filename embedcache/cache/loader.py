@@ -7,14 +7,16 @@ threads, ahead of the trainer.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from embedcache.cache.prefetch import prefetch
 from embedcache.cache.reader import Block, SplitReader
 
 Array = np.ndarray[Any, Any]
@@ -28,34 +30,38 @@ class Batch:
     """Sequences packed into rows; a row holds one or more whole sequences, then padding.
 
     ``x_BTH``: by tap, bfloat16. ``ids_BT``, ``positions_BT`` (from 0 in each sequence),
-    ``segments_BT`` (-1 on padding; attention never crosses a segment). ``targets_BT``: the token
-    that each position is to predict, -1 where there is none. ``documents_BT``: the document, -1
-    on padding. ``sequences``: numbers of the sequences in the split.
+    ``segments_BT`` (-1 on padding; attention never crosses a segment). ``wanted_N``: the flat
+    positions, in [0, B*T), whose next token is a target; ``targets_N``: those tokens;
+    ``documents_N``: the documents they are of. ``sequences``: numbers of the sequences in the
+    split. ``tokens``: tokens, padding left out.
     """
 
     x_BTH: dict[str, torch.Tensor]
     ids_BT: torch.Tensor
     positions_BT: torch.Tensor
     segments_BT: torch.Tensor
-    targets_BT: torch.Tensor
-    documents_BT: torch.Tensor
+    wanted_N: torch.Tensor
+    targets_N: torch.Tensor
+    documents_N: torch.Tensor
     sequences: tuple[int, ...]
     tokens: int
 
     def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device."""
-        if device.type == "cpu":
-            return self
-        return Batch(
-            {tap: x.to(device, non_blocking=True) for tap, x in self.x_BTH.items()},
-            self.ids_BT.to(device, non_blocking=True),
-            self.positions_BT.to(device, non_blocking=True),
-            self.segments_BT.to(device, non_blocking=True),
-            self.targets_BT.to(device, non_blocking=True),
-            self.documents_BT.to(device, non_blocking=True),
-            self.sequences,
-            self.tokens,
-        )
+        """Return the batch on a device; copies from pinned memory do not wait."""
+        return self._map(lambda value: value.to(device, non_blocking=True))
+
+    def pinned(self) -> Batch:
+        """Return the batch in pinned memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        names = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N", "documents_N")
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, x_BTH={tap: change(x) for tap, x in self.x_BTH.items()}, **changed)
+
+    def at_wanted(self, value_BTH: torch.Tensor) -> torch.Tensor:
+        """Return the rows [N, H] of a [B, T, H] tensor whose next token is a target."""
+        return value_BTH.flatten(0, 1).index_select(0, self.wanted_N)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,20 +84,24 @@ class BatchLoader:
         taps: tuple[str, ...],
         seed: int = 0,
         shuffle: bool = True,
-        threads: int = 2,
+        pin: bool = False,
     ):
         self._split = split
         self._batch_tokens = batch_tokens
         self._taps = taps
         self._seed = seed
         self._shuffle = shuffle
-        self._threads = threads
+        self._pin = pin
+        self._threads = min(8, os.cpu_count() or 1)
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch number ``skip`` on.
 
-        Skipped batches are never read: only their lengths are.
+        Skipped batches are never read: only their lengths are. Batches are made on a thread.
         """
+        return prefetch(self._batches(epoch, skip))
+
+    def _batches(self, epoch: int, skip: int) -> Iterator[Batch]:
         generator = np.random.default_rng([self._seed, epoch])
         count = self._split.manifest.blocks
         blocks = generator.permutation(count) if self._shuffle else np.arange(count)
@@ -138,8 +148,9 @@ class BatchLoader:
         if futures is None:
             return
         blocks = [future.result() for future in futures]
-        for batch in batches:
-            yield collate([(blocks[item.block], item.place) for item in batch], self._taps)
+        for items in batches:
+            batch = collate([(blocks[item.block], item.place) for item in items], self._taps)
+            yield batch.pinned() if self._pin else batch
 
 
 def pack_rows(lengths: list[int]) -> list[list[int]]:
@@ -168,7 +179,10 @@ def collate(items: list[tuple[Block, int]], taps: tuple[str, ...]) -> Batch:
     rows = pack_rows(lengths)
     shape = (len(rows), max(lengths))
     ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments, targets, documents = (np.full(shape, -1, np.int64) for _ in range(3))
+    segments = np.full(shape, -1, np.int64)
+    wanted: list[Array] = []
+    targets: list[Array] = []
+    documents: list[Array] = []
     x_BTH = {
         tap: torch.zeros(*shape, items[0][0].x_NH[tap].shape[1], dtype=torch.bfloat16)
         for tap in taps
@@ -182,20 +196,21 @@ def collate(items: list[tuple[Block, int]], taps: tuple[str, ...]) -> Batch:
             ids[b, start:stop] = block.ids_N[first:last]
             positions[b, start:stop] = np.arange(lengths[index])
             segments[b, start:stop] = index
-            documents[b, start:stop] = block.document_S[i]
-            wanted = block.ids_N[first + 1 : last].copy()
-            wanted[~block.loss_mask_N[first + 1 : last]] = -1
-            targets[b, start : stop - 1] = wanted
             for tap in taps:
                 x_BTH[tap][b, start:stop] = block.x_NH[tap][first:last]
+            places = np.flatnonzero(block.loss_mask_N[first + 1 : last])
+            wanted.append(b * shape[1] + start + places)
+            targets.append(block.ids_N[first + 1 : last][places])
+            documents.append(np.full(len(places), block.document_S[i]))
             start = stop
     return Batch(
         x_BTH,
         torch.from_numpy(ids),
         torch.from_numpy(positions),
         torch.from_numpy(segments),
-        torch.from_numpy(targets),
-        torch.from_numpy(documents),
+        torch.from_numpy(np.concatenate(wanted)),
+        torch.from_numpy(np.concatenate(targets)),
+        torch.from_numpy(np.concatenate(documents)),
         tuple(int(block.sequence_S[i]) for block, i in items),
         sum(lengths),
     )

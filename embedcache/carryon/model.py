@@ -30,6 +30,11 @@ class CarryOn(nn.Module):
         self.config = config
         self.hidden = hidden
         inputs = len(config.taps) + config.token_input
+        # Set from a sample of train by `calibrate`, stored with the weights.
+        self.mean_KH: Tensor
+        self.scale_KH: Tensor
+        self.register_buffer("mean_KH", torch.zeros(len(config.taps), hidden))
+        self.register_buffer("scale_KH", torch.ones(len(config.taps), hidden))
         self.project = nn.Linear(hidden * inputs, config.width)
         self.blocks = nn.ModuleList(_Block(config, index) for index in range(config.blocks))
         self.norm = nn.RMSNorm(config.width)
@@ -56,13 +61,19 @@ class CarryOn(nn.Module):
             mask_BTS: True where a query may see a key; None means plain causal attention.
             update: stores keys and values of earlier calls, for generation.
         """
-        parts = [bridge(x_BTH[tap], self.config.bridge_bits) for tap in self.config.taps]
+        # The residual stream keeps the weights' precision, also where products are taken in less.
+        dtype = self.project.weight.dtype
+        parts = [
+            bridge((x_BTH[tap].to(dtype) - mean_H) * scale_H, self.config.bridge_bits)
+            for tap, mean_H, scale_H in zip(
+                self.config.taps, self.mean_KH, self.scale_KH, strict=True
+            )
+        ]
         if self.config.token_input:
             if tokens_BTH is None:
                 raise ValueError("this carry-on reads token ids: pass tokens_BTH")
-            parts.append(tokens_BTH)
-        dtype = self.project.weight.dtype
-        h_BTR = self.project(torch.cat([_unit_rms(part.to(dtype)) for part in parts], dim=-1))
+            parts.append(F.rms_norm(tokens_BTH.to(dtype), (self.hidden,), eps=1e-6))
+        h_BTR = self.project(torch.cat(parts, dim=-1)).to(dtype)
         rotary = rotary_angles(positions_BT, self.config.head_width)
         mask = None if mask_BTS is None else mask_BTS[:, None]
         for block in self.blocks:
@@ -72,6 +83,19 @@ class CarryOn(nn.Module):
         if self.gate is not None:
             delta_BTH = delta_BTH * torch.sigmoid(self.gate(h_BTR))
         return delta_BTH
+
+    @torch.no_grad()
+    def calibrate(self, sample_NH: dict[str, Tensor]) -> None:
+        """Set the mean and scale that bring each component of each tap to zero mean, unit variance.
+
+        A few components of a base's embeddings are ten times the others: unscaled, they are most
+        of what a branch of small width sees.
+        """
+        for index, tap in enumerate(self.config.taps):
+            x_NH = sample_NH[tap].double()
+            deviation_H = x_NH.std(dim=0, correction=0)
+            self.mean_KH[index] = x_NH.mean(dim=0).to(self.mean_KH.dtype)
+            self.scale_KH[index] = (1 / deviation_H.clamp_min(1e-6)).to(self.scale_KH.dtype)
 
     def parameter_count(self) -> int:
         """Number of trainable parameters."""
@@ -118,15 +142,9 @@ def bridge(x_BTH: Tensor, bits: int) -> Tensor:
     """Return x as it arrives over a bridge of that many bits (symmetric, one scale a token)."""
     if bits == 16:
         return x_BTH
-    x_BTH = x_BTH.float()
     largest = 2 ** (bits - 1) - 1
     scale = (x_BTH.abs().amax(dim=-1, keepdim=True) / largest).clamp_min(1e-12)
     return (x_BTH / scale).round().clamp(-largest, largest) * scale
-
-
-def _unit_rms(x_BTH: Tensor) -> Tensor:
-    """Divide each token's vector by its root mean square, so that taps of any scale can be read."""
-    return F.rms_norm(x_BTH, (x_BTH.shape[-1],), eps=1e-6)
 
 
 def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor]:

@@ -20,10 +20,11 @@ class LikelyTokens:
         filled = 0
         with bar.bar("finding the base's likely tokens", tokens, "tok") as progress:
             for batch in loader.epoch(0):
-                for index, sequence in enumerate(batch.sequences):
-                    self._first[sequence] = filled
-                    filled += int((batch.segments_BT == index).sum())
                 real = batch.segments_BT >= 0
+                lengths = torch.bincount(batch.segments_BT[real]).tolist()
+                for sequence, length in zip(batch.sequences, lengths, strict=True):
+                    self._first[sequence] = filled
+                    filled += length
                 x_NH = batch.x_BTH["final"][real].to(device, head.weight_VH.dtype)
                 self._rows_NK[self._rows(batch)[real]] = likeliest(x_NH, head, count).int().cpu()
                 progress.advance(batch.tokens)
@@ -33,6 +34,6 @@ class LikelyTokens:
         first_S = torch.tensor([self._first[sequence] for sequence in batch.sequences])
         return first_S[batch.segments_BT] + batch.positions_BT
 
-    def of(self, batch: Batch, wanted_BT: torch.Tensor) -> torch.Tensor:
+    def of(self, batch: Batch) -> torch.Tensor:
         """Return the likely tokens of a batch's wanted positions, int64 [N, K]."""
-        return self._rows_NK[self._rows(batch)[wanted_BT]].long()
+        return self._rows_NK[self._rows(batch).flatten()[batch.wanted_N]].long()

@@ -1,0 +1,55 @@
+"""Running an iterator ahead on a thread."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+def prefetch(items: Iterable[Item], depth: int = 2) -> Iterator[Item]:
+    """Yield the items in order, made up to ``depth`` ahead; an error is raised in its place.
+
+    Closing the generator early stops the thread after the item that it is at.
+
+    >>> list(prefetch(range(4)))
+    [0, 1, 2, 3]
+    """
+    ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
+    closed = threading.Event()
+
+    def put(entry: tuple[bool, Item | BaseException | None]) -> bool:
+        while not closed.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+            except queue.Full:
+                continue
+            return True
+        return False
+
+    def produce() -> None:
+        try:
+            for item in items:
+                if not put((True, item)):
+                    return
+            put((False, None))
+        except BaseException as error:  # noqa: BLE001
+            put((False, error))  # the consumer raises it
+
+    thread = threading.Thread(target=produce, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, value = ready.get()
+            if more:
+                yield value  # type: ignore[misc]
+            elif isinstance(value, BaseException):
+                raise value
+            else:
+                return
+    finally:
+        closed.set()
+        thread.join()
