@@ -112,21 +112,22 @@ class _FrozenHeadLoss(torch.autograd.Function):
         gradient_NH = torch.empty_like(x_NH) if needs_gradient else None
         for rows in row_chunks(len(x_NH), weight_CH.shape[0], x_NH.device):
             targets = targets_N[rows, None]
-            logits = (x_NH[rows] @ weight_CH.T).float()
+            logits = x_NH[rows] @ weight_CH.T
+            # Float32 from here on; where nothing is added, the cast is log_softmax's own.
             if columns.bias_C is not None:
-                logits += columns.bias_C
+                logits = logits.float() + columns.bias_C
             if scale != 1.0:
-                logits *= scale
+                logits = logits.float() * scale
             if softcap is not None:
-                capped = torch.tanh(logits / softcap)
+                capped = torch.tanh(logits.float() / softcap)
                 logits = capped * softcap
             if columns.log_weight_C is not None:
-                logits += columns.log_weight_C
-            log_sum = torch.logsumexp(logits, dim=1, keepdim=True)
-            loss_N[rows] = (log_sum - logits.gather(1, targets)).squeeze(1)
+                logits = logits.float() + columns.log_weight_C
+            log_p = torch.log_softmax(logits, dim=1, dtype=torch.float32)
+            loss_N[rows] = -log_p.gather(1, targets).squeeze(1)
             if gradient_NH is None:
                 continue
-            slope = logits.sub_(log_sum).exp_()  # the softmax, in place
+            slope = log_p.exp_()  # the softmax, in place
             slope.scatter_add_(1, targets, slope.new_full(targets.shape, -1.0))
             if softcap is not None:
                 slope *= 1 - capped.square()

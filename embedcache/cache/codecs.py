@@ -14,6 +14,7 @@ import torch
 import zarr
 from zarr.codecs import BloscCodec, Crc32cCodec
 
+from embedcache.cache.shard import COMPRESSOR, LEVEL
 from embedcache.errors import UsageError, nearest
 
 CHUNK_ROWS = 2048
@@ -112,23 +113,28 @@ def create_arrays(
     group: zarr.Group, tap: str, codec: Codec, *, blocks: int, block_tokens: int, hidden: int
 ) -> None:
     """Create the empty arrays of one tap in a split's group: one shard a block."""
-    chunk_rows = CHUNK_ROWS if block_tokens % CHUNK_ROWS == 0 else block_tokens
+    rows = chunk_rows(block_tokens)
     for spec in codec.arrays:
         columns = (hidden,) if spec.wide else ()
         group.create_array(
             f"{spec.group}/{tap}",
             shape=(blocks * block_tokens, *columns),
             shards=(block_tokens, *columns),
-            chunks=(chunk_rows, *columns),
+            chunks=(rows, *columns),
             dtype=spec.dtype,
             compressors=compressors(np.dtype(spec.dtype).itemsize),
             fill_value=0,
         )
 
 
+def chunk_rows(block_tokens: int) -> int:
+    """Return the rows of an inner chunk in blocks of that size."""
+    return CHUNK_ROWS if block_tokens % CHUNK_ROWS == 0 else block_tokens
+
+
 def compressors(itemsize: int) -> list[Any]:
     """Return the byte codecs of every array: blosc (byte shuffle, zstd), then crc32c."""
     return [
-        BloscCodec(cname="zstd", clevel=3, shuffle="shuffle", typesize=itemsize),
+        BloscCodec(cname=COMPRESSOR, clevel=LEVEL, shuffle="shuffle", typesize=itemsize),
         Crc32cCodec(),
     ]

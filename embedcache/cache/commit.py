@@ -20,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
+from embedcache.cache.codecs import chunk_rows
 from embedcache.cache.layout import COMMITS, LOCK, STAGING, marker_path, shard_name
+from embedcache.cache.shard import write_shard
 from embedcache.errors import CacheError, OutputError
-from embedcache.files import fsync_path, hash_file
+from embedcache.files import fsync_path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -126,21 +127,10 @@ class BlockWriter:
         return marker
 
     def _stage(self, array: str, block: int, values: np.ndarray[Any, Any]) -> FileRecord:
-        """Write one shard of the array under the attempt's folder, byte for byte as Zarr would."""
-        home = self._folder / array
-        if not (home / "zarr.json").exists():
-            home.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(self._cache / array / "zarr.json", home / "zarr.json")
-        staged = zarr.open_array(home, mode="r+")
-        rows = len(values)
-        # Zarr writes no file for a chunk of fill values only unless told to; a block always has its
-        # files, so that a missing one is always a fault.
-        staged = staged.with_config({"write_empty_chunks": True})
-        staged[block * rows : (block + 1) * rows] = values
+        """Write one shard of the array under the attempt's folder."""
         name = shard_name(array, block, values.ndim)
-        path = self._folder / name
-        fsync_path(path)
-        return FileRecord(path=name, bytes=path.stat().st_size, sha256=hash_file(path))
+        size, digest = write_shard(self._folder / name, values, chunk_rows(len(values)))
+        return FileRecord(path=name, bytes=size, sha256=digest)
 
     def close(self) -> None:
         """Remove the attempt's staging folder."""

@@ -8,7 +8,7 @@ threads, ahead of the trainer.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
@@ -48,13 +48,10 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """Return the batch on a device; copies from pinned memory do not wait."""
-        return self._map(lambda value: value.to(device, non_blocking=True))
 
-    def pinned(self) -> Batch:
-        """Return the batch in pinned memory."""
-        return self._map(torch.Tensor.pin_memory)
+        def change(value: torch.Tensor) -> torch.Tensor:
+            return value.to(device, non_blocking=True)
 
-    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         names = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N", "documents_N")
         changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
         return replace(self, x_BTH={tap: change(x) for tap, x in self.x_BTH.items()}, **changed)
@@ -149,8 +146,8 @@ class BatchLoader:
             return
         blocks = [future.result() for future in futures]
         for items in batches:
-            batch = collate([(blocks[item.block], item.place) for item in items], self._taps)
-            yield batch.pinned() if self._pin else batch
+            places = [(blocks[item.block], item.place) for item in items]
+            yield collate(places, self._taps, pin=self._pin)
 
 
 def pack_rows(lengths: list[int]) -> list[list[int]]:
@@ -173,8 +170,8 @@ def pack_rows(lengths: list[int]) -> list[list[int]]:
     return rows
 
 
-def collate(items: list[tuple[Block, int]], taps: tuple[str, ...]) -> Batch:
-    """Pack (block, place in the block) items into a `Batch`."""
+def collate(items: list[tuple[Block, int]], taps: tuple[str, ...], *, pin: bool = False) -> Batch:
+    """Pack (block, place in the block) items into a `Batch`, in pinned memory where asked."""
     lengths = [int(block.rows_S2[i, 1] - block.rows_S2[i, 0]) for block, i in items]
     rows = pack_rows(lengths)
     shape = (len(rows), max(lengths))
@@ -184,7 +181,9 @@ def collate(items: list[tuple[Block, int]], taps: tuple[str, ...]) -> Batch:
     targets: list[Array] = []
     documents: list[Array] = []
     x_BTH = {
-        tap: torch.zeros(*shape, items[0][0].x_NH[tap].shape[1], dtype=torch.bfloat16)
+        tap: torch.empty(
+            *shape, items[0][0].x_NH[tap].shape[1], dtype=torch.bfloat16, pin_memory=pin
+        )
         for tap in taps
     }
     for b, row in enumerate(rows):
@@ -203,14 +202,20 @@ def collate(items: list[tuple[Block, int]], taps: tuple[str, ...]) -> Batch:
             targets.append(block.ids_N[first + 1 : last][places])
             documents.append(np.full(len(places), block.document_S[i]))
             start = stop
+        for tap in taps:
+            x_BTH[tap][b, start:] = 0
+
+    def tensor(values: Array) -> torch.Tensor:
+        return torch.from_numpy(values).pin_memory() if pin else torch.from_numpy(values)
+
     return Batch(
         x_BTH,
-        torch.from_numpy(ids),
-        torch.from_numpy(positions),
-        torch.from_numpy(segments),
-        torch.from_numpy(np.concatenate(wanted)),
-        torch.from_numpy(np.concatenate(targets)),
-        torch.from_numpy(np.concatenate(documents)),
+        tensor(ids),
+        tensor(positions),
+        tensor(segments),
+        tensor(np.concatenate(wanted)),
+        tensor(np.concatenate(targets)),
+        tensor(np.concatenate(documents)),
         tuple(int(block.sequence_S[i]) for block, i in items),
         sum(lengths),
     )

@@ -12,9 +12,10 @@ import torch
 import zarr
 
 from embedcache.cache.base_arrays import read_base_array
-from embedcache.cache.codecs import codec_for
-from embedcache.cache.layout import ATTRIBUTE, CacheAttributes
+from embedcache.cache.codecs import ArraySpec, chunk_rows, codec_for
+from embedcache.cache.layout import ATTRIBUTE, CacheAttributes, shard_name
 from embedcache.cache.manifest import Manifest, SplitManifest, read_manifest
+from embedcache.cache.shard import read_shard
 from embedcache.cache.tokens import SplitTokens
 from embedcache.errors import CacheError, nearest
 
@@ -49,6 +50,7 @@ class SplitReader:
         self.taps = attributes.settings.taps
         self._cache = cache
         self._rows = attributes.settings.block_tokens
+        self._hidden = attributes.base["hidden_size"]
         self._codec = codec_for(name, attributes.settings.codec)
         self._tokens = SplitTokens(cache, name, self._rows)
         self._quarantined = np.array(manifest.quarantined, dtype=np.int64)
@@ -75,16 +77,12 @@ class SplitReader:
         or where a chunk fails its checksum.
         """
         self._check_files(block)
-        start = block * self._rows
-        rows = slice(start, start + self._tokens.block_rows(block))
+        rows = self._tokens.block_rows(block)
         try:
             ids_N, loss_mask_N = self.tokens(block)
             x_NH = {
                 tap: self._codec.decode(
-                    {
-                        spec.group: np.asarray(self._tokens.array(f"{spec.group}/{tap}")[rows])
-                        for spec in self._codec.arrays
-                    }
+                    {spec.group: self._shard(spec, tap, block, rows) for spec in self._codec.arrays}
                 )
                 for tap in (self.taps if taps is None else taps)
             }
@@ -95,6 +93,18 @@ class SplitReader:
             ) from error
         sequence_S, rows_S2, document_S = self.sequences(block)
         return Block(ids_N, loss_mask_N, x_NH, rows_S2, sequence_S, document_S)
+
+    def _shard(self, spec: ArraySpec, tap: str, block: int, rows: int) -> Array:
+        columns = (self._hidden,) if spec.wide else ()
+        size = chunk_rows(self._rows)
+        return read_shard(
+            self._cache / shard_name(f"{self.name}/{spec.group}/{tap}", block, 1 + spec.wide),
+            rows=rows,
+            columns=columns,
+            dtype=spec.dtype,
+            chunk_rows=size,
+            chunks=self._rows // size,
+        )
 
     def _check_files(self, block: int) -> None:
         for record in self.manifest.files[block]:
