@@ -72,5 +72,13 @@ def main() -> None:
         )
         sys.exit(1)
     except KeyboardInterrupt:
-        typer.echo("embedcache: interrupted; run the same command again to go on", err=True)
+        _say_interrupted()
         sys.exit(130)
+    except SystemExit as stop:
+        if stop.code == 130:  # what typer makes of Ctrl-C, without a word
+            _say_interrupted()
+        raise
+
+
+def _say_interrupted() -> None:
+    typer.echo("embedcache: interrupted; run the same command again to go on", err=True)

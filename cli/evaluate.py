@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -57,7 +57,18 @@ def evaluate_command(
                 loaded, carryon, cache, split=split, alphas=alphas, progress=progress
             )
         else:
-            text = CorpusConfig(sources=tuple(corpus or ()), dev_fraction=0.0, test_fraction=0.0)
+            # Rendered and cut as what the carry-on was trained on.
+            text = replace(
+                CorpusConfig.from_dict(record.cache["corpus"]["config"]),
+                sources=tuple(corpus or ()),
+                dev_sources=(),
+                test_sources=(),
+                split_file=None,
+                dev_fraction=0.0,
+                test_fraction=0.0,
+                limit_documents=None,
+                limit_tokens=None,
+            )
             found = evaluate_corpus(loaded, carryon, text, alphas=alphas, progress=progress)
     if as_json:
         print_json(asdict(found))

@@ -66,9 +66,9 @@ def train_command(
         "seed": seed,
     }
     settings |= {key: value for key, value in training.items() if value is not None}
-    settings["carryon"] = settings.get("carryon", {}) | {
-        key: value for key, value in carryon.items() if value is not None
-    }
+    shape = settings.get("carryon", {})
+    if isinstance(shape, dict):  # else TrainConfig says what it should be
+        settings["carryon"] = shape | {k: v for k, v in carryon.items() if v is not None}
     request = TrainConfig.from_dict(settings)
     if dry_run:
         plan = preview(cache, out=out, config=request, device=device)

@@ -30,6 +30,7 @@ from embedcache.base.taps import (
 )
 from embedcache.carryon.model import CarryOn, KeyValueUpdate
 from embedcache.carryon.store import load_carryon
+from embedcache.errors import UsageError
 
 
 def compose(base: Base, folder: Path, *, alpha: float = 1.0) -> Composed:
@@ -60,13 +61,18 @@ class Composed:
         self.alpha = alpha
         self.x_BTH: Tensor | None = None
         self.delta_BTH: Tensor | None = None
-        self._carryon = carryon.to(base.device, base.dtype).eval().requires_grad_(False)
+        decoder = decoder_of(base.model)
+        if any(isinstance(getattr(hook, "__self__", None), Composed) for hook in _hooks(decoder)):
+            raise UsageError("this base already has a carry-on: detach() it first")
+        # In float32 whatever the base's dtype, as it was trained: a mean ten times the spread
+        # would lose the spread to bfloat16.
+        self._carryon = carryon.to(base.device, torch.float32).eval().requires_grad_(False)
         self._embedding = token_embedding_of(base.model)
         self._layers = base.model.config.get_text_config().num_hidden_layers
         taps = [tap for tap in carryon.config.taps if tap != FINAL]
         self._recorder = TapRecorder(base.model, taps)
         self._recorder.__enter__()
-        self._handle = decoder_of(base.model).register_forward_hook(self._after, with_kwargs=True)
+        self._handle = decoder.register_forward_hook(self._after, with_kwargs=True)
 
     def __enter__(self) -> Composed:
         """Return self."""
@@ -97,13 +103,16 @@ class Composed:
         cache = output.get("past_key_values")
         past = self._past(cache, x_BTH.shape[1])
         mask_BS = kwargs.get("attention_mask")
-        self.delta_BTH = self._carryon(
-            {FINAL: x_BTH, **self._recorder.taps},
-            positions_BT=_positions(kwargs.get("position_ids"), x_BTH, past),
-            tokens_BTH=self._tokens(ids_BT),
-            mask_BTS=_mask(mask_BS, x_BTH, past),
-            update=None if cache is None else self._update_of(cache),
-        )
+        low = x_BTH.device.type == "cuda" and x_BTH.dtype != torch.float32
+        with torch.autocast(x_BTH.device.type, torch.bfloat16, enabled=low):
+            delta_BTH = self._carryon(
+                {FINAL: x_BTH, **self._recorder.taps},
+                positions_BT=_positions(kwargs.get("position_ids"), x_BTH, past),
+                tokens_BTH=self._tokens(ids_BT),
+                mask_BTS=_mask(mask_BS, x_BTH, past),
+                update=None if cache is None else self._update_of(cache),
+            )
+        self.delta_BTH = delta_BTH.to(x_BTH.dtype)
         output.last_hidden_state = x_BTH + self.alpha * self.delta_BTH
         return output
 
@@ -136,6 +145,10 @@ class Composed:
             return keys, values
 
         return update
+
+
+def _hooks(module: torch.nn.Module) -> list[Any]:
+    return list(module._forward_hooks.values())
 
 
 def _positions(position_ids: Tensor | None, x_BTH: Tensor, past: int) -> Tensor:

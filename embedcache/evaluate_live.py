@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from embedcache.base.identity import BaseIdentity
 from embedcache.base.load import Base
 from embedcache.base.taps import final_embeddings
 from embedcache.cache.reader import Cache
@@ -34,8 +35,15 @@ def evaluate_cache_live(
     alphas: Sequence[float] = (1.0,),
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Compare carry-on and base on a cache's tokens, with embeddings of the live base."""
-    reader = Cache(cache_path).split(split)
+    """Compare carry-on and base on a cache's tokens, with embeddings of the live base.
+
+    Raises ``IdentityError`` where base, cache and carry-on are not all of one base.
+    """
+    cache = Cache(cache_path)
+    BaseIdentity.from_dict(cache.attributes.base).require(
+        base.identity, this=f"the cache {cache_path}", that="the base"
+    )
+    reader = cache.split(split)
     with (
         compose(base, carryon) as composed,
         progress.bar(f"evaluating on {split}, live", reader.manifest.tokens, "tok") as bar,

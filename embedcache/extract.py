@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ from embedcache.cache.base_arrays import write_base_array
 from embedcache.cache.codecs import codec_for
 from embedcache.cache.commit import BlockWriter, Marker, clear_staging, recover, writer_lock
 from embedcache.cache.layout import LOCK, MANIFEST, SPLITS, STAGING, ExtractSettings
-from embedcache.cache.manifest import Manifest, publish_manifest, read_manifest, split_manifest
+from embedcache.cache.manifest import (
+    Manifest,
+    publish_manifest,
+    read_manifest,
+    sealed_files,
+    split_manifest,
+)
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.seal import fsync_tree
 from embedcache.cache.tokens import SplitTokens
@@ -138,7 +145,8 @@ def extract(
             if not (out / "zarr.json").is_file():
                 (out / LOCK).unlink(missing_ok=True)
                 if created:
-                    out.rmdir()
+                    with suppress(OSError):  # another process may have begun there
+                        out.rmdir()
             raise
         run = _Extraction(out, attributes.corpus["summary"], settings, max_quarantined, progress)
         if not (out / MANIFEST).is_file():
@@ -174,6 +182,10 @@ class _Extraction:
         markers = {name: recover(out, name, split.blocks) for name, split in self._splits.items()}
         clear_staging(out)
         self._resumed = sum(len(done) for done in markers.values())
+        for name, done in markers.items():
+            for marker in done.values():
+                self._count(name, marker)
+        self._check_quarantined(QUARANTINE_GRACE)
         todo = [
             (name, block)
             for name, split in self._splits.items()
@@ -188,11 +200,13 @@ class _Extraction:
                 base = load()
             _store_base(out, base)
             worst, tokens, seconds = self._forward(base, todo, markers)
+        self._check_quarantined(min(QUARANTINE_GRACE, self._seen // 2))
         manifest = Manifest(
             splits={
                 name: split_manifest(split.totals, markers[name], split.blocks)
                 for name, split in self._splits.items()
             },
+            files=sealed_files(out),
             extracted={
                 "self_check": worst,
                 "tokens": tokens,
@@ -281,19 +295,24 @@ class _Extraction:
                 continue
             marker = future.result()
             markers[name][block] = marker
-            starts = self._splits[name].block_starts
-            self._seen += int(starts[block + 1] - starts[block])
-            self._quarantined += len(marker.quarantined)
+            self._count(name, marker)
             bar.advance(rows, f"{sum(record.bytes for record in marker.files) / 1e6:.1f} MB/block")
-            allowed = max(QUARANTINE_GRACE, self._max_quarantined * self._seen)
-            if self._quarantined > allowed:
-                raise NumericsError(
-                    f"{self._quarantined} of the first {self._seen} sequences gave embeddings that "
-                    f"are not finite, expected at most {self._max_quarantined:.2%}: the base "
-                    "overflows. Try --dtype float32 or bfloat16, or allow more with "
-                    "--max-quarantined."
-                )
+            self._check_quarantined(QUARANTINE_GRACE)
         return pending
+
+    def _count(self, name: str, marker: Marker) -> None:
+        starts = self._splits[name].block_starts
+        self._seen += int(starts[marker.block + 1] - starts[marker.block])
+        self._quarantined += len(marker.quarantined)
+
+    def _check_quarantined(self, grace: int) -> None:
+        if self._quarantined > max(grace, self._max_quarantined * self._seen):
+            raise NumericsError(
+                f"{self._quarantined} of the first {self._seen} sequences gave embeddings that "
+                f"are not finite, expected at most {self._max_quarantined:.2%}: the base "
+                "overflows. Try --dtype float32 or bfloat16 and another --out, or allow more with "
+                "--max-quarantined."
+            )
 
     def summary(self, base: str, predicted: int) -> ExtractSummary:
         """Return the counts and sizes of the finished cache."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -28,8 +29,10 @@ class Sampling:
         """Raise ``UsageError`` for values outside their range."""
         if self.max_new_tokens < 1:
             raise UsageError(f"max_new_tokens must be at least 1, found {self.max_new_tokens}")
-        if self.temperature < 0:
-            raise UsageError(f"temperature must be 0 (greedy) or above, found {self.temperature}")
+        if not 0 <= self.temperature < math.inf:
+            raise UsageError(
+                f"temperature must be 0 (greedy) or above, and finite, found {self.temperature}"
+            )
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p must be in (0, 1], found {self.top_p}")
         if self.top_k < 0:

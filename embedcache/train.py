@@ -142,12 +142,19 @@ def check_out(out: Path, request: dict[str, Any]) -> None:
                     "Run with the first to go on, or give another --out."
                 )
     elif out.is_dir() and (
-        found := sorted(path.name for path in out.iterdir() if path.name != METRICS_FILE)
+        found := sorted(p.name for p in out.iterdir() if p.name != METRICS_FILE and not _partial(p))
     ):
         raise OutputError(
             f"{out} holds something else ({', '.join(found[:3])}): expected an empty or new "
             "folder. Give another --out."
         )
+
+
+def _partial(path: Path) -> bool:
+    """Whether a file is what a killed run was about to publish."""
+    return path.name.endswith(".partial") and path.name.startswith(
+        (f".{CHECKPOINT}.", f".{METRICS_FILE}.")
+    )
 
 
 def _difference(old: Any, new: Any) -> str:
@@ -202,6 +209,9 @@ class _Training:
         """Train, publish the carry-on and its report, and remove the checkpoint."""
         config = self._config
         self._out.mkdir(parents=True, exist_ok=True)
+        for path in self._out.iterdir():
+            if _partial(path):
+                path.unlink()
         checkpoint = self._out / CHECKPOINT
         if checkpoint.is_file():
             self._state, self._best = load_checkpoint(checkpoint, self.model, self._optimizer)
@@ -232,7 +242,7 @@ class _Training:
 
     def _epoch(self, bar: Bar, metrics: Metrics, total: int) -> None:
         state = self._state
-        started, before = time.perf_counter(), state.tokens
+        started, tokens_before, seconds_before = time.perf_counter(), state.tokens, state.seconds
         for batch in self._loader.epoch(state.epoch, skip=state.position):
             rate = learning_rate(
                 (state.tokens + batch.tokens) / total,
@@ -265,7 +275,8 @@ class _Training:
             step=state.step,
             epoch=state.epoch + 1,
             train_loss=state.epoch_loss / max(1, state.epoch_targets),
-            tokens_per_second=(state.tokens - before) / (time.perf_counter() - started + 1e-9),
+            tokens_per_second=(state.tokens - tokens_before)
+            / max(state.seconds - seconds_before, 1e-9),
             dev_loss=self._end_epoch(),
         )
         self._save()
@@ -274,6 +285,12 @@ class _Training:
         """Score dev, keep the weights if they are the best, and move on to the next epoch."""
         state = self._state
         dev = None if self._dev is None else self._score_dev(1.0)
+        if dev is not None and not math.isfinite(dev):
+            raise NumericsError(
+                f"training stopped after epoch {state.epoch + 1}: the dev loss is {dev}, expected "
+                f"a finite number. Train into another --out with a lower --lr (it was "
+                f"{self._config.lr:g})."
+            )
         if dev is None or state.best_dev is None or dev < state.best_dev:
             state.best_dev, state.best_epoch = dev, state.epoch + 1
             self._best = {name: value.clone() for name, value in self.model.state_dict().items()}

@@ -9,6 +9,7 @@ import torch
 import zarr
 
 from embedcache.cache.codecs import compressors
+from embedcache.cache.damaged import reading
 
 
 def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
@@ -36,9 +37,14 @@ def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
 
 
 def read_base_array(cache: Path, name: str) -> torch.Tensor | None:
-    """Read what `write_base_array` stored; None where there is no such array."""
-    if not (cache / "base" / name / "zarr.json").is_file():
+    """Read what `write_base_array` stored; None where there is no such array.
+
+    Raises ``CacheError`` where it is damaged.
+    """
+    path = cache / "base" / name
+    if not path.is_dir():
         return None
-    array = zarr.open_array(cache / "base" / name, mode="r")
-    value = torch.from_numpy(np.asarray(array[:]))
-    return value.view(torch.bfloat16) if array.attrs["dtype"] == "bfloat16" else value
+    with reading(path):
+        array = zarr.open_array(path, mode="r")
+        value = torch.from_numpy(np.asarray(array[:]))
+        return value.view(torch.bfloat16) if array.attrs["dtype"] == "bfloat16" else value

@@ -11,10 +11,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from embedcache.cache.codecs import chunk_rows
 from embedcache.cache.layout import COMMITS, LOCK, STAGING, marker_path, shard_name
 from embedcache.cache.shard import write_shard
 from embedcache.errors import CacheError, OutputError
-from embedcache.files import fsync_path
+from embedcache.files import fsync_path, make_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -71,8 +72,10 @@ def committed_blocks(cache: Path, split: str) -> dict[int, Path]:
     """Return the newest marker of every committed block of a split."""
     newest: dict[int, tuple[int, Path]] = {}
     folder = cache / COMMITS / split
-    for path in folder.glob("*.json") if folder.is_dir() else ():
-        block, generation = (int(part) for part in path.name.split(".")[:2])
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if (match := re.fullmatch(r"(\d+)\.(\d+)\.json", path.name)) is None:
+            continue
+        block, generation = int(match[1]), int(match[2])
         if block not in newest or generation > newest[block][0]:
             newest[block] = (generation, path)
     return {block: path for block, (_, path) in sorted(newest.items())}
@@ -116,7 +119,7 @@ class BlockWriter:
         finished.write_text(marker.to_json())
         fsync_path(finished)
         target = marker_path(self._cache, split, block, generation)
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(target.parent)
         try:
             os.link(finished, target)
         except FileExistsError:
@@ -141,11 +144,9 @@ def promote(cache: Path, marker: Marker) -> None:
     """Move a marker's files into place where they still lie in staging; safe to repeat."""
     for record in marker.files:
         target = cache / record.path
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        make_folder(target.parent)
+        with suppress(FileNotFoundError):  # promoted before
             (cache / STAGING / marker.attempt / record.path).replace(target)
-        except FileNotFoundError:
-            continue  # promoted before
         fsync_path(target.parent)
 
 
@@ -158,16 +159,17 @@ def recover(cache: Path, split: str, block_count: int) -> dict[int, Marker]:
     done: dict[int, Marker] = {}
     for block, path in committed_blocks(cache, split).items():
         marker = Marker.read(path)
+        if block >= block_count or (marker.split, marker.block) != (split, block):
+            raise CacheError(
+                f"{path} marks block {marker.block} of split '{marker.split}', expected its name's "
+                f"and one of the {block_count} blocks of '{split}': the folder mixes two caches. "
+                "Extract into an empty folder."
+            )
         promote(cache, marker)
         whole = all(
             (cache / record.path).is_file() and (cache / record.path).stat().st_size == record.bytes
             for record in marker.files
         )
-        if block >= block_count:
-            raise CacheError(
-                f"{path} marks block {block}, but split '{split}' has {block_count} blocks: the "
-                "folder mixes two caches. Extract into an empty folder."
-            )
         if whole:
             done[block] = marker
         else:
@@ -190,9 +192,13 @@ def writer_lock(cache: Path) -> Iterator[None]:
     with (cache / LOCK).open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+            # Whoever gave up in between took the file away: a lock on that keeps nobody out.
+            held = os.path.samestat((cache / LOCK).stat(), os.fstat(file.fileno()))
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
             raise OutputError(
                 f"{cache} is being written by another embedcache process: wait for it, or give "
                 "another --out"
-            ) from error
+            )
         yield

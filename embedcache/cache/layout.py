@@ -19,7 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import CacheError
+from embedcache.cache.codecs import codec_named
+from embedcache.errors import CacheError, UsageError
 
 SCHEMA = 1
 SPLITS = ("train", "dev", "test")
@@ -44,6 +45,24 @@ class ExtractSettings:
     context: int = 1024
     block_tokens: int = 16384
     batch_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        codec_named(self.codec)
+        if not self.taps or len(set(self.taps)) < len(self.taps):
+            raise UsageError(
+                f"expected at least one tap, each once; found {', '.join(self.taps) or 'none'}. "
+                "Type for example: --taps final"
+            )
+        if self.block_tokens < self.context:
+            raise UsageError(
+                f"expected a block to hold a whole sequence of {self.context} tokens, found blocks "
+                f"of {self.block_tokens}. Type: --block-tokens {self.context} or more"
+            )
+        if self.batch_tokens < 1:
+            raise UsageError(
+                f"expected batches of at least 1 token, found {self.batch_tokens}. "
+                "Type for example: --batch-tokens 2048"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +105,7 @@ class CacheAttributes:
                 environment=value["environment"],
                 schema=schema,
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, UsageError) as error:
             raise CacheError(
                 f"{path} has no complete embedcache attributes ({error}); its zarr.json was edited "
                 "or damaged. Extract it again."

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from embedcache.cache.commit import FileRecord, Marker
-from embedcache.cache.layout import MANIFEST
+from embedcache.cache.layout import MANIFEST, SPLITS
 from embedcache.errors import CacheError
-from embedcache.files import hash_json, publish_json
+from embedcache.files import hash_file, hash_json, publish_json
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,13 +41,23 @@ class Manifest:
     """All splits, and the hash that a trainer's state is tied to."""
 
     splits: dict[str, SplitManifest]
+    files: tuple[FileRecord, ...]
+    """What is no block's: sealed tokens, documents, and what is kept of the base."""
     extracted: dict[str, Any]
     """What the run saw: tokens per second, the self-check's largest error."""
 
     @property
     def hash(self) -> str:
-        """SHA-256 over the splits: equal for equal content, whatever the speed it was made at."""
-        return hash_json({name: asdict(split) for name, split in self.splits.items()})
+        """SHA-256 over all files: equal for equal content, whatever the speed it was made at."""
+        return hash_json(self._content())
+
+    def _content(self) -> dict[str, Any]:
+        splits = {name: asdict(split) for name, split in self.splits.items()}
+        return {"splits": splits, "files": [asdict(record) for record in self.files]}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the manifest as JSON-ready values, with its hash."""
+        return {"hash": self.hash, "extracted": self.extracted} | self._content()
 
 
 def split_manifest(
@@ -70,11 +81,40 @@ def split_manifest(
 
 def publish_manifest(cache: Path, manifest: Manifest) -> None:
     """Publish the manifest: from here on readers may open the cache."""
-    publish_json(
-        cache / MANIFEST,
-        {"hash": manifest.hash, "extracted": manifest.extracted}
-        | {"splits": {name: asdict(split) for name, split in manifest.splits.items()}},
+    publish_json(cache / MANIFEST, manifest.to_dict())
+
+
+def sealed_files(cache: Path) -> tuple[FileRecord, ...]:
+    """Return the records of every file that was written before the first block.
+
+    Zarr takes a chunk that is not there for zeros, and an empty object for a group without
+    attributes; readers hold the files against these records.
+    """
+    folders = [cache / split / part for split in SPLITS for part in ("tokens", "documents")]
+    paths = [cache / split / "zarr.json" for split in SPLITS]
+    for folder in [*folders, cache / "base"]:
+        paths += sorted(path for path in folder.rglob("*") if path.is_file())
+    return tuple(
+        FileRecord(
+            path=path.relative_to(cache).as_posix(),
+            bytes=path.stat().st_size,
+            sha256=hash_file(path),
+        )
+        for path in paths
     )
+
+
+def check_files(cache: Path, records: Iterable[FileRecord]) -> None:
+    """Raise ``CacheError`` unless every file is there in its size; checksums hold its content."""
+    for record in records:
+        path = cache / record.path
+        size = path.stat().st_size if path.is_file() else None
+        if size != record.bytes:
+            found = "is missing" if size is None else f"has {size} bytes"
+            raise CacheError(
+                f"{path} {found}, expected {record.bytes} bytes: the cache is damaged. "
+                "Extract into a new folder."
+            )
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -89,10 +129,11 @@ def read_manifest(cache: Path) -> Manifest:
         value = json.loads(path.read_text())
         manifest = Manifest(
             splits={name: _parse_split(split) for name, split in value["splits"].items()},
+            files=_parse_files(value["files"]),
             extracted=value["extracted"],
         )
         stated = value["hash"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CacheError(f"{path} is damaged ({error}): delete it and run extract again") from error
     if stated != manifest.hash:
         raise CacheError(
@@ -103,6 +144,10 @@ def read_manifest(cache: Path) -> Manifest:
 
 
 def _parse_split(value: dict[str, Any]) -> SplitManifest:
-    files = tuple(tuple(FileRecord(**record) for record in block) for block in value.pop("files"))
+    files = tuple(_parse_files(block) for block in value.pop("files"))
     quarantined = tuple(value.pop("quarantined"))
     return SplitManifest(files=files, quarantined=quarantined, **value)
+
+
+def _parse_files(records: list[dict[str, Any]]) -> tuple[FileRecord, ...]:
+    return tuple(FileRecord(**record) for record in records)

@@ -13,8 +13,9 @@ import zarr
 
 from embedcache.cache.base_arrays import read_base_array
 from embedcache.cache.codecs import ArraySpec, chunk_rows, codec_for
+from embedcache.cache.damaged import reading
 from embedcache.cache.layout import ATTRIBUTE, CacheAttributes, shard_name
-from embedcache.cache.manifest import Manifest, SplitManifest, read_manifest
+from embedcache.cache.manifest import Manifest, SplitManifest, check_files, read_manifest
 from embedcache.cache.shard import read_shard
 from embedcache.cache.tokens import SplitTokens
 from embedcache.errors import CacheError, nearest
@@ -58,17 +59,14 @@ class SplitReader:
     def sequences(self, block: int) -> tuple[Array, Array, Array]:
         """Return (sequence_S, rows_S2, document_S) of a block's readable sequences."""
         first, stop = (int(v) for v in self._tokens.block_starts[block : block + 2])
-        document = np.asarray(self._tokens.array("tokens/document")[first:stop]).astype(np.int64)
+        document = self._tokens.documents(block)
         sequence = np.arange(first, stop)
         keep = ~np.isin(sequence, self._quarantined)
         return sequence[keep], self._tokens.offsets(block)[keep], document[keep]
 
     def tokens(self, block: int) -> tuple[Array, Array]:
         """Return (ids_N, loss_mask_N) of a block; N is the rows in use."""
-        start = block * self._rows
-        rows = slice(start, start + self._tokens.block_rows(block))
-        ids = np.asarray(self._tokens.array("tokens/ids")[rows]).astype(np.int64)
-        return ids, np.asarray(self._tokens.array("tokens/loss_mask")[rows])
+        return self._tokens.used(block)
 
     def block(self, block: int, taps: tuple[str, ...] | None = None) -> Block:
         """Read and decode a block; ``taps`` defaults to all that are stored.
@@ -76,21 +74,18 @@ class SplitReader:
         Raises ``CacheError`` where a file is missing or of another size than the manifest states,
         or where a chunk fails its checksum.
         """
-        self._check_files(block)
-        rows = self._tokens.block_rows(block)
-        try:
-            ids_N, loss_mask_N = self.tokens(block)
+        check_files(self._cache, self.manifest.files[block])
+        ids_N, loss_mask_N = self.tokens(block)
+        with reading(self._cache / self.name):
             x_NH = {
                 tap: self._codec.decode(
-                    {spec.group: self._shard(spec, tap, block, rows) for spec in self._codec.arrays}
+                    {
+                        spec.group: self._shard(spec, tap, block, len(ids_N))
+                        for spec in self._codec.arrays
+                    }
                 )
                 for tap in (self.taps if taps is None else taps)
             }
-        except (ValueError, RuntimeError, OSError) as error:
-            raise CacheError(
-                f"block {block} of split '{self.name}' in {self._cache} is damaged ({error}). "
-                "Extract into a new folder."
-            ) from error
         sequence_S, rows_S2, document_S = self.sequences(block)
         return Block(ids_N, loss_mask_N, x_NH, rows_S2, sequence_S, document_S)
 
@@ -106,17 +101,6 @@ class SplitReader:
             chunks=self._rows // size,
         )
 
-    def _check_files(self, block: int) -> None:
-        for record in self.manifest.files[block]:
-            path = self._cache / record.path
-            size = path.stat().st_size if path.is_file() else None
-            if size != record.bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
-                raise CacheError(
-                    f"{path} {found}, expected {record.bytes} bytes: the cache is damaged. "
-                    "Extract into a new folder."
-                )
-
     @cached_property
     def documents(self) -> list[str]:
         """Names of the split's documents."""
@@ -128,12 +112,16 @@ class SplitReader:
 
 
 class Cache:
-    """A finished cache: its attributes, manifest, splits and the base's head."""
+    """A finished cache: its attributes, manifest, splits and the base's head.
+
+    Raises ``CacheError`` for a cache that is unfinished, of a newer schema, or lacks a file.
+    """
 
     def __init__(self, path: Path):
         self.path = path
         self.attributes = read_attributes(path)
         self.manifest: Manifest = read_manifest(path)
+        check_files(path, self.manifest.files)
 
     def split(self, name: str) -> SplitReader:
         """Return a split's reader; raises ``CacheError`` if it holds no sequence."""
@@ -166,7 +154,9 @@ class Cache:
 
     def head_settings(self) -> dict[str, float | None]:
         """Return the settings of the base's head: scale, divisor, soft-cap."""
-        return dict(zarr.open_group(self.path / "base" / "head", mode="r").attrs)  # type: ignore[arg-type]
+        head = self.path / "base" / "head"
+        with reading(head):
+            return dict(zarr.open_group(head, mode="r").attrs)  # type: ignore[arg-type]
 
 
 def read_attributes(path: Path) -> CacheAttributes:
@@ -176,10 +166,8 @@ def read_attributes(path: Path) -> CacheAttributes:
             f"no such cache: {path}. Make one with: embedcache extract CORPUS --out {path}"
         )
     root = path / "zarr.json"
-    try:
+    with reading(root):
         group = zarr.open_group(path, mode="r") if root.is_file() else None
-    except (ValueError, KeyError, FileNotFoundError) as error:
-        raise CacheError(f"{root} is damaged ({error}): extract again") from error
     if group is None or ATTRIBUTE not in group.attrs:
         raise CacheError(f"{path} is not an embedcache cache: expected {root} with its attributes")
     value = group.attrs[ATTRIBUTE]

@@ -39,6 +39,7 @@ class CarryOnConfig:
 
     def __post_init__(self) -> None:
         """Raise ``UsageError`` for a shape that cannot be built."""
+        check_types(self)
         for name in ("width", "blocks", "head_width", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
@@ -51,6 +52,8 @@ class CarryOnConfig:
             raise UsageError(
                 f"taps must hold 'final', the input of the head: found {', '.join(self.taps)}"
             )
+        if len(set(self.taps)) < len(self.taps):
+            raise UsageError(f"a tap is named twice in {', '.join(self.taps)}: name each once")
         if self.bridge_bits not in BRIDGE_BITS:
             raise UsageError(f"bridge_bits must be 16, 8 or 4, found {self.bridge_bits}")
 
@@ -63,14 +66,34 @@ class CarryOnConfig:
         """Parse a configuration; unknown keys raise ``UsageError`` naming the nearest known one."""
         check_keys(value, cls, "carry-on")
         taps = value.get("taps", ["final"])
+        if not isinstance(taps, (list, tuple)) or not all(isinstance(tap, str) for tap in taps):
+            raise UsageError(f"taps must be a list of names, such as ['final'], found {taps!r}")
         return cls(**(value | {"taps": tuple(taps)}))
 
 
-def check_keys(value: dict[str, Any], cls: Any, what: str) -> None:
-    """Raise ``UsageError`` for a key of ``value`` that is no field of the dataclass ``cls``."""
+def check_keys(value: Any, cls: Any, what: str) -> None:
+    """Raise ``UsageError`` unless ``value`` is a table of fields of the dataclass ``cls``."""
+    if not isinstance(value, dict):
+        raise UsageError(
+            f"the {what} settings must be a table of names and values, found {value!r}"
+        )
     known = [field.name for field in fields(cls)]
     for key in value:
         if key not in known:
             raise UsageError(
                 f"unknown {what} setting '{key}'.{nearest(key, known)} Known: {', '.join(known)}"
             )
+
+
+_PLAIN = {"int": (int,), "float": (int, float), "bool": (bool,), "str": (str,)}
+
+
+def check_types(config: Any) -> None:
+    """Raise ``UsageError`` for a field of a dataclass that is not of the plain type it states."""
+    for field in fields(config):
+        stated, _, optional = str(field.type).partition(" | ")
+        value = getattr(config, field.name)
+        if stated not in _PLAIN or (optional == "None" and value is None):
+            continue
+        if not isinstance(value, _PLAIN[stated]) or (isinstance(value, bool) and stated != "bool"):
+            raise UsageError(f"{field.name} must be of type {stated}, found {value!r}")

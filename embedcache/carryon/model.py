@@ -64,7 +64,7 @@ class CarryOn(nn.Module):
         # The residual stream keeps the weights' precision, also where products are taken in less.
         dtype = self.project.weight.dtype
         parts = [
-            bridge((x_BTH[tap].to(dtype) - mean_H) * scale_H, self.config.bridge_bits)
+            _unit_rms(bridge((x_BTH[tap].to(dtype) - mean_H) * scale_H, self.config.bridge_bits))
             for tap, mean_H, scale_H in zip(
                 self.config.taps, self.mean_KH, self.scale_KH, strict=True
             )
@@ -72,7 +72,7 @@ class CarryOn(nn.Module):
         if self.config.token_input:
             if tokens_BTH is None:
                 raise ValueError("this carry-on reads token ids: pass tokens_BTH")
-            parts.append(F.rms_norm(tokens_BTH.to(dtype), (self.hidden,), eps=1e-6))
+            parts.append(_unit_rms(tokens_BTH.to(dtype)))
         h_BTR = self.project(torch.cat(parts, dim=-1)).to(dtype)
         rotary = rotary_angles(positions_BT, self.config.head_width)
         mask = None if mask_BTS is None else mask_BTS[:, None]
@@ -145,6 +145,11 @@ def bridge(x_BTH: Tensor, bits: int) -> Tensor:
     largest = 2 ** (bits - 1) - 1
     scale = (x_BTH.abs().amax(dim=-1, keepdim=True) / largest).clamp_min(1e-12)
     return (x_BTH / scale).round().clamp(-largest, largest) * scale
+
+
+def _unit_rms(x_BTH: Tensor) -> Tensor:
+    """Divide each token's vector by its root mean square: a few tokens are far from all others."""
+    return F.rms_norm(x_BTH, (x_BTH.shape[-1],), eps=1e-6)
 
 
 def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor]:

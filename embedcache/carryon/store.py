@@ -14,7 +14,7 @@ from safetensors.torch import load, save
 from embedcache import __version__
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn
-from embedcache.errors import CarryOnError
+from embedcache.errors import CarryOnError, UsageError
 from embedcache.files import publish_bytes, publish_json
 
 FORMAT = 1
@@ -72,6 +72,8 @@ def read_record(folder: Path) -> CarryOnRecord:
                 f"{path} has format {value['format']}; this embedcache reads up to {FORMAT}. "
                 "Upgrade with: pip install --upgrade embedcache"
             )
+        if not isinstance(value["base"]["hidden_size"], int):
+            raise TypeError("the base's hidden_size is no number")
         return CarryOnRecord(
             config=CarryOnConfig.from_dict(value["carryon"]),
             base=value["base"],
@@ -79,7 +81,7 @@ def read_record(folder: Path) -> CarryOnRecord:
             cache=value["cache"],
             results=value["results"],
         )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, UsageError) as error:
         raise CarryOnError(f"{path} is damaged ({error}): train the carry-on again") from error
 
 

@@ -13,7 +13,7 @@ import torch
 from embedcache import __version__
 from embedcache.base.identity import BaseIdentity
 from embedcache.cache.codecs import codec_for
-from embedcache.cache.layout import LOCK, STAGING, CacheAttributes, ExtractSettings
+from embedcache.cache.layout import LOCK, SPLITS, STAGING, CacheAttributes, ExtractSettings
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.seal import Sealer
 from embedcache.corpus.config import CorpusConfig
@@ -34,15 +34,31 @@ class Prediction:
 
 
 def check_out(out: Path) -> None:
-    """Raise ``OutputError`` unless ``out`` is absent, empty, or a cache of ours."""
+    """Raise ``OutputError`` or ``CacheError`` unless ``out`` is absent, empty or a cache of ours.
+
+    What an interrupted pass 0 left is removed later, so nothing that may be another's is taken
+    for that: names alone do not make a folder ours.
+    """
     if out.exists() and not out.is_dir():
         raise OutputError(f"{out} is a file, expected a folder for the cache: give another --out")
-    ours = (out / "zarr.json").is_file() or (out / LOCK).is_file()
-    if out.is_dir() and not ours and (found := sorted(path.name for path in out.iterdir())):
+    if (out / "zarr.json").is_file():
+        read_attributes(out)
+        return
+    if not out.exists():
+        return
+    foreign = [path.name for path in sorted(out.iterdir()) if not _left_behind(path)]
+    if foreign:
         raise OutputError(
-            f"{out} holds something else ({', '.join(found[:3])}): expected an empty or new "
+            f"{out} holds something else ({', '.join(foreign[:3])}): expected an empty or new "
             "folder, or a cache to go on with. Give another --out."
         )
+
+
+def _left_behind(path: Path) -> bool:
+    """Whether a path in an unsealed folder is what a pass 0 that was killed leaves there."""
+    if path.name in SPLITS:
+        return (path / "zarr.json").is_file() and (path / "tokens").is_dir()
+    return path.name in (LOCK, STAGING) or path.name.startswith(".zarr.json.")
 
 
 def predict(
@@ -95,8 +111,7 @@ def seal_corpus(
 ) -> CacheAttributes:
     """Run pass 0 into ``out`` and return its attributes; on any error nothing is left of it."""
     staging = out / STAGING / "pass0"
-    for leftover in (out / STAGING, *(out / split for split in ("train", "dev", "test"))):
-        shutil.rmtree(leftover, ignore_errors=True)
+    _clear(out)
     try:
         staging.mkdir(parents=True)
         sealer = Sealer(out, staging, settings.block_tokens)
@@ -119,10 +134,17 @@ def seal_corpus(
         )
         sealer.seal(attributes, hidden=identity.hidden_size)
     except BaseException:
-        shutil.rmtree(out / STAGING, ignore_errors=True)
+        if not (out / "zarr.json").is_file():
+            _clear(out)
         raise
     shutil.rmtree(out / STAGING, ignore_errors=True)
     return attributes
+
+
+def _clear(out: Path) -> None:
+    """Remove what a pass 0 wrote that was never sealed."""
+    for leftover in (out / STAGING, *(out / split for split in SPLITS)):
+        shutil.rmtree(leftover, ignore_errors=True)
 
 
 def sealed_attributes(

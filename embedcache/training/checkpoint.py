@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -58,7 +60,7 @@ def save_checkpoint(
 
 def read_request(path: Path) -> dict[str, Any]:
     """Return what the checkpointed run was asked for; raises ``CarryOnError`` if damaged."""
-    with _open(path) as file:
+    with _reading(path) as file:
         value: dict[str, Any] = json.loads(file.metadata()["request"])
         return value
 
@@ -67,24 +69,27 @@ def load_checkpoint(
     path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[TrainState, dict[str, torch.Tensor]]:
     """Restore weights and moments in place; return the state and the best weights."""
-    with _open(path) as file:
+    with _reading(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = TrainState(**json.loads(file.metadata()["state"]))
-    model.load_state_dict(_under(tensors, "model."))
-    moments: dict[int, dict[str, torch.Tensor]] = {}
-    for name, value in _under(tensors, "optimizer.").items():
-        index, key = name.split(".", 1)
-        moments.setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(
-        {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
-    return state, _under(tensors, "best.")
+        model.load_state_dict(_under(tensors, "model."))
+        moments: dict[int, dict[str, torch.Tensor]] = {}
+        for name, value in _under(tensors, "optimizer.").items():
+            index, key = name.split(".", 1)
+            moments.setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(
+            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+        )
+        return state, _under(tensors, "best.")
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _reading(path: Path) -> Iterator[Any]:
+    """Open a checkpoint; raise ``CarryOnError`` unless all is as `save_checkpoint` left it."""
     try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CarryOnError(
             f"the checkpoint {path} cannot be read ({error}): delete its folder and train again"
         ) from error

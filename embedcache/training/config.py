@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import tomllib
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedcache.carryon.config import CarryOnConfig, check_keys
-from embedcache.errors import UsageError
+from embedcache.carryon.config import CarryOnConfig, check_keys, check_types
+from embedcache.errors import UsageError, nearest
 
 LOSSES = ("auto", "exact", "shortlist")
 
@@ -48,19 +49,29 @@ class TrainConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Raise ``UsageError`` for values outside their range."""
+        """Raise ``UsageError`` for values outside their range or of another type."""
+        check_types(self)
         for name in ("epochs", "patience", "likely", "samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("lr", "clip"):
-            if not getattr(self, name) > 0:
-                raise UsageError(f"{name} must be above 0, found {getattr(self, name)}")
+            if not 0 < getattr(self, name) < math.inf:
+                raise UsageError(f"{name} must be above 0 and finite, found {getattr(self, name)}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise UsageError(f"weight_decay must be 0 or above, found {self.weight_decay}")
+        if not 0 <= self.beta2 < 1:
+            raise UsageError(f"beta2 must be in [0, 1), found {self.beta2}")
+        if not 0 <= self.seed < 2**31:
+            raise UsageError(f"seed must be from 0 to 2**31 - 1, found {self.seed}")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup is a share of all tokens in [0, 1), found {self.warmup}")
         if self.batch_tokens is not None and self.batch_tokens < 1:
             raise UsageError(f"batch_tokens must be at least 1, found {self.batch_tokens}")
         if self.loss not in LOSSES:
-            raise UsageError(f"loss is one of {', '.join(LOSSES)}, found '{self.loss}'")
+            raise UsageError(
+                f"loss is one of {', '.join(LOSSES)}, found '{self.loss}'."
+                f"{nearest(self.loss, LOSSES)}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON-ready values."""
@@ -71,10 +82,7 @@ class TrainConfig:
         """Parse a configuration; unknown keys raise ``UsageError`` naming the nearest known one."""
         check_keys(value, cls, "training")
         carryon = CarryOnConfig.from_dict(value.get("carryon", {}))
-        try:
-            return cls(**(value | {"carryon": carryon}))
-        except TypeError as error:
-            raise UsageError(f"a training setting has the wrong type: {error}") from error
+        return cls(**(value | {"carryon": carryon}))
 
     def steps_tokens(self, train_tokens: int) -> int:
         """Return the tokens of a step for a train split of that size.
@@ -94,19 +102,16 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise UsageError(f"no such configuration file: {path}")
-    text = path.read_text(encoding="utf-8")
-    try:
-        if path.suffix == ".toml":
-            return tomllib.loads(text)
-        if path.suffix in (".yaml", ".yml"):
-            import yaml
+    if path.suffix not in (".toml", ".yaml", ".yml"):
+        raise UsageError(f"{path} must end in .toml, .yaml or .yml")
+    import yaml
 
-            value = yaml.safe_load(text) or {}
-            if isinstance(value, dict):
-                return value
-            raise UsageError(f"{path} must hold settings by name, found a {type(value).__name__}")
-    except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"{path} is not valid TOML: {error}") from error
-    except ValueError as error:
-        raise UsageError(f"{path} is not valid YAML: {error}") from error
-    raise UsageError(f"{path} must end in .toml, .yaml or .yml")
+    kind = "TOML" if path.suffix == ".toml" else "YAML"
+    try:
+        text = path.read_text(encoding="utf-8")
+        value = tomllib.loads(text) if kind == "TOML" else yaml.safe_load(text) or {}
+    except (ValueError, yaml.YAMLError) as error:
+        raise UsageError(f"{path} is not valid {kind}: {error}") from error
+    if not isinstance(value, dict):
+        raise UsageError(f"{path} must hold settings by name, found a {type(value).__name__}")
+    return value

@@ -39,9 +39,18 @@ def embedcache(*arguments: str) -> dict[str, Any]:
     return value
 
 
-def evaluate_variants(name: str, cache: Path, out: Path, extra: list[str]) -> list[dict[str, Any]]:
-    """Train every variant on a cache and score it on test."""
-    rows = []
+def extract(source: str, cache: Path, *, base: str, flags: list[str]) -> dict[str, Any]:
+    """Extract one corpus; a cache that is complete already is left as it is."""
+    summary = embedcache("extract", source, "--base", base, "--out", str(cache), *flags)
+    summary.pop("corpus")
+    print(json.dumps(summary), flush=True)
+    return summary
+
+
+def evaluate_variants(
+    name: str, cache: Path, out: Path, extra: list[str], report: dict[str, Any]
+) -> None:
+    """Train every variant on a cache, score it on test, and write each row as it comes."""
     for label, flags in VARIANTS.items():
         folder = out / f"{name}-{label.replace(', ', '-').replace(' ', '_')}"
         started = time.perf_counter()
@@ -49,7 +58,7 @@ def evaluate_variants(name: str, cache: Path, out: Path, extra: list[str]) -> li
         wall = time.perf_counter() - started
         found = embedcache("eval", str(folder), str(cache))
         row = found["rows"][0]
-        rows.append(
+        report["rows"].append(
             {
                 "corpus": name,
                 "carry-on": label,
@@ -65,12 +74,12 @@ def evaluate_variants(name: str, cache: Path, out: Path, extra: list[str]) -> li
                 "train_tokens_per_second": round(trained["tokens_per_second"]),
             }
         )
-        print(json.dumps(rows[-1]), flush=True)
-    return rows
+        print(json.dumps(report["rows"][-1]), flush=True)
+        (out / "results.json").write_text(json.dumps(report, indent=2))
 
 
 def main() -> None:
-    """Run both corpora and write ``results.json``."""
+    """Run both corpora; ``results.json`` grows row by row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="builtin:smollm2-135m")
@@ -85,27 +94,20 @@ def main() -> None:
     extra = options.train_flags.split()
 
     split = ["--split-file", options.split_file] if options.split_file else []
+    report: dict[str, Any] = {"extract": {}, "rows": []}
     cache = out / "stdlib.cache"
-    report = [
-        embedcache("extract", options.stdlib, "--base", options.base, "--out", str(cache), *split)
-    ]
-    rows = evaluate_variants("stdlib", cache, out, extra)
+    report["extract"]["stdlib"] = extract(options.stdlib, cache, base=options.base, flags=split)
+    evaluate_variants("stdlib", cache, out, extra, report)
     if options.gsm8k_train:
         with options.gsm8k_train.open(encoding="utf-8") as file:
             (out / "train.jsonl").write_text("".join(itertools.islice(file, 7000)), "utf-8")
             (out / "dev.jsonl").write_text("".join(file), "utf-8")
         cache = out / "gsm8k.cache"
-        report.append(
-            embedcache(
-                *("extract", str(out / "train.jsonl"), "--dev", str(out / "dev.jsonl")),
-                *("--test", str(options.gsm8k_test), "--base", options.base, "--out", str(cache)),
-                *("--prompt", "Question: {question}\\nAnswer: ", "--completion", "{answer}"),
-            )
-        )
-        rows += evaluate_variants("gsm8k", cache, out, extra)
-    for extracted in report:
-        extracted.pop("corpus")
-    (out / "results.json").write_text(json.dumps({"extract": report, "rows": rows}, indent=2))
+        flags = ["--dev", str(out / "dev.jsonl"), "--test", str(options.gsm8k_test)]
+        flags += ["--prompt", "Question: {question}\\nAnswer: ", "--completion", "{answer}"]
+        source = str(out / "train.jsonl")
+        report["extract"]["gsm8k"] = extract(source, cache, base=options.base, flags=flags)
+        evaluate_variants("gsm8k", cache, out, extra, report)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,22 @@
+"""What Zarr raises for a damaged file, as the one error that a reader raises."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from embedcache.errors import CacheError
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise ``CacheError`` naming ``path`` for whatever Zarr and its codecs raise in the block.
+
+    Metadata that is no JSON, or JSON of another shape, and chunks that fail their checksum come
+    out of zarr-python as many kinds of exception.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
+        raise CacheError(f"{path} is damaged ({error}). Extract into a new folder.") from error

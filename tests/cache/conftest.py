@@ -1,0 +1,51 @@
+"""Finished tiny caches, one per codec, and copies of them to damage."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+from fixtures_extract import corpus_config, small_settings, write_documents
+from tiny import tiny_base_directory
+
+from embedcache.extract import extract
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
+    return tiny_base_directory(tmp_path_factory.mktemp("extract") / "base")
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_documents(tmp_path_factory.mktemp("extract") / "corpus")
+
+
+@pytest.fixture(scope="session", params=["bf16", "int8"])
+def codec(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def caches(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, corpus: Path
+) -> dict[str, Path]:
+    """One cache for each codec, of taps ``final`` and ``layer_1``."""
+    root = tmp_path_factory.mktemp("caches")
+    for codec in ("bf16", "int8"):
+        settings = small_settings(codec=codec, taps=("final", "layer_1"))
+        extract(
+            corpus_config(corpus),
+            base=str(tiny_base),
+            out=root / codec,
+            settings=settings,
+            device="cpu",
+        )
+    return {codec: root / codec for codec in ("bf16", "int8")}
+
+
+@pytest.fixture
+def copied(caches: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the int8 cache that a test may damage."""
+    return shutil.copytree(caches["int8"], tmp_path / "cache")

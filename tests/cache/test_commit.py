@@ -1,0 +1,249 @@
+"""Blocks are committed whole, once, whoever dies where."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from embedcache.cache import commit
+from embedcache.cache.commit import (
+    BlockWriter,
+    Marker,
+    clear_staging,
+    committed_blocks,
+    recover,
+    writer_lock,
+)
+from embedcache.cache.layout import COMMITS, LOCK, STAGING, marker_path
+from embedcache.cache.manifest import split_manifest
+from embedcache.cache.shard import read_shard
+from embedcache.errors import CacheError, OutputError
+from embedcache.files import hash_file
+
+Array = np.ndarray[Any, Any]
+NAME = "train/embeddings/final/c/0/0"
+
+
+class KilledError(BaseException):
+    """Stands for a process that is gone: nothing after it runs."""
+
+
+def values(seed: int, rows: int = 16) -> Array:
+    return np.random.default_rng(seed).integers(0, 65536, (rows, 4)).astype(np.uint16)
+
+
+def commit_block(writer: BlockWriter, seed: int, block: int = 0, **more: Any) -> Marker:
+    return writer.commit("train", block, {"embeddings/final": values(seed)}, **more)
+
+
+def stored(cache: Path, block: int = 0) -> Array:
+    path = cache / f"train/embeddings/final/c/{block}/0"
+    return read_shard(path, rows=16, columns=(4,), dtype="uint16", chunk_rows=16, chunks=1)
+
+
+def check_files(cache: Path, marker: Marker) -> None:
+    for record in marker.files:
+        assert (cache / record.path).stat().st_size == record.bytes
+        assert hash_file(cache / record.path) == record.sha256
+
+
+def test_a_committed_block_is_in_place_with_its_marker(tmp_path: Path) -> None:
+    writer = BlockWriter(tmp_path)
+    marker = commit_block(writer, 1, quarantined=(3,))
+    writer.close()
+    check_files(tmp_path, marker)
+    assert np.array_equal(stored(tmp_path), values(1))
+    assert Marker.read(marker_path(tmp_path, "train", 0)) == marker
+    assert marker.quarantined == (3,)
+    assert recover(tmp_path, "train", 1) == {0: marker}
+    assert not list((tmp_path / STAGING).rglob("*"))
+
+
+def test_the_writer_that_lost_the_race_harms_nothing(tmp_path: Path) -> None:
+    first, second = BlockWriter(tmp_path), BlockWriter(tmp_path)
+    stands = commit_block(first, 1)
+    assert commit_block(second, 2) == stands
+    second.close()
+    assert np.array_equal(stored(tmp_path), values(1))
+    check_files(tmp_path, stands)
+    first.close()
+    check_files(tmp_path, stands)
+
+
+def test_the_loser_promotes_a_winner_that_was_killed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_after_link(tmp_path, monkeypatch)
+    second = BlockWriter(tmp_path)
+    stands = commit_block(second, 2)
+    second.close()
+    assert np.array_equal(stored(tmp_path), values(1))
+    check_files(tmp_path, stands)
+
+
+def killed_after_link(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commit block 0 (values 1), killed when the marker is linked and nothing is promoted."""
+
+    def link(source: Path, target: Path) -> None:
+        real_link(source, target)
+        raise KilledError
+
+    real_link = os.link
+    with monkeypatch.context() as patch:
+        patch.setattr(commit.os, "link", link)
+        with pytest.raises(KilledError):
+            commit_block(BlockWriter(cache), 1)
+    assert marker_path(cache, "train", 0).is_file()
+    assert not (cache / NAME).exists()
+
+
+def test_recovery_promotes_what_lies_in_staging(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    killed_after_link(tmp_path, monkeypatch)
+    done = recover(tmp_path, "train", 1)
+    clear_staging(tmp_path)
+    assert list(done) == [0]
+    check_files(tmp_path, done[0])
+    assert np.array_equal(stored(tmp_path), values(1))
+    assert recover(tmp_path, "train", 1) == done  # and again, with nothing left to do
+
+
+def test_killed_before_the_link_leaves_nothing_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(source: Path, target: Path) -> None:
+        raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commit.os, "link", link)
+        with pytest.raises(KilledError):
+            commit_block(BlockWriter(tmp_path), 1)
+    assert recover(tmp_path, "train", 1) == {}
+    clear_staging(tmp_path)
+    assert not (tmp_path / "train").exists()
+    marker = commit_block(BlockWriter(tmp_path), 2)
+    check_files(tmp_path, marker)
+    assert np.array_equal(stored(tmp_path), values(2))
+
+
+def test_killed_between_two_promotions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def make_folder(path: Path) -> None:
+        if "layer_1" in path.parts:
+            raise KilledError
+        real(path)
+
+    real = commit.make_folder
+    arrays = {"embeddings/final": values(1), "embeddings/layer_1": values(2)}
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "make_folder", make_folder)
+        with pytest.raises(KilledError):
+            BlockWriter(tmp_path).commit("train", 0, arrays)
+    assert (tmp_path / NAME).exists()
+    assert not (tmp_path / NAME.replace("final", "layer_1")).exists()
+    done = recover(tmp_path, "train", 1)
+    assert list(done) == [0]
+    check_files(tmp_path, done[0])
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "empty"])
+def test_a_marker_whose_files_are_not_whole_is_withdrawn(tmp_path: Path, harm: str) -> None:
+    writer = BlockWriter(tmp_path)
+    commit_block(writer, 1)
+    kept = commit_block(writer, 2, block=1)
+    if harm == "missing":
+        (tmp_path / NAME).unlink()
+    else:
+        os.truncate(tmp_path / NAME, 20 if harm == "truncated" else 0)
+    assert recover(tmp_path, "train", 2) == {1: kept}
+    assert not marker_path(tmp_path, "train", 0).exists()
+    again = commit_block(BlockWriter(tmp_path), 1)
+    check_files(tmp_path, again)
+    assert np.array_equal(stored(tmp_path), values(1))
+
+
+def test_the_newest_generation_of_a_marker_stands(tmp_path: Path) -> None:
+    writer = BlockWriter(tmp_path)
+    commit_block(writer, 1)
+    newest = [commit_block(writer, seed, generation=seed) for seed in (2, 10)][-1]
+    assert recover(tmp_path, "train", 1) == {0: newest}
+    assert np.array_equal(stored(tmp_path), values(10))
+
+
+def test_markers_of_another_cache_are_refused(tmp_path: Path) -> None:
+    writer = BlockWriter(tmp_path)
+    commit_block(writer, 1, block=5)
+    with pytest.raises(CacheError, match=r"mixes two caches"):
+        recover(tmp_path, "train", 3)
+    place = marker_path(tmp_path, "train", 5)
+    place.rename(marker_path(tmp_path, "train", 1))
+    with pytest.raises(CacheError, match=r"marks block 5"):
+        recover(tmp_path, "train", 6)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": 3}', "\xff"])
+def test_a_damaged_marker_says_what_to_delete(tmp_path: Path, text: str) -> None:
+    commit_block(BlockWriter(tmp_path), 1)
+    marker_path(tmp_path, "train", 0).write_bytes(text.encode("latin-1"))
+    with pytest.raises(CacheError, match=r"Delete that file and run"):
+        recover(tmp_path, "train", 1)
+
+
+def test_files_that_are_no_markers_are_passed_over(tmp_path: Path) -> None:
+    commit_block(BlockWriter(tmp_path), 1)
+    for name in (".DS_Store", "notes.json", "00000001.0.json.swp"):
+        (tmp_path / COMMITS / "train" / name).write_text("?")
+    assert list(committed_blocks(tmp_path, "train")) == [0]
+    assert committed_blocks(tmp_path, "dev") == {}
+
+
+def test_no_manifest_without_every_block(tmp_path: Path) -> None:
+    marker = commit_block(BlockWriter(tmp_path), 1)
+    totals = {"sequences": 1, "tokens": 9, "targets": 8, "documents": 1}
+    with pytest.raises(CacheError, match=r"2 of 3 blocks are not committed \(first: 1\)"):
+        split_manifest(totals, {0: marker}, 3)
+
+
+HOLDER = """
+import sys
+from pathlib import Path
+from embedcache.cache.commit import writer_lock
+with writer_lock(Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_second_process_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
+    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+    with subprocess.Popen(command, **pipes) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "held\n"
+        with pytest.raises(OutputError, match=r"being written by another"), writer_lock(tmp_path):
+            pass
+        holder.kill()
+        holder.wait()
+    with writer_lock(tmp_path):
+        pass
+
+
+def test_a_lock_on_a_removed_file_is_no_lock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process that gives up removes its lock file; one that had it open must not go on."""
+    real = commit.fcntl.flock
+
+    def flock(file: Any, how: int) -> None:
+        (tmp_path / LOCK).unlink()
+        real(file, how)
+
+    monkeypatch.setattr(commit.fcntl, "flock", flock)
+    with pytest.raises(OutputError, match=r"being written by another"), writer_lock(tmp_path):
+        pass

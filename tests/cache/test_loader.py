@@ -1,0 +1,196 @@
+"""The loader against the reader: order, packing and targets."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from embedcache.cache import loader as loader_module
+from embedcache.cache.loader import Batch, BatchLoader, pack_rows
+from embedcache.cache.prefetch import prefetch
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn, segment_mask
+
+
+@pytest.fixture(params=[1, 2, 8])
+def split(request, world, monkeypatch):
+    """The train split, in windows of several sizes."""
+    monkeypatch.setattr(loader_module, "WINDOW", request.param)
+    return world.cache().split("train")
+
+
+def batches(split, epoch=0, skip=0, tokens=200, **settings) -> list[Batch]:
+    loader = BatchLoader(split, batch_tokens=tokens, taps=("final",), **settings)
+    return list(loader.epoch(epoch, skip=skip))
+
+
+def order(found: list[Batch]) -> list[tuple[int, ...]]:
+    return [batch.sequences for batch in found]
+
+
+def by_sequence(split) -> dict[int, tuple[np.ndarray, np.ndarray, torch.Tensor, int]]:
+    """Ids, loss mask, embeddings and document of every readable sequence, straight from blocks."""
+    found = {}
+    for number in range(split.manifest.blocks):
+        block = split.block(number, ("final",))
+        for sequence, (a, b), document in zip(
+            block.sequence_S, block.rows_S2, block.document_S, strict=True
+        ):
+            found[int(sequence)] = (
+                block.ids_N[a:b],
+                block.loss_mask_N[a:b],
+                block.x_NH["final"][a:b],
+                int(document),
+            )
+    return found
+
+
+def same(first: Batch, second: Batch) -> bool:
+    tensors = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N", "documents_N")
+    return (
+        first.sequences == second.sequences
+        and first.tokens == second.tokens
+        and all(torch.equal(getattr(first, name), getattr(second, name)) for name in tensors)
+        and all(torch.equal(first.x_BTH[tap], second.x_BTH[tap]) for tap in first.x_BTH)
+    )
+
+
+def test_order_is_a_function_of_seed_and_epoch(split):
+    first = order(batches(split, 3, seed=7))
+    np.random.seed(1)
+    torch.manual_seed(1)
+    assert order(batches(split, 3, seed=7)) == first
+    assert order(batches(split, 4, seed=7)) != first
+    assert order(batches(split, 3, seed=8)) != first
+
+
+def test_without_shuffle_order_is_the_cache_s(split):
+    flat = [s for batch in batches(split, shuffle=False) for s in batch.sequences]
+    assert flat == sorted(flat)
+
+
+def test_the_number_of_threads_changes_nothing(split, monkeypatch):
+    first = batches(split)
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    second = batches(split)
+    assert len(first) == len(second)
+    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_skip_drops_the_first_batches(split):
+    whole = batches(split, 2)
+    for skip in (0, 1, len(whole) // 2, len(whole) - 1, len(whole), len(whole) + 3):
+        rest = batches(split, 2, skip=skip)
+        assert len(rest) == len(whole[skip:])
+        assert all(same(a, b) for a, b in zip(rest, whole[skip:], strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 200, 100_000])
+def test_an_epoch_holds_every_sequence_once_within_the_budget(split, tokens):
+    found = batches(split, 1, tokens=tokens)
+    numbers = sorted(s for batch in found for s in batch.sequences)
+    assert numbers == sorted(by_sequence(split))
+    assert all(batch.tokens <= tokens or len(batch.sequences) == 1 for batch in found)
+    assert sum(batch.tokens for batch in found) == split.manifest.tokens
+
+
+def test_contents_and_targets_match_each_sequence(split):
+    expected = by_sequence(split)
+    for batch in batches(split, 1):
+        T = batch.ids_BT.shape[1]
+        real = batch.segments_BT >= 0
+        assert int(real.sum()) == batch.tokens
+        assert not batch.x_BTH["final"][~real].any()
+        targets = {}
+        for flat, target, document in zip(
+            batch.wanted_N.tolist(),
+            batch.targets_N.tolist(),
+            batch.documents_N.tolist(),
+            strict=True,
+        ):
+            b, t = divmod(flat, T)
+            key = (int(batch.segments_BT[b, t]), int(batch.positions_BT[b, t]))
+            assert key not in targets
+            targets[key] = (target, document)
+        for segment, sequence in enumerate(batch.sequences):
+            ids, mask, x, document = expected[sequence]
+            mine = batch.segments_BT == segment
+            assert torch.equal(batch.ids_BT[mine], torch.from_numpy(ids))
+            assert torch.equal(batch.positions_BT[mine], torch.arange(len(ids)))
+            assert torch.equal(batch.x_BTH["final"][mine], x)
+            wanted = {
+                (segment, t - 1): (int(ids[t]), document) for t in range(1, len(ids)) if mask[t]
+            }
+            assert {k: v for k, v in targets.items() if k[0] == segment} == wanted
+
+
+def test_the_branch_sees_each_sequence_alone(split):
+    torch.manual_seed(0)
+    model = CarryOn(CarryOnConfig(width=32), 32)
+    torch.nn.init.normal_(model.branch.weight)
+    expected = by_sequence(split)
+    shared = 0
+    with torch.no_grad():
+        for batch in batches(split, 1, tokens=400):
+            delta = model(
+                {"final": batch.x_BTH["final"].float()},
+                positions_BT=batch.positions_BT,
+                mask_BTS=segment_mask(batch.segments_BT),
+            )
+            shared += len(batch.sequences) - len(batch.ids_BT)
+            for segment, sequence in enumerate(batch.sequences):
+                x = expected[sequence][2].float()[None]
+                alone = model({"final": x}, positions_BT=torch.arange(x.shape[1])[None])
+                torch.testing.assert_close(
+                    delta[batch.segments_BT == segment], alone[0], rtol=1e-4, atol=1e-5
+                )
+    assert shared > 0  # some rows did hold two sequences
+
+
+def test_rows_hold_whole_sequences_without_overlap():
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = draw.integers(1, 60, size=draw.integers(1, 20)).tolist()
+        rows = pack_rows(lengths)
+        assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
+        assert max(sum(lengths[i] for i in row) for row in rows) <= max(lengths)
+
+
+def test_an_error_of_a_reading_thread_reaches_the_consumer(split, monkeypatch):
+    read = type(split).block
+
+    def broken(self, number, taps=None):
+        if number == 3:
+            raise OSError("the disk is gone")
+        return read(self, number, taps)
+
+    monkeypatch.setattr(type(split), "block", broken)
+    with pytest.raises(OSError, match="the disk is gone"):
+        batches(split)
+
+
+def test_closing_early_stops_every_thread(split):
+    before = set(threading.enumerate())
+    found = BatchLoader(split, batch_tokens=64, taps=("final",)).epoch(0)
+    next(found)
+    started = time.perf_counter()
+    found.close()
+    while set(threading.enumerate()) - before and time.perf_counter() - started < 5:
+        time.sleep(0.01)
+    assert not set(threading.enumerate()) - before
+
+
+def test_prefetch_raises_in_the_place_of_the_item():
+    def items():
+        yield 1
+        yield 2
+        raise KeyError("third")
+
+    found = prefetch(items())
+    assert [next(found), next(found)] == [1, 2]
+    with pytest.raises(KeyError, match="third"):
+        next(found)

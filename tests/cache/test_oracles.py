@@ -1,0 +1,98 @@
+"""Other readers of Zarr v3 must see the very integers that ours does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tensorstore
+import zarr
+
+from embedcache.cache.codecs import chunk_rows, codec_for
+from embedcache.cache.layout import shard_name
+from embedcache.cache.reader import Cache
+from embedcache.cache.shard import read_shard, write_shard
+from embedcache.errors import CacheError
+
+
+def by_tensorstore(path: Path) -> np.ndarray[Any, Any]:
+    spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(path)}}
+    return tensorstore.open(spec, read=True, open=True).result().read().result()
+
+
+@pytest.mark.parametrize("split", ["train", "dev", "test"])
+def test_zarr_and_tensorstore_read_our_integers(
+    caches: dict[str, Path], codec: str, split: str
+) -> None:
+    path = caches[codec]
+    reader = Cache(path).split(split)
+    group = zarr.open(path, mode="r")
+    used = codec_for(split, codec)
+    assert ("scale" in group[split]) == (split == "train" and codec == "int8")
+    for tap in reader.taps:
+        whole = {spec.group: group[f"{split}/{spec.group}/{tap}"][:] for spec in used.arrays}
+        for name, values in whole.items():
+            assert (
+                values.dtype
+                == {"bf16": {"embeddings": "uint16"}}.get(
+                    used.name, {"embeddings": "int8", "scale": "float32"}
+                )[name]
+            )
+            assert np.array_equal(by_tensorstore(path / split / name / tap), values)
+        for number in range(reader.manifest.blocks):
+            block = reader.block(number)
+            rows = slice(number * 256, number * 256 + len(block.ids_N))
+            for spec in used.arrays:
+                ours = read_shard(
+                    path / shard_name(f"{split}/{spec.group}/{tap}", number, 1 + spec.wide),
+                    rows=len(block.ids_N),
+                    columns=(32,) if spec.wide else (),
+                    dtype=spec.dtype,
+                    chunk_rows=chunk_rows(256),
+                    chunks=1,
+                )
+                assert np.array_equal(ours, whole[spec.group][rows])
+            decoded = used.decode({name: values[rows] for name, values in whole.items()})
+            assert decoded.equal(block.x_NH[tap])
+            assert block.x_NH[tap].abs().sum() > 0
+    for name in ("ids", "loss_mask", "span", "offsets", "document", "blocks"):
+        array = path / split / "tokens" / name
+        assert np.array_equal(by_tensorstore(array), group[f"{split}/tokens/{name}"][:])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "int8", "float32"])
+@pytest.mark.parametrize("columns", [(), (7,)])
+def test_a_shard_of_several_chunks_is_zarrs_own(
+    tmp_path: Path, dtype: str, columns: tuple[int, ...]
+) -> None:
+    from embedcache.cache.codecs import compressors
+
+    values = np.random.default_rng(0).integers(-100, 100, (96, *columns)).astype(dtype)
+    values[32:64] = 0  # a chunk of nothing but the fill value is stored like any other
+    array = zarr.create_array(
+        tmp_path / "a",
+        shape=values.shape,
+        shards=(48, *columns),
+        chunks=(16, *columns),
+        dtype=dtype,
+        compressors=compressors(np.dtype(dtype).itemsize),
+    )
+    for shard in range(2):
+        name = shard_name("a", shard, values.ndim)
+        size, _ = write_shard(tmp_path / name, values[shard * 48 : shard * 48 + 48], 16)
+        assert (tmp_path / name).stat().st_size == size
+    assert np.array_equal(array[:], values)
+    assert np.array_equal(by_tensorstore(tmp_path / "a"), values)
+    place = tmp_path / shard_name("a", 1, values.ndim)
+    settings: dict[str, Any] = {"columns": columns, "dtype": dtype, "chunk_rows": 16, "chunks": 3}
+    assert np.array_equal(read_shard(place, rows=20, **settings), values[48:68])
+    data = place.read_bytes()
+    for position in range(0, len(data), 11):  # a flipped bit anywhere, the index included
+        place.write_bytes(data[:position] + bytes([data[position] ^ 8]) + data[position + 1 :])
+        with pytest.raises(CacheError, match="damaged"):
+            read_shard(place, rows=48, **settings)
+    place.write_bytes(data[:10])
+    with pytest.raises(CacheError, match="outside its 10 bytes"):
+        read_shard(place, rows=48, **settings)

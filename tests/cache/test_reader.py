@@ -1,0 +1,176 @@
+"""A reader refuses what is not whole: nothing damaged is ever read as zeros."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures_extract import flip_byte
+
+from embedcache.cache.layout import ATTRIBUTE, MANIFEST, SCHEMA
+from embedcache.cache.reader import Cache
+from embedcache.errors import CacheError
+
+SHARDS = (
+    "train/embeddings/final/c/0/0",
+    "train/embeddings/layer_1/c/1/0",
+    "train/scale/final/c/0",
+    "dev/embeddings/final/c/0/0",
+)
+SEALED = (
+    "train/tokens/ids/c/0",
+    "train/tokens/loss_mask/c/1",
+    "train/tokens/offsets/c/0/0",
+    "train/tokens/document/c/0",
+    "train/tokens/blocks/c/0",
+    "train/documents/name_bytes/c/0",
+    "train/documents/name_offsets/c/0",
+    "base/head/weight/c/0/0",
+)
+METADATA = (
+    "zarr.json",
+    "train/zarr.json",
+    "train/tokens/ids/zarr.json",
+    "train/tokens/blocks/zarr.json",
+    "base/head/zarr.json",
+    "base/head/weight/zarr.json",
+)
+
+
+def read_all(path: Path) -> None:
+    """Read everything that a trainer, an evaluator or ``info`` would."""
+    cache = Cache(path)
+    for name in ("train", "dev", "test"):
+        split = cache.split(name)
+        assert split.documents
+        for block in range(split.manifest.blocks):
+            split.block(block)
+    assert cache.base_array("head/weight") is not None
+    cache.head_settings()
+
+
+def test_a_whole_cache_is_read(copied: Path) -> None:
+    read_all(copied)
+
+
+@pytest.mark.parametrize("name", SHARDS + SEALED)
+@pytest.mark.parametrize("harm", ["missing", "empty", "truncated", "flipped"])
+def test_a_damaged_file_is_refused_by_name(copied: Path, name: str, harm: str) -> None:
+    path = copied / name
+    match harm:
+        case "missing":
+            path.unlink()
+        case "empty":
+            os.truncate(path, 0)
+        case "truncated":
+            os.truncate(path, path.stat().st_size // 2)
+        case "flipped":
+            flip_byte(path)
+    with pytest.raises(CacheError) as refused:
+        read_all(copied)
+    found = str(refused.value)
+    assert "Extract" in found or "extract" in found
+    assert str(path.parent.parent if harm == "flipped" else path).rstrip("/c") in found
+
+
+@pytest.mark.parametrize("name", METADATA)
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"zarr_format": 3, "node_type": "array"}'])
+def test_garbage_for_metadata_is_refused(copied: Path, name: str, text: str) -> None:
+    (copied / name).write_text(text)
+    with pytest.raises(CacheError):
+        read_all(copied)
+
+
+@pytest.mark.parametrize("name", METADATA)
+def test_missing_metadata_is_refused(copied: Path, name: str) -> None:
+    (copied / name).unlink()
+    with pytest.raises(CacheError):
+        read_all(copied)
+
+
+def test_a_cache_without_manifest_is_not_complete(copied: Path) -> None:
+    (copied / MANIFEST).unlink()
+    with pytest.raises(CacheError, match=r"not complete.*Run the same 'embedcache extract' again"):
+        Cache(copied)
+
+
+def edit_json(path: Path, *keys: Any, value: Any) -> None:
+    whole = entry = json.loads(path.read_text())
+    for key in keys[:-1]:
+        entry = entry[key]
+    entry[keys[-1]] = value
+    path.write_text(json.dumps(whole))
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("splits", "train", "tokens"), 1),
+        (("splits", "train", "quarantined"), [0]),
+        (("splits", "train", "files", 0, 0, "sha256"), "0" * 64),
+        (("files", 0, "bytes"), 1),
+        (("files",), []),
+        (("hash",), "0" * 64),
+    ],
+)
+def test_an_edited_manifest_is_refused(copied: Path, keys: tuple[Any, ...], value: Any) -> None:
+    edit_json(copied / MANIFEST, *keys, value=value)
+    with pytest.raises(CacheError, match=r"does not match its own hash"):
+        Cache(copied)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", "3", '{"splits": [], "files": [], "hash": "", "extracted": {}}']
+)
+def test_a_damaged_manifest_is_refused(copied: Path, text: str) -> None:
+    (copied / MANIFEST).write_text(text)
+    with pytest.raises(CacheError, match=r"is damaged"):
+        Cache(copied)
+
+
+def test_what_a_run_saw_is_no_part_of_the_hash(copied: Path) -> None:
+    before = Cache(copied).manifest.hash
+    edit_json(copied / MANIFEST, "extracted", "seconds", value=1e9)
+    assert Cache(copied).manifest.hash == before
+
+
+def test_a_newer_schema_is_refused(copied: Path) -> None:
+    edit_json(copied / "zarr.json", "attributes", ATTRIBUTE, "schema", value=SCHEMA + 1)
+    with pytest.raises(CacheError, match=f"schema {SCHEMA + 1}.*pip install --upgrade"):
+        Cache(copied)
+
+
+@pytest.mark.parametrize(
+    ("keys", "value"),
+    [
+        (("settings",), {}),
+        (("settings",), 3),
+        (("settings", "codec"), "int9"),
+        (("settings", "surprise"), 1),
+        ((), 3),
+    ],
+)
+def test_edited_attributes_are_refused(copied: Path, keys: tuple[str, ...], value: Any) -> None:
+    edit_json(copied / "zarr.json", "attributes", ATTRIBUTE, *keys, value=value)
+    with pytest.raises(CacheError, match=r"zarr\.json"):
+        Cache(copied)
+
+
+def test_what_is_no_cache_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"no such cache.*embedcache extract CORPUS"):
+        Cache(tmp_path / "absent")
+    with pytest.raises(CacheError, match=r"not an embedcache cache"):
+        Cache(tmp_path)
+
+
+def test_a_tap_that_is_not_stored_names_the_nearest(copied: Path) -> None:
+    with pytest.raises(CacheError, match=r"no tap 'layer_2'.*Did you mean 'layer_1'"):
+        Cache(copied).require_taps(("final", "layer_2"))
+
+
+def test_an_empty_split_says_what_the_cache_has(copied: Path) -> None:
+    with pytest.raises(CacheError, match=r"no 'exam' split .*train, dev, test"):
+        Cache(copied).split("exam")

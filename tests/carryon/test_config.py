@@ -1,0 +1,37 @@
+from __future__ import annotations
+
+import pytest
+
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.errors import UsageError
+
+
+def test_a_dictionary_gives_the_configuration_back():
+    config = CarryOnConfig(width=96, taps=("final", "layer_1"), gate=False, bridge_bits=4)
+    assert CarryOnConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"width": 0}, "width must be at least 1"),
+        ({"width": 48}, "divide width"),
+        ({"width": 33, "head_width": 33}, "even"),
+        ({"taps": ["layer_1"]}, "'final'"),
+        ({"taps": ["final", "final"]}, "twice"),
+        ({"taps": "final"}, "list"),
+        ({"bridge_bits": 5}, "16, 8 or 4"),
+        ({"widht": 64}, "Did you mean 'width'"),
+        ({"width": "64"}, "width"),
+        ({"width": 64.0}, "width"),
+        ({"gate": "no"}, "gate"),
+    ],
+)
+def test_what_cannot_be_is_refused(values, words):
+    with pytest.raises(UsageError, match=words):
+        CarryOnConfig.from_dict(values)
+
+
+def test_a_table_is_expected():
+    with pytest.raises(UsageError, match="carry-on"):
+        CarryOnConfig.from_dict(3)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn, bridge, rotary_angles, rotate, segment_mask
+
+H = 16
+
+
+def carryon(hidden: int = H, **settings) -> CarryOn:
+    torch.manual_seed(0)
+    return CarryOn(CarryOnConfig(**settings), hidden)
+
+
+def trained(hidden: int = H, **settings) -> CarryOn:
+    """A carry-on that does something."""
+    model = carryon(hidden, **settings)
+    torch.nn.init.normal_(model.branch.weight, std=0.3)
+    return model.eval()
+
+
+def inputs(B: int, T: int, *taps: str) -> dict[str, torch.Tensor]:
+    draw = torch.Generator().manual_seed(1)
+    return {tap: torch.randn(B, T, H, generator=draw) for tap in (taps or ("final",))}
+
+
+def positions(B: int, T: int) -> torch.Tensor:
+    return torch.arange(T).expand(B, T)
+
+
+@pytest.mark.parametrize("gate", [True, False])
+def test_it_starts_as_the_base_and_can_leave_it(gate):
+    model = carryon(gate=gate)
+    delta = model(inputs(2, 5), positions_BT=positions(2, 5))
+    assert delta.shape == (2, 5, H)
+    assert not delta.any()
+    delta.sum().backward()
+    assert model.branch.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    ("settings", "count"), [({}, 211_072), ({"width": 256, "gate": False}, 1_872_448)]
+)
+def test_parameter_counts_at_hidden_576(settings, count):
+    model = carryon(576, **settings)
+    R = model.config.width
+    block = 3 * R * R + R * R + 2 * 4 * R * R + 4 * R + R + 2 * R  # biases, norms
+    heads = (1 + model.config.gate) * (R * 576 + 576)
+    assert model.parameter_count() == (576 * R + R) + 2 * block + R + heads == count
+
+
+def test_the_gate_is_a_sigmoid_on_the_same_branch():
+    model = trained()
+    torch.nn.init.zeros_(model.gate.weight)
+    x, at = inputs(2, 5), positions(2, 5)
+    torch.nn.init.constant_(model.gate.bias, 50.0)
+    open_delta = model(x, positions_BT=at)
+    torch.nn.init.constant_(model.gate.bias, 0.0)
+    torch.testing.assert_close(model(x, positions_BT=at), open_delta / 2)
+
+
+def test_it_is_causal_and_sees_the_past():
+    model, x = trained(), inputs(1, 6)
+    before = model(x, positions_BT=positions(1, 6))
+    x["final"][0, 3] += 1
+    after = model(x, positions_BT=positions(1, 6))
+    torch.testing.assert_close(before[:, :3], after[:, :3])
+    assert (before[0, 3:] - after[0, 3:]).abs().amax(dim=1).min() > 1e-5
+
+
+def test_positions_are_relative_and_matter():
+    model, x = trained(), inputs(1, 6)
+    delta = model(x, positions_BT=positions(1, 6))
+    shifted = model(x, positions_BT=positions(1, 6) + 40)
+    torch.testing.assert_close(delta, shifted, rtol=1e-3, atol=1e-4)
+    spread = model(x, positions_BT=positions(1, 6) * 3)
+    assert (delta - spread).abs().max() > 1e-4
+
+
+def test_rope_matches_complex_multiplication():
+    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    at = torch.randint(50, (2, 5), generator=torch.Generator().manual_seed(1))
+    found = rotate(x, rotary_angles(at, 8))
+    turn = torch.polar(
+        torch.ones(()), at[:, None, :, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+    )
+    expected = torch.complex(x[..., :4], x[..., 4:]) * turn
+    torch.testing.assert_close(found, torch.cat([expected.real, expected.imag], -1))
+
+
+def test_segments_do_not_see_each_other():
+    model, x = trained(), inputs(1, 7)
+    at = torch.tensor([[0, 1, 2, 0, 1, 0, 0]])
+    segments = torch.tensor([[0, 0, 0, 1, 1, -1, -1]])
+    packed = model(x, positions_BT=at, mask_BTS=segment_mask(segments))
+    for first, stop in ((0, 3), (3, 5)):
+        alone = model({"final": x["final"][:, first:stop]}, positions_BT=positions(1, stop - first))
+        torch.testing.assert_close(packed[:, first:stop], alone)
+    assert packed.isfinite().all()
+
+
+def test_token_input_is_read_and_required():
+    model, x = trained(token_input=True), inputs(1, 5)
+    tokens = torch.randn(1, 5, H, generator=torch.Generator().manual_seed(2))
+    delta = model(x, positions_BT=positions(1, 5), tokens_BTH=tokens)
+    other = model(x, positions_BT=positions(1, 5), tokens_BTH=tokens.flip(1))
+    assert (delta - other).abs().max() > 1e-4
+    with pytest.raises(ValueError, match="tokens_BTH"):
+        model(x, positions_BT=positions(1, 5))
+
+
+@pytest.mark.parametrize("changed", ["final", "layer_1"])
+def test_every_tap_is_read(changed):
+    model, x = trained(taps=("layer_1", "final")), inputs(1, 5, "layer_1", "final")
+    before = model(x, positions_BT=positions(1, 5))
+    x[changed] = x[changed].flip(1)
+    assert (before - model(x, positions_BT=positions(1, 5))).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_the_bridge_is_within_half_a_step(bits):
+    x = torch.randn(50, 64, generator=torch.Generator().manual_seed(0)) * 7
+    x[3] = 0
+    found = bridge(x, bits)
+    step = x.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
+    assert ((found - x).abs() <= step / 2 * 1.0001).all()
+    assert (found - x).abs().max() > 0
+    assert max(len(row.unique()) for row in found) <= 2**bits - 1
+    assert torch.equal(found[3], x[3])
+    assert torch.equal(bridge(x, 16), x)
+
+
+def test_calibration_gives_zero_mean_and_unit_variance():
+    model = carryon(taps=("final", "layer_1"))
+    draw = torch.Generator().manual_seed(0)
+    sample = {
+        tap: torch.randn(500, H, generator=draw) * torch.arange(1, H + 1) + 30
+        for tap in ("final", "layer_1")
+    }
+    sample["final"][:, 0] = 3.0  # a component that never changes must not become infinite
+    model.calibrate(sample)
+    for index, tap in enumerate(model.config.taps):
+        x = ((sample[tap] - model.mean_KH[index]) * model.scale_KH[index]).double()
+        assert x.isfinite().all()
+        torch.testing.assert_close(x.mean(0), torch.zeros(H).double(), rtol=0, atol=1e-4)
+        deviation = x.std(0, correction=0)[1 if tap == "final" else 0 :]
+        torch.testing.assert_close(deviation, torch.ones_like(deviation), rtol=1e-3, atol=0)

@@ -1,0 +1,113 @@
+"""A tiny real base and a finished tiny cache of it, made once a session."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+from embedcache.base.load import Base, load_base
+from embedcache.cache.layout import ExtractSettings
+from embedcache.cache.reader import Cache
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn
+from embedcache.carryon.store import CarryOnRecord, save_carryon
+from embedcache.corpus.config import CorpusConfig
+from embedcache.extract import extract
+
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "Paris"]
+
+
+@dataclass(frozen=True)
+class World:
+    """A base, a corpus folder and a finished cache of both; treat them as read-only."""
+
+    base_path: Path
+    corpus: Path
+    cache_path: Path
+
+    def base(self) -> Base:
+        return load_base(self.base_path, device="cpu")
+
+    def cache(self) -> Cache:
+        return Cache(self.cache_path)
+
+
+def write_corpus(folder: Path, documents: int = 24, seed: int = 0) -> Path:
+    """Write text whose second half of each line repeats the first: something to be learned."""
+    draw = random.Random(seed)
+    folder.mkdir(parents=True)
+    for number in range(documents):
+        lines = [" ".join(draw.choices(WORDS, k=draw.randint(4, 12))) for _ in range(4)]
+        (folder / f"{number:02}.txt").write_text("\n".join(f"{x}; {x}." for x in lines))
+    return folder
+
+
+def make_world(root: Path, *, documents: int = 24, **changes: Any) -> World:
+    """Make a base, corpus and cache under ``root``; ``changes`` go to settings or the corpus."""
+    arch, tied, taps, codec, dev = (
+        changes.pop(name, default)
+        for name, default in {
+            "arch": "llama",
+            "tied": True,
+            "taps": ("final",),
+            "codec": "bf16",
+            "dev": 0.2,
+        }.items()
+    )
+    base = tiny.tiny_base_directory(root / "base", str(arch), bool(tied))
+    corpus = write_corpus(root / "corpus", documents)
+    config = CorpusConfig(sources=(str(corpus),), context=64, dev_fraction=dev, test_fraction=0.2)
+    settings = ExtractSettings(
+        context=64, block_tokens=256, batch_tokens=256, taps=taps, codec=codec
+    )
+    extract(config, base=str(base), out=root / "cache", settings=settings, device="cpu")
+    return World(base, corpus, root / "cache")
+
+
+def random_carryon(world: World, folder: Path, **shape: Any) -> Path:
+    """Save a carry-on of a world's base that was never trained but does something."""
+    base = world.cache().attributes.base
+    config = CarryOnConfig(**({"width": 32} | shape))
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CarryOn(config, base["hidden_size"])
+        torch.nn.init.normal_(model.branch.weight, std=0.5)
+    corpus = world.cache().attributes.corpus
+    results = {"parameters": model.parameter_count(), "epochs": 0, "best_epoch": 0}
+    record = CarryOnRecord(
+        config=config,
+        base=base,
+        training={},
+        cache={"corpus": corpus},
+        results=results | {"base_dev": None, "best_dev": None},
+    )
+    save_carryon(folder, model, record)
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def session_home(tmp_path_factory: pytest.TempPathFactory):
+    """Hashes and conversions of this session stay in it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("EMBEDCACHE_HOME", str(tmp_path_factory.mktemp("home")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> World:
+    """A tied llama, 24 documents in train, dev and test, tap ``final``, codec bf16."""
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def tapped(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> World:
+    """The same with an untied gemma3 (sliding window, soft-cap) and a second tap, ``layer_1``."""
+    return make_world(
+        tmp_path_factory.mktemp("tapped"), arch="gemma3_text", tied=False, taps=("final", "layer_1")
+    )
