@@ -228,7 +228,11 @@ class _Training:
                 self._cache.split("train"), batch_tokens=EVAL_TOKENS, taps=("final",), shuffle=False
             )
             self._likely = LikelyTokens(
-                plain, self._inputs.head, config.likely, self._tokens, self._progress
+                plain,
+                self._inputs.head,
+                min(config.likely, self._inputs.head.weight_VH.shape[0]),
+                self._tokens,
+                self._progress,
             )
         total = self._tokens * config.epochs
         with self._progress.bar("training", total, "tok") as bar:
@@ -405,12 +409,21 @@ def _sample(split: SplitReader, taps: tuple[str, ...]) -> dict[str, torch.Tensor
     count = split.manifest.blocks
     numbers = sorted({count * i // 4 for i in range(4)})
     blocks = [split.block(number, taps) for number in numbers]
-    return {
+    sample = {
         tap: torch.cat(
-            [block.x_NH[tap][a:b] for block in blocks for a, b in block.rows_S2.tolist()]
+            [block.x_NH[tap][:0] for block in blocks]
+            + [block.x_NH[tap][a:b] for block in blocks for a, b in block.rows_S2.tolist()]
         )
         for tap in taps
     }
+    for tap, x_NH in sample.items():
+        if not len(x_NH) or not x_NH.isfinite().all():
+            raise NumericsError(
+                f"the sampled train embeddings of tap {tap} hold values that are not finite, or no "
+                "readable sequence: this cache cannot be trained on. Extract it again, with "
+                "--dtype float32 if the base overflows."
+            )
+    return sample
 
 
 def _adamw(model: CarryOn, config: TrainConfig) -> torch.optim.AdamW:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -154,9 +155,17 @@ def _unit_rms(x_BTH: Tensor) -> Tensor:
 
 def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
     """Return (cos, sin), each [B, 1, T, D/2], of the rotary embedding (RoFormer, 2104.09864)."""
-    exponent = torch.arange(0, head_width, 2, device=positions_BT.device) / head_width
-    angles = positions_BT[:, None, :, None].float() * (10000.0**-exponent)
-    return angles.cos(), angles.sin()
+    exponent = np.arange(0, head_width, 2) / head_width
+    if positions_BT.device.type == "cpu":
+        # By numpy: torch's first cosine in a process now and then comes out less accurate, which
+        # would make two runs differ.
+        angles = positions_BT.numpy()[:, None, :, None] * 10000.0**-exponent
+        cos, sin = torch.from_numpy(np.cos(angles)), torch.from_numpy(np.sin(angles))
+    else:
+        frequency = torch.from_numpy(10000.0**-exponent).to(positions_BT.device)
+        on_device = positions_BT[:, None, :, None] * frequency
+        cos, sin = on_device.cos(), on_device.sin()
+    return cos.float(), sin.float()
 
 
 def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:

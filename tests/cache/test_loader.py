@@ -148,7 +148,8 @@ def test_the_branch_sees_each_sequence_alone(split):
                 torch.testing.assert_close(
                     delta[batch.segments_BT == segment], alone[0], rtol=1e-4, atol=1e-5
                 )
-    assert shared > 0  # some rows did hold two sequences
+    # Some rows did hold two sequences; a window of one block has too few for that.
+    assert shared > 0 or loader_module.WINDOW == 1
 
 
 def test_rows_hold_whole_sequences_without_overlap():
