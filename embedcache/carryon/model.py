@@ -41,6 +41,9 @@ class CarryOn(nn.Module):
         self.norm = nn.RMSNorm(config.width)
         self.branch = nn.Linear(config.width, hidden)
         self.gate = nn.Linear(config.width, hidden) if config.gate else None
+        # Adam moves every weight by the rate, so the output's first steps grow with the width:
+        # unscaled, a branch of 256 first throws the loss far above the base's.
+        nn.init.constant_(self.norm.weight, min(1.0, 64 / config.width))
         nn.init.zeros_(self.branch.weight)
         nn.init.zeros_(self.branch.bias)
 

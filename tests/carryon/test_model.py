@@ -147,3 +147,15 @@ def test_calibration_gives_zero_mean_and_unit_variance():
         torch.testing.assert_close(x.mean(0), torch.zeros(H).double(), rtol=0, atol=1e-4)
         deviation = x.std(0, correction=0)[1 if tap == "final" else 0 :]
         torch.testing.assert_close(deviation, torch.ones_like(deviation), rtol=1e-3, atol=0)
+
+
+@pytest.mark.parametrize("width", [64, 256])
+def test_a_first_step_of_adam_moves_the_output_as_much_at_any_width(width):
+    torch.manual_seed(0)
+    model = CarryOn(CarryOnConfig(width=width, gate=False), 64)
+    x, positions = {"final": torch.randn(2, 32, 64)}, torch.arange(32).expand(2, 32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+    (model(x, positions_BT=positions) - torch.randn(2, 32, 64)).square().mean().backward()
+    optimizer.step()
+    moved = model(x, positions_BT=positions).abs().mean().item()
+    assert 0.01 < moved < 0.06
