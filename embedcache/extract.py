@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import queue
 import shutil
 import time
 from collections.abc import Callable
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import zarr
 
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
@@ -36,6 +34,7 @@ from embedcache.cache.tokens import SplitTokens
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.errors import NumericsError
+from embedcache.extraction.buffers import HostBuffers, Slot
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.plan import (
     Prediction,
@@ -231,7 +230,7 @@ class _Extraction:
         # Encoding runs beside the forward pass: one thread where the CPU is the device, a few
         # where a GPU would otherwise wait for zstd.
         threads = 1 if base.device.type == "cpu" else min(4, os.cpu_count() or 1)
-        slots = _HostBuffers(base, settings, count=threads + 1)
+        slots = HostBuffers(base, settings, count=threads + 1)
         futures: list[tuple[str, int, int, Future[Marker]]] = []
         total = sum(self._splits[name].block_rows(block) for name, block in todo)
         worst, started = 0.0, time.perf_counter()
@@ -260,7 +259,7 @@ class _Extraction:
         writer: BlockWriter,
         name: str,
         block: int,
-        ready: Callable[[], _Slot],
+        ready: Callable[[], Slot],
         rows_S2: np.ndarray[Any, Any],
         first: int,
     ) -> Marker:
@@ -358,61 +357,3 @@ def _store_base(out: Path, base: Base) -> None:
     fsync_tree(staging)
     staging.rename(out / "base")
     fsync_path(out)
-
-
-def _finite_rows(x_NH: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return, for each row, whether every value of every tap is finite, on their device."""
-    # A sum is finite only if every term is; in float32 the sum of finite embeddings is, too.
-    return torch.stack([x.float().sum(dim=1).isfinite() for x in x_NH.values()]).all(dim=0)
-
-
-@dataclass(frozen=True, slots=True)
-class _Slot:
-    """Embeddings of one block in host memory; `release` lets the memory be used again."""
-
-    x_NH: dict[str, torch.Tensor]
-    finite_N: torch.Tensor
-    release: Callable[[], None]
-
-
-class _HostBuffers:
-    """A ring of pinned buffers, so that copies from a GPU run beside its next forward pass.
-
-    Rows are checked for finite values where they were computed: on a GPU that is free, on the host
-    it would take threads that the encoders need.
-    """
-
-    def __init__(self, base: Base, settings: ExtractSettings, count: int):
-        self._cuda = base.device.type == "cuda"
-        self._free: queue.Queue[tuple[dict[str, torch.Tensor], torch.Tensor]] = queue.Queue()
-        rows = settings.block_tokens if self._cuda else 0
-        for _ in range(count):
-            x_NH = {
-                tap: torch.empty(
-                    rows, base.identity.hidden_size, dtype=base.dtype, pin_memory=self._cuda
-                )
-                for tap in settings.taps
-            }
-            self._free.put((x_NH, torch.empty(rows, dtype=torch.bool, pin_memory=self._cuda)))
-
-    def fetch(self, x_NH: dict[str, torch.Tensor]) -> Callable[[], _Slot]:
-        """Begin the copy to the host; the returned function waits for it. Blocks while full."""
-        buffer = self._free.get()
-        finite_N = _finite_rows(x_NH)
-
-        def release() -> None:
-            self._free.put(buffer)
-
-        if not self._cuda:
-            return lambda: _Slot(x_NH, finite_N, release)
-        for tap, x in x_NH.items():
-            buffer[0][tap].copy_(x, non_blocking=True)
-        buffer[1].copy_(finite_N, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-
-        def ready() -> _Slot:
-            copied.synchronize()
-            return _Slot(*buffer, release)
-
-        return ready
