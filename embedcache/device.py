@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 from embedcache.errors import UsageError, nearest
@@ -41,3 +44,17 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
             f"a dtype is auto, {', '.join(DTYPES)}; found '{dtype}'.{nearest(dtype, DTYPES)}"
         )
     return DTYPES[dtype]
+
+
+@contextmanager
+def any_shape_attention() -> Iterator[None]:
+    """Compute attention with kernels that take any shape at once.
+
+    cuDNN's plans each new shape for about 0.1 s, and nearly every batch here is one.
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

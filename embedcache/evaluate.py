@@ -20,7 +20,7 @@ from embedcache.cache.loader import Batch, BatchLoader
 from embedcache.cache.reader import Cache
 from embedcache.carryon.model import CarryOn, segment_mask
 from embedcache.carryon.store import load_carryon
-from embedcache.device import resolve_device
+from embedcache.device import any_shape_attention, resolve_device
 from embedcache.errors import CacheError
 from embedcache.loss import cross_entropy
 from embedcache.progress import SILENT, Progress
@@ -104,6 +104,7 @@ class FrozenInputs:
 
 
 @torch.no_grad()
+@any_shape_attention()
 def score(
     batches: Iterable[Batch],
     inputs: FrozenInputs,

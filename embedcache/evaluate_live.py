@@ -16,6 +16,7 @@ from embedcache.cache.reader import Cache
 from embedcache.compose import Composed, compose
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.sequences import CorpusReader
+from embedcache.device import any_shape_attention
 from embedcache.evaluate import EVAL_TOKENS, Evaluation, Scores, summarise, with_base
 from embedcache.extraction.forward import plan_batches
 from embedcache.loss import cross_entropy
@@ -93,6 +94,7 @@ def _read(reader: CorpusReader) -> Sequences:
 
 
 @torch.no_grad()
+@any_shape_attention()
 def _score(
     base: Base, composed: Composed, groups: Sequences, alphas: tuple[float, ...], bar: Bar
 ) -> Scores:

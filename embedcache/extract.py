@@ -19,8 +19,8 @@ from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps, is_tied, token_embedding_of
 from embedcache.cache.base_arrays import write_base_array
 from embedcache.cache.codecs import codec_for
-from embedcache.cache.commit import BlockWriter, Marker, clear_staging, recover, writer_lock
-from embedcache.cache.layout import LOCK, MANIFEST, SPLITS, STAGING, ExtractSettings
+from embedcache.cache.commit import BlockWriter, Marker, clear_staging, recover
+from embedcache.cache.layout import MANIFEST, SPLITS, STAGING, ExtractSettings
 from embedcache.cache.manifest import (
     Manifest,
     publish_manifest,
@@ -45,7 +45,7 @@ from embedcache.extraction.plan import (
     seal_corpus,
     sealed_attributes,
 )
-from embedcache.files import fsync_path
+from embedcache.files import LOCK, fsync_path, writer_lock
 from embedcache.progress import SILENT, Bar, Progress
 
 CHECK_EVERY = 64

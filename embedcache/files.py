@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from embedcache.errors import OutputError
+
+LOCK = ".lock"
 
 
 def fsync_path(path: Path) -> None:
@@ -47,6 +54,28 @@ def publish_bytes(path: Path, data: bytes) -> None:
 def publish_json(path: Path, value: Any) -> None:
     """Publish ``value`` as indented JSON with a closing newline."""
     publish_bytes(path, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
+
+
+@contextmanager
+def writer_lock(folder: Path) -> Iterator[None]:
+    """Hold a folder for writing, made if it is not there; refuse a second with ``OutputError``.
+
+    The lock is the kernel's and goes with the process, however it ends.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Whoever gave up in between took the file away: a lock on that keeps nobody out.
+            held = os.path.samestat((folder / LOCK).stat(), os.fstat(file.fileno()))
+        except (BlockingIOError, FileNotFoundError):
+            held = False
+        if not held:
+            raise OutputError(
+                f"{folder} is being written by another embedcache process: wait for it, or give "
+                "another --out"
+            )
+        yield
 
 
 def canonical_json(value: Any) -> str:

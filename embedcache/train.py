@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -12,24 +11,26 @@ from typing import Any
 import torch
 
 from embedcache.cache.loader import Batch, BatchLoader
-from embedcache.cache.reader import Cache, SplitReader
+from embedcache.cache.reader import Cache
+from embedcache.cache.sample import sample_embeddings
 from embedcache.carryon.model import CarryOn
-from embedcache.carryon.store import CONFIG_FILE, CarryOnRecord, save_carryon
-from embedcache.device import resolve_device
-from embedcache.errors import NumericsError, OutputError, UsageError
+from embedcache.carryon.store import CarryOnRecord, save_carryon
+from embedcache.device import any_shape_attention, resolve_device
+from embedcache.errors import NumericsError, UsageError
 from embedcache.evaluate import EVAL_TOKENS, FrozenInputs, score
+from embedcache.files import LOCK, writer_lock
 from embedcache.loss import Shortlist, cross_entropy
 from embedcache.progress import SILENT, Bar, Progress
 from embedcache.training.checkpoint import (
     CHECKPOINT,
     TrainState,
     load_checkpoint,
-    read_request,
     save_checkpoint,
 )
 from embedcache.training.config import TrainConfig
 from embedcache.training.likely import LikelyTokens
 from embedcache.training.metrics import METRICS_FILE, Metrics
+from embedcache.training.output import check_out, is_partial
 from embedcache.training.report import publish_report
 from embedcache.training.schedule import learning_rate
 
@@ -76,7 +77,12 @@ def train(
     """
     config = config or TrainConfig()
     cache, target, request = _checked(cache_path, out, config, device)
-    return _Training(cache, out, config, target, request, progress).run()
+    training = _Training(cache, out, config, target, request, progress)
+    with writer_lock(out):
+        check_out(out, request)  # what it holds may have changed on the way to the lock
+        summary = training.run()
+        (out / LOCK).unlink()
+    return summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,50 +127,6 @@ def _checked(
     return cache, target, request
 
 
-def check_out(out: Path, request: dict[str, Any]) -> None:
-    """Raise ``OutputError`` unless ``out`` is absent, empty, or this very run, interrupted."""
-    if out.exists() and not out.is_dir():
-        raise OutputError(
-            f"{out} is a file, expected a folder for the carry-on: give another --out"
-        )
-    if (out / CONFIG_FILE).is_file():
-        raise OutputError(
-            f"{out} already holds a finished carry-on: give another --out, or delete it"
-        )
-    checkpoint = out / CHECKPOINT
-    if checkpoint.is_file():
-        # Through JSON, as the checkpoint's went: tuples and lists are one.
-        old, new = read_request(checkpoint), json.loads(json.dumps(request))
-        for key in new:
-            if old.get(key) != new[key]:
-                raise OutputError(
-                    f"{out} holds a run with another {key}: {_difference(old.get(key), new[key])}. "
-                    "Run with the first to go on, or give another --out."
-                )
-    elif out.is_dir() and (
-        found := sorted(p.name for p in out.iterdir() if p.name != METRICS_FILE and not _partial(p))
-    ):
-        raise OutputError(
-            f"{out} holds something else ({', '.join(found[:3])}): expected an empty or new "
-            "folder. Give another --out."
-        )
-
-
-def _partial(path: Path) -> bool:
-    """Whether a file is what a killed run was about to publish."""
-    return path.name.endswith(".partial") and path.name.startswith(
-        (f".{CHECKPOINT}.", f".{METRICS_FILE}.")
-    )
-
-
-def _difference(old: Any, new: Any) -> str:
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in new:
-            if old.get(key) != new[key]:
-                return f"{key} was {_difference(old.get(key), new[key])}"
-    return f"{old!r}, now {new!r}"
-
-
 class _Training:
     """One run of the training loop."""
 
@@ -187,7 +149,7 @@ class _Training:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.model = CarryOn(config.carryon, cache.attributes.base["hidden_size"])
-        self.model.calibrate(_sample(split, taps))
+        self.model.calibrate(sample_embeddings(split, taps))
         self.model.to(device)
         self._optimizer = _adamw(self.model, config)
         self._loader = BatchLoader(
@@ -208,16 +170,16 @@ class _Training:
     def run(self) -> TrainSummary:
         """Train, publish the carry-on and its report, and remove the checkpoint."""
         config = self._config
-        self._out.mkdir(parents=True, exist_ok=True)
         for path in self._out.iterdir():
-            if _partial(path):
+            if is_partial(path):
                 path.unlink()
         checkpoint = self._out / CHECKPOINT
-        if checkpoint.is_file():
+        resumed = checkpoint.is_file()
+        if resumed:
             self._state, self._best = load_checkpoint(checkpoint, self.model, self._optimizer)
             self._progress.say(f"resuming at step {self._state.step}")
         resumed_at = self._state.step
-        metrics = Metrics(self._out / METRICS_FILE, keep_steps=self._state.step)
+        metrics = Metrics(self._out / METRICS_FILE, resume=self._state if resumed else None)
         if self._dev is None:
             self._progress.say("this cache has no dev split: the last epoch will be kept")
         elif self._state.base_dev is None:
@@ -302,6 +264,7 @@ class _Training:
         state.position, state.epoch_loss, state.epoch_targets = 0, 0.0, 0
         return dev
 
+    @any_shape_attention()
     def _step(self, host_batch: Batch, rate: float) -> tuple[float, float]:
         batch = host_batch.to(self._device)
         targets_N = batch.targets_N
@@ -402,28 +365,6 @@ class _Training:
         save_carryon(self._out, self.model, record)
         (self._out / CHECKPOINT).unlink()
         return summary
-
-
-def _sample(split: SplitReader, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Return the embeddings of up to four blocks spread over the split, by tap."""
-    count = split.manifest.blocks
-    numbers = sorted({count * i // 4 for i in range(4)})
-    blocks = [split.block(number, taps) for number in numbers]
-    sample = {
-        tap: torch.cat(
-            [block.x_NH[tap][:0] for block in blocks]
-            + [block.x_NH[tap][a:b] for block in blocks for a, b in block.rows_S2.tolist()]
-        )
-        for tap in taps
-    }
-    for tap, x_NH in sample.items():
-        if not len(x_NH) or not x_NH.isfinite().all():
-            raise NumericsError(
-                f"the sampled train embeddings of tap {tap} hold values that are not finite, or no "
-                "readable sequence: this cache cannot be trained on. Extract it again, with "
-                "--dtype float32 if the base overflows."
-            )
-    return sample
 
 
 def _adamw(model: CarryOn, config: TrainConfig) -> torch.optim.AdamW:

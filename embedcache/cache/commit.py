@@ -8,14 +8,12 @@ first. A writer that lost the race, or died, can harm nothing.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from typing import Any
 import numpy as np
 
 from embedcache.cache.codecs import chunk_rows
-from embedcache.cache.layout import COMMITS, LOCK, STAGING, marker_path, shard_name
+from embedcache.cache.layout import COMMITS, STAGING, marker_path, shard_name
 from embedcache.cache.shard import write_shard
-from embedcache.errors import CacheError, OutputError
+from embedcache.errors import CacheError
 from embedcache.files import fsync_path, make_folder
 
 
@@ -180,25 +178,3 @@ def recover(cache: Path, split: str, block_count: int) -> dict[int, Marker]:
 def clear_staging(cache: Path) -> None:
     """Remove what dead attempts staged and never committed; under the lock, after `recover`."""
     shutil.rmtree(cache / STAGING, ignore_errors=True)
-
-
-@contextmanager
-def writer_lock(cache: Path) -> Iterator[None]:
-    """Hold the cache for writing; a second writer is refused with ``OutputError``.
-
-    The lock is the kernel's and goes with the process, however it ends.
-    """
-    cache.mkdir(parents=True, exist_ok=True)
-    with (cache / LOCK).open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever gave up in between took the file away: a lock on that keeps nobody out.
-            held = os.path.samestat((cache / LOCK).stat(), os.fstat(file.fileno()))
-        except (BlockingIOError, FileNotFoundError):
-            held = False
-        if not held:
-            raise OutputError(
-                f"{cache} is being written by another embedcache process: wait for it, or give "
-                "another --out"
-            )
-        yield

@@ -28,7 +28,6 @@ ATTRIBUTE = "embedcache"
 STAGING = ".staging"
 COMMITS = "commits"
 MANIFEST = "manifest.json"
-LOCK = ".lock"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -63,7 +63,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """One sequence of a window: its block in the window, place in the block, and length."""
+    """One sequence: its block, place in the block, and length."""
 
     block: int
     place: int
@@ -99,54 +99,53 @@ class BatchLoader:
         return prefetch(self._batches(epoch, skip))
 
     def _batches(self, epoch: int, skip: int) -> Iterator[Batch]:
-        generator = np.random.default_rng([self._seed, epoch])
-        count = self._split.manifest.blocks
-        blocks = generator.permutation(count) if self._shuffle else np.arange(count)
-        windows = [blocks[i : i + WINDOW].tolist() for i in range(0, count, WINDOW)]
         with ThreadPoolExecutor(self._threads) as pool:
-            pending: list[tuple[list[int], list[list[_Item]], list[Future[Block]] | None]] = []
-            for window in windows:
-                batches = self._plan(window, generator)
+            futures: dict[int, Future[Block]] = {}
+            ahead: list[tuple[list[list[_Item]], dict[int, Future[Block]]]] = []
+            for batches in self._plan(epoch):
                 dropped = min(skip, len(batches))
                 skip -= dropped
                 batches = batches[dropped:]
-                futures = (
-                    [pool.submit(self._split.block, block, self._taps) for block in window]
-                    if batches
-                    else None
-                )
-                pending.append((window, batches, futures))
-                if len(pending) > 1:  # the next window is read while this one is trained on
-                    yield from self._collate(*pending.pop(0))
-            for entry in pending:
-                yield from self._collate(*entry)
+                blocks = dict.fromkeys(item.block for batch in batches for item in batch)
+                futures = {
+                    block: futures.get(block) or pool.submit(self._split.block, block, self._taps)
+                    for block in blocks
+                }
+                ahead.append((batches, futures))
+                if len(ahead) > 1:  # the next window is read while this one is trained on
+                    yield from self._collate(*ahead.pop(0))
+            for window in ahead:
+                yield from self._collate(*window)
 
-    def _plan(self, window: list[int], generator: np.random.Generator) -> list[list[_Item]]:
-        items = [
-            _Item(i, place, int(rows[1] - rows[0]))
-            for i, block in enumerate(window)
-            for place, rows in enumerate(self._split.sequences(block)[1])
-        ]
-        order = generator.permutation(len(items)) if self._shuffle else np.arange(len(items))
-        batches: list[list[_Item]] = []
-        used = self._batch_tokens + 1
-        for index in order:
-            item = items[index]
-            if used + item.length > self._batch_tokens:
-                batches.append([])
-                used = 0
-            batches[-1].append(item)
-            used += item.length
-        return batches
+    def _plan(self, epoch: int) -> Iterator[list[list[_Item]]]:
+        """Yield the batches of each window; what does not fill its last one goes to the next."""
+        generator = np.random.default_rng([self._seed, epoch])
+        count = self._split.manifest.blocks
+        blocks = generator.permutation(count) if self._shuffle else np.arange(count)
+        batch: list[_Item] = []
+        used = 0
+        for start in range(0, count, WINDOW):
+            items = [
+                _Item(block, place, int(rows[1] - rows[0]))
+                for block in blocks[start : start + WINDOW].tolist()
+                for place, rows in enumerate(self._split.sequences(block)[1])
+            ]
+            order = generator.permutation(len(items)) if self._shuffle else np.arange(len(items))
+            full: list[list[_Item]] = []
+            for item in (items[index] for index in order):
+                if batch and used + item.length > self._batch_tokens:
+                    full.append(batch)
+                    batch, used = [], 0
+                batch.append(item)
+                used += item.length
+            yield full
+        yield [batch] if batch else []
 
     def _collate(
-        self, window: list[int], batches: list[list[_Item]], futures: list[Future[Block]] | None
+        self, batches: list[list[_Item]], futures: dict[int, Future[Block]]
     ) -> Iterator[Batch]:
-        if futures is None:
-            return
-        blocks = [future.result() for future in futures]
         for items in batches:
-            places = [(blocks[item.block], item.place) for item in items]
+            places = [(futures[item.block].result(), item.place) for item in items]
             yield collate(places, self._taps, pin=self._pin)
 
 

@@ -12,6 +12,7 @@ import torch
 
 from embedcache.base.load import Base
 from embedcache.base.taps import TapRecorder, final_embeddings
+from embedcache.device import any_shape_attention
 from embedcache.errors import NumericsError
 
 Array = np.ndarray[Any, Any]
@@ -51,6 +52,7 @@ class BlockForward:
         self._batch_tokens = batch_tokens
 
     @torch.no_grad()
+    @any_shape_attention()
     def __call__(self, ids_N: Array, rows_S2: Array) -> dict[str, torch.Tensor]:
         """Return x_NH by tap, on the base's device and in its dtype; N is the rows of a block.
 
@@ -87,6 +89,7 @@ class BlockForward:
         return ids_BT.to(self._base.device, non_blocking=True)
 
     @torch.no_grad()
+    @any_shape_attention()
     def check(
         self, ids_N: Array, rows_S2: Array, x_NH: dict[str, torch.Tensor], sample: int
     ) -> float:

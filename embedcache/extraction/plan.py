@@ -13,12 +13,13 @@ import torch
 from embedcache import __version__
 from embedcache.base.identity import BaseIdentity
 from embedcache.cache.codecs import codec_for
-from embedcache.cache.layout import LOCK, SPLITS, STAGING, CacheAttributes, ExtractSettings
+from embedcache.cache.layout import SPLITS, STAGING, CacheAttributes, ExtractSettings
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.seal import Sealer
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.sequences import CorpusReader
 from embedcache.errors import OutputError
+from embedcache.files import LOCK
 from embedcache.progress import Progress
 
 HEAD_BYTES_PER_WEIGHT = 2

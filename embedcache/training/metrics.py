@@ -7,16 +7,17 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.files import publish_bytes
+from embedcache.training.checkpoint import TrainState
 
 METRICS_FILE = "metrics.jsonl"
 
 
 class Metrics:
-    """Appends rows to a file; on resume, rows past the checkpoint's step are dropped first."""
+    """Appends rows to a file; on resume, rows past the checkpoint are dropped first."""
 
-    def __init__(self, path: Path, *, keep_steps: int):
+    def __init__(self, path: Path, *, resume: TrainState | None):
         self._path = path
-        kept = [row for row in self.rows() if row["step"] <= keep_steps] if keep_steps else []
+        kept = [] if resume is None else [row for row in self.rows() if _is_before(row, resume)]
         publish_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
 
     def add(self, *, step: int, **values: Any) -> None:
@@ -30,3 +31,10 @@ class Metrics:
             return []
         text = self._path.read_text(encoding="utf-8")
         return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _is_before(row: dict[str, Any], state: TrainState) -> bool:
+    """Whether a row was written before a checkpoint of that state: it is not written again."""
+    if "dev_loss" in row:  # a row of a whole epoch, 0 for the base's
+        return bool(row["epoch"] <= state.epoch)
+    return bool(row["step"] <= state.step)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,11 @@ from embedcache.cache.commit import (
     clear_staging,
     committed_blocks,
     recover,
-    writer_lock,
 )
-from embedcache.cache.layout import COMMITS, LOCK, STAGING, marker_path
+from embedcache.cache.layout import COMMITS, STAGING, marker_path
 from embedcache.cache.manifest import split_manifest
 from embedcache.cache.shard import read_shard
-from embedcache.errors import CacheError, OutputError
+from embedcache.errors import CacheError
 from embedcache.files import hash_file
 
 Array = np.ndarray[Any, Any]
@@ -208,42 +205,3 @@ def test_no_manifest_without_every_block(tmp_path: Path) -> None:
     totals = {"sequences": 1, "tokens": 9, "targets": 8, "documents": 1}
     with pytest.raises(CacheError, match=r"2 of 3 blocks are not committed \(first: 1\)"):
         split_manifest(totals, {0: marker}, 3)
-
-
-HOLDER = """
-import sys
-from pathlib import Path
-from embedcache.cache.commit import writer_lock
-with writer_lock(Path(sys.argv[1])):
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_second_process_is_refused_and_the_lock_dies_with_its_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-c", HOLDER, str(tmp_path)]
-    pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    with subprocess.Popen(command, **pipes) as holder:
-        assert holder.stdout is not None
-        assert holder.stdout.readline() == "held\n"
-        with pytest.raises(OutputError, match=r"being written by another"), writer_lock(tmp_path):
-            pass
-        holder.kill()
-        holder.wait()
-    with writer_lock(tmp_path):
-        pass
-
-
-def test_a_lock_on_a_removed_file_is_no_lock(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A process that gives up removes its lock file; one that had it open must not go on."""
-    real = commit.fcntl.flock
-
-    def flock(file: Any, how: int) -> None:
-        (tmp_path / LOCK).unlink()
-        real(file, how)
-
-    monkeypatch.setattr(commit.fcntl, "flock", flock)
-    with pytest.raises(OutputError, match=r"being written by another"), writer_lock(tmp_path):
-        pass

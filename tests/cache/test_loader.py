@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 
@@ -96,6 +97,13 @@ def test_an_epoch_holds_every_sequence_once_within_the_budget(split, tokens):
     assert numbers == sorted(by_sequence(split))
     assert all(batch.tokens <= tokens or len(batch.sequences) == 1 for batch in found)
     assert sum(batch.tokens for batch in found) == split.manifest.tokens
+
+
+def test_batches_are_full_across_windows(split):
+    """Only the last batch of the epoch is short: no window ends with one of its own."""
+    found, lengths = batches(split, 1), {s: len(held[0]) for s, held in by_sequence(split).items()}
+    for batch, following in itertools.pairwise(found):
+        assert batch.tokens + lengths[following.sequences[0]] > 200
 
 
 def test_contents_and_targets_match_each_sequence(split):
