@@ -60,7 +60,16 @@ def extract_command(
         int | None, typer.Option(help="Keep so many of each document.")
     ] = None,
     taps: Annotated[str, typer.Option(help="Layers to keep, such as final,22,15.")] = "final",
-    codec: Annotated[str, typer.Option(help="bf16 (lossless) or int8, for train.")] = "bf16",
+    codec: Annotated[
+        str, typer.Option(help="For train: bf16 (lossless), int8, or transform (about 1.5 bits).")
+    ] = "bf16",
+    bits: Annotated[
+        float | None, typer.Option(help="transform: bits a value to come to [1.5].")
+    ] = None,
+    quality: Annotated[
+        float | None,
+        typer.Option(help="transform: permitted rise of the base's cross-entropy, in nats."),
+    ] = None,
     block_tokens: Annotated[int, typer.Option(help="Rows of a block.")] = 16384,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Padded tokens of a forward pass [2048; on CUDA 16384].")
@@ -109,6 +118,8 @@ def extract_command(
     settings = ExtractSettings(
         taps=parse_taps(taps),
         codec=codec,
+        bits=bits,
+        quality=quality,
         context=context,
         block_tokens=block_tokens,
         batch_tokens=best_batch if batch_tokens is None else batch_tokens,

@@ -116,8 +116,7 @@ def score(
     """Return the exact cross-entropy of every document at every α; one pass over the batches."""
     loss_AD = np.zeros((len(alphas), documents))
     targets_D = np.zeros(documents, np.int64)
-    for host_batch in batches:
-        batch = host_batch.to(inputs.device)
+    for batch in batches:
         if not len(batch.targets_N):
             continue
         x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
@@ -125,7 +124,7 @@ def score(
         delta_NH = (
             batch.at_wanted(inputs.delta(model, batch)).to(inputs.dtype) if needs_delta else None
         )
-        document_N = host_batch.documents_N.numpy()
+        document_N = batch.documents_N
         np.add.at(targets_D, document_N, 1)
         for row, alpha in enumerate(alphas):
             y_NH = x_NH if delta_NH is None or alpha == 0 else x_NH + alpha * delta_NH
@@ -213,7 +212,7 @@ def evaluate(
         batch_tokens=EVAL_TOKENS,
         taps=record.config.taps,
         shuffle=False,
-        pin=target.type == "cuda",
+        device=target,
     )
     with progress.bar(f"evaluating on {split}", reader.manifest.tokens, "tok") as bar:
         scores = score(

@@ -18,7 +18,7 @@ import zarr
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps, is_tied, token_embedding_of
 from embedcache.cache.base_arrays import write_base_array
-from embedcache.cache.codecs import codec_for
+from embedcache.cache.codecs import ArraySpec
 from embedcache.cache.commit import BlockWriter, Marker, clear_staging, recover
 from embedcache.cache.layout import MANIFEST, SPLITS, STAGING, ExtractSettings
 from embedcache.cache.manifest import (
@@ -35,6 +35,8 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.errors import NumericsError
 from embedcache.extraction.buffers import HostBuffers, Slot
+from embedcache.extraction.calibrate_cache import calibrate_cache
+from embedcache.extraction.encoder import BlockEncoder
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.plan import (
     Prediction,
@@ -226,25 +228,36 @@ class _Extraction:
             block_tokens=settings.block_tokens,
             batch_tokens=settings.batch_tokens,
         )
+        worst, started = 0.0, time.perf_counter()
+        train = self._splits["train"]
+        computed = calibrate_cache(
+            self._out, train, forward, base, settings, fresh=not markers["train"]
+        )
+        encoders = {name: BlockEncoder(self._out, name, settings) for name in dict(todo)}
         writer = BlockWriter(self._out)
-        # Encoding runs beside the forward pass: one thread where the CPU is the device, a few
-        # where a GPU would otherwise wait for zstd.
+        # Coding runs beside the forward pass: one thread where the CPU is the device, a few where
+        # a GPU would otherwise wait for it.
         threads = 1 if base.device.type == "cpu" else min(4, os.cpu_count() or 1)
-        slots = HostBuffers(base, settings, count=threads + 1)
+        slots = HostBuffers(base.device, count=threads + 1)
         futures: list[tuple[str, int, int, Future[Marker]]] = []
         total = sum(self._splits[name].block_rows(block) for name, block in todo)
-        worst, started = 0.0, time.perf_counter()
         pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         try:
             with self._progress.bar("extracting", total, "tok") as bar:
                 read = ((*item, *self._splits[item[0]].read(item[1])) for item in todo)
                 for number, (name, block, ids_N, rows_S2, first) in enumerate(prefetch(read)):
-                    x_NH = forward(ids_N, rows_S2)
+                    x_NH = computed.pop(block, None) if name == "train" else None
+                    if x_NH is None:
+                        x_NH = forward(ids_N, rows_S2)
+                    x_NH = {tap: x.to(base.device) for tap, x in x_NH.items()}
                     if number % CHECK_EVERY == 0:
                         sample = 2 if number == 0 else 1
                         worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))
-                    ready = slots.fetch(x_NH)
-                    future = pool.submit(self._write, writer, name, block, ready, rows_S2, first)
+                    ready = slots.fetch(*encoders[name](x_NH, ids_N))
+                    specs = encoders[name].specs
+                    future = pool.submit(
+                        self._write, writer, name, block, ready, specs, rows_S2, first
+                    )
                     futures.append((name, block, int(rows_S2[-1, 1]), future))
                     futures = self._settle(futures, markers, bar, wait=False)
                 self._settle(futures, markers, bar, wait=True)
@@ -260,19 +273,17 @@ class _Extraction:
         name: str,
         block: int,
         ready: Callable[[], Slot],
+        specs: dict[str, ArraySpec],
         rows_S2: np.ndarray[Any, Any],
         first: int,
     ) -> Marker:
         slot = ready()
         try:
             bad = [i for i, (a, b) in enumerate(rows_S2.tolist()) if not slot.finite_N[a:b].all()]
-            arrays: dict[str, np.ndarray[Any, Any]] = {}
-            codec = codec_for(name, self._settings.codec)
-            for tap, x_NH in slot.x_NH.items():
+            for values in slot.arrays.values():
                 for index in bad:
-                    x_NH[rows_S2[index, 0] : rows_S2[index, 1]] = 0
-                for group, values in codec.encode(x_NH).items():
-                    arrays[f"{group}/{tap}"] = values
+                    values[rows_S2[index, 0] : rows_S2[index, 1]] = 0
+            arrays = {path: (specs[path], values.numpy()) for path, values in slot.arrays.items()}
             quarantined = tuple(first + index for index in bad)
             return writer.commit(name, block, arrays, quarantined=quarantined)
         finally:

@@ -157,7 +157,7 @@ class _Training:
             batch_tokens=config.steps_tokens(self._tokens),
             taps=taps,
             seed=config.seed,
-            pin=device.type == "cuda",
+            device=device,
         )
         self._dev = cache.split("dev") if cache.has("dev") else None
         self._loss = _loss_name(config, device)
@@ -187,7 +187,11 @@ class _Training:
             metrics.add(step=0, epoch=0, dev_loss=self._state.base_dev)
         if self._loss == "shortlist":
             plain = BatchLoader(
-                self._cache.split("train"), batch_tokens=EVAL_TOKENS, taps=("final",), shuffle=False
+                self._cache.split("train"),
+                batch_tokens=EVAL_TOKENS,
+                taps=("final",),
+                shuffle=False,
+                device=self._device,
             )
             self._likely = LikelyTokens(
                 plain,
@@ -265,8 +269,7 @@ class _Training:
         return dev
 
     @any_shape_attention()
-    def _step(self, host_batch: Batch, rate: float) -> tuple[float, float]:
-        batch = host_batch.to(self._device)
+    def _step(self, batch: Batch, rate: float) -> tuple[float, float]:
         targets_N = batch.targets_N
         if not len(targets_N):
             return 0.0, 0.0
@@ -274,7 +277,7 @@ class _Training:
         x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
         y_NH = x_NH + batch.at_wanted(inputs.delta(self.model, batch)).to(inputs.dtype)
         if self._likely is not None:
-            likely_NK = self._likely.of(host_batch).to(self._device)
+            likely_NK = self._likely.of(batch).to(self._device)
             loss_N = self._shortlist.cross_entropy(
                 y_NH, targets_N, likely_NK, step=self._state.step
             )
@@ -306,7 +309,7 @@ class _Training:
             batch_tokens=EVAL_TOKENS,
             taps=self._config.carryon.taps,
             shuffle=False,
-            pin=self._device.type == "cuda",
+            device=self._device,
         )
         title = "scoring the base on dev" if alpha == 0 else "scoring dev"
         with self._progress.bar(title, self._dev.manifest.tokens, "tok") as bar:

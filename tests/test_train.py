@@ -189,21 +189,21 @@ def test_a_dev_score_that_is_no_number_stops_the_run(world, tmp_path, monkeypatc
 
 
 def test_a_poisoned_cache_stops_the_run_before_the_harm(world, tmp_path, monkeypatch):
-    read = SplitReader.block
+    read = SplitReader.stored
 
-    def poisoned(self, number, taps=None):
+    def poisoned(self, number, taps):
         block = read(self, number, taps)
         if self.name == "train" and number == self.manifest.blocks - 1:
-            block.x_NH["final"][3] = float("nan")
+            block.arrays["final"]["embeddings"][3] = 0x7FC0  # NaN in bfloat16
         return block
 
-    monkeypatch.setattr(SplitReader, "block", poisoned)
+    monkeypatch.setattr(SplitReader, "stored", poisoned)
     with pytest.raises(NumericsError):
         train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     kept = load_file(tmp_path / "c" / CHECKPOINT)
     assert all(value.isfinite().all() for value in kept.values())
     # Mended, the same run goes on from there and ends as if nothing had been.
-    monkeypatch.setattr(SplitReader, "block", read)
+    monkeypatch.undo()
     train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu")
     assert equal(tmp_path / "c", tmp_path / "d")

@@ -8,8 +8,9 @@ import numpy as np
 import torch
 import zarr
 
-from embedcache.cache.codecs import compressors
+from embedcache.cache.arrays import checked
 from embedcache.cache.damaged import reading
+from embedcache.errors import CacheError
 
 
 def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
@@ -30,21 +31,34 @@ def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
         shape=array.shape,
         chunks=chunks,
         dtype=array.dtype,
-        compressors=compressors(array.itemsize),
+        **checked("blosc", array.itemsize),
     )
     target[:] = array
     target.attrs["dtype"] = dtype
 
 
 def read_base_array(cache: Path, name: str) -> torch.Tensor | None:
-    """Read what `write_base_array` stored; None where there is no such array.
+    """Read what `write_base_array` stored under ``base/``; None where there is no such array.
 
     Raises ``CacheError`` where it is damaged.
     """
-    path = cache / "base" / name
+    return read_array(cache / "base" / name)
+
+
+def read_array(path: Path) -> torch.Tensor | None:
+    """Read an array that `write_base_array` stored at ``path``; None where there is none."""
     if not path.is_dir():
         return None
     with reading(path):
         array = zarr.open_array(path, mode="r")
         value = torch.from_numpy(np.asarray(array[:]))
         return value.view(torch.bfloat16) if array.attrs["dtype"] == "bfloat16" else value
+
+
+def read_token_embedding(cache: Path) -> torch.Tensor:
+    """Return the base's token embedding [V, H]: the head's weight where the two are tied."""
+    for name in ("token_embedding/weight", "head/weight"):
+        value = read_base_array(cache, name)
+        if value is not None:
+            return value
+    raise CacheError(f"{cache} holds no head: its 'base' is missing. Extract again.")

@@ -20,7 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.cache.codecs import chunk_rows
+from embedcache.cache.arrays import chunk_rows
+from embedcache.cache.codecs import ArraySpec
+from embedcache.cache.coders import CODERS
 from embedcache.cache.layout import COMMITS, STAGING, marker_path, shard_name
 from embedcache.cache.shard import write_shard
 from embedcache.errors import CacheError
@@ -92,18 +94,19 @@ class BlockWriter:
         self,
         split: str,
         block: int,
-        arrays: dict[str, np.ndarray[Any, Any]],
+        arrays: dict[str, tuple[ArraySpec, np.ndarray[Any, Any]]],
         *,
         quarantined: tuple[int, ...] = (),
         generation: int = 0,
     ) -> Marker:
-        """Stage ``arrays`` (array path under the split → R rows) and commit them as one block.
+        """Stage ``arrays`` (path under the split → its kind and R rows); commit them as one block.
 
         Returns the marker that stands: another writer's, where it was first. Safe to call from
         several threads for different blocks.
         """
         records = tuple(
-            self._stage(f"{split}/{name}", block, values) for name, values in arrays.items()
+            self._stage(f"{split}/{name}", block, spec, values)
+            for name, (spec, values) in arrays.items()
         )
         marker = Marker(
             split=split,
@@ -127,10 +130,14 @@ class BlockWriter:
         promote(self._cache, marker)
         return marker
 
-    def _stage(self, array: str, block: int, values: np.ndarray[Any, Any]) -> FileRecord:
+    def _stage(
+        self, array: str, block: int, spec: ArraySpec, values: np.ndarray[Any, Any]
+    ) -> FileRecord:
         """Write one shard of the array under the attempt's folder."""
         name = shard_name(array, block, values.ndim)
-        size, digest = write_shard(self._folder / name, values, chunk_rows(len(values)))
+        size, digest = write_shard(
+            self._folder / name, values, chunk_rows(spec, len(values)), CODERS[spec.coder]
+        )
         return FileRecord(path=name, bytes=size, sha256=digest)
 
     def close(self) -> None:

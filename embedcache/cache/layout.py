@@ -8,6 +8,7 @@ zarr.json                          root group; its attributes are a `CacheAttrib
 <split>/documents/{index,name_bytes,name_offsets}            corpus index and UTF-8 name
 <split>/embeddings/<tap>                  [blocks * R, hidden]  one shard a block
 <split>/scale/<tap>                       [blocks * R]       (int8 only)
+codec/<tap>/{mean,centre,predictor,inverse}   (transform only) see `embedcache.cache.transform`
 base/head/{weight,bias}, base/token_embedding/weight
 commits/<split>/<block>.<generation>.json   one marker a committed block
 manifest.json                               published last
@@ -19,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.codecs import codec_named
+from embedcache.cache.codecs import check_codec
 from embedcache.errors import CacheError, UsageError
 
 SCHEMA = 1
@@ -28,6 +29,9 @@ ATTRIBUTE = "embedcache"
 STAGING = ".staging"
 COMMITS = "commits"
 MANIFEST = "manifest.json"
+DEFAULT_BITS = 1.5
+TABLE_CHUNK = 65536
+"""Rows of a chunk of the per-sequence and per-document tables."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +40,9 @@ class ExtractSettings:
 
     ``block_tokens`` is R, the rows of a block; ``batch_tokens`` bounds the padded tokens of one
     forward pass (a longer sequence goes alone). Both belong to the settings because batch shape
-    changes floating-point results.
+    changes floating-point results. For the codec ``transform``: ``bits`` is the budget of coded
+    bits a value, or ``quality`` the permitted rise of the base's cross-entropy, read from decoded
+    embeddings, in nats a token; with neither, `DEFAULT_BITS`.
     """
 
     taps: tuple[str, ...] = ("final",)
@@ -44,9 +50,11 @@ class ExtractSettings:
     context: int = 1024
     block_tokens: int = 16384
     batch_tokens: int = 2048
+    bits: float | None = None
+    quality: float | None = None
 
     def __post_init__(self) -> None:
-        codec_named(self.codec)
+        check_codec(self.codec)
         if not self.taps or len(set(self.taps)) < len(self.taps):
             raise UsageError(
                 f"expected at least one tap, each once; found {', '.join(self.taps) or 'none'}. "
@@ -57,10 +65,32 @@ class ExtractSettings:
                 f"expected a block to hold a whole sequence of {self.context} tokens, found blocks "
                 f"of {self.block_tokens}. Type: --block-tokens {self.context} or more"
             )
+        self._check_target()
         if self.batch_tokens < 1:
             raise UsageError(
                 f"expected batches of at least 1 token, found {self.batch_tokens}. "
                 "Type for example: --batch-tokens 2048"
+            )
+
+    def _check_target(self) -> None:
+        given = {"bits": self.bits, "quality": self.quality}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if self.codec != "transform":
+                raise UsageError(
+                    f"--{name} is for the codec transform, found --codec {self.codec}. "
+                    f"Type: --codec transform --{name} {value:g}"
+                )
+            if not 0.05 <= value <= 12 if name == "bits" else not 0 < value < 10:
+                limits = "0.05 to 12 bits a value" if name == "bits" else "0 to 10 nats a token"
+                raise UsageError(f"--{name} is {limits}, found {value:g}. Type: --bits 1.5")
+        if None not in given.values():
+            raise UsageError("give --bits or --quality, not both: one follows from the other")
+        if self.quality is not None and "final" not in self.taps:
+            raise UsageError(
+                "--quality is measured on the final tap, found --taps "
+                f"{','.join(self.taps)}. Type: --bits {DEFAULT_BITS} instead, or add final"
             )
 
 

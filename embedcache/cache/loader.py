@@ -10,14 +10,16 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
+from embedcache.cache.codecs import ArraySpec
 from embedcache.cache.prefetch import prefetch
-from embedcache.cache.reader import Block, SplitReader
+from embedcache.cache.reader import SplitReader, StoredBlock
 
 Array = np.ndarray[Any, Any]
 
@@ -29,11 +31,12 @@ WINDOW = 8
 class Batch:
     """Sequences packed into rows; a row holds one or more whole sequences, then padding.
 
-    ``x_BTH``: by tap, bfloat16. ``ids_BT``, ``positions_BT`` (from 0 in each sequence),
-    ``segments_BT`` (-1 on padding; attention never crosses a segment). ``wanted_N``: the flat
-    positions, in [0, B*T), whose next token is a target; ``targets_N``: those tokens;
-    ``documents_N``: the documents they are of. ``sequences``: numbers of the sequences in the
-    split. ``tokens``: tokens, padding left out.
+    On the loader's device: ``x_BTH``, bfloat16 by tap, zero on padding; ``ids_BT``;
+    ``positions_BT`` (from 0 in each sequence); ``segments_BT`` (-1 on padding; attention never
+    crosses a segment); ``wanted_N``, the flat positions, in [0, B*T), whose next token is a target;
+    ``targets_N``, those tokens. On the host, of the same N: ``documents_N`` and ``places_N2``, the
+    wanted position's sequence in the split and position in it. ``sequences``: numbers of the
+    sequences in the split. ``tokens``: tokens, padding left out.
     """
 
     x_BTH: dict[str, torch.Tensor]
@@ -42,19 +45,15 @@ class Batch:
     segments_BT: torch.Tensor
     wanted_N: torch.Tensor
     targets_N: torch.Tensor
-    documents_N: torch.Tensor
+    documents_N: Array
+    places_N2: Array
     sequences: tuple[int, ...]
     tokens: int
 
-    def to(self, device: torch.device) -> Batch:
-        """Return the batch on a device; copies from pinned memory do not wait."""
-
-        def change(value: torch.Tensor) -> torch.Tensor:
-            return value.to(device, non_blocking=True)
-
-        names = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N", "documents_N")
-        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
-        return replace(self, x_BTH={tap: change(x) for tap, x in self.x_BTH.items()}, **changed)
+    def tensors(self) -> list[torch.Tensor]:
+        """Return all that lies on the device."""
+        names = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N")
+        return [*self.x_BTH.values(), *(getattr(self, name) for name in names)]
 
     def at_wanted(self, value_BTH: torch.Tensor) -> torch.Tensor:
         """Return the rows [N, H] of a [B, T, H] tensor whose next token is a target."""
@@ -81,34 +80,51 @@ class BatchLoader:
         taps: tuple[str, ...],
         seed: int = 0,
         shuffle: bool = True,
-        pin: bool = False,
+        device: torch.device | None = None,
     ):
         self._split = split
         self._batch_tokens = batch_tokens
         self._taps = taps
         self._seed = seed
         self._shuffle = shuffle
-        self._pin = pin
+        self._device = device or torch.device("cpu")
         self._threads = min(8, os.cpu_count() or 1)
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Iterator[Batch]:
         """Yield the batches of an epoch, from batch number ``skip`` on.
 
-        Skipped batches are never read: only their lengths are. Batches are made on a thread.
+        Skipped batches are never read: only their lengths are. Batches are made on a thread; on
+        CUDA they are copied and decoded there on a stream of their own.
         """
-        return prefetch(self._batches(epoch, skip))
+        if self._device.type != "cuda":
+            yield from prefetch(self._batches(epoch, skip))
+            return
+        with closing(prefetch(self._on_stream(epoch, skip))) as batches:
+            for batch, copied in batches:
+                stream = torch.cuda.current_stream(self._device)
+                stream.wait_event(copied)
+                for tensor in batch.tensors():
+                    tensor.record_stream(stream)
+                yield batch
+
+    def _on_stream(self, epoch: int, skip: int) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+        with torch.cuda.stream(torch.cuda.Stream(self._device)):
+            for batch in self._batches(epoch, skip):
+                copied = torch.cuda.Event()
+                copied.record()
+                yield batch, copied
 
     def _batches(self, epoch: int, skip: int) -> Iterator[Batch]:
         with ThreadPoolExecutor(self._threads) as pool:
-            futures: dict[int, Future[Block]] = {}
-            ahead: list[tuple[list[list[_Item]], dict[int, Future[Block]]]] = []
+            futures: dict[int, Future[StoredBlock]] = {}
+            ahead: list[tuple[list[list[_Item]], dict[int, Future[StoredBlock]]]] = []
             for batches in self._plan(epoch):
                 dropped = min(skip, len(batches))
                 skip -= dropped
                 batches = batches[dropped:]
                 blocks = dict.fromkeys(item.block for batch in batches for item in batch)
                 futures = {
-                    block: futures.get(block) or pool.submit(self._split.block, block, self._taps)
+                    block: futures.get(block) or pool.submit(self._split.stored, block, self._taps)
                     for block in blocks
                 }
                 ahead.append((batches, futures))
@@ -142,11 +158,39 @@ class BatchLoader:
         yield [batch] if batch else []
 
     def _collate(
-        self, batches: list[list[_Item]], futures: dict[int, Future[Block]]
+        self, batches: list[list[_Item]], futures: dict[int, Future[StoredBlock]]
     ) -> Iterator[Batch]:
         for items in batches:
             places = [(futures[item.block].result(), item.place) for item in items]
-            yield collate(places, self._taps, pin=self._pin)
+            yield self._decoded(pack(places, self._taps, self._split.specs, self._device))
+
+    def _decoded(self, packed: Packed) -> Batch:
+        """Copy a batch to the device and decode its embeddings there."""
+
+        def moved(values: Array) -> torch.Tensor:
+            value = torch.from_numpy(values)
+            if self._device.type == "cuda":
+                value = value.pin_memory()
+            return value.to(self._device, non_blocking=True)
+
+        segments_BT = moved(packed.segments_BT)
+        x_BTH = {}
+        for tap, arrays in packed.arrays.items():
+            stored = {name: a.to(self._device, non_blocking=True) for name, a in arrays.items()}
+            x = self._split.codecs[tap].decode(stored, packed.ids_BT)
+            x_BTH[tap] = x.masked_fill_((segments_BT < 0)[..., None], 0)
+        return Batch(
+            x_BTH,
+            moved(packed.ids_BT),
+            moved(packed.positions_BT),
+            segments_BT,
+            moved(packed.wanted_N),
+            moved(packed.targets_N),
+            packed.documents_N,
+            packed.places_N2,
+            packed.sequences,
+            packed.tokens,
+        )
 
 
 def pack_rows(lengths: list[int]) -> list[list[int]]:
@@ -169,52 +213,76 @@ def pack_rows(lengths: list[int]) -> list[list[int]]:
     return rows
 
 
-def collate(items: list[tuple[Block, int]], taps: tuple[str, ...], *, pin: bool = False) -> Batch:
-    """Pack (block, place in the block) items into a `Batch`, in pinned memory where asked."""
-    lengths = [int(block.rows_S2[i, 1] - block.rows_S2[i, 0]) for block, i in items]
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """A batch on the host, its embeddings still integers, undefined on padding; see `Batch`."""
+
+    arrays: dict[str, dict[str, torch.Tensor]]
+    ids_BT: Array
+    positions_BT: Array
+    segments_BT: Array
+    wanted_N: Array
+    targets_N: Array
+    documents_N: Array
+    places_N2: Array
+    sequences: tuple[int, ...]
+    tokens: int
+
+
+def pack(
+    items: list[tuple[StoredBlock, int]],
+    taps: tuple[str, ...],
+    specs: tuple[ArraySpec, ...],
+    device: torch.device,
+) -> Packed:
+    """Pack (block, place in the block) items; the integers into pinned memory for CUDA."""
+    spans = [(int(a), int(b)) for a, b in (block.rows_S2[i] for block, i in items)]
+    lengths = [stop - first for first, stop in spans]
     rows = pack_rows(lengths)
-    shape = (len(rows), max(lengths))
-    ids, positions = np.zeros(shape, np.int64), np.zeros(shape, np.int64)
-    segments = np.full(shape, -1, np.int64)
+    B, T = len(rows), max(lengths)
+    ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
+    segments = np.full((B, T), -1, np.int64)
+    arrays = {
+        tap: {
+            spec.group: torch.empty(
+                (B, T, *items[0][0].arrays[tap][spec.group].shape[1:]),
+                dtype=getattr(torch, spec.dtype),
+                pin_memory=device.type == "cuda",
+            )
+            for spec in specs
+        }
+        for tap in taps
+    }
+    views = [(tap, group, a.numpy()) for tap in taps for group, a in arrays[tap].items()]
     wanted: list[Array] = []
     targets: list[Array] = []
     documents: list[Array] = []
-    x_BTH = {
-        tap: torch.empty(
-            *shape, items[0][0].x_NH[tap].shape[1], dtype=torch.bfloat16, pin_memory=pin
-        )
-        for tap in taps
-    }
+    sources: list[Array] = []
     for b, row in enumerate(rows):
         start = 0
         for index in row:
-            block, i = items[index]
-            first, last = (int(v) for v in block.rows_S2[i])
+            (block, i), (first, last) = items[index], spans[index]
             stop = start + lengths[index]
             ids[b, start:stop] = block.ids_N[first:last]
             positions[b, start:stop] = np.arange(lengths[index])
             segments[b, start:stop] = index
-            for tap in taps:
-                x_BTH[tap][b, start:stop] = block.x_NH[tap][first:last]
+            for tap, group, view in views:
+                view[b, start:stop] = block.arrays[tap][group][first:last]
             places = np.flatnonzero(block.loss_mask_N[first + 1 : last])
-            wanted.append(b * shape[1] + start + places)
+            wanted.append(b * T + start + places)
             targets.append(block.ids_N[first + 1 : last][places])
             documents.append(np.full(len(places), block.document_S[i]))
+            sources.append(np.stack([np.full(len(places), block.sequence_S[i]), places], axis=1))
             start = stop
-        for tap in taps:
-            x_BTH[tap][b, start:] = 0
-
-    def tensor(values: Array) -> torch.Tensor:
-        return torch.from_numpy(values).pin_memory() if pin else torch.from_numpy(values)
-
-    return Batch(
-        x_BTH,
-        tensor(ids),
-        tensor(positions),
-        tensor(segments),
-        tensor(np.concatenate(wanted)),
-        tensor(np.concatenate(targets)),
-        tensor(np.concatenate(documents)),
+    return Packed(
+        arrays,
+        ids,
+        positions,
+        segments,
+        np.concatenate(wanted),
+        np.concatenate(targets),
+        np.concatenate(documents),
+        np.concatenate(sources),
         tuple(int(block.sequence_S[i]) for block, i in items),
         sum(lengths),
     )

@@ -92,7 +92,7 @@ def sealed_files(cache: Path) -> tuple[FileRecord, ...]:
     """
     folders = [cache / split / part for split in SPLITS for part in ("tokens", "documents")]
     paths = [cache / split / "zarr.json" for split in SPLITS]
-    for folder in [*folders, cache / "base"]:
+    for folder in [*folders, cache / "base", cache / "codec"]:
         paths += sorted(path for path in folder.rglob("*") if path.is_file())
     return tuple(
         FileRecord(

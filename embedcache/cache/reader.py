@@ -11,26 +11,43 @@ import numpy as np
 import torch
 import zarr
 
-from embedcache.cache.base_arrays import read_base_array
-from embedcache.cache.codecs import ArraySpec, chunk_rows, codec_for
+from embedcache.cache.arrays import chunk_rows
+from embedcache.cache.base_arrays import read_base_array, read_token_embedding
+from embedcache.cache.codecs import ARRAYS, STATELESS, ArraySpec, Codec, codec_name
+from embedcache.cache.coders import CODERS
 from embedcache.cache.damaged import reading
-from embedcache.cache.layout import ATTRIBUTE, CacheAttributes, shard_name
+from embedcache.cache.layout import ATTRIBUTE, CacheAttributes, ExtractSettings, shard_name
 from embedcache.cache.manifest import Manifest, SplitManifest, check_files, read_manifest
 from embedcache.cache.shard import read_shard
 from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.transform import Calibration, TransformCodec
 from embedcache.errors import CacheError, nearest
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
-    """One block in memory. N is the rows in use; sequences are those of the block, in order.
+class StoredBlock:
+    """One block in memory, its embeddings still in their codec's integers.
 
-    ``ids_N``, ``loss_mask_N``: tokens and targets. ``x_NH``: bfloat16 by tap. ``rows_S2``: first
-    row and row past the last of each sequence, within the block. ``sequence_S``: their numbers in
-    the split. ``document_S``: their documents. Quarantined sequences are left out of the S axes.
+    N is the rows in use; sequences are those of the block, in order. ``ids_N``, ``loss_mask_N``:
+    tokens and targets. ``arrays``: by tap and group of the codec, [N] or [N, H]. ``rows_S2``:
+    first row and row past the last of each sequence, within the block. ``sequence_S``: their
+    numbers in the split. ``document_S``: their documents. Quarantined sequences are left out of the
+    S axes.
     """
+
+    ids_N: Array
+    loss_mask_N: Array
+    arrays: dict[str, dict[str, Array]]
+    rows_S2: Array
+    sequence_S: Array
+    document_S: Array
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One block in memory, as `StoredBlock`, its embeddings decoded: bfloat16 by tap."""
 
     ids_N: Array
     loss_mask_N: Array
@@ -38,6 +55,17 @@ class Block:
     rows_S2: Array
     sequence_S: Array
     document_S: Array
+
+
+def open_codecs(cache: Path, split: str, settings: ExtractSettings) -> dict[str, Codec]:
+    """Return the codec of each tap of a split; raises ``CacheError`` for a damaged calibration."""
+    name = codec_name(split, settings.codec)
+    if name in STATELESS:
+        return dict.fromkeys(settings.taps, STATELESS[name])
+    embedding_VH = read_token_embedding(cache)
+    return {
+        tap: TransformCodec(Calibration.load(cache, tap), embedding_VH) for tap in settings.taps
+    }
 
 
 class SplitReader:
@@ -52,7 +80,8 @@ class SplitReader:
         self._cache = cache
         self._rows = attributes.settings.block_tokens
         self._hidden = attributes.base["hidden_size"]
-        self._codec = codec_for(name, attributes.settings.codec)
+        self._settings = attributes.settings
+        self._specs = ARRAYS[codec_name(name, attributes.settings.codec)]
         self._tokens = SplitTokens(cache, name, self._rows)
         self._quarantined = np.array(manifest.quarantined, dtype=np.int64)
 
@@ -68,8 +97,39 @@ class SplitReader:
         """Return (ids_N, loss_mask_N) of a block; N is the rows in use."""
         return self._tokens.used(block)
 
+    @cached_property
+    def codecs(self) -> dict[str, Codec]:
+        """The codec of each tap."""
+        return open_codecs(self._cache, self.name, self._settings)
+
+    @property
+    def specs(self) -> tuple[ArraySpec, ...]:
+        """The arrays that the split's codec stores of a tap."""
+        return self._specs
+
     def block(self, block: int, taps: tuple[str, ...] | None = None) -> Block:
-        """Read and decode a block; ``taps`` defaults to all that are stored.
+        """Read and decode a block on the CPU; ``taps`` defaults to all that are stored.
+
+        Raises as `stored` does.
+        """
+        stored = self.stored(block, self.taps if taps is None else taps)
+        x_NH = {
+            tap: self.codecs[tap].decode(
+                {group: torch.from_numpy(values) for group, values in arrays.items()}, stored.ids_N
+            )
+            for tap, arrays in stored.arrays.items()
+        }
+        return Block(
+            stored.ids_N,
+            stored.loss_mask_N,
+            x_NH,
+            stored.rows_S2,
+            stored.sequence_S,
+            stored.document_S,
+        )
+
+    def stored(self, block: int, taps: tuple[str, ...]) -> StoredBlock:
+        """Read a block's tokens and integers.
 
         Raises ``CacheError`` where a file is missing or of another size than the manifest states,
         or where a chunk fails its checksum.
@@ -77,21 +137,16 @@ class SplitReader:
         check_files(self._cache, self.manifest.files[block])
         ids_N, loss_mask_N = self.tokens(block)
         with reading(self._cache / self.name):
-            x_NH = {
-                tap: self._codec.decode(
-                    {
-                        spec.group: self._shard(spec, tap, block, len(ids_N))
-                        for spec in self._codec.arrays
-                    }
-                )
-                for tap in (self.taps if taps is None else taps)
+            arrays = {
+                tap: {spec.group: self._shard(spec, tap, block, len(ids_N)) for spec in self._specs}
+                for tap in taps
             }
         sequence_S, rows_S2, document_S = self.sequences(block)
-        return Block(ids_N, loss_mask_N, x_NH, rows_S2, sequence_S, document_S)
+        return StoredBlock(ids_N, loss_mask_N, arrays, rows_S2, sequence_S, document_S)
 
     def _shard(self, spec: ArraySpec, tap: str, block: int, rows: int) -> Array:
         columns = (self._hidden,) if spec.wide else ()
-        size = chunk_rows(self._rows)
+        size = chunk_rows(spec, self._rows)
         return read_shard(
             self._cache / shard_name(f"{self.name}/{spec.group}/{tap}", block, 1 + spec.wide),
             rows=rows,
@@ -99,6 +154,7 @@ class SplitReader:
             dtype=spec.dtype,
             chunk_rows=size,
             chunks=self._rows // size,
+            coder=CODERS[spec.coder],
         )
 
     @cached_property

@@ -14,13 +14,11 @@ from typing import Any
 import numpy as np
 import zarr
 
-from embedcache.cache.codecs import codec_for, compressors, create_arrays
-from embedcache.cache.layout import ATTRIBUTE, SPLITS, CacheAttributes
+from embedcache.cache.arrays import checked, create_arrays
+from embedcache.cache.codecs import ARRAYS, codec_name
+from embedcache.cache.layout import ATTRIBUTE, SPLITS, TABLE_CHUNK, CacheAttributes
 from embedcache.errors import UsageError
 from embedcache.files import fsync_path, publish_bytes
-
-TABLE_CHUNK = 65536
-"""Rows of a chunk of the per-sequence and per-document tables."""
 
 Array = np.ndarray[Any, Any]
 
@@ -34,7 +32,7 @@ class _Table:
             shape=(0, *columns),
             chunks=(TABLE_CHUNK, *columns),
             dtype=dtype,
-            compressors=compressors(np.dtype(dtype).itemsize),
+            **checked("blosc", np.dtype(dtype).itemsize),
         )
         self._pending: list[Array] = []
         self._pending_rows = 0
@@ -70,7 +68,7 @@ class SplitSealer:
                 shape=(0, *columns),
                 chunks=(block_tokens, *columns),
                 dtype=dtype,
-                compressors=compressors(np.dtype(dtype).itemsize),
+                **checked("blosc", np.dtype(dtype).itemsize),
             )
             for name, dtype, columns in (
                 ("ids", "uint32", ()),
@@ -185,7 +183,7 @@ class Sealer:
                 create_arrays(
                     self._groups[name],
                     tap,
-                    codec_for(name, settings.codec),
+                    ARRAYS[codec_name(name, settings.codec)],
                     blocks=sealer.blocks,
                     block_tokens=self._block_tokens,
                     hidden=hidden,

@@ -1,9 +1,9 @@
 """One shard file, written and read whole.
 
-The bytes are those of Zarr v3's ``sharding_indexed`` codec with inner codecs bytes (little endian),
-blosc, crc32c, and an index (bytes, crc32c) at the end: any Zarr implementation reads them. Doing
-this here rather than through zarr-python keeps the interpreter's lock free while blosc works, so
-that a forward pass or a training step beside it is not slowed down.
+The bytes are those of Zarr v3's ``sharding_indexed`` codec: each chunk by its coder, then its
+crc32c; an index (bytes, crc32c) at the end. Doing this here rather than through zarr-python keeps
+the interpreter's lock free while coders work, so that a forward pass or a training step beside it
+is not slowed down.
 """
 
 from __future__ import annotations
@@ -11,33 +11,29 @@ from __future__ import annotations
 import hashlib
 import os
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, BinaryIO
 
 import google_crc32c
 import numpy as np
-from numcodecs.blosc import Blosc
 
+from embedcache.cache.coders import Coder
 from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
 
-COMPRESSOR: Final = "zstd"
-LEVEL = 3
 
-
-def write_shard(path: Path, values: Array, chunk_rows: int) -> tuple[int, str]:
+def write_shard(path: Path, values: Array, chunk_rows: int, coder: Coder) -> tuple[int, str]:
     """Write ``values`` [R, ...] as one shard in chunks of rows; return its size and SHA-256.
 
     The file is on the disk when this returns. R must be a multiple of ``chunk_rows``.
     """
-    blosc = Blosc(cname=COMPRESSOR, clevel=LEVEL, shuffle=Blosc.SHUFFLE)
     digest = hashlib.sha256()
     index = []
     offset = 0
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         for start in range(0, len(values), chunk_rows):
-            chunk = blosc.encode(np.ascontiguousarray(values[start : start + chunk_rows]))
+            chunk = coder.encode(values[start : start + chunk_rows])
             for part in (chunk, _checksum(chunk)):
                 file.write(part)
                 digest.update(part)
@@ -53,13 +49,19 @@ def write_shard(path: Path, values: Array, chunk_rows: int) -> tuple[int, str]:
 
 
 def read_shard(
-    path: Path, *, rows: int, columns: tuple[int, ...], dtype: str, chunk_rows: int, chunks: int
+    path: Path,
+    *,
+    rows: int,
+    columns: tuple[int, ...],
+    dtype: str,
+    chunk_rows: int,
+    chunks: int,
+    coder: Coder,
 ) -> Array:
     """Return the first ``rows`` of a shard of ``chunks`` chunks, decoded into one new array.
 
     Raises ``CacheError`` where the index or a chunk fails its checksum or does not decode.
     """
-    blosc = Blosc(cname=COMPRESSOR, clevel=LEVEL, shuffle=Blosc.SHUFFLE)
     needed = -(-rows // chunk_rows)
     values = np.empty((needed * chunk_rows, *columns), dtype=dtype)
     with path.open("rb") as file:
@@ -68,12 +70,32 @@ def read_shard(
         places = np.frombuffer(table, dtype="<u8").reshape(chunks, 2)[:needed].tolist()
         for number, (offset, length) in enumerate(places):
             chunk = _checked(file, offset, length, f"chunk {number}", path)
-            target = values[number * chunk_rows : (number + 1) * chunk_rows]
-            try:
-                blosc.decode(chunk, out=target)
-            except (RuntimeError, ValueError) as error:
-                raise _damaged(path, f"chunk {number} does not decode: {error}") from error
+            decode(
+                coder, chunk, values[number * chunk_rows :][:chunk_rows], f"chunk {number}", path
+            )
     return values[:rows]
+
+
+def read_chunk(path: Path, *, shape: tuple[int, ...], dtype: str, coder: Coder) -> Array:
+    """Return one chunk of an array without shards; a file that is not there holds zeros.
+
+    That is Zarr's own way with a chunk of fill values. Whether a file should be there is for the
+    manifest to say. Raises ``CacheError`` where it fails its checksum or does not decode.
+    """
+    values = np.zeros(shape, dtype)
+    if path.is_file():
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            decode(coder, _checked(file, 0, size, "the chunk", path), values, "the chunk", path)
+    return values
+
+
+def decode(coder: Coder, data: bytes, out: Array, what: str, path: Path) -> None:
+    """Decode a chunk into ``out``; raises ``CacheError`` naming the file."""
+    try:
+        coder.decode(data, out)
+    except (RuntimeError, ValueError, TypeError) as error:
+        raise _damaged(path, f"{what} does not decode: {error}") from error
 
 
 def _checked(file: BinaryIO, offset: int, length: int, what: str, path: Path) -> bytes:

@@ -1,4 +1,4 @@
-"""Host memory for a block's embeddings on their way from the device to the encoders."""
+"""Host memory for a block's integers on their way from the device to the coders."""
 
 from __future__ import annotations
 
@@ -8,57 +8,50 @@ from dataclasses import dataclass
 
 import torch
 
-from embedcache.base.load import Base
-from embedcache.cache.layout import ExtractSettings
-
-
-def _finite_rows(x_NH: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Return, for each row, whether every value of every tap is finite, on their device."""
-    # A sum is finite only if every term is; in float32 the sum of finite embeddings is, too.
-    return torch.stack([x.float().sum(dim=1).isfinite() for x in x_NH.values()]).all(dim=0)
+Encoded = dict[str, torch.Tensor]
+"""Integers of a block by array path under the split, such as ``embeddings/final``: [R, ...]."""
 
 
 @dataclass(frozen=True, slots=True)
 class Slot:
-    """Embeddings of one block in host memory; `release` lets the memory be used again."""
+    """The integers of one block in host memory; `release` lets the memory be used again."""
 
-    x_NH: dict[str, torch.Tensor]
+    arrays: Encoded
     finite_N: torch.Tensor
     release: Callable[[], None]
 
 
 class HostBuffers:
-    """A ring of pinned buffers, so that copies from a GPU run beside its next forward pass.
+    """A ring of pinned buffers, so that copies from a GPU run beside its next forward pass."""
 
-    Rows are checked for finite values where they were computed: on a GPU that is free, on the host
-    it would take threads that the encoders need.
-    """
+    def __init__(self, device: torch.device, count: int):
+        self._cuda = device.type == "cuda"
+        self._to_make = count
+        self._free: queue.Queue[tuple[Encoded, torch.Tensor]] = queue.Queue()
 
-    def __init__(self, base: Base, settings: ExtractSettings, count: int):
-        self._cuda = base.device.type == "cuda"
-        self._free: queue.Queue[tuple[dict[str, torch.Tensor], torch.Tensor]] = queue.Queue()
-        rows = settings.block_tokens if self._cuda else 0
-        for _ in range(count):
-            x_NH = {
-                tap: torch.empty(
-                    rows, base.identity.hidden_size, dtype=base.dtype, pin_memory=self._cuda
-                )
-                for tap in settings.taps
-            }
-            self._free.put((x_NH, torch.empty(rows, dtype=torch.bool, pin_memory=self._cuda)))
+    def _buffer(self, arrays: Encoded, finite_N: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
+        if not self._to_make:
+            return self._free.get()
+        self._to_make -= 1
+        if not self._cuda:
+            return {}, torch.empty(0)
 
-    def fetch(self, x_NH: dict[str, torch.Tensor]) -> Callable[[], Slot]:
+        def like(value: torch.Tensor) -> torch.Tensor:
+            return torch.empty_like(value, device="cpu", pin_memory=True)
+
+        return {name: like(value) for name, value in arrays.items()}, like(finite_N)
+
+    def fetch(self, arrays: Encoded, finite_N: torch.Tensor) -> Callable[[], Slot]:
         """Begin the copy to the host; the returned function waits for it. Blocks while full."""
-        buffer = self._free.get()
-        finite_N = _finite_rows(x_NH)
+        buffer = self._buffer(arrays, finite_N)
 
         def release() -> None:
             self._free.put(buffer)
 
         if not self._cuda:
-            return lambda: Slot(x_NH, finite_N, release)
-        for tap, x in x_NH.items():
-            buffer[0][tap].copy_(x, non_blocking=True)
+            return lambda: Slot(arrays, finite_N, release)
+        for name, value in arrays.items():
+            buffer[0][name].copy_(value, non_blocking=True)
         buffer[1].copy_(finite_N, non_blocking=True)
         copied = torch.cuda.Event()
         copied.record()

@@ -1,7 +1,8 @@
-"""The base's likeliest tokens of every train position, found once, for shortlists."""
+"""The base's likeliest tokens of every wanted train position, found once, for shortlists."""
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 
 from embedcache.base.head import Head
@@ -11,29 +12,30 @@ from embedcache.progress import Progress
 
 
 class LikelyTokens:
-    """Holds the K likeliest tokens by (sequence, position): 4·K bytes a token of host memory."""
+    """Holds the K likeliest tokens of each wanted position: 4·K bytes of host memory each."""
 
     def __init__(self, loader: BatchLoader, head: Head, count: int, tokens: int, bar: Progress):
         self._first: dict[int, int] = {}
-        self._rows_NK = torch.empty(tokens, count, dtype=torch.int32)
-        device = head.weight_VH.device
+        rows = []
         filled = 0
         with bar.bar("finding the base's likely tokens", tokens, "tok") as progress:
             for batch in loader.epoch(0):
-                real = batch.segments_BT >= 0
-                lengths = torch.bincount(batch.segments_BT[real]).tolist()
-                for sequence, length in zip(batch.sequences, lengths, strict=True):
-                    self._first[sequence] = filled
-                    filled += length
-                x_NH = batch.x_BTH["final"][real].to(device, head.weight_VH.dtype)
-                self._rows_NK[self._rows(batch)[real]] = likeliest(x_NH, head, count).int().cpu()
+                # Rows lie as batches hold them: sequence after sequence, each in order.
+                sequence_N = batch.places_N2[:, 0]
+                starts = np.flatnonzero(np.diff(sequence_N, prepend=-1))
+                for start in starts.tolist():
+                    self._first[int(sequence_N[start])] = filled + start
+                x_NH = batch.at_wanted(batch.x_BTH["final"]).to(head.weight_VH.dtype)
+                rows.append(likeliest(x_NH, head, count).int().cpu())
+                filled += len(sequence_N)
                 progress.advance(batch.tokens)
-
-    def _rows(self, batch: Batch) -> torch.Tensor:
-        """Return the row of each position of a batch, [B, T]; meaningless on padding."""
-        first_S = torch.tensor([self._first[sequence] for sequence in batch.sequences])
-        return first_S[batch.segments_BT] + batch.positions_BT
+        self._rows_NK = torch.cat(rows)
 
     def of(self, batch: Batch) -> torch.Tensor:
-        """Return the likely tokens of a batch's wanted positions, int64 [N, K]."""
-        return self._rows_NK[self._rows(batch).flatten()[batch.wanted_N]].long()
+        """Return the likely tokens of a batch's wanted positions, int64 [N, K], on the host."""
+        sequence_N = batch.places_N2[:, 0]
+        starts = np.flatnonzero(np.diff(sequence_N, prepend=-1))
+        counts = np.diff(starts, append=len(sequence_N))
+        first = np.array([self._first[int(sequence_N[start])] for start in starts])
+        rows_N = np.repeat(first - starts, counts) + np.arange(len(sequence_N))
+        return self._rows_NK[torch.from_numpy(rows_N)].long()

@@ -11,6 +11,8 @@ from tiny import tiny_base_directory
 
 from embedcache.extract import extract
 
+CODECS = ["bf16", "int8", "transform"]
+
 
 @pytest.fixture(scope="session")
 def tiny_base(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
@@ -22,7 +24,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_documents(tmp_path_factory.mktemp("extract") / "corpus")
 
 
-@pytest.fixture(scope="session", params=["bf16", "int8"])
+@pytest.fixture(scope="session", params=CODECS)
 def codec(request: pytest.FixtureRequest) -> str:
     return request.param
 
@@ -33,7 +35,7 @@ def caches(
 ) -> dict[str, Path]:
     """One cache for each codec, of taps ``final`` and ``layer_1``."""
     root = tmp_path_factory.mktemp("caches")
-    for codec in ("bf16", "int8"):
+    for codec in CODECS:
         settings = small_settings(codec=codec, taps=("final", "layer_1"))
         extract(
             corpus_config(corpus),
@@ -42,7 +44,7 @@ def caches(
             settings=settings,
             device="cpu",
         )
-    return {codec: root / codec for codec in ("bf16", "int8")}
+    return {codec: root / codec for codec in CODECS}
 
 
 @pytest.fixture

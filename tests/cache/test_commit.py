@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from embedcache.cache import commit
+from embedcache.cache.codecs import ARRAYS
+from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import (
     BlockWriter,
     Marker,
@@ -24,6 +26,7 @@ from embedcache.errors import CacheError
 from embedcache.files import hash_file
 
 Array = np.ndarray[Any, Any]
+(SPEC,) = ARRAYS["bf16"]
 NAME = "train/embeddings/final/c/0/0"
 
 
@@ -36,12 +39,20 @@ def values(seed: int, rows: int = 16) -> Array:
 
 
 def commit_block(writer: BlockWriter, seed: int, block: int = 0, **more: Any) -> Marker:
-    return writer.commit("train", block, {"embeddings/final": values(seed)}, **more)
+    return writer.commit("train", block, {"embeddings/final": (SPEC, values(seed))}, **more)
 
 
 def stored(cache: Path, block: int = 0) -> Array:
     path = cache / f"train/embeddings/final/c/{block}/0"
-    return read_shard(path, rows=16, columns=(4,), dtype="uint16", chunk_rows=16, chunks=1)
+    return read_shard(
+        path,
+        rows=16,
+        columns=(4,),
+        dtype="uint16",
+        chunk_rows=16,
+        chunks=1,
+        coder=CODERS[SPEC.coder],
+    )
 
 
 def check_files(cache: Path, marker: Marker) -> None:
@@ -137,7 +148,7 @@ def test_killed_between_two_promotions(tmp_path: Path, monkeypatch: pytest.Monke
         real(path)
 
     real = commit.make_folder
-    arrays = {"embeddings/final": values(1), "embeddings/layer_1": values(2)}
+    arrays = {f"embeddings/{tap}": (SPEC, values(n)) for n, tap in ((1, "final"), (2, "layer_1"))}
     with monkeypatch.context() as patch:
         patch.setattr(commit, "make_folder", make_folder)
         with pytest.raises(KilledError):

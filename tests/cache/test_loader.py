@@ -51,11 +51,13 @@ def by_sequence(split) -> dict[int, tuple[np.ndarray, np.ndarray, torch.Tensor, 
 
 
 def same(first: Batch, second: Batch) -> bool:
-    tensors = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N", "documents_N")
+    tensors = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N")
     return (
         first.sequences == second.sequences
         and first.tokens == second.tokens
         and all(torch.equal(getattr(first, name), getattr(second, name)) for name in tensors)
+        and np.array_equal(first.documents_N, second.documents_N)
+        and np.array_equal(first.places_N2, second.places_N2)
         and all(torch.equal(first.x_BTH[tap], second.x_BTH[tap]) for tap in first.x_BTH)
     )
 
@@ -114,14 +116,16 @@ def test_contents_and_targets_match_each_sequence(split):
         assert int(real.sum()) == batch.tokens
         assert not batch.x_BTH["final"][~real].any()
         targets = {}
-        for flat, target, document in zip(
+        for flat, target, document, place in zip(
             batch.wanted_N.tolist(),
             batch.targets_N.tolist(),
             batch.documents_N.tolist(),
+            batch.places_N2.tolist(),
             strict=True,
         ):
             b, t = divmod(flat, T)
             key = (int(batch.segments_BT[b, t]), int(batch.positions_BT[b, t]))
+            assert place == [batch.sequences[key[0]], key[1]]
             assert key not in targets
             targets[key] = (target, document)
         for segment, sequence in enumerate(batch.sequences):
@@ -170,14 +174,14 @@ def test_rows_hold_whole_sequences_without_overlap():
 
 
 def test_an_error_of_a_reading_thread_reaches_the_consumer(split, monkeypatch):
-    read = type(split).block
+    read = type(split).stored
 
-    def broken(self, number, taps=None):
+    def broken(self, number, taps):
         if number == 3:
             raise OSError("the disk is gone")
         return read(self, number, taps)
 
-    monkeypatch.setattr(type(split), "block", broken)
+    monkeypatch.setattr(type(split), "stored", broken)
     with pytest.raises(OSError, match="the disk is gone"):
         batches(split)
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from embedcache.base.load import load_tokenizer
 from embedcache.cache import seal
+from embedcache.cache import tokens as tokens_module
 from embedcache.cache.reader import Cache
 from embedcache.cache.seal import SplitSealer
 from embedcache.cache.tokens import SplitTokens
@@ -30,7 +31,8 @@ def made(length: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @given(st.lists(st.lists(st.integers(1, BLOCK), min_size=1, max_size=4), max_size=8))
 def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[list[int]]) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(seal, "TABLE_CHUNK", 3)  # tables of several chunks
+        for module in (seal, tokens_module):
+            patch.setattr(module, "TABLE_CHUNK", 3)  # tables of several chunks
         sealer = SplitSealer(zarr.create_group(Path(folder) / "train", zarr_format=3), BLOCK)
         expected, count = [], 1
         for number, document in enumerate(lengths):

@@ -1,0 +1,129 @@
+"""How a chunk of integers becomes bytes: blosc for plain arrays, pcodec for coefficients.
+
+Each coder writes exactly what the Zarr codecs named in an array's metadata write, so that a chunk
+is the same whoever wrote it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final, Protocol
+
+import numpy as np
+from numcodecs.blosc import Blosc
+from pcodec import ChunkConfig, DeltaSpec, ModeSpec, standalone
+from zarr.codecs import BloscCodec
+
+Array = np.ndarray[Any, Any]
+
+COMPRESSOR: Final = "zstd"
+LEVEL = 3
+
+COMPONENTS = 8
+"""Neighbouring components that share one stream: one alone costs more in its header (measured at
+1.5 bits and 16,384 rows: 1.531 alone, 1.513 by eight)."""
+
+PCO_LEVEL = 8
+
+
+class Coder(Protocol):
+    """Turns one chunk of rows into bytes and back, the interpreter's lock free while it works."""
+
+    def encode(self, chunk: Array) -> bytes:
+        """Return the bytes of a chunk [rows, ...]."""
+        ...
+
+    def decode(self, data: bytes, out: Array) -> None:
+        """Decode into ``out`` [rows, ...]; raises ``ValueError`` or ``RuntimeError`` if damaged."""
+        ...
+
+    def zarr_codecs(self, itemsize: int) -> dict[str, Any]:
+        """Return what makes zarr write the same: arguments of ``create_array``."""
+        ...
+
+
+class BloscCoder(Coder):
+    """Byte shuffle and zstd: standard Zarr, read by any implementation."""
+
+    def __init__(self) -> None:
+        self._blosc = Blosc(cname=COMPRESSOR, clevel=LEVEL, shuffle=Blosc.SHUFFLE)
+
+    def encode(self, chunk: Array) -> bytes:
+        """Compress the chunk's bytes."""
+        return bytes(self._blosc.encode(np.ascontiguousarray(chunk)))
+
+    def decode(self, data: bytes, out: Array) -> None:
+        """Decompress into ``out``."""
+        self._blosc.decode(data, out=out)
+
+    def zarr_codecs(self, itemsize: int) -> dict[str, Any]:
+        """Return blosc as a compressor."""
+        codec = BloscCodec(cname=COMPRESSOR, clevel=LEVEL, shuffle="shuffle", typesize=itemsize)
+        return {"compressors": [codec]}
+
+
+class PcoCoder(Coder):
+    """Integers by component, entropy-coded by pcodec close to their entropy.
+
+    Bytes: uint32 little endian, one length a stream; then the streams, each of ``COMPONENTS``
+    neighbouring columns, column after column, in pcodec's standalone format. A stream of zeros
+    alone has length 0. Chunks are int16 [rows, columns].
+    """
+
+    def __init__(self) -> None:
+        self._config = ChunkConfig(
+            compression_level=PCO_LEVEL,
+            mode_spec=ModeSpec.classic(),
+            delta_spec=DeltaSpec.no_op(),
+        )
+
+    def encode(self, chunk: Array) -> bytes:
+        """Entropy-code the chunk."""
+        columns = np.ascontiguousarray(chunk.T)
+        streams = []
+        for start in range(0, len(columns), COMPONENTS):
+            values = columns[start : start + COMPONENTS].reshape(-1)
+            streams.append(
+                standalone.simple_compress(values, self._config) if values.any() else b""
+            )
+        lengths = np.array([len(stream) for stream in streams], "<u4")
+        return b"".join([lengths.tobytes(), *streams])
+
+    def decode(self, data: bytes, out: Array) -> None:
+        """Decode into ``out``, int16 [rows, columns]."""
+        rows, width = out.shape
+        columns = np.empty((width, rows), np.int16)
+        count = -(-width // COMPONENTS)
+        if len(data) < 4 * count:
+            raise ValueError(
+                f"{len(data)} bytes are fewer than the {count} lengths they start with"
+            )
+        ends = 4 * count + np.cumsum(np.frombuffer(data, "<u4", count), dtype=np.int64)
+        if len(data) != ends[-1]:
+            raise ValueError(f"{len(data)} bytes where the lengths add up to {ends[-1]}")
+        view, start = memoryview(data), 4 * count
+        for number, end in enumerate(ends.tolist()):
+            values = columns[number * COMPONENTS : (number + 1) * COMPONENTS].reshape(-1)
+            if start == end:
+                values[:] = 0
+            else:
+                done = standalone.simple_decompress_into(bytes(view[start:end]), values)
+                if done.n_processed != values.size or not done.finished:
+                    raise ValueError(f"stream {number} holds {done.n_processed} values")
+            start = end
+        torch_transpose(columns, out)
+
+    def zarr_codecs(self, itemsize: int) -> dict[str, Any]:
+        """Return the Zarr codec of this format as a serializer."""
+        from embedcache.cache.zarr_pco import PcoCodec
+
+        return {"serializer": PcoCodec(), "compressors": []}
+
+
+def torch_transpose(columns: Array, out: Array) -> None:
+    """Copy ``columns`` [width, rows] into ``out`` [rows, width]; by torch, in blocks: 3 × numpy."""
+    import torch
+
+    torch.from_numpy(out).copy_(torch.from_numpy(columns).t())
+
+
+CODERS: dict[str, Coder] = {"blosc": BloscCoder(), "pco": PcoCoder()}

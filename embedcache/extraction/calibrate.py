@@ -1,0 +1,182 @@
+"""Calibrating the ``transform`` codec on a sample of train, before the first block is written.
+
+Axes: N sampled rows, H hidden, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from embedcache.base.head import Head
+from embedcache.cache.coders import CODERS
+from embedcache.cache.transform import Calibration, TransformCodec, quantise, unit_rows
+from embedcache.loss import cross_entropy
+
+Array = np.ndarray[Any, Any]
+
+SAMPLE_ROWS = 65_536
+"""Rows to calibrate on, and at least `ROWS_PER_COMPONENT` for each component."""
+
+ROWS_PER_COMPONENT = 16
+
+HEAD_ROWS = 4096
+"""Rows over which the head's metric, and a quality, are taken."""
+
+ISOTROPIC = 0.1
+"""Share of plain error in the metric: what the head cannot see, the branch still reads."""
+
+RIDGE = 1e-2
+
+OCTAVES = 20
+HALVINGS = 14
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Rows of one tap: ``x_NH`` on the device, float32; ``ids_N``, and ``targets_N``, the tokens
+    that follow, -1 where that is no target; both on the host."""
+
+    x_NH: torch.Tensor
+    ids_N: Array
+    targets_N: Array
+
+    def rows(self, keep_N: Array) -> Sample:
+        """Return the rows that are kept."""
+        place = torch.from_numpy(np.flatnonzero(keep_N)).to(self.x_NH.device)
+        return Sample(self.x_NH[place], self.ids_N[keep_N], self.targets_N[keep_N])
+
+
+def calibrate(
+    sample: Sample,
+    embedding_VH: torch.Tensor,
+    *,
+    head: Head | None,
+    bits: float | None,
+    quality: float | None = None,
+) -> Calibration:
+    """Fit a tap's transform on three quarters of a sample; find the step on the rest.
+
+    Args:
+        sample: rows of the tap.
+        embedding_VH: the base's token embedding, on the host.
+        head: the base's head, for the final tap: errors are then weighed as the logits see them.
+        bits: coded bits a value to come to, where no quality is given.
+        quality: permitted rise of the base's cross-entropy, read from decoded embeddings, in nats.
+    """
+    # Runs of rows rather than single ones: neighbours are alike, and would flatter the fit.
+    held_N = np.arange(len(sample.ids_N)) // 256 % 4 == 3
+    if not held_N.any():
+        held_N[len(held_N) // 2 :] = True
+    fit, held = sample.rows(~held_N), sample.rows(held_N)
+    shape = _fit(fit, embedding_VH, head)
+    codec = TransformCodec(replace(shape, step=1.0), embedding_VH)
+    y_NH = codec.coefficients(held.x_NH, held.ids_N)
+    finest = y_NH.std().item() / 2 ** (OCTAVES // 2)
+
+    def at(octave: float) -> Calibration:
+        return replace(shape, step=finest * 2**octave)
+
+    def too_coarse(octave: float) -> bool:
+        if quality is not None and head is not None:
+            return rise(at(octave), held, embedding_VH, head) > quality
+        return coded_bits(y_NH, at(octave).step) < (bits or 0)
+
+    found = at(_largest(too_coarse))
+    measured = {"bits": round(coded_bits(y_NH, found.step), 4), "rows": float(len(fit.ids_N))}
+    if head is not None:
+        measured["rise"] = round(rise(found, held, embedding_VH, head), 4)
+    return replace(found, measured=measured)
+
+
+def _largest(too_coarse: Callable[[float], bool]) -> float:
+    """Return the largest number of octaves that is not too coarse, by halving."""
+    low, high = 0.0, float(OCTAVES)
+    for _ in range(HALVINGS):
+        middle = (low + high) / 2
+        low, high = (low, middle) if too_coarse(middle) else (middle, high)
+    return low
+
+
+def _fit(fit: Sample, embedding_VH: torch.Tensor, head: Head | None) -> Calibration:
+    """Return the calibration but for its step."""
+    device = fit.x_NH.device
+    mean_H = fit.x_NH.mean(dim=0)
+    e_NH = unit_rows(embedding_VH[torch.from_numpy(fit.ids_N)].to(device))
+    centre_H = e_NH.mean(dim=0)
+    e_NH -= centre_H
+    gram_HH = (e_NH.T @ e_NH).double()
+    gram_HH.diagonal().add_(RIDGE * gram_HH.diagonal().mean())
+    predictor_HH = torch.linalg.solve(gram_HH, (e_NH.T @ (fit.x_NH - mean_H)).double())
+    predictor_HH = predictor_HH.bfloat16()
+    residual_NH = fit.x_NH - mean_H - e_NH @ predictor_HH.float()
+    root_HH = _root(_metric(fit, head))
+    covariance_HH = root_HH @ torch.cov(residual_NH.T.double()) @ root_HH
+    variance_H, axes_HH = torch.linalg.eigh(covariance_HH)
+    forward_HH = root_HH @ axes_HH[:, variance_H.argsort(descending=True)]
+    # Rounded for the disk; the forward transform is the inverse of what is stored.
+    inverse_HH = torch.linalg.inv(forward_HH).bfloat16()
+    return Calibration(
+        mean_H=mean_H.cpu(),
+        centre_H=centre_H.cpu(),
+        predictor_HH=predictor_HH.cpu(),
+        inverse_HH=inverse_HH.cpu(),
+        step=1.0,
+        measured={},
+    )
+
+
+def _metric(fit: Sample, head: Head | None) -> torch.Tensor:
+    """Return the metric G [H, H], float64, in which an error e costs eᵀ G e.
+
+    With a head: the Fisher information of its logits, E[Wᵀ (diag p - p pᵀ) W], whose half is the
+    divergence that a small error makes (soft-capping is left out).
+    """
+    H = fit.x_NH.shape[1]
+    identity = torch.eye(H, dtype=torch.float64, device=fit.x_NH.device)
+    if head is None:
+        return identity
+    weight_VH = head.weight_VH.float()
+    x_NH = fit.x_NH[:: max(1, len(fit.x_NH) // HEAD_ROWS)]
+    p_V = torch.zeros(len(weight_VH), device=x_NH.device)
+    outer_HH = torch.zeros_like(identity)
+    for rows_NH in x_NH.split(512):
+        p_NV = head(rows_NH.to(head.weight_VH.dtype)).float().softmax(dim=-1)
+        p_V += p_NV.sum(dim=0)
+        seen_NH = (p_NV @ weight_VH).double()
+        outer_HH += seen_NH.T @ seen_NH
+    fisher_HH = ((weight_VH.T * p_V) @ weight_VH).double() - outer_HH
+    return fisher_HH / fisher_HH.diagonal().mean() + ISOTROPIC * identity
+
+
+def _root(metric_HH: torch.Tensor) -> torch.Tensor:
+    """Return the symmetric square root."""
+    value_H, axes_HH = torch.linalg.eigh(metric_HH)
+    return (axes_HH * value_H.clamp_min(0).sqrt()) @ axes_HH.T
+
+
+def coded_bits(y_NH: torch.Tensor, step: float) -> float:
+    """Return the bits a value that coefficients take on the disk at a step."""
+    q_NH = quantise(y_NH, step)
+    return 8 * len(CODERS["pco"].encode(q_NH.cpu().numpy())) / q_NH.numel()
+
+
+def rise(calibration: Calibration, held: Sample, embedding_VH: torch.Tensor, head: Head) -> float:
+    """Return by how much the base's cross-entropy rises from exact to decoded rows, in nats."""
+    keep_N = held.targets_N >= 0
+    keep_N &= np.cumsum(keep_N) <= HEAD_ROWS
+    if not keep_N.any():
+        return math.nan
+    some = held.rows(keep_N)
+    codec = TransformCodec(calibration, embedding_VH)
+    dtype = head.weight_VH.dtype
+    targets_N = torch.from_numpy(some.targets_N).to(some.x_NH.device)
+    exact_N = cross_entropy(some.x_NH.to(dtype), head, targets_N)
+    decoded_NH = codec.decode(codec.encode(some.x_NH, some.ids_N), some.ids_N)
+    decoded_N = cross_entropy(decoded_NH.to(dtype), head, targets_N)
+    return float((decoded_N - exact_N).double().mean())

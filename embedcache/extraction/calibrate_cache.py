@@ -1,0 +1,122 @@
+"""Calibrating a cache's codec before its first block: sample blocks, fit each tap, store."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zarr
+
+from embedcache.base.load import Base
+from embedcache.base.taps import FINAL
+from embedcache.cache.base_arrays import read_token_embedding
+from embedcache.cache.layout import DEFAULT_BITS, STAGING, ExtractSettings
+from embedcache.cache.seal import fsync_tree
+from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.transform import CODEC
+from embedcache.errors import CacheError, NumericsError
+from embedcache.extraction.calibrate import ROWS_PER_COMPONENT, SAMPLE_ROWS, Sample, calibrate
+from embedcache.extraction.encoder import finite_rows
+from embedcache.extraction.forward import BlockForward
+from embedcache.files import fsync_path
+
+Array = np.ndarray[Any, Any]
+Embeddings = dict[str, torch.Tensor]
+
+
+def calibrate_cache(
+    cache: Path,
+    train: SplitTokens,
+    forward: BlockForward,
+    base: Base,
+    settings: ExtractSettings,
+    *,
+    fresh: bool,
+) -> dict[int, Embeddings]:
+    """Calibrate the codec of a cache that needs it and has no calibration yet, once and whole.
+
+    Returns the train blocks that were computed for the sample, on the host: they need not be
+    computed again. ``fresh``: no train block is committed yet; if one is, a lost calibration
+    cannot be made again, and ``CacheError`` is raised.
+    """
+    if settings.codec != "transform" or (cache / CODEC).is_dir() or not train.blocks:
+        return {}
+    if not fresh:
+        raise CacheError(
+            f"{cache / CODEC} is missing, and blocks were coded with it: extract into a new folder"
+        )
+    numbers = _sampled_blocks(train.blocks, settings.block_tokens, base.identity.hidden_size)
+    computed, rows = {}, []
+    for block in numbers:
+        ids_N, rows_S2, _ = train.read(block)
+        x_NH = forward(ids_N, rows_S2)
+        rows.append(_usable(ids_N, train.used(block)[1], rows_S2, finite_rows(x_NH).cpu().numpy()))
+        computed[block] = {tap: x.cpu() for tap, x in x_NH.items()}
+    staging = cache / STAGING / CODEC
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.parent.mkdir(exist_ok=True)
+    group = zarr.create_group(staging, zarr_format=3)
+    embedding_VH = read_token_embedding(cache)
+    bits = None if settings.quality is not None else settings.bits or DEFAULT_BITS
+    for tap in sorted(settings.taps, key=lambda tap: tap != FINAL):
+        sample = _sample(tap, computed, rows, base.device)
+        found = calibrate(
+            sample,
+            embedding_VH,
+            head=base.head if tap == FINAL else None,
+            bits=bits,
+            quality=settings.quality if tap == FINAL else None,
+        )
+        bits = found.measured["bits"] if bits is None else bits
+        found.save(group.create_group(tap))
+    fsync_tree(staging)
+    staging.rename(cache / CODEC)
+    fsync_path(cache)
+    return computed
+
+
+def _sampled_blocks(blocks: int, block_tokens: int, hidden: int) -> list[int]:
+    """Return the blocks to sample, spread over the split."""
+    wanted = max(SAMPLE_ROWS, ROWS_PER_COMPONENT * hidden)
+    count = min(blocks, -(-wanted // block_tokens))
+    return sorted({blocks * i // count for i in range(count)})
+
+
+def _usable(
+    ids_N: Array, loss_mask_N: Array, rows_S2: Array, finite_N: Array
+) -> tuple[Array, Array, Array]:
+    """Return (row numbers, ids, targets) of a block's finite sequences; target -1 is none."""
+    kept, targets = [], np.full(len(ids_N), -1, np.int64)
+    for first, stop in rows_S2.tolist():
+        if finite_N[first:stop].all():
+            kept.append(np.arange(first, stop))
+            following = slice(first + 1, stop)
+            targets[first : stop - 1] = np.where(loss_mask_N[following], ids_N[following], -1)
+    if not kept:
+        return np.empty(0, np.int64), ids_N[:0], targets[:0]
+    place = np.concatenate(kept)
+    return place, ids_N[place], targets[place]
+
+
+def _sample(
+    tap: str,
+    computed: dict[int, Embeddings],
+    rows: list[tuple[Array, Array, Array]],
+    device: torch.device,
+) -> Sample:
+    x_NH = torch.cat(
+        [
+            x[tap][torch.from_numpy(place)].to(device).float()
+            for x, (place, _, _) in zip(computed.values(), rows, strict=True)
+        ]
+    )
+    if len(x_NH) < 2:
+        raise NumericsError(
+            f"the sampled train embeddings of tap {tap} hold no finite sequence to calibrate on: "
+            "the base overflows. Try --dtype float32 or bfloat16 and another --out."
+        )
+    ids, targets = (np.concatenate([row[i] for row in rows]) for i in (1, 2))
+    return Sample(x_NH, ids, targets)

@@ -1,0 +1,49 @@
+"""A block's embeddings as its codec's integers, on the device where they were computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embedcache.cache.codecs import ARRAYS, ArraySpec, codec_name
+from embedcache.cache.layout import ExtractSettings
+from embedcache.cache.reader import open_codecs
+from embedcache.extraction.buffers import Encoded
+
+Array = np.ndarray[Any, Any]
+
+
+class BlockEncoder:
+    """Encodes the blocks of one split; the cache's calibrations must be there."""
+
+    def __init__(self, cache: Path, split: str, settings: ExtractSettings):
+        self._codecs = open_codecs(cache, split, settings)
+        self.specs: dict[str, ArraySpec] = {
+            f"{spec.group}/{tap}": spec
+            for spec in ARRAYS[codec_name(split, settings.codec)]
+            for tap in settings.taps
+        }
+        """The arrays of a block by path under the split."""
+
+    def __call__(self, x_NH: dict[str, torch.Tensor], ids_N: Array) -> tuple[Encoded, torch.Tensor]:
+        """Return the integers, and for each row whether every value of every tap is finite.
+
+        Rows are checked where they were computed: on a GPU that is free, on the host it would take
+        threads that the coders need. A row that is not finite is encoded as zeros.
+        """
+        finite_N = finite_rows(x_NH)
+        arrays = {}
+        for tap, codec in self._codecs.items():
+            clean_NH = torch.where(finite_N[:, None], x_NH[tap], 0)
+            for group, values in codec.encode(clean_NH, ids_N).items():
+                arrays[f"{group}/{tap}"] = values
+        return arrays, finite_N
+
+
+def finite_rows(x_NH: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Return, for each row, whether every value of every tap is finite, on their device."""
+    # A sum is finite only if every term is; in float32 the sum of finite embeddings is, too.
+    return torch.stack([x.float().sum(dim=1).isfinite() for x in x_NH.values()]).all(dim=0)

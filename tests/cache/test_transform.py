@@ -1,0 +1,240 @@
+"""The transform codec against plain linear algebra, its calibration against what it promises."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from fixtures_extract import corpus_config, small_settings
+
+from embedcache.base.head import Head
+from embedcache.cache.coders import CODERS
+from embedcache.cache.layout import ExtractSettings
+from embedcache.cache.reader import Cache
+from embedcache.cache.transform import CODEC, Calibration, TransformCodec
+from embedcache.errors import CacheError, UsageError
+from embedcache.extract import extract
+from embedcache.extraction import calibrate as calibrate_module
+from embedcache.extraction.calibrate import Sample, calibrate, coded_bits, rise
+
+H, V, N = 24, 50, 4096
+
+
+@pytest.fixture(scope="module")
+def embedding_VH() -> torch.Tensor:
+    return torch.randn(V, H, generator=torch.Generator().manual_seed(1)).bfloat16()
+
+
+@pytest.fixture(scope="module")
+def sample(embedding_VH: torch.Tensor) -> Sample:
+    """Correlated rows, a part of each told by its token."""
+    draw = torch.Generator().manual_seed(0)
+    ids_N = torch.randint(V, (N,), generator=draw)
+    mix_HH = torch.randn(H, H, generator=draw) * torch.logspace(0, -2, H)
+    x_NH = torch.randn(N, H, generator=draw) @ mix_HH + 2 * embedding_VH[ids_N].float() + 3
+    p_NV = (0.3 * x_NH @ embedding_VH.float().T).softmax(dim=-1)
+    targets_N = torch.multinomial(p_NV, 1, generator=draw).squeeze(1)
+    targets_N[::7] = -1
+    return Sample(x_NH, ids_N.numpy(), targets_N.numpy())
+
+
+@pytest.fixture(scope="module")
+def head(embedding_VH: torch.Tensor) -> Head:
+    return Head(0.3 * embedding_VH.float())
+
+
+@pytest.mark.parametrize("bits", [0.5, 1.5, 4.0])
+def test_the_step_comes_to_the_budget_and_not_above(sample, embedding_VH, head, bits) -> None:
+    found = calibrate(sample, embedding_VH, head=head, bits=bits)
+    codec = TransformCodec(found, embedding_VH)
+    q_NH = codec.encode(sample.x_NH, sample.ids_N)["embeddings"].numpy()
+    coded = 8 * len(CODERS["pco"].encode(q_NH)) / q_NH.size
+    # The budget is met on held-out rows; a file of all rows is within a few per cent of it.
+    assert found.measured["bits"] == pytest.approx(bits, rel=0.02)
+    assert coded == pytest.approx(bits, rel=0.12)
+
+
+def test_decoding_is_the_written_formula(sample, embedding_VH, head) -> None:
+    found = calibrate(sample, embedding_VH, head=head, bits=3.0)
+    codec = TransformCodec(found, embedding_VH)
+    stored = codec.encode(sample.x_NH, sample.ids_N)
+    q_NH = stored["embeddings"].double().numpy()
+    e_NH = embedding_VH.double().numpy()[sample.ids_N]
+    e_NH /= np.linalg.norm(e_NH, axis=1, keepdims=True)
+    parts = {
+        name: getattr(found, name).double().numpy()
+        for name in ("mean_H", "centre_H", "predictor_HH", "inverse_HH")
+    }
+    b_NH = parts["mean_H"] + (e_NH - parts["centre_H"]) @ parts["predictor_HH"]
+    expected_NH = b_NH + found.step * q_NH @ parts["inverse_HH"]
+    decoded_NH = codec.decode(stored, sample.ids_N).double().numpy()
+    np.testing.assert_allclose(decoded_NH, expected_NH, rtol=2**-8, atol=1e-4)
+    # And encoding is rounding: no coefficient is off by more than half a step.
+    y_NH = (sample.x_NH.double().numpy() - b_NH) @ np.linalg.inv(parts["inverse_HH"])
+    assert np.abs(y_NH / found.step - q_NH).max() < 0.5 + 1e-3
+
+
+def test_a_batch_decodes_as_its_rows(sample, embedding_VH, head) -> None:
+    codec = TransformCodec(calibrate(sample, embedding_VH, head=head, bits=3.0), embedding_VH)
+    stored = codec.encode(sample.x_NH[:12], sample.ids_N[:12])["embeddings"]
+    rows = codec.decode({"embeddings": stored}, sample.ids_N[:12])
+    batch = codec.decode({"embeddings": stored.view(3, 4, H)}, sample.ids_N[:12].reshape(3, 4))
+    assert torch.equal(batch.flatten(0, 1), rows)
+
+
+def test_what_the_token_tells_is_not_paid_for(sample, embedding_VH, head) -> None:
+    """Shuffled ids tell nothing: at the same error the rate must be much higher."""
+    found = calibrate(sample, embedding_VH, head=head, bits=2.0)
+    shuffled = Sample(sample.x_NH, np.roll(sample.ids_N, 1), sample.targets_N)
+    other = calibrate(shuffled, embedding_VH, head=head, bits=2.0)
+
+    def error(calibration: Calibration, rows: Sample) -> float:
+        codec = TransformCodec(calibration, embedding_VH)
+        decoded = codec.decode(codec.encode(rows.x_NH, rows.ids_N), rows.ids_N).float()
+        return float((decoded - rows.x_NH).square().mean())
+
+    assert error(found, sample) < 0.7 * error(other, shuffled)
+
+
+def test_components_are_decorrelated_in_order_of_variance(sample, embedding_VH) -> None:
+    found = calibrate(sample, embedding_VH, head=None, bits=4.0)
+    y_NH = TransformCodec(found, embedding_VH).coefficients(sample.x_NH, sample.ids_N).double()
+    covariance = torch.cov(y_NH.T)
+    variance = covariance.diagonal()
+    assert (variance[1:] < variance[:-1] * 1.2).all()
+    correlation = covariance / (variance[:, None] * variance).sqrt()
+    assert (correlation - torch.eye(H)).abs().max() < 0.15
+    # Without a head the metric is plain: the transform keeps lengths.
+    assert torch.allclose(
+        found.inverse_HH.float() @ found.inverse_HH.float().T, torch.eye(H) / 1.0, atol=0.05
+    )
+
+
+def test_the_head_s_metric_lowers_the_rise(sample, embedding_VH) -> None:
+    """At one rate, errors weighed as the logits see them cost the base less than plain ones."""
+    weight = torch.randn(V, H, generator=torch.Generator().manual_seed(5))
+    head = Head(weight * torch.logspace(0.5, -1.5, H))
+    seen = calibrate(sample, embedding_VH, head=head, bits=1.5)
+    plain = calibrate(sample, embedding_VH, head=None, bits=1.5)
+    plain_rise = rise(plain, sample, embedding_VH, head)
+    assert rise(seen, sample, embedding_VH, head) < 0.8 * plain_rise
+
+
+def test_a_quality_is_kept_with_the_coarsest_step(sample, embedding_VH, head) -> None:
+    found = calibrate(sample, embedding_VH, head=head, bits=None, quality=0.05)
+    assert 0.02 < found.measured["rise"] <= 0.05 + 1e-4
+    finer = calibrate(sample, embedding_VH, head=head, bits=None, quality=0.01)
+    assert finer.step < found.step
+    assert finer.measured["bits"] > found.measured["bits"]
+
+
+def test_coded_bits_are_those_of_the_coder(sample) -> None:
+    q_NH = (sample.x_NH / 0.5).round().to(torch.int16).numpy()
+    assert coded_bits(sample.x_NH, 0.5) == 8 * len(CODERS["pco"].encode(q_NH)) / q_NH.size
+
+
+def test_saved_and_loaded_it_is_the_same(sample, embedding_VH, head, tmp_path: Path) -> None:
+    import zarr
+
+    found = calibrate(sample, embedding_VH, head=head, bits=1.5)
+    found.save(zarr.create_group(tmp_path / CODEC / "final", zarr_format=3))
+    loaded = Calibration.load(tmp_path, "final")
+    for name in ("mean_H", "centre_H", "predictor_HH", "inverse_HH"):
+        assert torch.equal(getattr(found, name), getattr(loaded, name))
+    assert (loaded.step, loaded.measured) == (found.step, found.measured)
+    assert torch.equal(loaded.forward_HH, found.forward_HH)
+
+
+# --- in a cache
+
+
+def test_each_tap_has_its_own_calibration_and_train_is_near_the_lossless(caches) -> None:
+    lossy, exact = Cache(caches["transform"]), Cache(caches["bf16"])
+    for tap in ("final", "layer_1"):
+        error, total = 0.0, 0.0
+        for number in range(exact.split("train").manifest.blocks):
+            x_NH = exact.split("train").block(number).x_NH[tap].float()
+            decoded_NH = lossy.split("train").block(number).x_NH[tap].float()
+            error += (x_NH - decoded_NH).square().sum().item()
+            total += (x_NH - x_NH.mean(dim=0)).square().sum().item()
+        assert 0.001 < error / total < 0.3
+    first, second = (Calibration.load(caches["transform"], t) for t in ("final", "layer_1"))
+    assert first.step != second.step
+
+
+def test_a_cache_whose_calibration_is_gone_is_refused(caches, tmp_path: Path) -> None:
+    cache = shutil.copytree(caches["transform"], tmp_path / "cache")
+    shutil.rmtree(cache / CODEC)
+    with pytest.raises(CacheError, match="codec"):
+        Cache(cache).split("train").block(0)
+
+
+def test_a_lost_calibration_is_not_made_again_under_coded_blocks(
+    tiny_base, corpus, caches, tmp_path: Path
+) -> None:
+    cache = shutil.copytree(caches["transform"], tmp_path / "cache")
+    (cache / "manifest.json").unlink()
+    shutil.rmtree(cache / CODEC)
+    marker = next((cache / "commits" / "train").glob("*.json"))
+    marker.unlink()
+    settings = small_settings(codec="transform", taps=("final", "layer_1"))
+    with pytest.raises(CacheError, match=r"blocks were coded with it"):
+        extract(
+            corpus_config(corpus), base=str(tiny_base), out=cache, settings=settings, device="cpu"
+        )
+
+
+def test_blocks_of_the_sample_are_not_computed_twice(
+    tiny_base, corpus, tmp_path: Path, monkeypatch
+) -> None:
+    from embedcache.extraction.forward import BlockForward
+
+    calls = []
+    real = BlockForward.__call__
+    monkeypatch.setattr(
+        BlockForward, "__call__", lambda self, *given: (calls.append(1), real(self, *given))[1]
+    )
+    settings = small_settings(codec="transform")
+    summary = extract(
+        corpus_config(corpus), base=str(tiny_base), out=tmp_path / "c", settings=settings
+    )
+    assert len(calls) == summary.blocks
+
+
+def test_a_second_run_writes_the_same_bytes(tiny_base, corpus, caches, tmp_path: Path) -> None:
+    settings = small_settings(codec="transform", taps=("final", "layer_1"))
+    extract(
+        corpus_config(corpus),
+        base=str(tiny_base),
+        out=tmp_path / "c",
+        settings=settings,
+        device="cpu",
+    )
+    assert Cache(tmp_path / "c").manifest.hash == Cache(caches["transform"]).manifest.hash
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"codec": "bf16", "bits": 1.5}, r"--bits is for the codec transform.*--codec transform"),
+        ({"codec": "transform", "bits": 0.0}, r"0\.05 to 12 bits"),
+        ({"codec": "transform", "quality": -1.0}, r"0 to 10 nats"),
+        ({"codec": "transform", "bits": 1.0, "quality": 0.1}, "not both"),
+        ({"codec": "transform", "quality": 0.1, "taps": ("layer_1",)}, "measured on the final tap"),
+    ],
+)
+def test_settings_that_cannot_be(changes, message) -> None:
+    with pytest.raises(UsageError, match=message):
+        ExtractSettings(**changes)
+
+
+def test_the_sample_covers_every_component() -> None:
+    from embedcache.extraction.calibrate_cache import _sampled_blocks
+
+    assert len(_sampled_blocks(1000, 16384, 576)) == calibrate_module.SAMPLE_ROWS // 16384
+    assert len(_sampled_blocks(1000, 16384, 5120)) == 5
+    assert _sampled_blocks(3, 16384, 576) == [0, 1, 2]
+    assert max(_sampled_blocks(1000, 16384, 576)) >= 700
