@@ -38,6 +38,7 @@ format: $(SETUP) ## Format the code
 	$(BIN)/ruff check --fix .
 
 bench: $(SETUP) ## Measure against peers; results in tests/benchmarks/results
+	$(BIN)/python tests/benchmarks/bench_reader.py
 	$(BIN)/python tests/benchmarks/bench_extract.py
 
 reproduce: $(SETUP) ## The reference protocol (a GPU; FLAGS name the data, see examples/paper)

@@ -16,7 +16,10 @@ from zarr.codecs import BloscCodec
 Array = np.ndarray[Any, Any]
 
 COMPRESSOR: Final = "zstd"
-LEVEL = 3
+LEVEL = 1
+BLOSC_BLOCK = 1 << 20
+"""zstd at its fastest on large blocks: measured on bfloat16 embeddings, 11.0 bits a value decoded at
+1.9 GB/s a core, where level 3 on blosc's own blocks takes 11.9 bits and gives 0.9 GB/s."""
 
 COMPONENTS = 8
 """Neighbouring components that share one stream: one alone costs more in its header (measured at
@@ -45,7 +48,9 @@ class BloscCoder(Coder):
     """Byte shuffle and zstd: standard Zarr, read by any implementation."""
 
     def __init__(self) -> None:
-        self._blosc = Blosc(cname=COMPRESSOR, clevel=LEVEL, shuffle=Blosc.SHUFFLE)
+        self._blosc = Blosc(
+            cname=COMPRESSOR, clevel=LEVEL, shuffle=Blosc.SHUFFLE, blocksize=BLOSC_BLOCK
+        )
 
     def encode(self, chunk: Array) -> bytes:
         """Compress the chunk's bytes."""
@@ -57,7 +62,13 @@ class BloscCoder(Coder):
 
     def zarr_codecs(self, itemsize: int) -> dict[str, Any]:
         """Return blosc as a compressor."""
-        codec = BloscCodec(cname=COMPRESSOR, clevel=LEVEL, shuffle="shuffle", typesize=itemsize)
+        codec = BloscCodec(
+            cname=COMPRESSOR,
+            clevel=LEVEL,
+            shuffle="shuffle",
+            blocksize=BLOSC_BLOCK,
+            typesize=itemsize,
+        )
         return {"compressors": [codec]}
 
 
