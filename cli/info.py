@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .show import print_json, print_pairs, size
+from embedcache.units import size
+
+from .show import print_json, print_pairs
 
 
 def info_command(
