@@ -102,6 +102,7 @@ def test_what_is_left_of_a_begun_cache_is_predicted_from_what_is_there(
     beforehand, _ = preview(corpus, **request(place, out))
     assert comparable_tree(out) == before
     assert abs(beforehand.bytes_to_go / gone - 1) < 0.02
+    assert beforehand.bytes - beforehand.bytes_to_go == real - gone
     heard = Heard()
     summary = extract(corpus, **request(place, out), progress=heard)
     assert abs(size_of(out) - real) < 20  # the manifest says how long it took
@@ -122,8 +123,10 @@ def test_time_is_predicted_within_a_fifth(
         return ids_BT
 
     monkeypatch.setattr(BlockForward, "_padded", slow)
-    corpus = corpus_config(place / "corpus", limit_documents=30)
-    asked = request(place, tmp_path / "cache", block_tokens=1024)
+    for number, words in enumerate([4, 5, 6, 9, 14, 60] * 10):  # much padding in a small block
+        write_documents(tmp_path / "texts" / str(number), 1, words=words, seed=number)
+    corpus = corpus_config(tmp_path / "texts", min_tokens=2)
+    asked = request(place, tmp_path / "cache")
     beforehand, _ = preview(corpus, **asked)
     summary = extract(corpus, **asked)
     assert abs(beforehand.seconds / summary.seconds - 1) < 0.2
@@ -139,7 +142,7 @@ def test_what_was_measured_is_not_computed_again(
     corpus = corpus_config(place / "corpus")
     with monkeypatch.context() as patch:
         patch.setattr(stage_one, "measure", lambda *_: Measured())
-        extract(corpus, **request(place, tmp_path / "unmeasured"))
+        extract(corpus, **request(place, tmp_path / "unmeasured", block_tokens=1024))
     computed: list[bytes] = []
     real = BlockForward.batch
 
@@ -148,7 +151,7 @@ def test_what_was_measured_is_not_computed_again(
         return real(self, ids_N, rows_B2)
 
     monkeypatch.setattr(BlockForward, "batch", counted)
-    extract(corpus, **request(place, tmp_path / "cache"))
+    extract(corpus, **request(place, tmp_path / "cache", block_tokens=1024))
     warm_up, *rest = computed
     assert warm_up not in rest or rest.count(warm_up) == 1
     assert len(set(rest)) == len(rest)
