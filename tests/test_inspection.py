@@ -11,12 +11,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import World, make_world
-from fixtures_extract import call_main
+from fixtures_extract import call_main, small_settings
 from tiny import tiny_base_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from embedcache import inspection
 from embedcache.cache.manifest import publish_manifest, read_manifest
+from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import BaseModelError, CacheError, IdentityError, UsageError
+from embedcache.extract import extract
 from embedcache.inspection import inspect_sequence
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -80,6 +83,47 @@ def test_choices_are_those_of_transformers(kind: World, split: str, sequence: in
         norms = output.hidden_states[1][0].norm(dim=1)
         shown = [position.norm["layer_1"] for position in found.positions]
         assert shown == pytest.approx(norms.tolist(), rel=0.01)
+
+
+def test_the_loss_is_of_the_answers_alone(tmp_path: Path, session_home: None) -> None:
+    base = tiny_base_directory(tmp_path / "base")
+    pairs = [{"q": f"What is {n} dogs?", "a": f"the fox number {n * 7919}"} for n in range(6)]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(json.dumps(pair) for pair in pairs))
+    corpus = CorpusConfig(
+        sources=(str(tmp_path / "pairs.jsonl"),),
+        prompt="{q} ",
+        completion="{a}",
+        context=64,
+        dev_fraction=0,
+        test_fraction=0,
+    )
+    settings = small_settings()
+    extract(corpus, base=str(base), out=tmp_path / "cache", settings=settings, device="cpu")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
+    for sequence in range(6):
+        found = inspect_sequence(tmp_path / "cache", sequence)
+        ids = [position.id for position in found.positions]
+        with torch.no_grad():
+            log_p_TV = model(torch.tensor([ids])).logits[0].log_softmax(dim=1)
+        mask = [position.target for position in found.positions]
+        answer = "".join(position.text or "" for position in found.positions if position.target)
+        assert answer.startswith("the fox number ")
+        assert 0 < sum(mask) < len(mask) - 1
+        losses = [-log_p_TV[t - 1, ids[t]].item() for t in range(len(ids)) if mask[t]]
+        assert found.cross_entropy == pytest.approx(sum(losses) / len(losses), rel=0.01)
+
+
+def test_rows_are_taken_a_few_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = inspect_sequence(world.cache_path, 0)
+    monkeypatch.setattr(inspection, "ROWS", 7)
+    for one, other in zip(
+        inspect_sequence(world.cache_path, 0).positions, whole.positions, strict=True
+    ):
+        assert [c.id for c in one.choices] == [c.id for c in other.choices]
+        if other.next_probability is None:
+            assert one.next_probability is None
+        else:
+            assert one.next_probability == pytest.approx(other.next_probability, rel=1e-4)
 
 
 def test_every_sequence_is_the_corpus_own(world: World) -> None:
