@@ -200,21 +200,30 @@ class TestDisk:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "changes", [{}, {"codec": "int8", "taps": ("final", "layer_15")}], ids=["bf16", "int8"]
+)
 def test_a_real_base_over_the_standard_library(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any]
 ) -> None:
-    """Bytes within 2 %, time within 20 %; about a minute on two cores."""
+    """Bytes within 2 %, time within 20 %; about a minute on two cores.
+
+    Time is the wall's. On a machine that is shared, others may come or go between the measuring
+    and the run: a prediction that is wrong of itself is wrong three times.
+    """
     monkeypatch.setenv("EMBEDCACHE_HOME", USERS_HOME)
     corpus = CorpusConfig(sources=("stdlib:",), limit_tokens=30_000)
-    asked: dict[str, Any] = {
-        "base": "builtin:smollm2-135m",
-        "out": tmp_path / "cache",
-        "settings": ExtractSettings(),
-    }
-    beforehand, _ = preview(corpus, **asked)
-    summary = extract(corpus, **asked)
-    real = size_of(tmp_path / "cache")
-    assert abs(beforehand.bytes / real - 1) < 0.02
-    assert abs(summary.predicted_bytes / real - 1) < 0.02
-    assert abs(beforehand.seconds / summary.seconds - 1) < 0.2
-    assert abs(summary.predicted_seconds / summary.seconds - 1) < 0.2
+    asked: dict[str, Any] = {"base": "builtin:smollm2-135m", "settings": ExtractSettings(**changes)}
+    missed = []
+    for attempt in range(3):
+        out = tmp_path / str(attempt)
+        beforehand, _ = preview(corpus, **asked, out=out, device="cpu")
+        summary = extract(corpus, **asked, out=out, device="cpu")
+        real = size_of(out)
+        assert abs(beforehand.bytes / real - 1) < 0.02
+        assert abs(summary.predicted_bytes / real - 1) < 0.02
+        ratios = [t / summary.seconds for t in (beforehand.seconds, summary.predicted_seconds)]
+        if all(abs(ratio - 1) < 0.2 for ratio in ratios):
+            return
+        missed.append(ratios)
+    raise AssertionError(missed)

@@ -32,7 +32,7 @@ Item = tuple[str, int]
 
 ENOUGH_TOKENS = 2048
 ENOUGH_BATCHES = 4
-ENOUGH_SECONDS = 10.0
+ENOUGH_SECONDS = 15.0
 """No further batch is measured after so long, once there are enough tokens."""
 ENCODED_ROWS = 2048
 """Rows that are encoded of each batch, at most."""
