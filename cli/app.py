@@ -14,6 +14,7 @@ from .evaluate import evaluate_command
 from .extract import extract_command
 from .generate import generate_command
 from .info import info_command
+from .inspect import inspect_command
 from .train import train_command
 
 app = typer.Typer(
@@ -53,6 +54,9 @@ app.command("train", help="Stage two: train a carry-on from a cache, without the
 app.command("eval", help="Compare a carry-on with its base on held-out text.")(evaluate_command)
 app.command("generate", help="Write text with the live base and a carry-on.")(generate_command)
 app.command("info", help="Say what a cache or a carry-on is.")(info_command)
+app.command("inspect", help="Show one sequence of a cache: tokens, norms, the base's choices.")(
+    inspect_command
+)
 
 
 def main() -> None:

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .show import TerminalProgress, print_json, print_pairs, size
+from embedcache.units import duration, size
+
+from .show import TerminalProgress, print_json, print_pairs
+
+if TYPE_CHECKING:
+    from embedcache.extraction.prediction import Prediction
 
 
 def extract_command(
@@ -80,7 +85,10 @@ def extract_command(
         float, typer.Option(help="Share of sequences that may be put aside as not finite.")
     ] = 0.01,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Read the corpus, predict, write nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Read the corpus, measure a few batches, predict; write nothing."
+        ),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
@@ -89,7 +97,8 @@ def extract_command(
     from embedcache.cache.layout import ExtractSettings
     from embedcache.corpus.config import CorpusConfig
     from embedcache.device import resolve_device
-    from embedcache.extract import extract, preview
+    from embedcache.extract import extract
+    from embedcache.extraction.preview import preview
 
     config = CorpusConfig(
         sources=tuple(corpus),
@@ -127,18 +136,19 @@ def extract_command(
     progress = TerminalProgress()
     if dry_run:
         prediction, summary = preview(
-            config, base=base, out=out, settings=settings, revision=revision, progress=progress
+            config,
+            base=base,
+            out=out,
+            settings=settings,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+            progress=progress,
         )
         if as_json:
             print_json({"prediction": asdict(prediction), "corpus": summary})
             return
-        print_pairs(
-            [
-                *_corpus_pairs(summary),
-                ("predicted size", size(prediction.bytes)),
-                ("free disk", size(prediction.free_bytes)),
-            ]
-        )
+        print_pairs([*_corpus_pairs(summary), *_prediction_pairs(prediction)])
         return
     result = extract(
         config,
@@ -167,7 +177,11 @@ def extract_command(
                 f"{size(result.bytes)} (predicted {size(result.predicted_bytes)}), "
                 f"{result.bytes_per_token:,.0f} bytes a token besides the head",
             ),
-            ("speed", f"{result.tokens_per_second:,.0f} tokens/s over {result.seconds:.1f} s"),
+            (
+                "speed",
+                f"{result.tokens_per_second:,.0f} tokens/s over {result.seconds:.1f} s "
+                f"(predicted {result.predicted_seconds:.1f} s)",
+            ),
         ]
     )
     typer.echo("\nThe cache holds the corpus: its token ids, and embeddings text can be read from.")
@@ -200,6 +214,23 @@ def _corpus_pairs(summary: dict[str, Any]) -> list[tuple[str, object]]:
             ("warning", f"{summary['near_duplicates_across_splits']} near-duplicates across splits")
         )
     return pairs
+
+
+def _prediction_pairs(prediction: Prediction) -> list[tuple[str, object]]:
+    written = prediction.bytes - prediction.bytes_to_go
+    speed = f"{prediction.tokens_per_second:,.0f} tokens/s"
+    return [
+        (
+            "predicted size",
+            size(prediction.bytes) + (f", {size(written)} of it there already" if written else ""),
+        ),
+        (
+            "predicted time",
+            f"{duration(prediction.seconds)} at {speed}, measured on "
+            f"{prediction.measured_tokens:,} tokens; loading the base comes before it",
+        ),
+        ("free disk", size(prediction.free_bytes)),
+    ]
 
 
 def _unescape(template: str | None) -> str | None:

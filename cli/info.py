@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .show import print_json, print_pairs, size
+from embedcache.units import size
+
+from .show import print_json, print_pairs, print_table
 
 
 def info_command(
@@ -21,7 +23,13 @@ def info_command(
     if as_json:
         print_json(found)
         return
-    print_pairs(_cache_pairs(found) if found["kind"] == "cache" else _carryon_pairs(found))
+    if found["kind"] != "cache":
+        print_pairs(_carryon_pairs(found))
+        return
+    print_pairs(_cache_pairs(found))
+    if found["complete"]:
+        typer.echo("")
+        print_table(["bytes a token", "train", "dev", "test", "all", "size"], _array_rows(found))
 
 
 def _base_pairs(base: dict[str, Any]) -> list[tuple[str, object]]:
@@ -53,6 +61,7 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
                 + (f", {split['bytes_per_token']:,.0f} bytes a token" if "bytes" in split else ""),
             )
         )
+    pairs += _component_pairs(found)
     pairs.append(("size", size(found["bytes"])))
     environment = found["environment"]
     pairs.append(
@@ -63,6 +72,47 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
         )
     )
     return pairs
+
+
+def _array_rows(found: dict[str, Any]) -> list[list[str]]:
+    """Return a row for each array: bytes a token of each split, of all, and its size."""
+    arrays = found["arrays"]
+    tokens = sum(split["tokens"] for split in found["splits"].values())
+    total = dict.fromkeys((name for place in arrays.values() for name in place), 0)
+    for place in arrays.values():
+        for name, array in place.items():
+            total[name] += array["bytes"]
+    rows = []
+    for name, count in sorted(total.items(), key=lambda item: -item[1]):
+        by_split = [
+            f"{arrays[split][name]['bytes_per_token']:,.2f}" if name in arrays[split] else ""
+            for split in ("train", "dev", "test")
+        ]
+        rows.append([name, *by_split, f"{count / max(1, tokens):,.2f}", size(count)])
+    return rows
+
+
+def _component_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = []
+    for split, taps in (found["bits_per_value"] or {}).items():
+        bits = ", ".join(f"{tap} {value:.2f}" for tap, value in taps.items())
+        pairs.append((f"bits a value, {split}", bits))
+    for tap, seen in (found["components"] or {}).items():
+        outliers = [f"{number} ({ratio:.0f}x)" for number, ratio in seen["outliers"].items()]
+        pairs.append(
+            (
+                f"components, {tap}",
+                f"{seen['count']:,}: {_some('dead', [str(n) for n in seen['dead']])}, "
+                f"{_some('outliers', outliers)}; over {seen['sampled_tokens']:,} train tokens",
+            )
+        )
+    return pairs
+
+
+def _some(word: str, names: list[str], most: int = 8) -> str:
+    if not names:
+        return f"no {word}"
+    return f"{len(names)} {word}: {' '.join(names[:most])}{' …' if len(names) > most else ''}"
 
 
 def _carryon_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:

@@ -67,16 +67,3 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None
         typer.echo("  ".join([first, *rest]).rstrip())
         if number == 0:
             typer.echo("  ".join("-" * width for width in widths))
-
-
-def size(count: float) -> str:
-    """Return bytes for a human.
-
-    >>> size(1536), size(2_500_000)
-    ('1.5 kB', '2.5 MB')
-    """
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.2f} TB"

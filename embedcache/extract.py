@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
@@ -31,27 +31,32 @@ from embedcache.cache.manifest import (
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.seal import fsync_tree
 from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.transform import codecs_of
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.errors import NumericsError
 from embedcache.extraction.buffers import HostBuffers, Slot
-from embedcache.extraction.calibrate_cache import calibrate_cache
+from embedcache.extraction.calibrate_cache import (
+    Calibrations,
+    calibration_bytes,
+    calibrations_of,
+    embedding_of,
+    store_calibrations,
+)
 from embedcache.extraction.encoder import BlockEncoder
-from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.forward import CHECK_EVERY, BlockForward
+from embedcache.extraction.measure import Item, Measured, measure
 from embedcache.extraction.plan import (
-    Prediction,
     check_out,
-    count_tokens,
     environment_of,
-    predict,
     seal_corpus,
     sealed_attributes,
+    unseal,
 )
+from embedcache.extraction.prediction import RoomError, require_room
+from embedcache.extraction.preflight import blocks_to_go, encoder_threads, predict, tokens_to_go
 from embedcache.files import LOCK, fsync_path, writer_lock
 from embedcache.progress import SILENT, Bar, Progress
-
-CHECK_EVERY = 64
-"""Blocks between self-checks; the first block is always checked."""
 
 QUARANTINE_GRACE = 8
 """Sequences that may be quarantined before their share is looked at."""
@@ -69,6 +74,7 @@ class ExtractSummary:
     bytes: int
     bytes_per_token: float
     predicted_bytes: int
+    predicted_seconds: float
     blocks: int
     resumed_blocks: int
     quarantined: int
@@ -76,24 +82,6 @@ class ExtractSummary:
     seconds: float
     tokens_per_second: float
     corpus: dict[str, Any]
-
-
-def preview(
-    corpus: CorpusConfig,
-    *,
-    base: str,
-    out: Path,
-    settings: ExtractSettings,
-    revision: str | None = None,
-    progress: Progress = SILENT,
-) -> tuple[Prediction, dict[str, Any]]:
-    """Return what an extraction would hold and need; reads the corpus, writes nothing."""
-    check_out(out)
-    identity = load_identity(base, revision=revision)
-    check_taps(settings.taps, identity.num_layers)
-    reader = count_tokens(corpus, load_tokenizer(base, revision=revision), progress)
-    summary = asdict(reader.summary)
-    return predict(summary["tokens"], settings, identity, out), summary
 
 
 def extract(
@@ -137,11 +125,23 @@ def extract(
     with writer_lock(out):
         try:
             attributes = sealed_attributes(out, corpus, identity, settings, environment)
+            begun = attributes is not None
             if attributes is None:
                 tokenizer = load_tokenizer(base, revision=revision)
                 attributes = seal_corpus(
                     corpus, tokenizer, identity, settings, environment, out, progress
                 )
+            summary = attributes.corpus["summary"]
+            run = _Extraction(out, summary, settings, target, max_quarantined, progress)
+            if not (out / MANIFEST).is_file():
+                try:
+                    run.compute(
+                        lambda: load_base(base, revision=revision, device=device, dtype=dtype)
+                    )
+                except RoomError:
+                    if not begun:
+                        unseal(out)
+                    raise
         except BaseException:
             if not (out / "zarr.json").is_file():
                 (out / LOCK).unlink(missing_ok=True)
@@ -149,10 +149,7 @@ def extract(
                     with suppress(OSError):  # another process may have begun there
                         out.rmdir()
             raise
-        run = _Extraction(out, attributes.corpus["summary"], settings, max_quarantined, progress)
-        if not (out / MANIFEST).is_file():
-            run.compute(lambda: load_base(base, revision=revision, device=device, dtype=dtype))
-        return run.summary(identity.name, predict(run.tokens, settings, identity, out).bytes)
+        return run.summary(identity.name)
 
 
 class _Extraction:
@@ -163,10 +160,12 @@ class _Extraction:
         out: Path,
         corpus_summary: dict[str, Any],
         settings: ExtractSettings,
+        device: torch.device,
         max_quarantined: float,
         progress: Progress,
     ):
         self._out = out
+        self._device = device
         self._corpus_summary = corpus_summary
         self._settings = settings
         self._max_quarantined = max_quarantined
@@ -187,20 +186,58 @@ class _Extraction:
             for marker in done.values():
                 self._count(name, marker)
         self._check_quarantined(QUARANTINE_GRACE)
-        todo = [
-            (name, block)
-            for name, split in self._splits.items()
-            for block in range(split.blocks)
-            if block not in markers[name]
-        ]
+        todo = blocks_to_go(self._splits, {name: set(done) for name, done in markers.items()})
         if self._resumed:
             progress.say(f"resuming: {self._resumed} blocks are there, {len(todo)} to go")
         worst, tokens, seconds = 0.0, 0, 0.0
+        calibrations: Calibrations = {}
+        base, measured = None, Measured()
         if todo or not (out / "base").is_dir():
             with progress.bar("loading the base", None, "") as _:
                 base = load()
+            forward = BlockForward(
+                base,
+                self._settings.taps,
+                block_tokens=self._settings.block_tokens,
+                batch_tokens=self._settings.batch_tokens,
+            )
+            started = time.perf_counter()
+            with progress.bar("calibrating the codec", None, "") as _:
+                calibrations, computed = calibrations_of(
+                    out,
+                    self._splits["train"],
+                    forward,
+                    base,
+                    self._settings,
+                    fresh=not markers["train"],
+                )
+            calibrating = time.perf_counter() - started
+            embedding_VH = embedding_of(base)
+            codecs = {
+                name: codecs_of(name, self._settings, calibrations, embedding_VH) for name in SPLITS
+            }
+            measured = measure(base, forward, self._splits, todo, self._settings, codecs, progress)
+        predicted = predict(
+            out,
+            self._splits,
+            todo,
+            measured,
+            base=base,
+            device=self._device,
+            codec_bytes=calibration_bytes(out, calibrations),
+        )
+        if base is not None:
+            progress.say(str(predicted))
+            require_room(predicted, out)
             _store_base(out, base)
-            worst, tokens, seconds = self._forward(base, todo, markers)
+            store_calibrations(out, calibrations)
+            encoders = {
+                name: BlockEncoder(name, self._settings, codecs[name]) for name in dict(todo)
+            }
+            worst, tokens, seconds = self._forward(
+                base, forward, todo, markers, measured, encoders, computed
+            )
+            seconds += calibrating
         self._check_quarantined(min(QUARANTINE_GRACE, self._seen // 2))
         manifest = Manifest(
             splits={
@@ -213,42 +250,36 @@ class _Extraction:
                 "tokens": tokens,
                 "seconds": round(seconds, 3),
                 "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+                "predicted_bytes": predicted.bytes,
+                "predicted_seconds": predicted.seconds,
             },
         )
         publish_manifest(out, manifest)
         clear_staging(out)
 
     def _forward(
-        self, base: Base, todo: list[tuple[str, int]], markers: dict[str, dict[int, Marker]]
+        self,
+        base: Base,
+        forward: BlockForward,
+        todo: list[Item],
+        markers: dict[str, dict[int, Marker]],
+        measured: Measured,
+        encoders: dict[str, BlockEncoder],
+        computed: dict[Item, dict[str, torch.Tensor]],
     ) -> tuple[float, int, float]:
-        settings = self._settings
-        forward = BlockForward(
-            base,
-            settings.taps,
-            block_tokens=settings.block_tokens,
-            batch_tokens=settings.batch_tokens,
-        )
         worst, started = 0.0, time.perf_counter()
-        train = self._splits["train"]
-        computed = calibrate_cache(
-            self._out, train, forward, base, settings, fresh=not markers["train"]
-        )
-        encoders = {name: BlockEncoder(self._out, name, settings) for name in dict(todo)}
         writer = BlockWriter(self._out)
-        # Coding runs beside the forward pass: one thread where the CPU is the device, a few where
-        # a GPU would otherwise wait for it.
-        threads = 1 if base.device.type == "cpu" else min(4, os.cpu_count() or 1)
+        threads = encoder_threads(base.device)
         slots = HostBuffers(base.device, count=threads + 1)
         futures: list[tuple[str, int, int, Future[Marker]]] = []
-        total = sum(self._splits[name].block_rows(block) for name, block in todo)
+        total = sum(tokens_to_go(self._splits, todo).values())
         pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         try:
             with self._progress.bar("extracting", total, "tok") as bar:
                 read = ((*item, *self._splits[item[0]].read(item[1])) for item in todo)
                 for number, (name, block, ids_N, rows_S2, first) in enumerate(prefetch(read)):
-                    x_NH = computed.pop(block, None) if name == "train" else None
-                    if x_NH is None:
-                        x_NH = forward(ids_N, rows_S2)
+                    known = measured.known.pop((name, block), {})
+                    x_NH = computed.pop((name, block), None) or forward(ids_N, rows_S2, known)
                     x_NH = {tap: x.to(base.device) for tap, x in x_NH.items()}
                     if number % CHECK_EVERY == 0:
                         sample = 2 if number == 0 else 1
@@ -264,7 +295,7 @@ class _Extraction:
         finally:
             pool.shutdown(wait=True)
             writer.close()
-        seconds = time.perf_counter() - started
+        seconds = measured.seconds + time.perf_counter() - started
         return worst, total, seconds
 
     def _write(
@@ -324,7 +355,7 @@ class _Extraction:
                 "--max-quarantined."
             )
 
-    def summary(self, base: str, predicted: int) -> ExtractSummary:
+    def summary(self, base: str) -> ExtractSummary:
         """Return the counts and sizes of the finished cache."""
         manifest = read_manifest(self._out)
         size = sum(path.stat().st_size for path in self._out.rglob("*") if path.is_file())
@@ -338,7 +369,8 @@ class _Extraction:
             tokens=self.tokens,
             bytes=size,
             bytes_per_token=round((size - head) / tokens, 1),
-            predicted_bytes=predicted,
+            predicted_bytes=manifest.extracted["predicted_bytes"],
+            predicted_seconds=manifest.extracted["predicted_seconds"],
             blocks=sum(split.blocks for split in manifest.splits.values()),
             resumed_blocks=self._resumed,
             quarantined=sum(len(split.quarantined) for split in manifest.splits.values()),

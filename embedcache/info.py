@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from embedcache.cache.commit import committed_blocks
-from embedcache.cache.layout import MANIFEST, SPLITS
+from embedcache.cache.components import describe_components
+from embedcache.cache.layout import MANIFEST, SPLITS, CacheAttributes
 from embedcache.cache.manifest import read_manifest
-from embedcache.cache.reader import read_attributes
+from embedcache.cache.reader import Cache, read_attributes
 from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.usage import SHARED, bytes_by_array
 from embedcache.carryon.store import CONFIG_FILE, read_record
 from embedcache.errors import UsageError
 
@@ -56,6 +59,7 @@ def _describe_cache(path: Path) -> dict[str, Any]:
             "bytes_per_token": round(split.bytes / max(1, split.tokens), 1),
             "quarantined": len(split.quarantined),
         }
+    used = bytes_by_array(path)
     return {
         "kind": "cache",
         "path": str(path),
@@ -67,5 +71,48 @@ def _describe_cache(path: Path) -> dict[str, Any]:
         "environment": attributes.environment,
         "splits": splits,
         "extracted": None if manifest is None else manifest.extracted,
-        "bytes": sum(file.stat().st_size for file in path.rglob("*") if file.is_file()),
+        "bytes": sum(array.total() for array in used.values()),
+        "arrays": _arrays(used, splits) if complete else None,
+        "bits_per_value": _bits(used, splits, attributes) if complete else None,
+        "components": _components(path) if complete else None,
     }
+
+
+def _arrays(
+    used: dict[str, Counter[str]], splits: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Return bytes, and bytes a token, by split and array; what is shared, by token of all."""
+    tokens = {name: split["tokens"] for name, split in splits.items()}
+    tokens[SHARED] = sum(tokens.values())
+    return {
+        name: {
+            array: {"bytes": count, "bytes_per_token": round(count / max(1, tokens[name]), 3)}
+            for array, count in sorted(arrays.items(), key=lambda item: -item[1])
+        }
+        for name, arrays in used.items()
+    }
+
+
+def _bits(
+    used: dict[str, Counter[str]], splits: dict[str, dict[str, Any]], attributes: CacheAttributes
+) -> dict[str, dict[str, float]]:
+    """Return the bits that a value of a tap takes, by split; scales and indexes included."""
+    hidden = attributes.base["hidden_size"]
+    return {
+        name: {
+            tap: round(
+                8
+                * sum(count for array, count in used[name].items() if array.endswith(f"/{tap}"))
+                / (split["tokens"] * hidden),
+                3,
+            )
+            for tap in attributes.settings.taps
+        }
+        for name, split in splits.items()
+        if split["tokens"]
+    }
+
+
+def _components(path: Path) -> dict[str, dict[str, Any]]:
+    cache = Cache(path)
+    return {tap: asdict(found) for tap, found in describe_components(cache.split("train")).items()}

@@ -148,6 +148,17 @@ def identify(directory: Path, *, name: str) -> BaseIdentity:
     )
 
 
+def tokenizer_hash(directory: Path) -> str:
+    """Return the ``tokenizer`` part of the identity of the base in ``directory``, and no other.
+
+    Weights are not hashed for it. Raises ``BaseModelError`` as `identify` does.
+    """
+    source = directory / SOURCE_FILE
+    if source.is_file():
+        return hash_json({"part": "tokenizer", **read_json(source)})
+    return hash_json(_tokenizer(directory))
+
+
 def architecture(config: Mapping[str, Any]) -> str:
     """Return the class that a parsed config.json names, else its model type.
 

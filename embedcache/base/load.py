@@ -13,14 +13,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from embedcache.base.head import Head
-from embedcache.base.identity import BaseIdentity, identify
+from embedcache.base.identity import BaseIdentity, identify, tokenizer_hash
 from embedcache.base.locate import locate, named
 from embedcache.base.probe import check_base
 from embedcache.base.quiet import quiet_transformers, read_config
 from embedcache.base.reason import reason
 from embedcache.base.weights import UNREADABLE, read_model
 from embedcache.device import resolve_device, resolve_dtype
-from embedcache.errors import BaseModelError
+from embedcache.errors import BaseModelError, IdentityError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +51,24 @@ def load_tokenizer(
 ) -> PreTrainedTokenizerBase:
     """Return the tokenizer of the base that ``spec`` names, loading no weights."""
     return _read_tokenizer(locate(os.fspath(spec), revision=revision))
+
+
+def tokenizer_at_hand(
+    identity: BaseIdentity, spec: str | os.PathLike[str] | None = None
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a recorded base from this machine: nothing is fetched for it.
+
+    ``spec`` is where the base is now, if not where it was. Raises ``BaseModelError`` if it is not
+    here, ``IdentityError`` if it is another tokenizer.
+    """
+    directory = locate(os.fspath(spec or identity.name), fetch=False)
+    found = tokenizer_hash(directory)
+    if found != identity.tokenizer:
+        raise IdentityError(
+            f"{directory} has another tokenizer ({found[:12]}) than {identity.name} had "
+            f"({identity.tokenizer[:12]}). Give the directory of that base with --base."
+        )
+    return _read_tokenizer(directory)
 
 
 def load_base(

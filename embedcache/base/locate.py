@@ -15,11 +15,12 @@ _NEEDED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _UNNEEDED = ["*/*", "consolidated*"]
 
 
-def locate(spec: str, *, revision: str | None = None) -> Path:
+def locate(spec: str, *, revision: str | None = None, fetch: bool = True) -> Path:
     """Return the local directory of the base that ``spec`` names, fetching or converting it once.
 
     ``spec`` is ``builtin:NAME``, a ``.gguf`` file, a directory with a config.json, or a hub id
-    ``org/name``, whose revision is given as ``org/name@revision`` or as ``revision``.
+    ``org/name``, whose revision is given as ``org/name@revision`` or as ``revision``. Without
+    ``fetch`` the network is not asked: a hub id is found only where it was fetched before.
     Raises ``BaseModelError`` if there is none, ``UsageError`` for a revision that cannot apply.
     """
     path = Path(spec).expanduser()
@@ -43,7 +44,7 @@ def locate(spec: str, *, revision: str | None = None) -> Path:
     if _HUB_ID.fullmatch(hub_id) and not spec.lower().endswith(".gguf"):
         if revision is not None and hub_revision is not None and revision != hub_revision:
             raise UsageError(f"two revisions were given: {hub_revision} and {revision}. Give one.")
-        return _checked(_download(hub_id, revision or hub_revision))
+        return _checked(_download(hub_id, revision or hub_revision, fetch=fetch))
     guess = nearest(spec, BUILTINS) or nearest(PREFIX + spec, BUILTINS)
     raise BaseModelError(
         f"no base at '{spec}'.{guess} Give a directory with a config.json, a .gguf file, "
@@ -85,7 +86,7 @@ def _convert(gguf: Path) -> Path:
     return converted_gguf(gguf)
 
 
-def _download(hub_id: str, revision: str | None) -> Path:
+def _download(hub_id: str, revision: str | None, *, fetch: bool) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
@@ -107,7 +108,11 @@ def _download(hub_id: str, revision: str | None) -> Path:
     try:
         return Path(
             snapshot_download(
-                hub_id, revision=revision, allow_patterns=_NEEDED, ignore_patterns=_UNNEEDED
+                hub_id,
+                revision=revision,
+                allow_patterns=_NEEDED,
+                ignore_patterns=_UNNEEDED,
+                local_files_only=not fetch,
             )
         )
     except GatedRepoError as error:
@@ -120,6 +125,11 @@ def _download(hub_id: str, revision: str | None) -> Path:
             "for a private model, type: hf auth login"
         ) from error
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        if not fetch:
+            raise BaseModelError(
+                f"{shown} is not a directory here, nor among what was fetched from the hub. "
+                "Give the base's directory with --base."
+            ) from error
         raise BaseModelError(
             f"{shown} is not a directory here, and could not be downloaded from the hub: "
             f"{reason(error)} Check the network (or HF_ENDPOINT), give a local directory, or try "

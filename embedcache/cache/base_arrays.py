@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import zarr
 
 from embedcache.cache.arrays import checked
+from embedcache.cache.coders import CODERS
 from embedcache.cache.damaged import reading
 from embedcache.errors import CacheError
+
+CHUNK_ROWS = 4096
+METADATA_BYTES = 780
+"""Of an array's zarr.json, about."""
+SAMPLED_CHUNKS = 16
 
 
 def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
@@ -19,13 +26,8 @@ def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
     A float32 tensor whose every value is a bfloat16 (a base computed in a wider type than its
     weights were saved in) is stored as bfloat16, too.
     """
-    value = value.detach().cpu().contiguous()
-    if value.dtype == torch.float32 and torch.equal(value.bfloat16().float(), value):
-        value = value.bfloat16()
-    dtype = str(value.dtype).removeprefix("torch.")
-    stored = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
-    array = stored.numpy()
-    chunks = (min(4096, array.shape[0]), *array.shape[1:])
+    array, dtype = _stored(value)
+    chunks = (min(CHUNK_ROWS, array.shape[0]), *array.shape[1:])
     target = group.create_array(
         name,
         shape=array.shape,
@@ -35,6 +37,31 @@ def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
     )
     target[:] = array
     target.attrs["dtype"] = dtype
+
+
+def base_array_bytes(value: torch.Tensor) -> int:
+    """Return what `write_base_array` will take, from chunks all over the tensor."""
+    array, _ = _stored(value)
+    rows = min(CHUNK_ROWS, len(array))
+    starts = range(0, len(array), rows)
+    sampled = sorted({len(starts) * i // SAMPLED_CHUNKS for i in range(SAMPLED_CHUNKS)})
+    found = 0
+    for number in sampled:
+        chunk = np.zeros((rows, *array.shape[1:]), array.dtype)
+        part = array[starts[number] : starts[number] + rows]
+        chunk[: len(part)] = part
+        found += len(CODERS["blosc"].encode(chunk)) + 4
+    return found * len(starts) // len(sampled) + METADATA_BYTES
+
+
+def _stored(value: torch.Tensor) -> tuple[np.ndarray[Any, Any], str]:
+    """Return the array that Zarr stores of a tensor, and the tensor's own dtype."""
+    value = value.detach().cpu().contiguous()
+    if value.dtype == torch.float32 and torch.equal(value.bfloat16().float(), value):
+        value = value.bfloat16()
+    dtype = str(value.dtype).removeprefix("torch.")
+    stored = value.view(torch.uint16) if value.dtype == torch.bfloat16 else value
+    return stored.numpy(), dtype
 
 
 def read_base_array(cache: Path, name: str) -> torch.Tensor | None:

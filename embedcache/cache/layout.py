@@ -28,6 +28,7 @@ SPLITS = ("train", "dev", "test")
 ATTRIBUTE = "embedcache"
 STAGING = ".staging"
 COMMITS = "commits"
+CODEC = "codec"
 MANIFEST = "manifest.json"
 DEFAULT_BITS = 1.5
 TABLE_CHUNK = 65536

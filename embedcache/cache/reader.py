@@ -20,7 +20,7 @@ from embedcache.cache.layout import ATTRIBUTE, CacheAttributes, ExtractSettings,
 from embedcache.cache.manifest import Manifest, SplitManifest, check_files, read_manifest
 from embedcache.cache.shard import read_shard
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.transform import Calibration, TransformCodec
+from embedcache.cache.transform import Calibration, codecs_of
 from embedcache.errors import CacheError, nearest
 
 Array = np.ndarray[Any, Any]
@@ -59,13 +59,10 @@ class Block:
 
 def open_codecs(cache: Path, split: str, settings: ExtractSettings) -> dict[str, Codec]:
     """Return the codec of each tap of a split; raises ``CacheError`` for a damaged calibration."""
-    name = codec_name(split, settings.codec)
-    if name in STATELESS:
-        return dict.fromkeys(settings.taps, STATELESS[name])
-    embedding_VH = read_token_embedding(cache)
-    return {
-        tap: TransformCodec(Calibration.load(cache, tap), embedding_VH) for tap in settings.taps
-    }
+    if codec_name(split, settings.codec) in STATELESS:
+        return codecs_of(split, settings, {}, None)
+    calibrations = {tap: Calibration.load(cache, tap) for tap in settings.taps}
+    return codecs_of(split, settings, calibrations, read_token_embedding(cache))
 
 
 class SplitReader:

@@ -86,6 +86,10 @@ class SplitTokens:
         ids_N = self._chunk("tokens/ids", block, "uint32", shape)[:rows].astype(np.int64)
         return ids_N, self._chunk("tokens/loss_mask", block, "bool", shape)[:rows]
 
+    def spans(self, block: int) -> Array:
+        """Return span_R2 of a block: the bytes of each token in its document."""
+        return self._chunk("tokens/span", block, "uint32", (self._block_tokens, 2))
+
     def read(self, block: int) -> tuple[Array, Array, int]:
         """Return (ids_N, rows_S2, number of the block's first sequence); N is R, the block's."""
         ids_N = self._chunk("tokens/ids", block, "uint32", (self._block_tokens,))

@@ -25,14 +25,12 @@ import torch
 import zarr
 
 from embedcache.cache.base_arrays import read_array, write_base_array
-from embedcache.cache.codecs import Codec
+from embedcache.cache.codecs import STATELESS, Codec, codec_name
 from embedcache.cache.damaged import reading
+from embedcache.cache.layout import CODEC, ExtractSettings
 from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
-
-CODEC = "codec"
-"""Folder of the calibrations in a cache, one a tap."""
 
 LARGEST = 2**15 - 1
 
@@ -131,3 +129,18 @@ def quantise(y_NH: torch.Tensor, step: float) -> torch.Tensor:
 def unit_rows(e_UH: torch.Tensor) -> torch.Tensor:
     """Return rows at unit length, float32; a row of zeros stays."""
     return torch.nn.functional.normalize(e_UH.float(), dim=-1)
+
+
+def codecs_of(
+    split: str,
+    settings: ExtractSettings,
+    calibrations: dict[str, Calibration],
+    embedding_VH: torch.Tensor | None,
+) -> dict[str, Codec]:
+    """Return the codec of each tap of a split; only ``transform`` needs the last two."""
+    name = codec_name(split, settings.codec)
+    if name in STATELESS:
+        return dict.fromkeys(settings.taps, STATELESS[name])
+    if embedding_VH is None:
+        raise ValueError(f"the codec {name} needs the base's token embedding")
+    return {tap: TransformCodec(calibrations[tap], embedding_VH) for tap in calibrations}

@@ -11,23 +11,28 @@ import torch
 import zarr
 
 from embedcache.base.load import Base
-from embedcache.base.taps import FINAL
-from embedcache.cache.base_arrays import read_token_embedding
-from embedcache.cache.layout import DEFAULT_BITS, STAGING, ExtractSettings
+from embedcache.base.taps import FINAL, token_embedding_of
+from embedcache.cache.base_arrays import base_array_bytes
+from embedcache.cache.layout import CODEC, DEFAULT_BITS, STAGING, ExtractSettings
 from embedcache.cache.seal import fsync_tree
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.transform import CODEC
+from embedcache.cache.transform import Calibration
 from embedcache.errors import CacheError, NumericsError
 from embedcache.extraction.calibrate import ROWS_PER_COMPONENT, SAMPLE_ROWS, Sample, calibrate
 from embedcache.extraction.encoder import finite_rows
 from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.measure import Item
 from embedcache.files import fsync_path
 
 Array = np.ndarray[Any, Any]
 Embeddings = dict[str, torch.Tensor]
 
 
-def calibrate_cache(
+Calibrations = dict[str, Calibration]
+"""By tap; empty where the codec needs none."""
+
+
+def calibrations_of(
     cache: Path,
     train: SplitTokens,
     forward: BlockForward,
@@ -35,47 +40,71 @@ def calibrate_cache(
     settings: ExtractSettings,
     *,
     fresh: bool,
-) -> dict[int, Embeddings]:
-    """Calibrate the codec of a cache that needs it and has no calibration yet, once and whole.
+) -> tuple[Calibrations, dict[Item, Embeddings]]:
+    """Return the calibration of each tap: the cache's own, or a new one, not yet stored.
 
-    Returns the train blocks that were computed for the sample, on the host: they need not be
-    computed again. ``fresh``: no train block is committed yet; if one is, a lost calibration
+    Returns with a new one the blocks that were computed for the sample, on the host: they need not
+    be computed again. ``fresh``: no train block is committed yet; if one is, a lost calibration
     cannot be made again, and ``CacheError`` is raised.
     """
-    if settings.codec != "transform" or (cache / CODEC).is_dir() or not train.blocks:
-        return {}
+    if settings.codec != "transform" or not train.blocks:
+        return {}, {}
+    if (cache / CODEC).is_dir():
+        return {tap: Calibration.load(cache, tap) for tap in settings.taps}, {}
     if not fresh:
         raise CacheError(
             f"{cache / CODEC} is missing, and blocks were coded with it: extract into a new folder"
         )
-    numbers = _sampled_blocks(train.blocks, settings.block_tokens, base.identity.hidden_size)
     computed, rows = {}, []
-    for block in numbers:
+    for block in _sampled_blocks(train.blocks, settings.block_tokens, base.identity.hidden_size):
         ids_N, rows_S2, _ = train.read(block)
         x_NH = forward(ids_N, rows_S2)
         rows.append(_usable(ids_N, train.used(block)[1], rows_S2, finite_rows(x_NH).cpu().numpy()))
-        computed[block] = {tap: x.cpu() for tap, x in x_NH.items()}
-    staging = cache / STAGING / CODEC
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.parent.mkdir(exist_ok=True)
-    group = zarr.create_group(staging, zarr_format=3)
-    embedding_VH = read_token_embedding(cache)
+        computed["train", block] = {tap: x.cpu() for tap, x in x_NH.items()}
+    embedding_VH = embedding_of(base)
     bits = None if settings.quality is not None else settings.bits or DEFAULT_BITS
+    found: Calibrations = {}
     for tap in sorted(settings.taps, key=lambda tap: tap != FINAL):
-        sample = _sample(tap, computed, rows, base.device)
-        found = calibrate(
-            sample,
+        found[tap] = calibrate(
+            _sample(tap, list(computed.values()), rows, base.device),
             embedding_VH,
             head=base.head if tap == FINAL else None,
             bits=bits,
             quality=settings.quality if tap == FINAL else None,
         )
-        bits = found.measured["bits"] if bits is None else bits
+        bits = found[tap].measured["bits"] if bits is None else bits
+    return found, computed
+
+
+def embedding_of(base: Base) -> torch.Tensor:
+    """Return the base's token embedding [V, H] on the host."""
+    return token_embedding_of(base.model).get_parameter("weight").detach().cpu()
+
+
+def calibration_bytes(cache: Path, calibrations: Calibrations) -> int:
+    """Return what `store_calibrations` will write, about."""
+    if (cache / CODEC).is_dir():
+        return 0
+    return sum(
+        base_array_bytes(part)
+        for found in calibrations.values()
+        for part in (found.mean_H, found.centre_H, found.predictor_HH, found.inverse_HH)
+    )
+
+
+def store_calibrations(cache: Path, calibrations: Calibrations) -> None:
+    """Store the calibrations, whole and once, before the first block."""
+    if not calibrations or (cache / CODEC).is_dir():
+        return
+    staging = cache / STAGING / CODEC
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.parent.mkdir(exist_ok=True)
+    group = zarr.create_group(staging, zarr_format=3)
+    for tap, found in calibrations.items():
         found.save(group.create_group(tap))
     fsync_tree(staging)
     staging.rename(cache / CODEC)
     fsync_path(cache)
-    return computed
 
 
 def _sampled_blocks(blocks: int, block_tokens: int, hidden: int) -> list[int]:
@@ -103,14 +132,14 @@ def _usable(
 
 def _sample(
     tap: str,
-    computed: dict[int, Embeddings],
+    computed: list[Embeddings],
     rows: list[tuple[Array, Array, Array]],
     device: torch.device,
 ) -> Sample:
     x_NH = torch.cat(
         [
             x[tap][torch.from_numpy(place)].to(device).float()
-            for x, (place, _, _) in zip(computed.values(), rows, strict=True)
+            for x, (place, _, _) in zip(computed, rows, strict=True)
         ]
     )
     if len(x_NH) < 2:

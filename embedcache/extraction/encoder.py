@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from embedcache.cache.codecs import ARRAYS, ArraySpec, codec_name
+from embedcache.cache.codecs import ARRAYS, ArraySpec, Codec, codec_name
 from embedcache.cache.layout import ExtractSettings
-from embedcache.cache.reader import open_codecs
 from embedcache.extraction.buffers import Encoded
 
 Array = np.ndarray[Any, Any]
 
 
 class BlockEncoder:
-    """Encodes the blocks of one split; the cache's calibrations must be there."""
+    """Encodes the blocks of one split by its taps' codecs."""
 
-    def __init__(self, cache: Path, split: str, settings: ExtractSettings):
-        self._codecs = open_codecs(cache, split, settings)
+    def __init__(self, split: str, settings: ExtractSettings, codecs: dict[str, Codec]):
+        self._codecs = codecs
         self.specs: dict[str, ArraySpec] = {
             f"{spec.group}/{tap}": spec
             for spec in ARRAYS[codec_name(split, settings.codec)]

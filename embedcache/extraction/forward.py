@@ -5,6 +5,8 @@ Axes: B sequences of a batch, T time, N rows of a block, H hidden.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,9 @@ from embedcache.device import any_shape_attention
 from embedcache.errors import NumericsError
 
 Array = np.ndarray[Any, Any]
+
+CHECK_EVERY = 64
+"""Blocks between self-checks; the first block is always checked."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 """Largest relative difference (Frobenius, per sequence) between batched and unbatched embeddings.
@@ -51,14 +56,33 @@ class BlockForward:
         self._block_tokens = block_tokens
         self._batch_tokens = batch_tokens
 
+    def batches(self, rows_S2: Array) -> list[list[int]]:
+        """Return the batches of a block: the sequences of each, longest first."""
+        return plan_batches((rows_S2[:, 1] - rows_S2[:, 0]).tolist(), self._batch_tokens)
+
     @torch.no_grad()
     @any_shape_attention()
-    def __call__(self, ids_N: Array, rows_S2: Array) -> dict[str, torch.Tensor]:
+    def batch(self, ids_N: Array, rows_B2: Array) -> dict[str, torch.Tensor]:
+        """Return x_BTH by tap of some of a block's sequences, longest first, on the device."""
+        with TapRecorder(self._base.model, self._taps) as recorder:
+            # Padding is on the right and attention causal: no token sees any, so no mask is
+            # passed and the fast causal kernel is used. The self-check holds this to account.
+            final_embeddings(self._base.model, self._padded(ids_N, rows_B2))
+            return {tap: recorder.taps[tap] for tap in self._taps}
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        ids_N: Array,
+        rows_S2: Array,
+        known: Mapping[int, dict[str, torch.Tensor]] = MappingProxyType({}),
+    ) -> dict[str, torch.Tensor]:
         """Return x_NH by tap, on the base's device and in its dtype; N is the rows of a block.
 
         Args:
             ids_N: token ids of the block.
             rows_S2: first row and row past the last of each sequence in the block.
+            known: what `batch` gave for some of the block's batches, by their number.
         """
         base = self._base
         x_NH = {
@@ -67,15 +91,11 @@ class BlockForward:
             )
             for tap in self._taps
         }
-        lengths = (rows_S2[:, 1] - rows_S2[:, 0]).tolist()
-        with TapRecorder(base.model, self._taps) as recorder:
-            for batch in plan_batches(lengths, self._batch_tokens):
-                # Padding is on the right and attention causal: no token sees any, so no mask is
-                # passed and the fast causal kernel is used. The self-check holds this to account.
-                final_embeddings(base.model, self._padded(ids_N, rows_S2[batch]))
-                for tap in self._taps:
-                    for b, (first, stop) in enumerate(rows_S2[batch].tolist()):
-                        x_NH[tap][first:stop] = recorder.taps[tap][b, : stop - first]
+        for number, batch in enumerate(self.batches(rows_S2)):
+            x_BTH = known[number] if number in known else self.batch(ids_N, rows_S2[batch])
+            for tap in self._taps:
+                for b, (first, stop) in enumerate(rows_S2[batch].tolist()):
+                    x_NH[tap][first:stop] = x_BTH[tap][b, : stop - first]
         return x_NH
 
     def _padded(self, ids_N: Array, rows_S2: Array) -> torch.Tensor:
@@ -102,7 +122,7 @@ class BlockForward:
         lengths = (rows_S2[:, 1] - rows_S2[:, 0]).tolist()
         padding = {
             index: lengths[batch[0]] - lengths[index]
-            for batch in plan_batches(lengths, self._batch_tokens)
+            for batch in self.batches(rows_S2)
             for index in batch
         }
         worst = 0.0

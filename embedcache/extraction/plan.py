@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,29 +12,15 @@ import torch
 
 from embedcache import __version__
 from embedcache.base.identity import BaseIdentity
-from embedcache.cache.codecs import codec_name
-from embedcache.cache.layout import DEFAULT_BITS, SPLITS, STAGING, CacheAttributes, ExtractSettings
+from embedcache.cache.layout import CODEC, SPLITS, STAGING, CacheAttributes, ExtractSettings
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.seal import Sealer
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.sequences import CorpusReader
 from embedcache.errors import OutputError
+from embedcache.extraction.prediction import require_floor
 from embedcache.files import LOCK
 from embedcache.progress import Progress
-
-HEAD_BYTES_PER_WEIGHT = 2
-
-BITS = {"bf16": 12.6, "int8": 8.0}
-"""Upper estimates of stored bits a value; real embeddings take 11.3 to 12.6 in bf16."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Prediction:
-    """What an extraction will hold: tokens by split, and the bytes that they will take."""
-
-    tokens: dict[str, int]
-    bytes: int
-    free_bytes: int
 
 
 def check_out(out: Path) -> None:
@@ -65,46 +51,6 @@ def _left_behind(path: Path) -> bool:
     return path.name in (LOCK, STAGING) or path.name.startswith(".zarr.json.")
 
 
-def predict(
-    tokens: dict[str, int], settings: ExtractSettings, identity: BaseIdentity, out: Path
-) -> Prediction:
-    """Predict the bytes of a cache: embeddings by codec, tokens, and the head."""
-    hidden = identity.hidden_size * len(settings.taps)
-    budget = settings.bits or DEFAULT_BITS
-    embeddings = sum(
-        count * hidden * BITS.get(codec_name(split, settings.codec), budget) / 8
-        for split, count in tokens.items()
-    )
-    rest = sum(tokens.values()) * 4 + identity.vocab_size * identity.hidden_size * (
-        HEAD_BYTES_PER_WEIGHT
-    )
-    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    return Prediction(
-        tokens=tokens,
-        bytes=int(embeddings + rest),
-        free_bytes=shutil.disk_usage(existing).free,
-    )
-
-
-def require_disk(prediction: Prediction, out: Path) -> None:
-    """Raise ``OutputError`` where the disk has less than the prediction."""
-    if prediction.bytes > prediction.free_bytes:
-        raise OutputError(
-            f"the cache needs about {prediction.bytes / 1e9:.2f} GB and the disk of {out} has "
-            f"{prediction.free_bytes / 1e9:.2f} GB free: give another --out, --codec int8, or "
-            "--limit-tokens"
-        )
-
-
-def count_tokens(corpus: CorpusConfig, tokenizer: Any, progress: Progress) -> CorpusReader:
-    """Go through the corpus without writing; the reader's summary has the counts."""
-    reader = CorpusReader(corpus, tokenizer)
-    with progress.bar("reading the corpus", None, "tok") as bar:
-        for document in reader:
-            bar.advance(sum(len(sequence.ids) for sequence in document.sequences))
-    return reader
-
-
 def seal_corpus(
     corpus: CorpusConfig,
     tokenizer: Any,
@@ -113,8 +59,13 @@ def seal_corpus(
     environment: dict[str, Any],
     out: Path,
     progress: Progress,
+    *,
+    check_disk: bool = True,
 ) -> CacheAttributes:
-    """Run pass 0 into ``out`` and return its attributes; on any error nothing is left of it."""
+    """Run pass 0 into ``out`` and return its attributes; on any error nothing is left of it.
+
+    A disk that is too small for sure for what is to come is refused, unless not to be looked at.
+    """
     staging = out / STAGING / "pass0"
     _clear(out)
     try:
@@ -129,8 +80,9 @@ def seal_corpus(
                 )
                 bar.advance(sum(len(ids) for ids, _, _ in sequences))
         sealer.close()
-        tokens = {name: split.tokens for name, split in sealer.splits.items()}
-        require_disk(predict(tokens, settings, identity, out), out)
+        if check_disk:
+            tokens = {name: split.tokens for name, split in sealer.splits.items()}
+            require_floor(tokens, settings, identity.hidden_size, out)
         attributes = CacheAttributes(
             base=identity.to_dict(),
             corpus={"config": corpus.to_dict(), "summary": asdict(reader.summary)},
@@ -146,9 +98,15 @@ def seal_corpus(
     return attributes
 
 
+def unseal(out: Path) -> None:
+    """Remove what `seal_corpus` sealed, before any block is there."""
+    (out / "zarr.json").unlink()  # first: without it the rest is what a killed pass 0 leaves
+    _clear(out)
+
+
 def _clear(out: Path) -> None:
     """Remove what a pass 0 wrote that was never sealed."""
-    for leftover in (out / STAGING, *(out / split for split in SPLITS)):
+    for leftover in (out / STAGING, out / CODEC, *(out / split for split in SPLITS)):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -12,9 +12,9 @@ from fixtures_extract import corpus_config, small_settings
 
 from embedcache.base.head import Head
 from embedcache.cache.coders import CODERS
-from embedcache.cache.layout import ExtractSettings
+from embedcache.cache.layout import CODEC, ExtractSettings
 from embedcache.cache.reader import Cache
-from embedcache.cache.transform import CODEC, Calibration, TransformCodec
+from embedcache.cache.transform import Calibration, TransformCodec
 from embedcache.errors import CacheError, UsageError
 from embedcache.extract import extract
 from embedcache.extraction import calibrate as calibrate_module

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,6 @@ from pathlib import Path
 import pytest
 from fixtures_extract import call_main, small_flags, start_command, write_documents
 from tiny import tiny_base_directory
-
-from embedcache.extraction import plan
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +48,8 @@ def test_json_is_alone_on_stdout_of_the_real_command(
     assert found["out"] == str(tmp_path / "cache")
     assert found["tokens"]["train"] > 0
     assert found["quarantined"] == 0
-    assert said == ""  # no bar where there is no terminal
+    # no bar where there is no terminal, but what is to come
+    assert re.fullmatch(r"[\d,]+ tokens to go: about .* to write .*; .* of disk free\n", said), said
 
 
 def test_a_table_for_people(tmp_path: Path, corpus: Path, base: Path, call: Call) -> None:
@@ -74,7 +74,8 @@ def test_dry_run_writes_nothing(
         found = json.loads(printed)
         assert found["prediction"]["tokens"] == found["corpus"]["tokens"]
     else:
-        assert "predicted size" in printed
+        for name in ("predicted size", "predicted time", "free disk"):
+            assert name in printed
 
 
 def no_such_field(root: Path, base: Path) -> list[str]:
@@ -160,7 +161,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_base_is_run(
     tmp_path: Path, corpus: Path, base: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = type(shutil.disk_usage(tmp_path))(2**40, 2**40, 1000)
-    monkeypatch.setattr(plan.shutil, "disk_usage", lambda path: small)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: small)
     code, _, said = call(*small_flags(corpus, base, tmp_path / "out"))
     assert code == 1
     assert "GB free" in said
@@ -184,8 +185,9 @@ def test_a_full_disk_in_the_middle_is_one_message_and_can_be_gone_on_from(
         patch.setattr(commit, "write_shard", full)
         code, _, said = call(*small_flags(corpus, base, tmp_path / "out"))
     assert code == 1
-    assert said.startswith("embedcache: [Errno 28] No space left on device")
-    assert said.count("\n") == 1
+    prediction, message = said.splitlines()
+    assert "tokens to go" in prediction
+    assert message.startswith("embedcache: [Errno 28] No space left on device")
     code, _, said = call(*small_flags(corpus, base, tmp_path / "out"))
     assert (code, said.split(",")[0]) == (0, "resuming: 2 blocks are there")
 

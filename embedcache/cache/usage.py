@@ -1,0 +1,48 @@
+"""Which arrays take the bytes of a cache."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+from embedcache.cache.layout import COMMITS, SPLITS
+from embedcache.files import LOCK
+
+SHARED = "shared"
+"""What is no split's: the head, the codec, the manifest."""
+WHOLE = ("tokens", "documents")
+"""Groups of a split that are told as one."""
+
+
+def bytes_by_array(cache: Path) -> dict[str, Counter[str]]:
+    """Return the bytes on disk by split (or ``SHARED``), then by array; metadata included.
+
+    Arrays are ``embeddings/<tap>``, ``scale/<tap>``, ``tokens``, ``documents`` and ``markers`` of
+    a split; ``head``, ``token_embedding``, ``manifest.json`` and the like of all.
+    """
+    found: dict[str, Counter[str]] = {name: Counter() for name in (*SPLITS, SHARED)}
+    for path in cache.rglob("*"):
+        if path.is_file() and path.name != LOCK:
+            place, array = _owner(path.relative_to(cache).parts)
+            found[place][array] += path.stat().st_size
+    return found
+
+
+def _owner(parts: tuple[str, ...]) -> tuple[str, str]:
+    """Return the place and array of a file.
+
+    >>> _owner(("train", "embeddings", "final", "c", "0", "0")), _owner(("base", "zarr.json"))
+    (('train', 'embeddings/final'), ('shared', 'groups'))
+    """
+    top, *folders = parts[:-1] or (parts[0],)
+    if top == COMMITS and folders and folders[0] in SPLITS:
+        return folders[0], "markers"
+    if top in SPLITS:
+        if not folders:
+            return top, "groups"
+        if folders[0] in WHOLE:
+            return top, folders[0]
+        return top, "/".join(folders[:2]) if len(folders) > 1 else "groups"
+    if top == "base":
+        return SHARED, folders[0] if folders else "groups"
+    return SHARED, top

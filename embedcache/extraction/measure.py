@@ -1,0 +1,246 @@
+"""A few batches of the blocks to come: computed, timed and encoded.
+
+They are batches of the run itself (which sequences are computed together is a function of the
+block), so a run takes over what was computed here and nothing is computed twice.
+
+Axes: B sequences of a batch, T time, N rows, S sequences of a block, H hidden.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embedcache.base.load import Base
+from embedcache.cache.arrays import chunk_rows
+from embedcache.cache.codecs import ARRAYS, Codec, codec_name
+from embedcache.cache.coders import CODERS
+from embedcache.cache.layout import ExtractSettings
+from embedcache.cache.shard import write_shard
+from embedcache.cache.tokens import SplitTokens
+from embedcache.extraction.forward import BlockForward
+from embedcache.progress import Progress
+
+Array = np.ndarray[Any, Any]
+Item = tuple[str, int]
+"""A split and the number of one of its blocks."""
+
+ENOUGH_TOKENS = 2048
+ENOUGH_BATCHES = 4
+ENOUGH_SECONDS = 15.0
+"""No further batch is measured after so long, once there are enough tokens."""
+ENCODED_ROWS = 2048
+"""Rows that are encoded of each batch, at most."""
+TRIES = 64
+PLASTIC = (0.7548776662466927, 0.5698402909980532)
+"""Steps of the evenest sequence of points in a square (Roberts' R2): block by place in it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What a codec makes of the sample: bytes of a row, of a block beside its rows, and time."""
+
+    row_bytes: float
+    block_bytes: float
+    row_seconds: float
+    arrays: tuple[str, ...]
+    """Paths of a block's arrays under its split."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """What the sample took. ``known`` is x_BTH by tap, on the host, of each batch computed."""
+
+    tokens: int = 0
+    seconds: float = 0.0
+    """Of everything that was done here."""
+    token_seconds: float = 0.0
+    """Of the forward pass, for each token, padding included in its price."""
+    sequence_tokens: float = 0.0
+    """Mean length of the sampled blocks' sequences."""
+    encoded: dict[str, Encoded] = field(default_factory=dict)
+    """By split."""
+    known: dict[Item, dict[int, dict[str, torch.Tensor]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class _Block:
+    """A block that is sampled."""
+
+    ids_N: Array
+    rows_S2: Array
+    batches: list[list[int]]
+
+    def padded(self, batch: list[int]) -> int:
+        """Return the tokens of a batch, padding included."""
+        lengths = self.rows_S2[batch, 1] - self.rows_S2[batch, 0]
+        return len(batch) * int(lengths[0])
+
+
+def measure(
+    base: Base,
+    forward: BlockForward,
+    splits: dict[str, SplitTokens],
+    todo: list[Item],
+    settings: ExtractSettings,
+    codecs: dict[str, dict[str, Codec]],
+    progress: Progress,
+) -> Measured:
+    """Compute, time and encode some batches of the blocks ``todo``, spread over all of them.
+
+    ``codecs`` are those of each split's taps.
+    """
+    if not todo:
+        return Measured()
+    began = time.perf_counter()
+    blocks: dict[Item, _Block] = {}
+    known: dict[Item, dict[int, dict[str, torch.Tensor]]] = {}
+    sample: dict[str, list[torch.Tensor]] = {tap: [] for tap in settings.taps}
+    ids: list[Array] = []
+    count, tokens, padded, seconds = 0, 0, 0, 0.0
+    with progress.bar("measuring", None, "tok") as bar:
+        for item, number in _spread(splits, todo, forward, blocks):
+            block = blocks[item]
+            rows_B2 = block.rows_S2[block.batches[number]]
+            if not count:
+                _warm_up(base, forward, block.ids_N, rows_B2)
+            started = time.perf_counter()
+            x_BTH = forward.batch(block.ids_N, rows_B2)
+            _wait(base)
+            seconds += time.perf_counter() - started
+            known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
+            for tap, x in known[item][number].items():
+                sample[tap].append(_rows(x, rows_B2)[:ENCODED_ROWS])
+            ids.append(_ids(block.ids_N, rows_B2)[:ENCODED_ROWS])
+            count += 1
+            padded += block.padded(block.batches[number])
+            tokens += int((rows_B2[:, 1] - rows_B2[:, 0]).sum())
+            bar.advance(int((rows_B2[:, 1] - rows_B2[:, 0]).sum()))
+            if tokens >= ENOUGH_TOKENS and (count >= ENOUGH_BATCHES or seconds > ENOUGH_SECONDS):
+                break
+        x_NH = {tap: torch.cat(parts) for tap, parts in sample.items()}
+        encoded = _encode_all(x_NH, np.concatenate(ids), {*dict(todo)}, codecs, settings)
+    rows = sum(int((block.rows_S2[:, 1] - block.rows_S2[:, 0]).sum()) for block in blocks.values())
+    whole = sum(block.padded(batch) for block in blocks.values() for batch in block.batches)
+    return Measured(
+        tokens=tokens,
+        seconds=time.perf_counter() - began,
+        token_seconds=seconds / padded * whole / rows,
+        sequence_tokens=rows / sum(len(block.rows_S2) for block in blocks.values()),
+        encoded=encoded,
+        known=known,
+    )
+
+
+def _spread(
+    splits: dict[str, SplitTokens],
+    todo: list[Item],
+    forward: BlockForward,
+    blocks: dict[Item, _Block],
+) -> Iterator[tuple[Item, int]]:
+    """Yield (block, number of a batch in it), none twice, reading the blocks on the way."""
+    seen: set[tuple[Item, int]] = set()
+    for step in range(TRIES):
+        across, within = ((0.5 + step * plastic) % 1 for plastic in PLASTIC)
+        item = todo[int(across * len(todo))]
+        if item not in blocks:
+            ids_N, rows_S2, _ = splits[item[0]].read(item[1])
+            blocks[item] = _Block(ids_N, rows_S2, forward.batches(rows_S2))
+        count = len(blocks[item].batches)
+        for place in range(count):
+            number = (int(within * count) + place) % count
+            if (item, number) not in seen:
+                seen.add((item, number))
+                yield item, number
+                break
+
+
+def _warm_up(base: Base, forward: BlockForward, ids_N: Array, rows_B2: Array) -> None:
+    """Make the first forward pass untimed: whole on a GPU, where it is cheap, else a short one."""
+    if base.device.type == "cpu":
+        first, stop = (int(v) for v in rows_B2[0])
+        rows_B2 = np.array([[first, min(stop, first + 64)]])
+    forward.batch(ids_N, rows_B2)
+    _wait(base)
+
+
+def _wait(base: Base) -> None:
+    if base.device.type == "cuda":
+        torch.cuda.synchronize(base.device)
+
+
+def _rows(x_BTH: torch.Tensor, rows_B2: Array) -> torch.Tensor:
+    """Return x_NH of the tokens of a batch, padding left out."""
+    return torch.cat([x[: stop - first] for x, (first, stop) in zip(x_BTH, rows_B2, strict=True)])
+
+
+def _ids(ids_N: Array, rows_B2: Array) -> Array:
+    """Return the ids of the tokens of a batch."""
+    return np.concatenate([ids_N[first:stop] for first, stop in rows_B2.tolist()])
+
+
+def _encode_all(
+    x_NH: dict[str, torch.Tensor],
+    ids_N: Array,
+    names: set[str],
+    codecs: dict[str, dict[str, Codec]],
+    settings: ExtractSettings,
+) -> dict[str, Encoded]:
+    by_codec: dict[str, Encoded] = {}
+    found: dict[str, Encoded] = {}
+    with tempfile.TemporaryDirectory(prefix="embedcache-") as scratch:
+        for name in sorted(names):
+            codec = codec_name(name, settings.codec)
+            if codec not in by_codec:
+                by_codec[codec] = _encode(
+                    x_NH, ids_N, codec, codecs[name], settings.block_tokens, Path(scratch) / "shard"
+                )
+            found[name] = by_codec[codec]
+    return found
+
+
+def _encode(
+    x_NH: dict[str, torch.Tensor],
+    ids_N: Array,
+    name: str,
+    codecs: dict[str, Codec],
+    block_tokens: int,
+    scratch: Path,
+) -> Encoded:
+    """Write the sample as a block's shards are written; what zeros take is no row's."""
+    row_bytes, block_bytes, seconds = 0.0, 0.0, 0.0
+    arrays: list[str] = []
+    rows = 0
+    for tap, x in x_NH.items():
+        finite = x.float().sum(dim=1).isfinite()
+        rows = max(1, int(finite.sum()))
+        started = time.perf_counter()
+        stored = codecs[tap].encode(x[finite], ids_N[finite.numpy()])
+        for spec in ARRAYS[name]:
+            values = stored[spec.group].numpy()
+            coder, chunk = CODERS[spec.coder], chunk_rows(spec, block_tokens)
+            if chunk > rows and spec.coder != "blosc":
+                chunk = rows  # zeros after the rows would change how those are coded
+            padded = np.zeros((-(-rows // chunk) * chunk, *values.shape[1:]), values.dtype)
+            padded[: len(values)] = values
+            full, _ = write_shard(scratch, padded, chunk, coder)
+            seconds += time.perf_counter() - started
+            padded[:] = 0
+            empty, _ = write_shard(scratch, padded, chunk, coder)
+            row_bytes += (full - empty) / rows
+            block_bytes += empty * block_tokens / len(padded)
+            arrays.append(f"{spec.group}/{tap}")
+            started = time.perf_counter()
+    return Encoded(
+        row_bytes=row_bytes,
+        block_bytes=block_bytes,
+        row_seconds=seconds / rows,
+        arrays=tuple(arrays),
+    )

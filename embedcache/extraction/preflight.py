@@ -1,0 +1,151 @@
+"""The preflight: bytes and time of a whole extraction, from what a few of its batches took."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from embedcache.base.load import Base
+from embedcache.base.taps import is_tied, token_embedding_of
+from embedcache.cache.base_arrays import base_array_bytes
+from embedcache.cache.commit import FileRecord, Marker
+from embedcache.cache.layout import COMMITS, MANIFEST, STAGING, shard_name
+from embedcache.cache.tokens import SplitTokens
+from embedcache.extraction.forward import CHECK_EVERY
+from embedcache.extraction.measure import Encoded, Item, Measured
+from embedcache.extraction.prediction import Prediction, free_disk
+
+RECORD_BYTES = 145
+"""Of a file's record in the manifest, beside its path."""
+BASE_METADATA_BYTES = 280
+"""Of the groups under ``base``."""
+
+
+def encoder_threads(device: torch.device) -> int:
+    """Return how many threads encode beside the forward pass.
+
+    One where the CPU is the device, a few where a GPU would otherwise wait for zstd.
+    """
+    return 1 if device.type == "cpu" else min(4, os.cpu_count() or 1)
+
+
+def blocks_to_go(splits: dict[str, SplitTokens], done: dict[str, set[int]]) -> list[Item]:
+    """Return the blocks that are not done, in the order in which they are computed."""
+    return [
+        (name, block)
+        for name, split in splits.items()
+        for block in range(split.blocks)
+        if block not in done[name]
+    ]
+
+
+def tokens_to_go(splits: dict[str, SplitTokens], todo: list[Item]) -> dict[str, int]:
+    """Return the tokens of the blocks ``todo``, by split."""
+    if len(todo) == sum(split.blocks for split in splits.values()):
+        return {name: split.totals["tokens"] for name, split in splits.items()}
+    found = dict.fromkeys(splits, 0)
+    for name, block in todo:
+        found[name] += splits[name].block_rows(block)
+    return found
+
+
+def predict(
+    folder: Path,
+    splits: dict[str, SplitTokens],
+    todo: list[Item],
+    measured: Measured,
+    *,
+    base: Base | None,
+    device: torch.device,
+    out: Path | None = None,
+    codec_bytes: int = 0,
+) -> Prediction:
+    """Predict the finished cache from its sealed ``folder``; nothing is written.
+
+    Args:
+        folder: where pass 0 is sealed.
+        splits: its tokens.
+        todo: the blocks that are to be computed.
+        measured: what some of their batches took.
+        base: the base, to weigh what is stored of it; None where that is stored already.
+        device: what the base runs on.
+        codec_bytes: what is to be stored of the codec.
+        out: where the cache is to be, for its disk's free space, if it is not ``folder``.
+    """
+    tokens = tokens_to_go(splits, todo)
+    files = _files(folder)
+    there = sum(files.values())
+    records = sum(RECORD_BYTES + len(name) for name in files if not name.startswith(COMMITS))
+    to_go = 0.0 if base is None or (folder / "base").is_dir() else _base_bytes(base)
+    to_go += codec_bytes
+    for name, encoded in measured.encoded.items():
+        blocks = sum(1 for split, _ in todo if split == name)
+        marker, record = _marker_bytes(name, splits[name].blocks, encoded)
+        to_go += tokens[name] * encoded.row_bytes + blocks * (encoded.block_bytes + marker)
+        records += blocks * record
+    if MANIFEST not in files:
+        to_go += records
+    seconds = _seconds(tokens, todo, measured, device)
+    count = sum(tokens.values())
+    return Prediction(
+        tokens={name: split.totals["tokens"] for name, split in splits.items()},
+        tokens_to_go=count,
+        bytes=int(there + to_go),
+        bytes_to_go=int(to_go),
+        seconds=round(seconds, 3),
+        tokens_per_second=round(count / seconds, 1) if seconds else 0.0,
+        measured_tokens=measured.tokens,
+        free_bytes=free_disk(folder if out is None else out),
+    )
+
+
+def _files(folder: Path) -> dict[str, int]:
+    """Return the size of every file that belongs to the cache, by its name in it."""
+    names = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
+    return {
+        name.as_posix(): path.stat().st_size
+        for name, path in names.items()
+        if name.parts[0] != STAGING
+    }
+
+
+def _base_bytes(base: Base) -> int:
+    """Return what the head, and the token embedding where it is not the head, will take."""
+    tensors = [base.head.weight_VH]
+    if base.head.bias_V is not None:
+        tensors.append(base.head.bias_V)
+    if not is_tied(base.model):
+        tensors.append(token_embedding_of(base.model).get_parameter("weight"))
+    return BASE_METADATA_BYTES + sum(base_array_bytes(tensor) for tensor in tensors)
+
+
+def _marker_bytes(split: str, blocks: int, encoded: Encoded) -> tuple[int, int]:
+    """Return the bytes of a block's marker, and of its records in the manifest."""
+    names = [shard_name(f"{split}/{array}", blocks // 2, 2) for array in encoded.arrays]
+    size = int(encoded.block_bytes + encoded.row_bytes)
+    marker = Marker(
+        split=split,
+        block=blocks // 2,
+        generation=0,
+        attempt="0" * 32,
+        files=tuple(FileRecord(path=name, bytes=size, sha256="0" * 64) for name in names),
+        quarantined=(),
+    )
+    return len(marker.to_json()), sum(RECORD_BYTES + len(name) for name in names)
+
+
+def _seconds(
+    tokens: dict[str, int], todo: list[Item], measured: Measured, device: torch.device
+) -> float:
+    """Return the time of the blocks ``todo``, self-checks included."""
+    count = sum(tokens.values())
+    if not count:
+        return 0.0
+    checks = (-(-len(todo) // CHECK_EVERY) + 1) * measured.sequence_tokens
+    forward = (count + checks) * measured.token_seconds
+    encode = sum(tokens[name] * encoded.row_seconds for name, encoded in measured.encoded.items())
+    if device.type == "cpu":  # encoding takes its time from the forward pass
+        return forward + encode
+    return max(forward, encode / encoder_threads(device))

@@ -1,0 +1,126 @@
+"""What an extraction would hold and take, without making it."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from embedcache.base.load import load_base, load_identity, load_tokenizer
+from embedcache.base.locate import locate
+from embedcache.base.taps import check_taps
+from embedcache.cache.commit import committed_blocks
+from embedcache.cache.layout import MANIFEST, SPLITS, ExtractSettings
+from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.transform import codecs_of
+from embedcache.corpus.config import CorpusConfig
+from embedcache.device import resolve_device, resolve_dtype
+from embedcache.extraction.calibrate_cache import (
+    Calibrations,
+    calibration_bytes,
+    calibrations_of,
+    embedding_of,
+)
+from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.measure import Measured, measure
+from embedcache.extraction.plan import check_out, environment_of, seal_corpus, sealed_attributes
+from embedcache.extraction.prediction import Prediction
+from embedcache.extraction.preflight import blocks_to_go, predict
+from embedcache.progress import SILENT, Progress
+from embedcache.units import size
+
+
+def preview(
+    corpus: CorpusConfig,
+    *,
+    base: str,
+    out: Path,
+    settings: ExtractSettings,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = SILENT,
+) -> tuple[Prediction, dict[str, Any]]:
+    """Return what `extract` would hold and need, and the corpus's summary; ``out`` stays as it is.
+
+    Tokens are sealed in the system's temporary folder (some 4 bytes each, removed at the end) and
+    a few batches are run through the base, which is loaded for that. Where ``out`` was begun
+    earlier, what is there is taken from it, and only the rest is predicted.
+    """
+    check_out(out)
+    identity = load_identity(base, revision=revision)
+    check_taps(settings.taps, identity.num_layers)
+    target = resolve_device(device)
+    environment = environment_of(target, resolve_dtype(dtype, target), "sdpa")
+    attributes = sealed_attributes(out, corpus, identity, settings, environment)
+    with _folder(out, sealed=attributes is not None) as folder:
+        if attributes is None:
+            tokenizer = load_tokenizer(base, revision=revision)
+            attributes = seal_corpus(
+                corpus,
+                tokenizer,
+                identity,
+                settings,
+                environment,
+                folder,
+                progress,
+                check_disk=False,
+            )
+        splits = {name: SplitTokens(folder, name, settings.block_tokens) for name in SPLITS}
+        todo = blocks_to_go(splits, {name: set(committed_blocks(folder, name)) for name in SPLITS})
+        calibrations: Calibrations = {}
+        loaded, measured = None, Measured()
+        if todo and not (folder / MANIFEST).is_file():
+            with progress.bar(f"loading the base ({_weights(base, revision)})", None, ""):
+                loaded = load_base(base, revision=revision, device=device, dtype=dtype)
+            forward = BlockForward(
+                loaded,
+                settings.taps,
+                block_tokens=settings.block_tokens,
+                batch_tokens=settings.batch_tokens,
+            )
+            calibrations, _ = calibrations_of(
+                folder,
+                splits["train"],
+                forward,
+                loaded,
+                settings,
+                fresh=not committed_blocks(folder, "train"),
+            )
+            embedding_VH = embedding_of(loaded)
+            codecs = {
+                name: codecs_of(name, settings, calibrations, embedding_VH) for name in SPLITS
+            }
+            measured = measure(loaded, forward, splits, todo, settings, codecs, progress)
+        prediction = predict(
+            folder,
+            splits,
+            todo,
+            measured,
+            base=loaded,
+            device=target,
+            out=out,
+            codec_bytes=calibration_bytes(folder, calibrations),
+        )
+    if folder != out:
+        prediction = replace(prediction, bytes_to_go=prediction.bytes)
+    return prediction, attributes.corpus["summary"]
+
+
+@contextmanager
+def _folder(out: Path, *, sealed: bool) -> Iterator[Path]:
+    """Give the folder of a sealed pass 0: ``out``, or one that is removed afterwards."""
+    if sealed:
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="embedcache-") as scratch:
+        yield Path(scratch)
+
+
+def _weights(base: str, revision: str | None) -> str:
+    """Return what the base's weights take, in words."""
+    files = locate(base, revision=revision).glob("*.safetensors")
+    return size(sum(path.stat().st_size for path in files))
