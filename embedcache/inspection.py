@@ -113,7 +113,6 @@ def inspect_sequence(
     block = reader.block(number)
     place = block.sequence_S.tolist().index(sequence)
     first, stop = (int(row) for row in block.rows_S2[place])
-    start = number * cache.attributes.settings.block_tokens
     ids_T = block.ids_N[first:stop]
     x_TH = {tap: x_NH[first:stop].float() for tap, x_NH in block.x_NH.items()}
     words = _Words(cache, base)

@@ -15,6 +15,7 @@ from conftest import World, make_world
 from fixtures_extract import call_main
 
 from embedcache.cache.codecs import Bf16Codec
+from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import FileRecord
 from embedcache.cache.manifest import publish_manifest, read_manifest
 from embedcache.cache.reader import Cache, SplitReader
@@ -94,7 +95,8 @@ def doctored(world: World, path: Path, change: Any) -> Path:
         x_NH = Cache(path).split("train").block(block).x_NH["final"].float()
         values = torch.zeros(rows, x_NH.shape[1])
         values[: len(x_NH)] = change(x_NH)
-        written = write_shard(path / name, Bf16Codec().encode(values)["embeddings"], rows)
+        stored = Bf16Codec().encode(values, np.empty(0))["embeddings"].numpy()
+            written = write_shard(path / name, stored, rows, CODERS["blosc"])
         record = FileRecord(path=name, bytes=written[0], sha256=written[1])
         files.append(tuple(record if old.path == name else old for old in records))
         manifest = replace(
