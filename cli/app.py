@@ -15,6 +15,7 @@ from .extract import extract_command
 from .generate import generate_command
 from .info import info_command
 from .train import train_command
+from .verify import verify_command
 
 app = typer.Typer(
     name="embedcache",
@@ -53,6 +54,7 @@ app.command("train", help="Stage two: train a carry-on from a cache, without the
 app.command("eval", help="Compare a carry-on with its base on held-out text.")(evaluate_command)
 app.command("generate", help="Write text with the live base and a carry-on.")(generate_command)
 app.command("info", help="Say what a cache or a carry-on is.")(info_command)
+app.command("verify", help="Name every damaged file of a cache.")(verify_command)
 
 
 def main() -> None:

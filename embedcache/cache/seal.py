@@ -16,6 +16,7 @@ import zarr
 
 from embedcache.cache.codecs import codec_for, compressors, create_arrays
 from embedcache.cache.layout import ATTRIBUTE, SPLITS, CacheAttributes
+from embedcache.cache.sealed import Seal, publish_seal
 from embedcache.errors import UsageError
 from embedcache.files import fsync_path, publish_bytes
 
@@ -174,7 +175,7 @@ class Sealer:
             sealer.close()
 
     def seal(self, attributes: CacheAttributes, *, hidden: int) -> None:
-        """Create the empty embedding arrays, move all into place and publish the root attributes.
+        """Create the empty embedding arrays, move all into place and publish the seal and the root.
 
         Call after `close`. The root's ``zarr.json`` is published last: a cache without one has not
         been sealed, and pass 0 starts again.
@@ -192,9 +193,10 @@ class Sealer:
                 )
         self._root.attrs[ATTRIBUTE] = attributes.to_dict()
         fsync_tree(self._staging)
+        seal = Seal.of(self._staging, self._staging)
         for name in SPLITS:
             (self._staging / name).rename(self._cache / name)
-        fsync_path(self._cache)
+        publish_seal(self._cache, seal)
         publish_bytes(self._cache / "zarr.json", (self._staging / "zarr.json").read_bytes())
 
 

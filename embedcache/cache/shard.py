@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 from numcodecs.blosc import Blosc
 
+from embedcache.cache.damaged import WAY_OUT
 from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
@@ -69,6 +70,11 @@ def read_shard(
         for number, (offset, length) in enumerate(places):
             chunk = _checked(file, offset, length, f"chunk {number}", path)
             target = values[number * chunk_rows : (number + 1) * chunk_rows]
+            holds = int.from_bytes(chunk[4:8], "little")  # blosc's header; a shorter one decodes
+            if holds != target.nbytes:
+                raise _damaged(
+                    path, f"chunk {number} holds {holds} bytes, expected {target.nbytes}"
+                )
             try:
                 blosc.decode(chunk, out=target)
             except (RuntimeError, ValueError) as error:
@@ -93,4 +99,4 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _damaged(path: Path, why: str) -> CacheError:
-    return CacheError(f"{path} is damaged ({why}): extract into a new folder")
+    return CacheError(f"{path} is damaged ({why}). {WAY_OUT}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from embedcache.cache.damaged import reading
+from embedcache.cache.damaged import WAY_OUT, reading
 from embedcache.cache.layout import ATTRIBUTE
 from embedcache.errors import CacheError
 
@@ -37,8 +37,7 @@ class SplitTokens:
                 found = self._group.get(name)
             if not isinstance(found, zarr.Array):
                 raise CacheError(
-                    f"{self._path}/{name} is missing or no array: the cache is damaged. "
-                    "Extract into a new folder."
+                    f"{self._path}/{name} is missing or no array: the cache is damaged. {WAY_OUT}"
                 )
             self._arrays[name] = found
         return self._arrays[name]
