@@ -127,8 +127,10 @@ def test_only_what_is_damaged_is_made_anew(
     (out / "dev/embeddings/layer_1/c/0/0").unlink()
     marker_path(out, "train", 0).unlink()
     flip_byte(out / TOKENS)
+    extracted = read_manifest(out).extracted
     summary = run(place, out, repair=True)
     assert len(calls) == 2
+    assert read_manifest(out).extracted == extracted
     assert summary.resumed_blocks == summary.blocks - 2
     restored(place, out)
     changed = {name for name, was in identities(out).items() if before.get(name) != was}
@@ -249,6 +251,48 @@ def test_stopped_at_each_step_nothing_sound_is_lost_and_it_goes_on(
     restored(place, out)
 
 
+def test_what_a_stopped_repair_committed_is_not_computed_again(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_byte(out / SHARD)
+    with monkeypatch.context() as patch:
+        patch.setattr(commit.BlockWriter, "close", lambda self: None)
+        patch.setattr(commit, "promote", stopping(commit.promote, 1))
+        with pytest.raises(KilledError):
+            run(place, out, repair=True)
+    calls = computed(monkeypatch)
+    run(place, out, repair=True)
+    assert calls == []
+    restored(place, out)
+
+
+def test_a_block_that_came_out_otherwise_than_before_stands(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine: the stopped repair's block is not the manifest's, but is whole."""
+    calls = computed(monkeypatch)
+    writer = commit.BlockWriter(out)
+    marker = writer.commit("train", 0, ones(), generation=1)
+    writer.commit("train", 99, ones())  # and one that this cache has no place for
+    writer.close()
+    with pytest.raises(CacheError, match=r"--repair"):
+        served(out)
+    run(place, out, repair=True)
+    assert calls == []
+    assert read_manifest(out).splits["train"].files[0] == marker.files
+    assert verify(out, deep=True).faults == ()
+    served(out)
+
+
+def ones() -> dict[str, np.ndarray[Any, Any]]:
+    """Return the arrays of a train block that the base never gave."""
+    return {
+        f"{group}/{tap}": np.ones((256, *columns), dtype)
+        for tap in ("final", "layer_1")
+        for group, dtype, columns in (("embeddings", "int8", (32,)), ("scale", "float32", ()))
+    }
+
+
 def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
     for name in names_in(out):
         if "/embeddings/final/c/" in name:
@@ -330,13 +374,8 @@ def test_quarantined_sequences_follow_the_new_marker(place: Path, out: Path) -> 
     for split in SPLITS:
         for block, path in commit.committed_blocks(out, split).items():
             markers[split, block] = commit.Marker.read(path)
-    arrays = {
-        f"{group}/{tap}": np.ones((256, *columns), dtype)
-        for tap in ("final", "layer_1")
-        for group, dtype, columns in (("embeddings", "int8", (32,)), ("scale", "float32", ()))
-    }
     writer = commit.BlockWriter(out)
-    markers["train", 0] = writer.commit("train", 0, arrays, quarantined=(0, 1), generation=1)
+    markers["train", 0] = writer.commit("train", 0, ones(), quarantined=(0, 1), generation=1)
     writer.close()
     totals = {
         name: getattr(manifest.splits["train"], name)

@@ -63,14 +63,31 @@ def chunks_crc32c(path: Path, chunks: int | None) -> str:
 def fault_in(cache: Path, record: FileRecord, *, chunks: int | None = None) -> str | None:
     """Return what is wrong with a file, by its size and its chunks' checksums; None if nothing."""
     path = cache / record.path
-    size = path.stat().st_size if path.is_file() else None
-    if size is None:
+    try:
+        if (fault := _size_fault(path, record)) is not None:
+            return fault
+        same = chunks_crc32c(path, chunks) == record.crc32c
+        return None if same else "holds other chunks than were written there"
+    except OSError as error:  # a disk that is failing
+        return f"cannot be read ({error.strerror})"
+
+
+def content_fault(cache: Path, record: FileRecord) -> str | None:
+    """Return what is wrong with a file, by all of its bytes; None if nothing is."""
+    path = cache / record.path
+    try:
+        if (fault := _size_fault(path, record)) is not None:
+            return fault
+        return None if hash_file(path) == record.sha256 else "fails its SHA-256"
+    except OSError as error:
+        return f"cannot be read ({error.strerror})"
+
+
+def _size_fault(path: Path, record: FileRecord) -> str | None:
+    if not path.is_file():
         return "is missing"
-    if size != record.bytes:
-        return f"has {size} bytes, expected {record.bytes}"
-    if chunks_crc32c(path, chunks) != record.crc32c:
-        return "holds other chunks than were written there"
-    return None
+    size = path.stat().st_size
+    return None if size == record.bytes else f"has {size} bytes, expected {record.bytes}"
 
 
 def check_files(cache: Path, records: Iterable[FileRecord], *, chunks: int | None = None) -> None:

@@ -99,13 +99,15 @@ def metadata_fault(path: Path, text: str) -> str | None:
     """Return how a ``zarr.json`` differs from ``text``, naming its entries; None if it does not."""
     if not path.is_file():
         return "is missing"
-    found = path.read_bytes()
-    if found == text.encode():
-        return None
     try:
+        found = path.read_bytes()
+        if found == text.encode():
+            return None
         changed = _differences(json.loads(found), json.loads(text))
     except ValueError as error:
         return f"is no JSON ({error})"
+    except OSError as error:  # a disk that is failing
+        return f"cannot be read ({error.strerror})"
     return f"was edited ({', '.join(changed[:3]) or 'its spelling'})"
 
 

@@ -28,11 +28,10 @@ from embedcache.cache.layout import (
 )
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import read_attributes
-from embedcache.cache.records import FileRecord, fault_in
+from embedcache.cache.records import FileRecord, content_fault, fault_in
 from embedcache.cache.sealed import METADATA, Seal, metadata_fault
 from embedcache.cache.shard import read_shard
 from embedcache.errors import CacheError
-from embedcache.files import hash_file
 from embedcache.progress import SILENT, Bar, Progress
 
 Kind = Literal["manifest", "seal", "metadata", "sealed", "base", "marker", "shard"]
@@ -102,7 +101,9 @@ class _Verifier:
 
     def run(self, progress: Progress) -> Verification:
         blocks = 0
-        if self._seal is not None:
+        if self._seal is None:
+            read_attributes(self._cache)  # a cache of a newer schema is told so
+        else:
             self._check_seal(self._seal, "sealed")
             if self._manifest is not None:
                 self._check_seal(self._manifest.base, "base")
@@ -135,7 +136,7 @@ class _Verifier:
         try:
             text = path.read_bytes().decode()
             manifest = Manifest.parse(text)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._add("manifest", MANIFEST, _brief(error))
             return None
         if manifest.to_text() != text:
@@ -151,7 +152,7 @@ class _Verifier:
             return sealed
         try:
             found = Seal.parse(path.read_bytes().decode())
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             self._add("seal", SEALED, _brief(error))
             return sealed
         if sealed is not None and found != sealed:
@@ -167,7 +168,7 @@ class _Verifier:
         for record in seal.files:
             self._files += 1
             self._bytes += record.bytes
-            why = fault_in(self._cache, record) or _hash_fault(self._cache / record.path, record)
+            why = fault_in(self._cache, record) or content_fault(self._cache, record)
             if why is not None:
                 self._add(kind, record.path, why)
 
@@ -237,7 +238,7 @@ class _Verifier:
             root = staged if (staged / record.path).is_file() else root
         if (why := fault_in(root, record, chunks=chunks)) is not None or not self._deep:
             return why
-        if (why := _hash_fault(root / record.path, record)) is not None:
+        if (why := content_fault(root, record)) is not None:
             return why
         return self._decoding_fault(root / record.path, split, block, record)
 
@@ -291,7 +292,7 @@ def _read_marker(path: Path, split: str, block: int) -> tuple[Marker | None, str
         return None, "is missing"
     try:
         marker = Marker.parse(path.read_bytes().decode())
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return None, _brief(error)
     said = f"{marker.block:08d}.{marker.generation}.json"
     if (marker.split, said) != (split, path.name):
@@ -299,9 +300,7 @@ def _read_marker(path: Path, split: str, block: int) -> tuple[Marker | None, str
     return marker, None
 
 
-def _hash_fault(path: Path, record: FileRecord) -> str | None:
-    return None if hash_file(path) == record.sha256 else "fails its SHA-256"
-
-
-def _brief(error: ValueError) -> str:
+def _brief(error: ValueError | OSError) -> str:
+    if isinstance(error, OSError):
+        return f"cannot be read ({error.strerror})"
     return "is no text" if isinstance(error, UnicodeDecodeError) else str(error)

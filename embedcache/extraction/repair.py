@@ -23,7 +23,7 @@ from embedcache.cache.commit import (
 )
 from embedcache.cache.layout import MANIFEST, SEALED, SPLITS, STAGING, ExtractSettings
 from embedcache.cache.manifest import Manifest, read_manifest
-from embedcache.cache.records import FileRecord
+from embedcache.cache.records import FileRecord, content_fault
 from embedcache.cache.seal import Sealer
 from embedcache.cache.sealed import METADATA, Seal, metadata_fault, publish_seal, read_seal
 from embedcache.cache.tokens import SplitTokens
@@ -31,7 +31,7 @@ from embedcache.cache.verify import Verification, verify
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import CacheError
 from embedcache.extraction.plan import tokenise
-from embedcache.files import fsync_path, hash_file, make_folder, publish_bytes
+from embedcache.files import fsync_path, make_folder, publish_bytes
 from embedcache.progress import Progress
 
 
@@ -63,7 +63,7 @@ def _vouched(out: Path) -> tuple[Manifest | None, Seal]:
     """Return the manifest, where it can be trusted, and the seal of pass 0, from either file."""
     try:
         manifest = read_manifest(out)
-    except CacheError:
+    except (CacheError, OSError):
         manifest = None
     if manifest is not None:
         return manifest, manifest.sealed
@@ -188,10 +188,7 @@ def _mend_blocks(
 
 def _whole(out: Path, records: tuple[FileRecord, ...]) -> bool:
     """Whether every file is there with its SHA-256."""
-    return all(
-        (out / record.path).is_file() and hash_file(out / record.path) == record.sha256
-        for record in records
-    )
+    return all(content_fault(out, record) is None for record in records)
 
 
 def _sound_markers(out: Path, split: str) -> dict[int, Marker]:
@@ -200,7 +197,7 @@ def _sound_markers(out: Path, split: str) -> dict[int, Marker]:
     for block, path in committed_blocks(out, split).items():
         try:
             marker = Marker.read(path)
-        except CacheError:
+        except (CacheError, OSError):
             continue  # told by verify
         if (marker.split, f"{marker.block:08d}.{marker.generation}.json") == (split, path.name):
             markers[block] = marker

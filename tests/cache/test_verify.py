@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,11 +15,14 @@ import pytest
 from cache_faults import harm, names_in, served
 from fixtures_extract import flip_byte
 
+from embedcache.cache import records
 from embedcache.cache.commit import BlockWriter, Marker
-from embedcache.cache.layout import MANIFEST, SEALED, marker_path
+from embedcache.cache.layout import MANIFEST, SCHEMA, SEALED, marker_path
 from embedcache.cache.manifest import publish_manifest, read_manifest
+from embedcache.cache.sealed import publish_seal
 from embedcache.cache.verify import Fault, verify
 from embedcache.errors import CacheError, EmbedcacheError
+from embedcache.files import hash_file
 
 SHARD = "train/embeddings/final/c/1/0"
 
@@ -154,6 +158,38 @@ def test_a_marker_that_was_made_for_other_files_disagrees(copied: Path) -> None:
         "names",
         "dev block 0: commits/dev/00000000.3.json puts sequences aside that manifest.json does not",
     ]
+
+
+def test_a_manifest_or_seal_of_its_own_that_says_another_thing_disagrees(copied: Path) -> None:
+    """Both are whole, as far as their own hashes tell."""
+    manifest = read_manifest(copied)
+    train = replace(manifest.splits["train"], quarantined=(1,))
+    publish_manifest(copied, replace(manifest, splits=manifest.splits | {"train": train}))
+    publish_seal(copied, replace(manifest.sealed, files=manifest.sealed.files[1:]))
+    assert told(copied) == [
+        "sealed.json does not name the files that manifest.json names",
+        "manifest.json puts 'train' sequences aside that no marker does",
+    ]
+
+
+def test_what_the_disk_cannot_read_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path) -> str:
+        if path == copied / SHARD or "dev/tokens/ids/c" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return hash_file(path)
+
+    monkeypatch.setattr(records, "hash_file", failing)
+    first, *_, last = told(copied, deep=True)
+    assert first == "dev/tokens/ids/c/0 cannot be read (Input/output error)"
+    assert last == f"train block 1: {SHARD} cannot be read (Input/output error)"
+
+
+def test_a_newer_schema_says_so(copied: Path) -> None:
+    (copied / MANIFEST).write_text("of another make")
+    (copied / SEALED).write_text("of another make")
+    edit_json(copied / "zarr.json", "attributes", "embedcache", "schema", value=SCHEMA + 1)
+    with pytest.raises(CacheError, match=r"pip install --upgrade"):
+        verify(copied)
 
 
 def test_a_marker_in_anothers_place_is_found(copied: Path) -> None:
