@@ -16,6 +16,7 @@ from .generate import generate_command
 from .info import info_command
 from .inspect import inspect_command
 from .train import train_command
+from .verify import verify_command
 
 app = typer.Typer(
     name="embedcache",
@@ -57,6 +58,7 @@ app.command("info", help="Say what a cache or a carry-on is.")(info_command)
 app.command("inspect", help="Show one sequence of a cache: tokens, norms, the base's choices.")(
     inspect_command
 )
+app.command("verify", help="Name every damaged file of a cache.")(verify_command)
 
 
 def main() -> None:

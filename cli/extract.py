@@ -84,6 +84,9 @@ def extract_command(
     max_quarantined: Annotated[
         float, typer.Option(help="Share of sequences that may be put aside as not finite.")
     ] = 0.01,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Verify the cache first and make anew what is damaged.")
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -97,9 +100,15 @@ def extract_command(
     from embedcache.cache.layout import ExtractSettings
     from embedcache.corpus.config import CorpusConfig
     from embedcache.device import resolve_device
+    from embedcache.errors import UsageError
     from embedcache.extract import extract
     from embedcache.extraction.preview import preview
 
+    if repair and dry_run:
+        raise UsageError(
+            "expected --repair or --dry-run, found both. What a repair would make anew is what "
+            f"this names: embedcache verify {out} --deep"
+        )
     config = CorpusConfig(
         sources=tuple(corpus),
         dev_sources=tuple(dev or ()),
@@ -159,6 +168,7 @@ def extract_command(
         device=device,
         dtype=dtype,
         max_quarantined=max_quarantined,
+        repair=repair,
         progress=progress,
     )
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -13,23 +12,27 @@ from typing import Any
 
 import numpy as np
 import torch
-import zarr
 
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
-from embedcache.base.taps import check_taps, is_tied, token_embedding_of
-from embedcache.cache.base_arrays import write_base_array
+from embedcache.base.taps import check_taps
 from embedcache.cache.codecs import ArraySpec
-from embedcache.cache.commit import BlockWriter, Marker, clear_staging, recover
-from embedcache.cache.layout import MANIFEST, SPLITS, STAGING, ExtractSettings
+from embedcache.cache.commit import (
+    BlockWriter,
+    Marker,
+    clear_staging,
+    drop_superseded,
+    newest_generations,
+    recover,
+)
+from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, ExtractSettings
 from embedcache.cache.manifest import (
     Manifest,
     publish_manifest,
     read_manifest,
-    sealed_files,
     split_manifest,
 )
 from embedcache.cache.prefetch import prefetch
-from embedcache.cache.seal import fsync_tree
+from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import codecs_of
 from embedcache.corpus.config import CorpusConfig
@@ -55,7 +58,9 @@ from embedcache.extraction.plan import (
 )
 from embedcache.extraction.prediction import RoomError, require_room
 from embedcache.extraction.preflight import blocks_to_go, encoder_threads, predict, tokens_to_go
-from embedcache.files import LOCK, fsync_path, writer_lock
+from embedcache.extraction.repair import Mended, mend, restore_metadata
+from embedcache.extraction.store_base import store_base
+from embedcache.files import LOCK, writer_lock
 from embedcache.progress import SILENT, Bar, Progress
 
 QUARANTINE_GRACE = 8
@@ -94,6 +99,7 @@ def extract(
     device: str = "auto",
     dtype: str = "auto",
     max_quarantined: float = 0.01,
+    repair: bool = False,
     progress: Progress = SILENT,
 ) -> ExtractSummary:
     """Extract a corpus into the cache at ``out``, or go on with one that was interrupted.
@@ -107,6 +113,7 @@ def extract(
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto`` (bfloat16 on CUDA, else float32), or a name.
         max_quarantined: share of sequences that may be put aside for values that are not finite.
+        repair: verify what is at ``out`` first, all of it, and make what is damaged anew.
         progress: told of every stage.
 
     Returns:
@@ -116,7 +123,8 @@ def extract(
         EmbedcacheError: for anything a user can mend; see the modules concerned.
     """
     settings = settings or ExtractSettings(context=corpus.context)
-    check_out(out)
+    if not repair:
+        check_out(out)
     identity = load_identity(base, revision=revision)
     check_taps(settings.taps, identity.num_layers)
     target = resolve_device(device)
@@ -124,6 +132,8 @@ def extract(
     created = not out.exists()
     with writer_lock(out):
         try:
+            if repair:
+                restore_metadata(out)
             attributes = sealed_attributes(out, corpus, identity, settings, environment)
             begun = attributes is not None
             if attributes is None:
@@ -132,11 +142,17 @@ def extract(
                     corpus, tokenizer, identity, settings, environment, out, progress
                 )
             summary = attributes.corpus["summary"]
+            mended = None
+            if repair:
+                mended = mend(
+                    out, corpus, lambda: load_tokenizer(base, revision=revision), settings, progress
+                )
             run = _Extraction(out, summary, settings, target, max_quarantined, progress)
-            if not (out / MANIFEST).is_file():
+            if mended is not None or not (out / MANIFEST).is_file():
                 try:
                     run.compute(
-                        lambda: load_base(base, revision=revision, device=device, dtype=dtype)
+                        lambda: load_base(base, revision=revision, device=device, dtype=dtype),
+                        mended,
                     )
                 except RoomError:
                     if not begun:
@@ -176,10 +192,14 @@ class _Extraction:
         self._seen = 0
         self._quarantined = 0
 
-    def compute(self, load: Callable[[], Base]) -> None:
-        """Compute every block without a marker and publish the manifest."""
+    def compute(self, load: Callable[[], Base], mended: Mended | None = None) -> None:
+        """Compute every block without a sound marker and publish the manifest."""
         out, progress = self._out, self._progress
-        markers = {name: recover(out, name, split.blocks) for name, split in self._splits.items()}
+        markers = (
+            {name: recover(out, name, split.blocks) for name, split in self._splits.items()}
+            if mended is None
+            else mended.markers
+        )
         clear_staging(out)
         self._resumed = sum(len(done) for done in markers.values())
         for name, done in markers.items():
@@ -192,7 +212,8 @@ class _Extraction:
         worst, tokens, seconds = 0.0, 0, 0.0
         calibrations: Calibrations = {}
         base, measured = None, Measured()
-        if todo or not (out / "base").is_dir():
+        again = mended is not None and mended.base
+        if todo or again or not (out / "base").is_dir():
             with progress.bar("loading the base", None, "") as _:
                 base = load()
             forward = BlockForward(
@@ -229,7 +250,7 @@ class _Extraction:
         if base is not None:
             progress.say(str(predicted))
             require_room(predicted, out)
-            _store_base(out, base)
+            store_base(out, base, again=again)
             store_calibrations(out, calibrations)
             encoders = {
                 name: BlockEncoder(name, self._settings, codecs[name]) for name in dict(todo)
@@ -244,8 +265,11 @@ class _Extraction:
                 name: split_manifest(split.totals, markers[name], split.blocks)
                 for name, split in self._splits.items()
             },
-            files=sealed_files(out),
-            extracted={
+            sealed=read_seal(out),
+            base=Seal.of(out, out / "base"),
+            codec=Seal.of(out, out / CODEC),
+            extracted=(mended and mended.extracted)
+            or {
                 "self_check": worst,
                 "tokens": tokens,
                 "seconds": round(seconds, 3),
@@ -255,6 +279,8 @@ class _Extraction:
             },
         )
         publish_manifest(out, manifest)
+        for name in self._splits:
+            drop_superseded(out, name)
         clear_staging(out)
 
     def _forward(
@@ -267,6 +293,7 @@ class _Extraction:
         encoders: dict[str, BlockEncoder],
         computed: dict[Item, dict[str, torch.Tensor]],
     ) -> tuple[float, int, float]:
+        newest = {name: newest_generations(self._out, name) for name in self._splits}
         worst, started = 0.0, time.perf_counter()
         writer = BlockWriter(self._out)
         threads = encoder_threads(base.device)
@@ -286,8 +313,9 @@ class _Extraction:
                         worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))
                     ready = slots.fetch(*encoders[name](x_NH, ids_N))
                     specs = encoders[name].specs
+                    generation = newest[name].get(block, -1) + 1
                     future = pool.submit(
-                        self._write, writer, name, block, ready, specs, rows_S2, first
+                        self._write, writer, name, block, generation, ready, specs, rows_S2, first
                     )
                     futures.append((name, block, int(rows_S2[-1, 1]), future))
                     futures = self._settle(futures, markers, bar, wait=False)
@@ -303,6 +331,7 @@ class _Extraction:
         writer: BlockWriter,
         name: str,
         block: int,
+        generation: int,
         ready: Callable[[], Slot],
         specs: dict[str, ArraySpec],
         rows_S2: np.ndarray[Any, Any],
@@ -316,7 +345,9 @@ class _Extraction:
                     values[rows_S2[index, 0] : rows_S2[index, 1]] = 0
             arrays = {path: (specs[path], values.numpy()) for path, values in slot.arrays.items()}
             quarantined = tuple(first + index for index in bad)
-            return writer.commit(name, block, arrays, quarantined=quarantined)
+            return writer.commit(
+                name, block, arrays, quarantined=quarantined, generation=generation
+            )
         finally:
             slot.release()
 
@@ -379,24 +410,3 @@ class _Extraction:
             tokens_per_second=manifest.extracted["tokens_per_second"],
             corpus=self._corpus_summary,
         )
-
-
-def _store_base(out: Path, base: Base) -> None:
-    """Store the head, and the token embedding where it is not the head, once and whole."""
-    if (out / "base").is_dir():
-        return
-    staging = out / STAGING / "base"
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.parent.mkdir(exist_ok=True)
-    group = zarr.create_group(staging, zarr_format=3)
-    head = group.create_group("head")
-    head.attrs.update(dict(base.head.settings))
-    write_base_array(head, "weight", base.head.weight_VH)
-    if base.head.bias_V is not None:
-        write_base_array(head, "bias", base.head.bias_V)
-    if not is_tied(base.model):
-        embedding = token_embedding_of(base.model).get_parameter("weight")
-        write_base_array(group, "token_embedding/weight", embedding)
-    fsync_tree(staging)
-    staging.rename(out / "base")
-    fsync_path(out)

@@ -77,8 +77,8 @@ def comparable_tree(cache: Path) -> dict[str, bytes]:
         data = path.read_bytes()
         if name.startswith("commits/") or name == "manifest.json":
             value = json.loads(data)
-            value.pop("attempt", None)
-            value.pop("extracted", None)
+            for key in ("attempt", "extracted", "sha256"):
+                value.pop(key, None)
             data = json.dumps(value, sort_keys=True).encode()
         tree[name] = data
     return tree

@@ -24,7 +24,7 @@ import embedcache.extract as stage_one
 from embedcache.cache import commit, seal
 from embedcache.errors import EmbedcacheError
 from embedcache.extract import extract
-from embedcache.extraction import plan
+from embedcache.extraction import plan, store_base
 
 
 class KilledError(BaseException):
@@ -138,7 +138,7 @@ def stopping(function: Any, call: int) -> Any:
         pytest.param(seal, "fsync_tree", 1, id="tokens are written"),
         pytest.param(seal, "fsync_path", 50, id="tokens are being flushed"),
         pytest.param(seal, "publish_bytes", 1, id="splits are in place"),
-        pytest.param(stage_one, "fsync_tree", 1, id="the base is staged"),
+        pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
         pytest.param(commit, "write_shard", 9, id="a shard is to be staged"),
         pytest.param(commit, "promote", 7, id="a marker is linked"),
         pytest.param(stage_one, "publish_manifest", 1, id="all blocks are there"),

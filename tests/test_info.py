@@ -16,9 +16,9 @@ from fixtures_extract import call_main
 
 from embedcache.cache.codecs import Bf16Codec
 from embedcache.cache.coders import CODERS
-from embedcache.cache.commit import FileRecord
 from embedcache.cache.manifest import publish_manifest, read_manifest
 from embedcache.cache.reader import Cache, SplitReader
+from embedcache.cache.records import FileRecord, chunks_crc32c
 from embedcache.cache.shard import write_shard
 from embedcache.errors import CacheError, UsageError
 from embedcache.info import describe
@@ -96,8 +96,13 @@ def doctored(world: World, path: Path, change: Any) -> Path:
         values = torch.zeros(rows, x_NH.shape[1])
         values[: len(x_NH)] = change(x_NH)
         stored = Bf16Codec().encode(values, np.empty(0))["embeddings"].numpy()
-            written = write_shard(path / name, stored, rows, CODERS["blosc"])
-        record = FileRecord(path=name, bytes=written[0], sha256=written[1])
+        written = write_shard(path / name, stored, rows, CODERS["blosc"])
+        record = FileRecord(
+            path=name,
+            bytes=written[0],
+            sha256=written[1],
+            crc32c=chunks_crc32c(path / name, 1),
+        )
         files.append(tuple(record if old.path == name else old for old in records))
         manifest = replace(
             manifest,

@@ -23,19 +23,12 @@ import numpy as np
 from embedcache.cache.arrays import chunk_rows
 from embedcache.cache.codecs import ArraySpec
 from embedcache.cache.coders import CODERS
+from embedcache.cache.damaged import WAY_OUT
 from embedcache.cache.layout import COMMITS, STAGING, marker_path, shard_name
+from embedcache.cache.records import FileRecord, chunks_crc32c
 from embedcache.cache.shard import write_shard
 from embedcache.errors import CacheError
-from embedcache.files import fsync_path, make_folder
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FileRecord:
-    """A committed file: path inside the cache, size in bytes, SHA-256 in hex."""
-
-    path: str
-    bytes: int
-    sha256: str
+from embedcache.files import fsync_path, hash_json, make_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,35 +43,60 @@ class Marker:
     quarantined: tuple[int, ...]
 
     def to_json(self) -> str:
-        """Return the marker as one JSON line."""
-        return json.dumps(asdict(self), sort_keys=True) + "\n"
+        """Return the marker and its own SHA-256 as one JSON line."""
+        content = asdict(self)
+        return json.dumps(content | {"sha256": hash_json(content)}, sort_keys=True) + "\n"
+
+    @classmethod
+    def parse(cls, text: str) -> Marker:
+        """Return the marker that `to_json` told; ``ValueError`` saying why for another text."""
+        try:
+            value = json.loads(text)
+            value.pop("sha256")
+            value["files"] = tuple(FileRecord(**record) for record in value["files"])
+            value["quarantined"] = tuple(value["quarantined"])
+            marker = cls(**value)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"is not a whole commit marker ({error})") from error
+        if marker.to_json() != text:
+            raise ValueError("does not match its own SHA-256: it was edited")
+        return marker
 
     @classmethod
     def read(cls, path: Path) -> Marker:
-        """Read a marker; raises ``CacheError`` where the file is not one."""
+        """Read a marker; raises ``CacheError`` where the file is not one, or was edited."""
         try:
-            value = json.loads(path.read_text())
-            value["files"] = tuple(FileRecord(**record) for record in value["files"])
-            value["quarantined"] = tuple(value["quarantined"])
-            return cls(**value)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CacheError(
-                f"{path} is not a whole commit marker ({error}). Delete that file and run the "
-                "same 'embedcache extract' again: it recomputes the block."
-            ) from error
+            return cls.parse(path.read_bytes().decode())
+        except ValueError as error:
+            raise CacheError(f"{path} {error}. {WAY_OUT}") from error
 
 
 def committed_blocks(cache: Path, split: str) -> dict[int, Path]:
     """Return the newest marker of every committed block of a split."""
-    newest: dict[int, tuple[int, Path]] = {}
+    found = _generations(cache, split)
+    return {block: paths[max(paths)] for block, paths in sorted(found.items())}
+
+
+def newest_generations(cache: Path, split: str) -> dict[int, int]:
+    """Return the newest generation of each block's markers, sound or not."""
+    return {block: max(paths) for block, paths in _generations(cache, split).items()}
+
+
+def drop_superseded(cache: Path, split: str) -> None:
+    """Remove every marker of which there is a newer generation."""
+    for paths in _generations(cache, split).values():
+        for generation in sorted(paths)[:-1]:
+            paths[generation].unlink()
+
+
+def _generations(cache: Path, split: str) -> dict[int, dict[int, Path]]:
+    """Return the markers of a split by block and generation."""
+    found: dict[int, dict[int, Path]] = {}
     folder = cache / COMMITS / split
     for path in folder.iterdir() if folder.is_dir() else ():
-        if (match := re.fullmatch(r"(\d+)\.(\d+)\.json", path.name)) is None:
-            continue
-        block, generation = int(match[1]), int(match[2])
-        if block not in newest or generation > newest[block][0]:
-            newest[block] = (generation, path)
-    return {block: path for block, (_, path) in sorted(newest.items())}
+        if match := re.fullmatch(r"(\d+)\.(\d+)\.json", path.name):
+            found.setdefault(int(match[1]), {})[int(match[2])] = path
+    return found
 
 
 class BlockWriter:
@@ -116,10 +134,37 @@ class BlockWriter:
             files=records,
             quarantined=quarantined,
         )
-        finished = self._folder / f"{split}.{block}.{generation}.marker"
+        marker = self._link(marker)
+        promote(self._cache, marker)
+        return marker
+
+    def renew(
+        self,
+        split: str,
+        block: int,
+        files: tuple[FileRecord, ...],
+        *,
+        quarantined: tuple[int, ...],
+        generation: int,
+    ) -> Marker:
+        """Commit a block whose files are in place and sound, but whose marker was lost."""
+        return self._link(
+            Marker(
+                split=split,
+                block=block,
+                generation=generation,
+                attempt=self.attempt,
+                files=files,
+                quarantined=quarantined,
+            )
+        )
+
+    def _link(self, marker: Marker) -> Marker:
+        """Create a marker, exclusively and whole; return the one that stands."""
+        finished = self._folder / f"{marker.split}.{marker.block}.{marker.generation}.marker"
         finished.write_text(marker.to_json())
         fsync_path(finished)
-        target = marker_path(self._cache, split, block, generation)
+        target = marker_path(self._cache, marker.split, marker.block, marker.generation)
         make_folder(target.parent)
         try:
             os.link(finished, target)
@@ -127,7 +172,6 @@ class BlockWriter:
             marker = Marker.read(target)
         fsync_path(target.parent)
         finished.unlink()
-        promote(self._cache, marker)
         return marker
 
     def _stage(
@@ -135,10 +179,10 @@ class BlockWriter:
     ) -> FileRecord:
         """Write one shard of the array under the attempt's folder."""
         name = shard_name(array, block, values.ndim)
-        size, digest = write_shard(
-            self._folder / name, values, chunk_rows(spec, len(values)), CODERS[spec.coder]
-        )
-        return FileRecord(path=name, bytes=size, sha256=digest)
+        rows = chunk_rows(spec, len(values))
+        size, digest = write_shard(self._folder / name, values, rows, CODERS[spec.coder])
+        crc32c = chunks_crc32c(self._folder / name, len(values) // rows)
+        return FileRecord(path=name, bytes=size, sha256=digest, crc32c=crc32c)
 
     def close(self) -> None:
         """Remove the attempt's staging folder."""

@@ -8,6 +8,12 @@ from pathlib import Path
 
 from embedcache.errors import CacheError
 
+WAY_OUT = (
+    "Run 'embedcache verify CACHE --deep' to see what is damaged, then the same 'embedcache "
+    "extract' with --repair."
+)
+"""What a reader's message ends in."""
+
 
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
@@ -19,4 +25,4 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise CacheError(f"{path} is damaged ({error}). Extract into a new folder.") from error
+        raise CacheError(f"{path} is damaged ({error}). {WAY_OUT}") from error

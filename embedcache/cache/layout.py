@@ -10,6 +10,7 @@ zarr.json                          root group; its attributes are a `CacheAttrib
 <split>/scale/<tap>                       [blocks * R]       (int8 only)
 codec/<tap>/{mean,centre,predictor,inverse}   (transform only) see `embedcache.cache.transform`
 base/head/{weight,bias}, base/token_embedding/weight
+sealed.json                                 hashes of what pass 0 wrote
 commits/<split>/<block>.<generation>.json   one marker a committed block
 manifest.json                               published last
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cache.codecs import check_codec
+from embedcache.cache.damaged import WAY_OUT
 from embedcache.errors import CacheError, UsageError
 
 SCHEMA = 1
@@ -30,6 +32,7 @@ STAGING = ".staging"
 COMMITS = "commits"
 CODEC = "codec"
 MANIFEST = "manifest.json"
+SEALED = "sealed.json"
 DEFAULT_BITS = 1.5
 TABLE_CHUNK = 65536
 """Rows of a chunk of the per-sequence and per-document tables."""
@@ -138,7 +141,7 @@ class CacheAttributes:
         except (KeyError, TypeError, ValueError, UsageError) as error:
             raise CacheError(
                 f"{path} has no complete embedcache attributes ({error}); its zarr.json was edited "
-                "or damaged. Extract it again."
+                f"or damaged. {WAY_OUT}"
             ) from error
 
 
@@ -154,3 +157,17 @@ def shard_name(array: str, block: int, dimensions: int) -> str:
     'train/embeddings/final/c/3/0'
     """
     return "/".join([array, "c", str(block), *["0"] * (dimensions - 1)])
+
+
+def token_chunks(split: str, block: int) -> tuple[str, str, str]:
+    """Return the paths, inside the cache, of a block's token ids, loss mask and spans.
+
+    >>> token_chunks("dev", 1)
+    ('dev/tokens/ids/c/1', 'dev/tokens/loss_mask/c/1', 'dev/tokens/span/c/1/0')
+    """
+    tokens = f"{split}/tokens"
+    return (
+        shard_name(f"{tokens}/ids", block, 1),
+        shard_name(f"{tokens}/loss_mask", block, 1),
+        shard_name(f"{tokens}/span", block, 2),
+    )

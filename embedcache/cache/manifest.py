@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.commit import FileRecord, Marker
-from embedcache.cache.layout import MANIFEST, SPLITS
+from embedcache.cache.commit import Marker
+from embedcache.cache.damaged import WAY_OUT
+from embedcache.cache.layout import MANIFEST
+from embedcache.cache.records import FileRecord
+from embedcache.cache.sealed import Seal
 from embedcache.errors import CacheError
-from embedcache.files import hash_file, hash_json, publish_json
+from embedcache.files import hash_json, publish_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,8 +43,12 @@ class Manifest:
     """All splits, and the hash that a trainer's state is tied to."""
 
     splits: dict[str, SplitManifest]
-    files: tuple[FileRecord, ...]
-    """What is no block's: sealed tokens, documents, and what is kept of the base."""
+    sealed: Seal
+    """What pass 0 wrote."""
+    base: Seal
+    """What is kept of the base."""
+    codec: Seal
+    """The codec's calibration; empty where it needs none."""
     extracted: dict[str, Any]
     """What the run saw: tokens per second, the self-check's largest error."""
 
@@ -53,11 +59,37 @@ class Manifest:
 
     def _content(self) -> dict[str, Any]:
         splits = {name: asdict(split) for name, split in self.splits.items()}
-        return {"splits": splits, "files": [asdict(record) for record in self.files]}
+        seals = {name: getattr(self, name).to_dict() for name in ("sealed", "base", "codec")}
+        return {"splits": splits} | seals
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the manifest as JSON-ready values, with its hash."""
-        return {"hash": self.hash, "extracted": self.extracted} | self._content()
+    def to_text(self) -> str:
+        """Return what the manifest's file holds: all of it, its hash, and the SHA-256 of these."""
+        content = self._content()
+        value = {"hash": hash_json(content), "extracted": self.extracted} | content
+        value = {"sha256": hash_json(value)} | value
+        return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+    @classmethod
+    def parse(cls, text: str) -> Manifest:
+        """Return the manifest that `to_text` told; ``ValueError`` saying why for another text.
+
+        What the run saw is not held to the file's SHA-256: no reader depends on that.
+        """
+        try:
+            value = json.loads(text)
+            manifest = cls(
+                splits={name: _parse_split(split) for name, split in value["splits"].items()},
+                sealed=Seal.from_dict(value["sealed"]),
+                base=Seal.from_dict(value["base"]),
+                codec=Seal.from_dict(value["codec"]),
+                extracted=dict(value["extracted"]),
+            )
+            stated = value["hash"]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"is damaged ({error})") from error
+        if stated != manifest.hash:
+            raise ValueError("does not match its own hash: it was edited")
+        return manifest
 
 
 def split_manifest(
@@ -81,40 +113,7 @@ def split_manifest(
 
 def publish_manifest(cache: Path, manifest: Manifest) -> None:
     """Publish the manifest: from here on readers may open the cache."""
-    publish_json(cache / MANIFEST, manifest.to_dict())
-
-
-def sealed_files(cache: Path) -> tuple[FileRecord, ...]:
-    """Return the records of every file that was written before the first block.
-
-    Zarr takes a chunk that is not there for zeros, and an empty object for a group without
-    attributes; readers hold the files against these records.
-    """
-    folders = [cache / split / part for split in SPLITS for part in ("tokens", "documents")]
-    paths = [cache / split / "zarr.json" for split in SPLITS]
-    for folder in [*folders, cache / "base", cache / "codec"]:
-        paths += sorted(path for path in folder.rglob("*") if path.is_file())
-    return tuple(
-        FileRecord(
-            path=path.relative_to(cache).as_posix(),
-            bytes=path.stat().st_size,
-            sha256=hash_file(path),
-        )
-        for path in paths
-    )
-
-
-def check_files(cache: Path, records: Iterable[FileRecord]) -> None:
-    """Raise ``CacheError`` unless every file is there in its size; checksums hold its content."""
-    for record in records:
-        path = cache / record.path
-        size = path.stat().st_size if path.is_file() else None
-        if size != record.bytes:
-            found = "is missing" if size is None else f"has {size} bytes"
-            raise CacheError(
-                f"{path} {found}, expected {record.bytes} bytes: the cache is damaged. "
-                "Extract into a new folder."
-            )
+    publish_bytes(cache / MANIFEST, manifest.to_text().encode())
 
 
 def read_manifest(cache: Path) -> Manifest:
@@ -126,28 +125,12 @@ def read_manifest(cache: Path) -> Manifest:
             "extraction was stopped. Run the same 'embedcache extract' again: it resumes."
         )
     try:
-        value = json.loads(path.read_text())
-        manifest = Manifest(
-            splits={name: _parse_split(split) for name, split in value["splits"].items()},
-            files=_parse_files(value["files"]),
-            extracted=value["extracted"],
-        )
-        stated = value["hash"]
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CacheError(f"{path} is damaged ({error}): delete it and run extract again") from error
-    if stated != manifest.hash:
-        raise CacheError(
-            f"{path} does not match its own hash (states {stated[:12]}, is {manifest.hash[:12]}): "
-            "it was edited. Delete it and run the same 'embedcache extract' again."
-        )
-    return manifest
+        return Manifest.parse(path.read_bytes().decode())
+    except ValueError as error:
+        raise CacheError(f"{path} {error}. {WAY_OUT}") from error
 
 
 def _parse_split(value: dict[str, Any]) -> SplitManifest:
-    files = tuple(_parse_files(block) for block in value.pop("files"))
+    files = tuple(tuple(FileRecord(**record) for record in block) for block in value.pop("files"))
     quarantined = tuple(value.pop("quarantined"))
     return SplitManifest(files=files, quarantined=quarantined, **value)
-
-
-def _parse_files(records: list[dict[str, Any]]) -> tuple[FileRecord, ...]:
-    return tuple(FileRecord(**record) for record in records)

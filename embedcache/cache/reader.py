@@ -15,9 +15,17 @@ from embedcache.cache.arrays import chunk_rows
 from embedcache.cache.base_arrays import read_base_array, read_token_embedding
 from embedcache.cache.codecs import ARRAYS, STATELESS, ArraySpec, Codec, codec_name
 from embedcache.cache.coders import CODERS
-from embedcache.cache.damaged import reading
-from embedcache.cache.layout import ATTRIBUTE, CacheAttributes, ExtractSettings, shard_name
-from embedcache.cache.manifest import Manifest, SplitManifest, check_files, read_manifest
+from embedcache.cache.damaged import WAY_OUT, reading
+from embedcache.cache.layout import (
+    ATTRIBUTE,
+    CacheAttributes,
+    ExtractSettings,
+    shard_name,
+    token_chunks,
+)
+from embedcache.cache.manifest import Manifest, SplitManifest, read_manifest
+from embedcache.cache.records import check_files
+from embedcache.cache.sealed import Seal
 from embedcache.cache.shard import read_shard
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import Calibration, codecs_of
@@ -69,7 +77,12 @@ class SplitReader:
     """Reads one split of a cache."""
 
     def __init__(
-        self, cache: Path, name: str, attributes: CacheAttributes, manifest: SplitManifest
+        self,
+        cache: Path,
+        name: str,
+        attributes: CacheAttributes,
+        manifest: SplitManifest,
+        sealed: Seal,
     ):
         self.name = name
         self.manifest = manifest
@@ -80,6 +93,7 @@ class SplitReader:
         self._settings = attributes.settings
         self._specs = ARRAYS[codec_name(name, attributes.settings.codec)]
         self._tokens = SplitTokens(cache, name, self._rows)
+        self._sealed = {record.path: record for record in sealed.files}
         self._quarantined = np.array(manifest.quarantined, dtype=np.int64)
 
     def sequences(self, block: int) -> tuple[Array, Array, Array]:
@@ -92,6 +106,8 @@ class SplitReader:
 
     def tokens(self, block: int) -> tuple[Array, Array]:
         """Return (ids_N, loss_mask_N) of a block; N is the rows in use."""
+        names = token_chunks(self.name, block)
+        check_files(self._cache, (self._sealed[name] for name in names if name in self._sealed))
         return self._tokens.used(block)
 
     @cached_property
@@ -128,10 +144,11 @@ class SplitReader:
     def stored(self, block: int, taps: tuple[str, ...]) -> StoredBlock:
         """Read a block's tokens and integers.
 
-        Raises ``CacheError`` where a file is missing or of another size than the manifest states,
-        or where a chunk fails its checksum.
+        Raises ``CacheError`` where a file is missing or not the one that the manifest states, or
+        where a chunk fails its checksum.
         """
-        check_files(self._cache, self.manifest.files[block])
+        chunks = self._rows // chunk_rows(self._specs[0], self._rows)
+        check_files(self._cache, self.manifest.files[block], chunks=chunks)
         ids_N, loss_mask_N = self.tokens(block)
         with reading(self._cache / self.name):
             arrays = {
@@ -167,14 +184,23 @@ class SplitReader:
 class Cache:
     """A finished cache: its attributes, manifest, splits and the base's head.
 
-    Raises ``CacheError`` for a cache that is unfinished, of a newer schema, or lacks a file.
+    Raises ``CacheError`` for a cache that is unfinished, of a newer schema, or has metadata or a
+    table that is not as it was written. What belongs to one block is checked when that is read.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.attributes = read_attributes(path)
         self.manifest: Manifest = read_manifest(path)
-        check_files(path, self.manifest.files)
+        of_blocks = {
+            chunk
+            for name, split in self.manifest.splits.items()
+            for block in range(split.blocks)
+            for chunk in token_chunks(name, block)
+        }
+        self.manifest.sealed.check(path, but=of_blocks)
+        self.manifest.base.check(path)
+        self.manifest.codec.check(path)
 
     def split(self, name: str) -> SplitReader:
         """Return a split's reader; raises ``CacheError`` if it holds no sequence."""
@@ -185,7 +211,7 @@ class Cache:
                 f"{self.path} has no '{name}' split (it has: {', '.join(filled)}). Splits are by "
                 f"document: extract more documents, or give a corpus of its own with --{name}."
             )
-        return SplitReader(self.path, name, self.attributes, manifest)
+        return SplitReader(self.path, name, self.attributes, manifest, self.manifest.sealed)
 
     def has(self, name: str) -> bool:
         """Whether a split holds any sequence."""
@@ -225,5 +251,5 @@ def read_attributes(path: Path) -> CacheAttributes:
         raise CacheError(f"{path} is not an embedcache cache: expected {root} with its attributes")
     value = group.attrs[ATTRIBUTE]
     if not isinstance(value, dict):
-        raise CacheError(f"{root} holds damaged embedcache attributes: extract again")
+        raise CacheError(f"{root} holds damaged embedcache attributes. {WAY_OUT}")
     return CacheAttributes.from_dict(value, path=path)

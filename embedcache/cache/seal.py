@@ -17,6 +17,7 @@ import zarr
 from embedcache.cache.arrays import checked, create_arrays
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.layout import ATTRIBUTE, SPLITS, TABLE_CHUNK, CacheAttributes
+from embedcache.cache.sealed import Seal, publish_seal
 from embedcache.errors import UsageError
 from embedcache.files import fsync_path, publish_bytes
 
@@ -172,7 +173,7 @@ class Sealer:
             sealer.close()
 
     def seal(self, attributes: CacheAttributes, *, hidden: int) -> None:
-        """Create the empty embedding arrays, move all into place and publish the root attributes.
+        """Create the empty embedding arrays, move all into place and publish the seal and the root.
 
         Call after `close`. The root's ``zarr.json`` is published last: a cache without one has not
         been sealed, and pass 0 starts again.
@@ -190,9 +191,10 @@ class Sealer:
                 )
         self._root.attrs[ATTRIBUTE] = attributes.to_dict()
         fsync_tree(self._staging)
+        seal = Seal.of(self._staging, self._staging)
         for name in SPLITS:
             (self._staging / name).rename(self._cache / name)
-        fsync_path(self._cache)
+        publish_seal(self._cache, seal)
         publish_bytes(self._cache / "zarr.json", (self._staging / "zarr.json").read_bytes())
 
 

@@ -17,6 +17,7 @@ import google_crc32c
 import numpy as np
 
 from embedcache.cache.coders import Coder
+from embedcache.cache.damaged import WAY_OUT
 from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
@@ -115,4 +116,4 @@ def _checksum(data: bytes) -> bytes:
 
 
 def _damaged(path: Path, why: str) -> CacheError:
-    return CacheError(f"{path} is damaged ({why}): extract into a new folder")
+    return CacheError(f"{path} is damaged ({why}). {WAY_OUT}")

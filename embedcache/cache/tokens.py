@@ -10,7 +10,7 @@ import numpy as np
 import zarr
 
 from embedcache.cache.coders import CODERS
-from embedcache.cache.damaged import reading
+from embedcache.cache.damaged import WAY_OUT, reading
 from embedcache.cache.layout import ATTRIBUTE, TABLE_CHUNK
 from embedcache.cache.shard import read_chunk
 from embedcache.errors import CacheError
@@ -40,8 +40,7 @@ class SplitTokens:
             if isinstance(found, zarr.Array):
                 return np.asarray(found[:])
         raise CacheError(
-            f"{self._path}/{name} is missing or no array: the cache is damaged. "
-            "Extract into a new folder."
+            f"{self._path}/{name} is missing or no array: the cache is damaged. {WAY_OUT}"
         )
 
     def _chunk(self, name: str, number: int, dtype: str, shape: tuple[int, ...]) -> Array:

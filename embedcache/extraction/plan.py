@@ -12,7 +12,7 @@ import torch
 
 from embedcache import __version__
 from embedcache.base.identity import BaseIdentity
-from embedcache.cache.layout import CODEC, SPLITS, STAGING, CacheAttributes, ExtractSettings
+from embedcache.cache.layout import CODEC, SEALED, SPLITS, STAGING, CacheAttributes, ExtractSettings
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.seal import Sealer
 from embedcache.corpus.config import CorpusConfig
@@ -48,7 +48,9 @@ def _left_behind(path: Path) -> bool:
     """Whether a path in an unsealed folder is what a pass 0 that was killed leaves there."""
     if path.name in SPLITS:
         return (path / "zarr.json").is_file() and (path / "tokens").is_dir()
-    return path.name in (LOCK, STAGING) or path.name.startswith(".zarr.json.")
+    if path.name in (LOCK, STAGING, SEALED):
+        return True
+    return path.name.startswith((".zarr.json.", f".{SEALED}."))
 
 
 def seal_corpus(
@@ -71,15 +73,7 @@ def seal_corpus(
     try:
         staging.mkdir(parents=True)
         sealer = Sealer(out, staging, settings.block_tokens)
-        reader = CorpusReader(corpus, tokenizer)
-        with progress.bar("tokenising", None, "tok") as bar:
-            for document in reader:
-                sequences = [(s.ids, s.loss_mask, s.span) for s in document.sequences]
-                sealer.splits[document.split].append_document(
-                    document.index, document.name, sequences
-                )
-                bar.advance(sum(len(ids) for ids, _, _ in sequences))
-        sealer.close()
+        reader = tokenise(sealer, corpus, tokenizer, progress)
         if check_disk:
             tokens = {name: split.tokens for name, split in sealer.splits.items()}
             require_floor(tokens, settings, identity.hidden_size, out)
@@ -104,8 +98,23 @@ def unseal(out: Path) -> None:
     _clear(out)
 
 
+def tokenise(
+    sealer: Sealer, corpus: CorpusConfig, tokenizer: Any, progress: Progress
+) -> CorpusReader:
+    """Write the tokens of a corpus to the sealer's staging folder; the reader has the counts."""
+    reader = CorpusReader(corpus, tokenizer)
+    with progress.bar("tokenising", None, "tok") as bar:
+        for document in reader:
+            sequences = [(s.ids, s.loss_mask, s.span) for s in document.sequences]
+            sealer.splits[document.split].append_document(document.index, document.name, sequences)
+            bar.advance(sum(len(ids) for ids, _, _ in sequences))
+    sealer.close()
+    return reader
+
+
 def _clear(out: Path) -> None:
     """Remove what a pass 0 wrote that was never sealed."""
+    (out / SEALED).unlink(missing_ok=True)
     for leftover in (out / STAGING, out / CODEC, *(out / split for split in SPLITS)):
         shutil.rmtree(leftover, ignore_errors=True)
 

@@ -9,16 +9,26 @@ import torch
 
 from embedcache.base.load import Base
 from embedcache.base.taps import is_tied, token_embedding_of
-from embedcache.cache.base_arrays import base_array_bytes
-from embedcache.cache.commit import FileRecord, Marker
-from embedcache.cache.layout import COMMITS, MANIFEST, STAGING, shard_name
+from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, base_array_bytes
+from embedcache.cache.commit import Marker
+from embedcache.cache.layout import MANIFEST, STAGING, shard_name
+from embedcache.cache.manifest import Manifest, SplitManifest
+from embedcache.cache.records import FileRecord
+from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.extraction.forward import CHECK_EVERY
 from embedcache.extraction.measure import Encoded, Item, Measured
 from embedcache.extraction.prediction import Prediction, free_disk
 
-RECORD_BYTES = 145
-"""Of a file's record in the manifest, beside its path."""
+EXTRACTED = (
+    "self_check",
+    "tokens",
+    "seconds",
+    "tokens_per_second",
+    "predicted_bytes",
+    "predicted_seconds",
+)
+"""What the manifest says of the run."""
 BASE_METADATA_BYTES = 280
 """Of the groups under ``base``."""
 
@@ -77,16 +87,14 @@ def predict(
     tokens = tokens_to_go(splits, todo)
     files = _files(folder)
     there = sum(files.values())
-    records = sum(RECORD_BYTES + len(name) for name in files if not name.startswith(COMMITS))
     to_go = 0.0 if base is None or (folder / "base").is_dir() else _base_bytes(base)
     to_go += codec_bytes
     for name, encoded in measured.encoded.items():
         blocks = sum(1 for split, _ in todo if split == name)
-        marker, record = _marker_bytes(name, splits[name].blocks, encoded)
+        marker = len(_marker(name, splits[name].blocks, encoded).to_json())
         to_go += tokens[name] * encoded.row_bytes + blocks * (encoded.block_bytes + marker)
-        records += blocks * record
     if MANIFEST not in files:
-        to_go += records
+        to_go += _manifest_bytes(folder, splits, measured, base)
     seconds = _seconds(tokens, todo, measured, device)
     count = sum(tokens.values())
     return Prediction(
@@ -121,19 +129,61 @@ def _base_bytes(base: Base) -> int:
     return BASE_METADATA_BYTES + sum(base_array_bytes(tensor) for tensor in tensors)
 
 
-def _marker_bytes(split: str, blocks: int, encoded: Encoded) -> tuple[int, int]:
-    """Return the bytes of a block's marker, and of its records in the manifest."""
+def _marker(split: str, blocks: int, encoded: Encoded) -> Marker:
+    """Return a marker such as a block in the middle of the split will have."""
     names = [shard_name(f"{split}/{array}", blocks // 2, 2) for array in encoded.arrays]
-    size = int(encoded.block_bytes + encoded.row_bytes)
-    marker = Marker(
+    return Marker(
         split=split,
         block=blocks // 2,
         generation=0,
         attempt="0" * 32,
-        files=tuple(FileRecord(path=name, bytes=size, sha256="0" * 64) for name in names),
+        files=tuple(_record(name, int(encoded.block_bytes + encoded.row_bytes)) for name in names),
         quarantined=(),
     )
-    return len(marker.to_json()), sum(RECORD_BYTES + len(name) for name in names)
+
+
+def _record(name: str, size: int) -> FileRecord:
+    return FileRecord(path=name, bytes=size, sha256="0" * 64, crc32c="0" * 8)
+
+
+def _manifest_bytes(
+    folder: Path, splits: dict[str, SplitTokens], measured: Measured, base: Base | None
+) -> int:
+    """Return what the manifest will take, from one such as it will be, with a block a split."""
+    files = {
+        name: ()
+        if (found := measured.encoded.get(name)) is None
+        else (_marker(name, splits[name].blocks, found).files,)
+        for name in splits
+    }
+
+    def text(blocks: dict[str, tuple[tuple[FileRecord, ...], ...]]) -> int:
+        manifest = Manifest(
+            splits={
+                name: SplitManifest(files=blocks[name], quarantined=(), **split.totals)
+                for name, split in splits.items()
+            },
+            sealed=read_seal(folder),
+            base=_base_seal(folder, base),
+            codec=Seal(files=(), metadata={}),
+            extracted=dict.fromkeys(EXTRACTED, 0.12345),
+        )
+        return len(manifest.to_text())
+
+    empty = text(dict.fromkeys(splits, ()))
+    each = {name: text(dict.fromkeys(splits, ()) | {name: files[name]}) - empty for name in splits}
+    return empty + sum(split.blocks * each[name] for name, split in splits.items())
+
+
+def _base_seal(folder: Path, base: Base | None) -> Seal:
+    """Return the seal of what is kept of the base, or one like it."""
+    if base is None or (folder / "base").is_dir():
+        return Seal.of(folder, folder / "base")
+    rows = base.head.weight_VH.shape[0] * (1 if is_tied(base.model) else 2)
+    names = [f"base/head/weight/c/{chunk}/0" for chunk in range(-(-rows // CHUNK_ROWS))]
+    files = tuple(_record(name, 10**6) for name in names)
+    metadata = {f"base/head/{number}/zarr.json": "0" * METADATA_BYTES for number in range(2)}
+    return Seal(files=files, metadata=metadata)
 
 
 def _seconds(

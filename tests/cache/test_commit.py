@@ -196,10 +196,10 @@ def test_markers_of_another_cache_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": 3}', "\xff"])
-def test_a_damaged_marker_says_what_to_delete(tmp_path: Path, text: str) -> None:
+def test_a_damaged_marker_says_what_to_type(tmp_path: Path, text: str) -> None:
     commit_block(BlockWriter(tmp_path), 1)
     marker_path(tmp_path, "train", 0).write_bytes(text.encode("latin-1"))
-    with pytest.raises(CacheError, match=r"Delete that file and run"):
+    with pytest.raises(CacheError, match=r"with --repair"):
         recover(tmp_path, "train", 1)
 
 

@@ -72,7 +72,8 @@ def test_a_damaged_file_is_refused_by_name(copied: Path, name: str, harm: str) -
     with pytest.raises(CacheError) as refused:
         read_all(copied)
     found = str(refused.value)
-    assert "Extract" in found or "extract" in found
+    assert "Run 'embedcache verify CACHE --deep'" in found
+    assert "the same 'embedcache extract' with --repair" in found
     assert str(path.parent.parent if harm == "flipped" else path).rstrip("/c") in found
 
 
@@ -111,8 +112,9 @@ def edit_json(path: Path, *keys: Any, value: Any) -> None:
         (("splits", "train", "tokens"), 1),
         (("splits", "train", "quarantined"), [0]),
         (("splits", "train", "files", 0, 0, "sha256"), "0" * 64),
-        (("files", 0, "bytes"), 1),
-        (("files",), []),
+        (("sealed", "files", 0, "bytes"), 1),
+        (("sealed", "metadata", "zarr.json"), "{}"),
+        (("base", "files"), []),
         (("hash",), "0" * 64),
     ],
 )
@@ -123,7 +125,7 @@ def test_an_edited_manifest_is_refused(copied: Path, keys: tuple[Any, ...], valu
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "{}", "3", '{"splits": [], "files": [], "hash": "", "extracted": {}}']
+    "text", ["", "{", "[]", "{}", "3", '{"splits": [], "hash": "", "extracted": {}}']
 )
 def test_a_damaged_manifest_is_refused(copied: Path, text: str) -> None:
     (copied / MANIFEST).write_text(text)

@@ -1,0 +1,210 @@
+"""What ``extract --repair`` does before it computes: puts back what can be, finds what cannot.
+
+What is sound is never moved or removed before its successor is in place, and each step may be cut
+short: the next run finds what is left to do as it found the damage, by `verify`.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from embedcache.cache.commit import (
+    BlockWriter,
+    Marker,
+    clear_staging,
+    committed_blocks,
+    drop_superseded,
+    newest_generations,
+    promote,
+)
+from embedcache.cache.layout import CODEC, MANIFEST, SEALED, SPLITS, STAGING, ExtractSettings
+from embedcache.cache.manifest import Manifest, read_manifest
+from embedcache.cache.records import FileRecord, content_fault
+from embedcache.cache.seal import Sealer
+from embedcache.cache.sealed import METADATA, Seal, metadata_fault, publish_seal, read_seal
+from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.verify import Verification, verify
+from embedcache.corpus.config import CorpusConfig
+from embedcache.errors import CacheError
+from embedcache.extraction.plan import tokenise
+from embedcache.files import fsync_path, make_folder, publish_bytes
+from embedcache.progress import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mended:
+    """What is left to compute: every block without a marker here, and the base's if ``base``.
+
+    ``extracted`` is what the first run saw, where the manifest that says so is sound.
+    """
+
+    markers: dict[str, dict[int, Marker]]
+    base: bool
+    extracted: dict[str, Any] | None
+
+
+def restore_metadata(out: Path) -> None:
+    """Put every ``zarr.json`` back that pass 0 wrote, so that the cache can be opened.
+
+    Raises ``CacheError`` where ``out`` is no cache, or nothing in it says what it held.
+    """
+    if not any((out / name).is_file() for name in (METADATA, MANIFEST, SEALED)):
+        raise CacheError(f"{out} holds no cache to repair: run 'embedcache extract' without it")
+    for name, text in _vouched(out)[1].metadata.items():
+        if metadata_fault(out / name, text) is not None:
+            publish_bytes(out / name, text.encode())
+
+
+def _vouched(out: Path) -> tuple[Manifest | None, Seal]:
+    """Return the manifest, where it can be trusted, and the seal of pass 0, from either file."""
+    try:
+        manifest = read_manifest(out)
+    except (CacheError, OSError):
+        manifest = None
+    if manifest is not None:
+        return manifest, manifest.sealed
+    try:
+        return None, read_seal(out)
+    except CacheError as error:
+        raise CacheError(
+            f"{out} cannot be repaired: nothing says what its tokens were, as neither {MANIFEST} "
+            f"nor {SEALED} is whole. Restore one of them, or extract into a new folder."
+        ) from error
+
+
+def mend(
+    out: Path,
+    corpus: CorpusConfig,
+    load_tokenizer: Callable[[], Any],
+    settings: ExtractSettings,
+    progress: Progress,
+) -> Mended | None:
+    """Restore everything but embeddings; return what is to be computed, None if nothing is.
+
+    Call under the writer's lock, after `restore_metadata`. Raises ``CacheError`` where sealed
+    tokens are damaged and the corpus no longer yields them, or the codec's calibration is; nothing
+    is changed then.
+    """
+    for split in SPLITS:
+        for marker in _sound_markers(out, split).values():
+            promote(out, marker)  # what a repair that was stopped had committed
+    found = verify(out, deep=True, progress=progress)
+    if found.complete and not found.faults:
+        progress.say("nothing is damaged")
+        for split in SPLITS:
+            drop_superseded(out, split)
+        clear_staging(out)
+        return None
+    for fault in found.faults:
+        progress.say(f"damaged: {fault}")
+    manifest, seal = _vouched(out)
+    kinds = {fault.kind for fault in found.faults}
+    if "codec" in kinds:
+        raise CacheError(
+            f"the calibration in {out / CODEC} is damaged, and every train block was coded with "
+            "it: restore that folder from a copy, or extract into a new folder."
+        )
+    _restore_tokens(out, found, seal, corpus, load_tokenizer, settings, progress)
+    if any(fault.kind == "seal" for fault in found.faults):
+        publish_seal(out, seal)
+    return Mended(
+        markers={split: _mend_blocks(out, split, found, manifest, settings) for split in SPLITS},
+        base=manifest is None or "base" in kinds,
+        extracted=None if manifest is None or "manifest" in kinds else manifest.extracted,
+    )
+
+
+def _restore_tokens(
+    out: Path,
+    found: Verification,
+    seal: Seal,
+    corpus: CorpusConfig,
+    load_tokenizer: Callable[[], Any],
+    settings: ExtractSettings,
+    progress: Progress,
+) -> None:
+    """Run pass 0 again beside the cache, and take from it the files that are damaged."""
+    damaged = {fault.file for fault in found.faults if fault.kind == "sealed"}
+    if not damaged:
+        return
+    records = [record for record in seal.files if record.path in damaged]
+    staging = out / STAGING / "pass0"
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        sealer = Sealer(out, staging, settings.block_tokens)
+        tokenise(sealer, corpus, load_tokenizer(), progress)
+        for record in records:
+            if not _whole(staging, (record,)):
+                raise CacheError(
+                    f"{out / record.path} is damaged, and the corpus no longer yields the tokens "
+                    "that it held: expected the corpus (and the versions of embedcache and zarr) "
+                    "that the cache was made from. Restore the corpus or that file, or extract "
+                    "into a new folder."
+                )
+        for record in records:
+            target = out / record.path
+            fsync_path(staging / record.path)
+            make_folder(target.parent)
+            (staging / record.path).replace(target)
+            fsync_path(target.parent)
+    finally:
+        shutil.rmtree(staging)
+
+
+def _mend_blocks(
+    out: Path,
+    split: str,
+    found: Verification,
+    manifest: Manifest | None,
+    settings: ExtractSettings,
+) -> dict[int, Marker]:
+    """Return the marker of every sound block; one that was lost is written anew."""
+    tokens = SplitTokens(out, split, settings.block_tokens)
+    markers = _sound_markers(out, split)
+    newest = newest_generations(out, split)
+    writer = BlockWriter(out)
+    for block in {fault.block for fault in found.faults if fault.split == split}:
+        assert block is not None
+        marker = markers.pop(block, None)
+        if marker is not None and _whole(out, marker.files):
+            markers[block] = marker  # of a repair that was stopped before its manifest
+        elif manifest is not None and _whole(out, manifest.splits[split].files[block]):
+            first, stop = (int(v) for v in tokens.block_starts[block : block + 2])
+            markers[block] = writer.renew(
+                split,
+                block,
+                manifest.splits[split].files[block],
+                quarantined=tuple(
+                    s for s in manifest.splits[split].quarantined if first <= s < stop
+                ),
+                generation=newest.get(block, -1) + 1,
+            )
+    writer.close()
+    for block, path in committed_blocks(out, split).items():
+        if block >= tokens.blocks:
+            path.unlink()
+            markers.pop(block, None)
+    return markers
+
+
+def _whole(out: Path, records: tuple[FileRecord, ...]) -> bool:
+    """Whether every file is there with its SHA-256."""
+    return all(content_fault(out, record) is None for record in records)
+
+
+def _sound_markers(out: Path, split: str) -> dict[int, Marker]:
+    """Return the newest markers that can be read and are in their own place."""
+    markers = {}
+    for block, path in committed_blocks(out, split).items():
+        try:
+            marker = Marker.read(path)
+        except (CacheError, OSError):
+            continue  # told by verify
+        if (marker.split, f"{marker.block:08d}.{marker.generation}.json") == (split, path.name):
+            markers[block] = marker
+    return markers

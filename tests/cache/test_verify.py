@@ -1,0 +1,266 @@
+"""Whatever happens to a cache's files, ``verify`` names it and no reader serves it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_faults import harm, names_in, served
+from fixtures_extract import flip_byte
+
+from embedcache.cache import records
+from embedcache.cache.codecs import ARRAYS, ArraySpec
+from embedcache.cache.commit import BlockWriter, Marker
+from embedcache.cache.layout import MANIFEST, SCHEMA, SEALED, marker_path
+from embedcache.cache.manifest import publish_manifest, read_manifest
+from embedcache.cache.sealed import publish_seal
+from embedcache.cache.verify import Fault, verify
+from embedcache.errors import CacheError, EmbedcacheError
+from embedcache.files import hash_file
+
+SHARD = "train/embeddings/final/c/1/0"
+
+
+@pytest.fixture(scope="session")
+def undamaged(caches: dict[str, Path]) -> dict[str, bytes]:
+    return served(caches["int8"])
+
+
+def told(cache: Path, *, deep: bool = False) -> list[str]:
+    return [str(fault) for fault in verify(cache, deep=deep).faults]
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_whole_cache_has_no_fault(caches: dict[str, Path], codec: str, deep: bool) -> None:
+    found = verify(caches[codec], deep=deep)
+    assert found.faults == ()
+    assert found.complete
+    assert found.committed == found.blocks > 5
+    files = [name for name in names_in(caches[codec]) if not name.startswith("commits/")]
+    assert found.files == len(files) - 2  # less the manifest and the seal
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        *range(45),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(45, 300)),
+    ],
+)
+def test_a_random_fault_is_named_and_never_served(
+    copied: Path, undamaged: dict[str, bytes], seed: int
+) -> None:
+    damage = harm(copied, seed)
+    found = verify(copied, deep=True)
+    assert {fault.file for fault in found.faults} & set(damage.files), (damage, found.faults)
+    assert len(found.faults) <= 3, found.faults  # and it names little else
+    try:
+        read = served(copied)
+    except EmbedcacheError:
+        return
+    assert read == undamaged, damage
+
+
+@pytest.mark.parametrize("deep", [False, True])
+def test_a_report_names_the_block_the_file_and_why(copied: Path, deep: bool) -> None:
+    flip_byte(copied / SHARD)
+    expected = [f"train block 1: {SHARD} fails its SHA-256"] if deep else []
+    assert told(copied, deep=deep) == expected
+
+
+def edit_json(path: Path, *keys: Any, value: Any) -> None:
+    whole = entry = json.loads(path.read_text())
+    for key in keys[:-1]:
+        entry = entry[key]
+    entry[keys[-1]] = value
+    path.write_text(json.dumps(whole, indent=2))
+
+
+FINAL = ("train/embeddings/final/zarr.json",)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys", "value", "why"),
+    [
+        ("zarr.json", ("attributes", "embedcache", "settings", "codec"), "bf16", "settings.codec"),
+        ("dev/zarr.json", ("attributes", "embedcache", "tokens"), 1, "embedcache.tokens"),
+        (*FINAL, ("codecs",), [], "was edited (codecs)"),
+        (*FINAL, ("fill_value",), 1, "was edited (fill_value)"),
+        (*FINAL, ("shape",), [256, 32], "was edited (shape)"),
+        (*FINAL, ("data_type",), "uint8", "was edited (data_type)"),
+        ("base/head/zarr.json", ("attributes", "scale"), 2.0, "attributes.scale"),
+        (MANIFEST, ("extracted", "seconds"), 1e9, "does not match its own SHA-256"),
+        (MANIFEST, ("splits", "dev", "tokens"), 1, "does not match its own hash"),
+        (SEALED, ("files", 0, "bytes"), 1, "does not match its own SHA-256"),
+        ("commits/dev/00000000.0.json", ("quarantined",), [0], "does not match its own SHA-256"),
+    ],
+)
+def test_edits_are_found_without_reading_embeddings(
+    copied: Path, name: str, keys: tuple[Any, ...], value: Any, why: str
+) -> None:
+    edit_json(copied / name, *keys, value=value)
+    (line,) = told(copied)
+    assert name in line
+    assert why in line
+
+
+def noise(seed: int) -> dict[str, tuple[ArraySpec, np.ndarray[Any, Any]]]:
+    """A train block that does not compress: its shards are of one size, whatever they hold."""
+    draw = np.random.default_rng(seed)
+    arrays = {}
+    for tap in ("final", "layer_1"):
+        for spec in ARRAYS["int8"]:
+            columns = (32,) if spec.wide else ()
+            dtype = np.dtype(spec.dtype)
+            values = np.frombuffer(draw.bytes(256 * dtype.itemsize * (32 if columns else 1)), dtype)
+            arrays[f"{spec.group}/{tap}"] = (spec, values.reshape(256, *columns))
+    return arrays
+
+
+def test_shards_of_one_size_that_changed_places_are_found_and_not_read(copied: Path) -> None:
+    """Every checksum inside the files holds, and every size."""
+    writer = BlockWriter(copied)
+    blocks = [writer.commit("train", block, noise(block), generation=1) for block in (0, 1)]
+    writer.close()
+    before = read_manifest(copied)
+    train = before.splits["train"]
+    files = (*(marker.files for marker in blocks), *train.files[2:])
+    splits = before.splits | {"train": replace(train, files=files)}
+    publish_manifest(copied, replace(before, splits=splits))
+    assert told(copied, deep=True) == []
+    first, second = copied / SHARD, copied / "train/embeddings/final/c/0/0"
+    one, other = first.read_bytes(), second.read_bytes()
+    assert len(one) == len(other)
+    first.write_bytes(other)
+    second.write_bytes(one)
+    assert [fault.block for fault in verify(copied).faults] == [0, 1]
+    with pytest.raises(CacheError, match=rf"{second} holds other chunks.*--repair"):
+        served(copied)
+
+
+def test_a_marker_that_was_made_for_other_files_disagrees(copied: Path) -> None:
+    path = marker_path(copied, "train", 0)
+    marker = Marker.read(path)
+    writer = BlockWriter(copied)
+    writer.renew("train", 0, marker.files[1:], quarantined=(), generation=1)
+    writer.renew(
+        "dev", 0, Marker.read(marker_path(copied, "dev", 0)).files, quarantined=(2,), generation=3
+    )
+    writer.close()
+    assert told(copied) == [
+        "train block 0: commits/train/00000000.1.json does not name the files that manifest.json "
+        "names",
+        "dev block 0: commits/dev/00000000.3.json puts sequences aside that manifest.json does not",
+    ]
+
+
+def test_a_manifest_or_seal_of_its_own_that_says_another_thing_disagrees(copied: Path) -> None:
+    """Both are whole, as far as their own hashes tell."""
+    manifest = read_manifest(copied)
+    train = replace(manifest.splits["train"], quarantined=(1,))
+    publish_manifest(copied, replace(manifest, splits=manifest.splits | {"train": train}))
+    publish_seal(copied, replace(manifest.sealed, files=manifest.sealed.files[1:]))
+    assert told(copied) == [
+        "sealed.json does not name the files that manifest.json names",
+        "manifest.json puts 'train' sequences aside that no marker does",
+    ]
+
+
+def test_what_the_disk_cannot_read_is_named(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(path: Path) -> str:
+        if path == copied / SHARD or "dev/tokens/ids/c" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return hash_file(path)
+
+    monkeypatch.setattr(records, "hash_file", failing)
+    first, *_, last = told(copied, deep=True)
+    assert first == "dev/tokens/ids/c/0 cannot be read (Input/output error)"
+    assert last == f"train block 1: {SHARD} cannot be read (Input/output error)"
+
+
+def test_a_newer_schema_says_so(copied: Path) -> None:
+    (copied / MANIFEST).write_text("of another make")
+    (copied / SEALED).write_text("of another make")
+    edit_json(copied / "zarr.json", "attributes", "embedcache", "schema", value=SCHEMA + 1)
+    with pytest.raises(CacheError, match=r"pip install --upgrade"):
+        verify(copied)
+
+
+def test_a_marker_in_anothers_place_is_found(copied: Path) -> None:
+    shutil.copy(marker_path(copied, "train", 1), marker_path(copied, "train", 0))
+    shutil.copy(marker_path(copied, "train", 1), marker_path(copied, "train", 99))
+    first, second = told(copied)
+    assert first == (
+        "train block 0: commits/train/00000000.0.json is the marker of train block 1, moved"
+    )
+    assert "00000099.0.json is of no block" in second
+
+
+def test_a_shard_that_decodes_to_nothing_is_found_though_its_hash_holds(copied: Path) -> None:
+    """What a writer gone wrong would leave: recorded as it is, but no shard of this array."""
+    (copied / MANIFEST).unlink()
+    writer = BlockWriter(copied)
+    arrays = {
+        name: (spec, values[:, :8] if spec.wide else values)
+        for name, (spec, values) in noise(0).items()
+    }
+    writer.commit("train", 0, arrays, generation=1)
+    writer.close()
+    lines = [line for line in told(copied, deep=True) if "train block 0" in line]
+    assert len(lines) == 2
+    assert all("does not decode" in line for line in lines)
+
+
+def test_an_unfinished_cache_says_so_and_has_its_blocks_verified(copied: Path) -> None:
+    (copied / MANIFEST).unlink()
+    marker_path(copied, "train", 0).unlink()
+    found = verify(copied, deep=True)
+    assert not found.complete
+    assert found.committed == found.blocks - 1
+    assert found.faults == ()
+    flip_byte(copied / SHARD)
+    flip_byte(copied / "train/tokens/ids/c/0")
+    assert told(copied, deep=True) == [
+        "train/tokens/ids/c/0 fails its SHA-256",
+        f"train block 1: {SHARD} fails its SHA-256",
+    ]
+
+
+def test_a_block_that_waits_in_staging_is_sound(copied: Path) -> None:
+    (copied / MANIFEST).unlink()
+    marker_path(copied, "train", 0).unlink()
+    marker = Marker.read(marker_path(copied, "train", 1))
+    staged = copied / ".staging" / marker.attempt / SHARD
+    staged.parent.mkdir(parents=True)
+    (copied / SHARD).rename(staged)
+    assert told(copied, deep=True) == []
+    staged.unlink()
+    assert told(copied) == [f"train block 1: {SHARD} is missing"]
+
+
+def test_a_manifest_that_is_gone_is_told_from_one_not_written_yet(copied: Path) -> None:
+    (copied / MANIFEST).unlink()
+    (line,) = told(copied)
+    assert line.startswith("manifest.json is missing, and all ")
+
+
+def test_without_manifest_and_seal_nothing_vouches(copied: Path) -> None:
+    os.truncate(copied / MANIFEST, 100)
+    (copied / SEALED).unlink()
+    faults = verify(copied).faults
+    assert [fault.file for fault in faults] == [MANIFEST, SEALED]
+    assert isinstance(faults[0], Fault)
+
+
+def test_what_is_no_cache_says_so(tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"no such cache"):
+        verify(tmp_path / "absent")
+    with pytest.raises(CacheError, match=r"not an embedcache cache"):
+        verify(tmp_path)

@@ -1,0 +1,401 @@
+"""``extract --repair`` gives back the undisturbed cache, whatever was damaged, wherever it died."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from cache_faults import harm, names_in, served
+from fixtures_extract import (
+    comparable_tree,
+    corpus_config,
+    flip_byte,
+    small_flags,
+    small_settings,
+    start_command,
+    write_documents,
+)
+from tiny import tiny_base_directory
+
+import embedcache.extract as stage_one
+from embedcache.cache import commit
+from embedcache.cache.codecs import ARRAYS, ArraySpec
+from embedcache.cache.layout import MANIFEST, SEALED, SPLITS, STAGING, marker_path
+from embedcache.cache.manifest import publish_manifest, read_manifest, split_manifest
+from embedcache.cache.reader import Cache
+from embedcache.cache.verify import verify
+from embedcache.errors import CacheError, CorpusError, EmbedcacheError, OutputError
+from embedcache.extract import extract
+from embedcache.extraction import repair, store_base
+from embedcache.extraction.forward import BlockForward
+from embedcache.files import hash_file
+
+SHARD = "train/embeddings/final/c/2/0"
+TOKENS = "train/tokens/ids/c/1"
+HEAD = "base/head/weight/c/0/0"
+
+
+class KilledError(BaseException):
+    """Stands for a process that is gone."""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
+    """A base, a corpus, and the cache of an undisturbed run: int8, two taps."""
+    root = tmp_path_factory.mktemp("repair")
+    tiny_base_directory(root / "base")
+    write_documents(root / "corpus", 12, words=120)
+    run(root, root / "undisturbed")
+    return root
+
+
+def run(place: Path, out: Path, **more: Any) -> Any:
+    return extract(
+        more.pop("corpus", None) or corpus_config(place / "corpus"),
+        base=str(place / "base"),
+        out=out,
+        settings=small_settings(codec="int8", taps=("final", "layer_1")),
+        device="cpu",
+        **more,
+    )
+
+
+@pytest.fixture
+def out(place: Path, tmp_path: Path) -> Path:
+    """A copy of the cache that a test may damage."""
+    return shutil.copytree(place / "undisturbed", tmp_path / "cache")
+
+
+def content(cache: Path) -> dict[str, bytes]:
+    """Every file but the markers, which state a generation and an attempt of their own."""
+    tree = comparable_tree(cache)
+    return {name: data for name, data in tree.items() if not name.startswith("commits/")}
+
+
+def restored(place: Path, out: Path) -> None:
+    """Check that a cache is the undisturbed one again."""
+    assert content(out) == content(place / "undisturbed")
+    assert verify(out, deep=True).faults == ()
+    assert Cache(out).manifest.hash == Cache(place / "undisturbed").manifest.hash
+    assert served(out) == served(place / "undisturbed")
+    blocks = sum(split.blocks for split in Cache(out).manifest.splits.values())
+    assert sum(1 for _ in out.glob("commits/*/*")) == blocks
+    assert not (out / STAGING).exists()
+
+
+@pytest.mark.parametrize(
+    "seed",
+    [
+        *range(18),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(18, 300)),
+    ],
+)
+def test_a_random_fault_is_repaired(place: Path, out: Path, seed: int) -> None:
+    harm(out, seed)
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Return a list that grows by one for each block computed."""
+    calls: list[int] = []
+    forward = BlockForward.__call__
+
+    def counted(self: BlockForward, *given: Any) -> Any:
+        calls.append(1)
+        return forward(self, *given)
+
+    monkeypatch.setattr(BlockForward, "__call__", counted)
+    return calls
+
+
+def identities(cache: Path) -> dict[str, tuple[int, int]]:
+    """Return what changes when a file is written again, by name."""
+    stats = {name: (cache / name).stat() for name in names_in(cache)}
+    return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
+
+
+def test_only_what_is_damaged_is_made_anew(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, before = computed(monkeypatch), identities(out)
+    flip_byte(out / SHARD)
+    (out / "dev/embeddings/layer_1/c/0/0").unlink()
+    marker_path(out, "train", 0).unlink()
+    flip_byte(out / TOKENS)
+    extracted = read_manifest(out).extracted
+    summary = run(place, out, repair=True)
+    assert len(calls) == 2
+    assert read_manifest(out).extracted == extracted
+    assert summary.resumed_blocks == summary.blocks - 2
+    restored(place, out)
+    changed = {name for name, was in identities(out).items() if before.get(name) != was}
+    blocks = {
+        f"{split}/{kind}/{tap}/c/{block}"
+        for split, kind, tap, block in (
+            ("train", kind, tap, "2")
+            for kind in ("embeddings", "scale")
+            for tap in ("final", "layer_1")
+        )
+    }
+    assert {name for name in changed if name.removesuffix("/0") not in blocks} == {
+        "commits/train/00000002.1.json",
+        "commits/dev/00000000.1.json",
+        "commits/train/00000000.0.json",
+        "dev/embeddings/final/c/0/0",
+        "dev/embeddings/layer_1/c/0/0",
+        TOKENS,
+        MANIFEST,
+    }
+
+
+def test_a_sound_cache_is_left_as_it_is(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, before = computed(monkeypatch), identities(out)
+    run(place, out, repair=True)
+    assert identities(out) == before
+    assert calls == []
+
+
+def test_an_unfinished_cache_is_repaired_and_goes_on(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = computed(monkeypatch)
+    (out / MANIFEST).unlink()
+    marker_path(out, "train", 1).unlink()
+    flip_byte(marker_path(out, "train", 3))
+    flip_byte(out / SHARD)
+    flip_byte(out / HEAD)
+    flip_byte(out / TOKENS)
+    (out / "zarr.json").unlink()
+    run(place, out, repair=True)
+    assert len(calls) == 3
+    restored(place, out)
+
+
+def test_many_faults_at_once(place: Path, out: Path) -> None:
+    for name in names_in(out):
+        if "/tokens/" in name or "/documents/" in name or name.startswith("base"):
+            (out / name).unlink()
+        elif name.endswith("zarr.json"):
+            (out / name).write_text("{}")
+        elif name.endswith("0"):
+            flip_byte(out / name)
+    (out / SEALED).unlink()
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def stopping(function: Any, call: int) -> Any:
+    """Return ``function``, killed before its ``call``-th call."""
+    calls = 0
+
+    def stopped(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            raise KilledError
+        return function(*arguments, **more)
+
+    return stopped
+
+
+STEPS = [
+    pytest.param(repair, "publish_bytes", 2, id="metadata is being restored"),
+    pytest.param(repair, "tokenise", 1, id="pass 0 is to run again"),
+    pytest.param(repair, "fsync_path", 2, id="tokens are being restored"),
+    pytest.param(repair, "publish_seal", 1, id="the seal is to be restored"),
+    pytest.param(commit.os, "link", 1, id="a lost marker is to be renewed"),
+    pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
+    pytest.param(store_base, "fsync_path", 1, id="the base is in place"),
+    pytest.param(commit, "write_shard", 6, id="a shard is to be staged"),
+    pytest.param(commit.os, "link", 3, id="a block is staged"),
+    pytest.param(commit, "promote", 2, id="a marker is linked"),
+    pytest.param(commit, "fsync_path", 9, id="a block is being promoted"),
+    pytest.param(stage_one, "publish_manifest", 1, id="all blocks are there"),
+    pytest.param(stage_one, "drop_superseded", 1, id="the manifest is there"),
+    pytest.param(stage_one, "clear_staging", 2, id="old markers are gone"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "call"), STEPS)
+def test_stopped_at_each_step_nothing_sound_is_lost_and_it_goes_on(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int
+) -> None:
+    for damaged in ("zarr.json", "train/zarr.json"):
+        (out / damaged).write_text("{}")
+    (out / SEALED).unlink()
+    marker_path(out, "train", 0).unlink()
+    for damaged in (SHARD, "dev/embeddings/final/c/0/0", TOKENS, HEAD):
+        flip_byte(out / damaged)
+    faults = {fault.file for fault in verify(out, deep=True).faults}
+    with monkeypatch.context() as patch:
+        patch.setattr(commit.BlockWriter, "close", lambda self: None)
+        patch.setattr(module, name, stopping(getattr(module, name), call))
+        with pytest.raises(KilledError):
+            run(place, out, repair=True)
+    left = [fault for fault in verify(out, deep=True).faults if fault.kind != "base"]
+    # a block whose new marker is linked before its files are in place has all of them to come
+    assert all(
+        fault.file in faults or (fault.split, fault.block) in (("train", 2), ("dev", 0))
+        for fault in left
+    )
+    with contextlib.suppress(EmbedcacheError):
+        assert served(out) == served(place / "undisturbed")
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def test_what_a_stopped_repair_committed_is_not_computed_again(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_byte(out / SHARD)
+    with monkeypatch.context() as patch:
+        patch.setattr(commit.BlockWriter, "close", lambda self: None)
+        patch.setattr(commit, "promote", stopping(commit.promote, 1))
+        with pytest.raises(KilledError):
+            run(place, out, repair=True)
+    calls = computed(monkeypatch)
+    run(place, out, repair=True)
+    assert calls == []
+    restored(place, out)
+
+
+def test_a_block_that_came_out_otherwise_than_before_stands(
+    place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on another machine: the stopped repair's block is not the manifest's, but is whole."""
+    calls = computed(monkeypatch)
+    writer = commit.BlockWriter(out)
+    marker = writer.commit("train", 0, ones(), generation=1)
+    writer.commit("train", 99, ones())  # and one that this cache has no place for
+    writer.close()
+    with pytest.raises(CacheError, match=r"--repair"):
+        served(out)
+    run(place, out, repair=True)
+    assert calls == []
+    assert read_manifest(out).splits["train"].files[0] == marker.files
+    assert verify(out, deep=True).faults == ()
+    served(out)
+
+
+def ones() -> dict[str, tuple[ArraySpec, np.ndarray[Any, Any]]]:
+    """Return the arrays of a train block that the base never gave."""
+    return {
+        f"{spec.group}/{tap}": (spec, np.ones((256, 32) if spec.wide else (256,), spec.dtype))
+        for tap in ("final", "layer_1")
+        for spec in ARRAYS["int8"]
+    }
+
+
+def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
+    for name in names_in(out):
+        if "/embeddings/final/c/" in name:
+            flip_byte(out / name)
+    flags = [*small_flags(place / "corpus", place / "base", out), "--codec", "int8"]
+    process = start_command(*flags, "--taps", "final,layer_1", "--repair")
+    while not list(out.glob("commits/train/*.1.json")):
+        assert process.poll() is None, process.communicate()
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def test_a_corpus_that_changed_cannot_restore_tokens_and_changes_nothing(
+    place: Path, out: Path, tmp_path: Path
+) -> None:
+    corpus = place / "corpus"
+    flip_byte(out / TOKENS)
+    flip_byte(out / SHARD)
+    before = {name: hash_file(out / name) for name in names_in(out)}
+    kept = shutil.copytree(corpus, tmp_path / "kept")
+    try:
+        for path in corpus.iterdir():
+            path.write_text("another " + path.read_text())
+        with pytest.raises(CacheError, match=rf"{TOKENS} is damaged, and the corpus no longer"):
+            run(place, out, repair=True)
+        for path in corpus.iterdir():
+            path.unlink()
+        with pytest.raises(CorpusError):
+            run(place, out, repair=True)
+    finally:
+        shutil.copytree(kept, corpus, dirs_exist_ok=True)
+    assert {name: hash_file(out / name) for name in names_in(out)} == before
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def test_embeddings_are_repaired_without_the_corpus(place: Path, out: Path) -> None:
+    flip_byte(out / SHARD)
+    hidden = place / "corpus.away"
+    (place / "corpus").rename(hidden)
+    try:
+        run(place, out, repair=True)
+    finally:
+        hidden.rename(place / "corpus")
+    restored(place, out)
+
+
+def test_nothing_that_vouches_is_refused(place: Path, out: Path) -> None:
+    (out / MANIFEST).unlink()
+    flip_byte(out / SEALED)
+    with pytest.raises(CacheError, match=r"neither manifest\.json nor sealed\.json is whole"):
+        run(place, out, repair=True)
+
+
+def test_another_request_is_refused(place: Path, out: Path) -> None:
+    flip_byte(out / SHARD)
+    other = corpus_config(place / "corpus", split_seed=5)
+    with pytest.raises(OutputError, match=r"split_seed was 0, now 5"):
+        run(place, out, repair=True, corpus=other)
+
+
+def test_what_is_no_cache_is_not_written_to(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"holds no cache to repair"):
+        run(place, tmp_path / "absent", repair=True)
+    assert not (tmp_path / "absent").exists()
+    mine = write_documents(tmp_path / "mine", 2)
+    with pytest.raises(CacheError, match=r"holds no cache to repair"):
+        run(place, mine, repair=True)
+    assert sorted(path.name for path in mine.iterdir()) == ["000.txt", "001.txt"]
+
+
+def test_quarantined_sequences_follow_the_new_marker(place: Path, out: Path) -> None:
+    """A block that was put aside by a fault of the machine is read again once it is repaired."""
+    manifest = read_manifest(out)
+    markers = {}
+    for split in SPLITS:
+        for block, path in commit.committed_blocks(out, split).items():
+            markers[split, block] = commit.Marker.read(path)
+    writer = commit.BlockWriter(out)
+    markers["train", 0] = writer.commit("train", 0, ones(), quarantined=(0, 1), generation=1)
+    writer.close()
+    totals = {
+        name: getattr(manifest.splits["train"], name)
+        for name in ("sequences", "tokens", "targets", "documents")
+    }
+    train = {block: marker for (split, block), marker in markers.items() if split == "train"}
+    splits = manifest.splits | {"train": split_manifest(totals, train, len(train))}
+    assert splits["train"].quarantined == (0, 1)
+    publish_manifest(
+        out,
+        type(manifest)(
+            splits=splits, sealed=manifest.sealed, base=manifest.base, extracted=manifest.extracted
+        ),
+    )
+    assert verify(out, deep=True).faults == ()
+    marker_path(out, "train", 0, 1).unlink()
+    marker_path(out, "train", 0).unlink(missing_ok=True)
+    run(place, out, repair=True)  # the marker was lost, the files are sound: it is renewed
+    assert read_manifest(out).splits["train"].quarantined == (0, 1)
+    flip_byte(out / "train/scale/final/c/0")
+    run(place, out, repair=True)
+    restored(place, out)
