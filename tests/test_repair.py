@@ -388,7 +388,11 @@ def test_quarantined_sequences_follow_the_new_marker(place: Path, out: Path) -> 
     publish_manifest(
         out,
         type(manifest)(
-            splits=splits, sealed=manifest.sealed, base=manifest.base, extracted=manifest.extracted
+            splits=splits,
+            sealed=manifest.sealed,
+            base=manifest.base,
+            codec=manifest.codec,
+            extracted=manifest.extracted,
         ),
     )
     assert verify(out, deep=True).faults == ()
