@@ -4,24 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps
-from embedcache.cache.codecs import ArraySpec
 from embedcache.cache.commit import (
-    BlockWriter,
-    Marker,
     clear_staging,
     drop_superseded,
-    newest_generations,
     recover,
 )
 from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, ExtractSettings
@@ -31,14 +25,11 @@ from embedcache.cache.manifest import (
     read_manifest,
     split_manifest,
 )
-from embedcache.cache.prefetch import prefetch
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import codecs_of
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
-from embedcache.errors import NumericsError
-from embedcache.extraction.buffers import HostBuffers, Slot
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
     calibration_bytes,
@@ -47,8 +38,9 @@ from embedcache.extraction.calibrate_cache import (
     store_calibrations,
 )
 from embedcache.extraction.encoder import BlockEncoder
-from embedcache.extraction.forward import CHECK_EVERY, BlockForward
-from embedcache.extraction.measure import Item, Measured, measure
+from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.measure import Measured, measure
+from embedcache.extraction.pipeline import Pipeline
 from embedcache.extraction.plan import (
     check_out,
     environment_of,
@@ -57,14 +49,12 @@ from embedcache.extraction.plan import (
     unseal,
 )
 from embedcache.extraction.prediction import RoomError, require_room
-from embedcache.extraction.preflight import blocks_to_go, encoder_threads, predict, tokens_to_go
+from embedcache.extraction.preflight import blocks_to_go, predict
+from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.repair import Mended, mend, restore_metadata
 from embedcache.extraction.store_base import store_base
 from embedcache.files import LOCK, writer_lock
-from embedcache.progress import SILENT, Bar, Progress
-
-QUARANTINE_GRACE = 8
-"""Sequences that may be quarantined before their share is looked at."""
+from embedcache.progress import SILENT, Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,13 +174,11 @@ class _Extraction:
         self._device = device
         self._corpus_summary = corpus_summary
         self._settings = settings
-        self._max_quarantined = max_quarantined
         self._progress = progress
         self._splits = {name: SplitTokens(out, name, settings.block_tokens) for name in SPLITS}
         self.tokens = {name: split.totals["tokens"] for name, split in self._splits.items()}
+        self._quarantine = Quarantine(self._splits, max_quarantined)
         self._resumed = 0
-        self._seen = 0
-        self._quarantined = 0
 
     def compute(self, load: Callable[[], Base], mended: Mended | None = None) -> None:
         """Compute every block without a sound marker and publish the manifest."""
@@ -204,8 +192,8 @@ class _Extraction:
         self._resumed = sum(len(done) for done in markers.values())
         for name, done in markers.items():
             for marker in done.values():
-                self._count(name, marker)
-        self._check_quarantined(QUARANTINE_GRACE)
+                self._quarantine.count(name, marker)
+        self._quarantine.check()
         todo = blocks_to_go(self._splits, {name: set(done) for name, done in markers.items()})
         if self._resumed:
             progress.say(f"resuming: {self._resumed} blocks are there, {len(todo)} to go")
@@ -255,11 +243,12 @@ class _Extraction:
             encoders = {
                 name: BlockEncoder(name, self._settings, codecs[name]) for name in dict(todo)
             }
-            worst, tokens, seconds = self._forward(
-                base, forward, todo, markers, measured, encoders, computed
+            pipeline = Pipeline(
+                out, self._splits, base, forward, encoders, self._quarantine, progress
             )
-            seconds += calibrating
-        self._check_quarantined(min(QUARANTINE_GRACE, self._seen // 2))
+            worst, tokens, seconds = pipeline.run(todo, markers, measured.known, computed)
+            seconds += calibrating + measured.seconds
+        self._quarantine.check(finished=True)
         manifest = Manifest(
             splits={
                 name: split_manifest(split.totals, markers[name], split.blocks)
@@ -282,109 +271,6 @@ class _Extraction:
         for name in self._splits:
             drop_superseded(out, name)
         clear_staging(out)
-
-    def _forward(
-        self,
-        base: Base,
-        forward: BlockForward,
-        todo: list[Item],
-        markers: dict[str, dict[int, Marker]],
-        measured: Measured,
-        encoders: dict[str, BlockEncoder],
-        computed: dict[Item, dict[str, torch.Tensor]],
-    ) -> tuple[float, int, float]:
-        newest = {name: newest_generations(self._out, name) for name in self._splits}
-        worst, started = 0.0, time.perf_counter()
-        writer = BlockWriter(self._out)
-        threads = encoder_threads(base.device)
-        slots = HostBuffers(base.device, count=threads + 1)
-        futures: list[tuple[str, int, int, Future[Marker]]] = []
-        total = sum(tokens_to_go(self._splits, todo).values())
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
-        try:
-            with self._progress.bar("extracting", total, "tok") as bar:
-                read = ((*item, *self._splits[item[0]].read(item[1])) for item in todo)
-                for number, (name, block, ids_N, rows_S2, first) in enumerate(prefetch(read)):
-                    known = measured.known.pop((name, block), {})
-                    x_NH = computed.pop((name, block), None) or forward(ids_N, rows_S2, known)
-                    x_NH = {tap: x.to(base.device) for tap, x in x_NH.items()}
-                    if number % CHECK_EVERY == 0:
-                        sample = 2 if number == 0 else 1
-                        worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))
-                    ready = slots.fetch(*encoders[name](x_NH, ids_N))
-                    specs = encoders[name].specs
-                    generation = newest[name].get(block, -1) + 1
-                    future = pool.submit(
-                        self._write, writer, name, block, generation, ready, specs, rows_S2, first
-                    )
-                    futures.append((name, block, int(rows_S2[-1, 1]), future))
-                    futures = self._settle(futures, markers, bar, wait=False)
-                self._settle(futures, markers, bar, wait=True)
-        finally:
-            pool.shutdown(wait=True)
-            writer.close()
-        seconds = measured.seconds + time.perf_counter() - started
-        return worst, total, seconds
-
-    def _write(
-        self,
-        writer: BlockWriter,
-        name: str,
-        block: int,
-        generation: int,
-        ready: Callable[[], Slot],
-        specs: dict[str, ArraySpec],
-        rows_S2: np.ndarray[Any, Any],
-        first: int,
-    ) -> Marker:
-        slot = ready()
-        try:
-            bad = [i for i, (a, b) in enumerate(rows_S2.tolist()) if not slot.finite_N[a:b].all()]
-            for values in slot.arrays.values():
-                for index in bad:
-                    values[rows_S2[index, 0] : rows_S2[index, 1]] = 0
-            arrays = {path: (specs[path], values.numpy()) for path, values in slot.arrays.items()}
-            quarantined = tuple(first + index for index in bad)
-            return writer.commit(
-                name, block, arrays, quarantined=quarantined, generation=generation
-            )
-        finally:
-            slot.release()
-
-    def _settle(
-        self,
-        futures: list[tuple[str, int, int, Future[Marker]]],
-        markers: dict[str, dict[int, Marker]],
-        bar: Bar,
-        *,
-        wait: bool,
-    ) -> list[tuple[str, int, int, Future[Marker]]]:
-        """Take note of the blocks that are committed; return those that are not."""
-        pending = []
-        for name, block, rows, future in futures:
-            if not wait and not future.done():
-                pending.append((name, block, rows, future))
-                continue
-            marker = future.result()
-            markers[name][block] = marker
-            self._count(name, marker)
-            bar.advance(rows, f"{sum(record.bytes for record in marker.files) / 1e6:.1f} MB/block")
-            self._check_quarantined(QUARANTINE_GRACE)
-        return pending
-
-    def _count(self, name: str, marker: Marker) -> None:
-        starts = self._splits[name].block_starts
-        self._seen += int(starts[marker.block + 1] - starts[marker.block])
-        self._quarantined += len(marker.quarantined)
-
-    def _check_quarantined(self, grace: int) -> None:
-        if self._quarantined > max(grace, self._max_quarantined * self._seen):
-            raise NumericsError(
-                f"{self._quarantined} of the first {self._seen} sequences gave embeddings that "
-                f"are not finite, expected at most {self._max_quarantined:.2%}: the base "
-                "overflows. Try --dtype float32 or bfloat16 and another --out, or allow more with "
-                "--max-quarantined."
-            )
 
     def summary(self, base: str) -> ExtractSummary:
         """Return the counts and sizes of the finished cache."""
