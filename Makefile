@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SETUP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench reproduce clean
+.PHONY: help setup demo test test-slow check format bench reproduce reproduce-codec clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -43,6 +43,9 @@ bench: $(SETUP) ## Measure against peers; results in tests/benchmarks/results
 
 reproduce: $(SETUP) ## The reference protocol (a GPU; FLAGS name the data, see examples/paper)
 	$(BIN)/python examples/paper/reference_protocol.py --out runs/reference $(FLAGS)
+
+reproduce-codec: $(SETUP) ## What coded embeddings cost a carry-on (a GPU; FLAGS as above)
+	$(BIN)/python examples/paper/codec_quality.py --out runs/codec $(FLAGS)
 
 clean: ## Remove the environment and all runs
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -15,15 +15,14 @@ Dev picks the learning rate (of two) and the epoch; test is only reported. Run w
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
-from typer.testing import CliRunner
-
-from embedcache_cli.app import app
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import embedcache, extract, gsm8k_files
 
 VARIANTS = {
     "r=64, gate": ["--width", "64"],
@@ -32,26 +31,6 @@ VARIANTS = {
 }
 RATES = ("2e-3", "4e-3")
 TRAIN = ["--epochs", "4", "--batch-tokens", "16384", "--patience", "4"]
-
-
-def embedcache(*arguments: str) -> dict[str, Any]:
-    """Run one command with ``--json`` and return what it printed.
-
-    In this process: a process each would load torch and start CUDA twenty times.
-    """
-    done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
-    if done.exit_code:
-        raise SystemExit(f"embedcache {' '.join(arguments)}: {done.stderr}")
-    value: dict[str, Any] = json.loads(done.stdout)
-    return value
-
-
-def extract(source: str, cache: Path, *, base: str, flags: list[str]) -> dict[str, Any]:
-    """Extract one corpus; a cache that is complete already is left as it is."""
-    summary = embedcache("extract", source, "--base", base, "--out", str(cache), *flags)
-    summary.pop("corpus")
-    print(json.dumps(summary), flush=True)
-    return summary
 
 
 def train(cache: Path, folder: Path, flags: list[str]) -> dict[str, Any]:
@@ -112,13 +91,8 @@ def main() -> None:
     report["extract"]["stdlib"] = extract(options.stdlib, cache, base=options.base, flags=split)
     evaluate_variants("stdlib", cache, out, report)
     if options.gsm8k_train:
-        with options.gsm8k_train.open(encoding="utf-8") as file:
-            (out / "train.jsonl").write_text("".join(itertools.islice(file, 7000)), "utf-8")
-            (out / "dev.jsonl").write_text("".join(file), "utf-8")
+        source, flags = gsm8k_files(options.gsm8k_train, options.gsm8k_test, out)
         cache = out / "gsm8k.cache"
-        flags = ["--dev", str(out / "dev.jsonl"), "--test", str(options.gsm8k_test)]
-        flags += ["--prompt", "Question: {question}\\nAnswer: ", "--completion", "{answer}"]
-        source = str(out / "train.jsonl")
         report["extract"]["gsm8k"] = extract(source, cache, base=options.base, flags=flags)
         evaluate_variants("gsm8k", cache, out, report)
 

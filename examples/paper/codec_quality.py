@@ -1,0 +1,118 @@
+"""What the codec costs: carry-ons trained on coded embeddings against the same on exact ones.
+
+Each corpus is extracted losslessly and by each lossy codec; on each cache the same carry-on (r=256)
+is trained with several seeds, and scored on the lossless test split. Differences are paired by
+seed; bits count all files of the train embeddings (indexes, checksums, scales, the calibration).
+
+    python examples/paper/codec_quality.py --out runs/codec \\
+        --stdlib FOLDER --split-file split.json --gsm8k-train train.jsonl --gsm8k-test test.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent))
+from commands import embedcache, extract, gsm8k_files
+
+LOSSLESS = "bf16"
+CODECS = {
+    LOSSLESS: [],
+    "int8": ["--codec", "int8"],
+    "transform, 2.9 bits": ["--codec", "transform", "--bits", "2.9"],
+    "transform, 1.45 bits": ["--codec", "transform", "--bits", "1.45"],
+    "transform, 0.95 bits": ["--codec", "transform", "--bits", "0.95"],
+}
+"""Budgets a little under 3, 1.5 and 1 bits: the calibration itself is counted, too."""
+
+TRAIN = ["--width", "256", "--no-gate", "--epochs", "4", "--batch-tokens", "16384"]
+
+T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
+"""Student's t for a two-sided 95 % interval, by degrees of freedom."""
+
+
+def bits_a_value(cache: Path) -> float:
+    """Return the bits on disk a value of the train embeddings, all their files counted."""
+    size = sum(
+        path.stat().st_size
+        for part in ("train/embeddings", "train/scale", "codec")
+        for path in (cache / part).rglob("*")
+        if path.is_file()
+    )
+    found = embedcache("info", str(cache))
+    return 8 * size / (found["splits"]["train"]["tokens"] * found["base"]["hidden_size"])
+
+
+def score(cache: Path, lossless: Path, out: Path, seed: int, lr: str) -> float:
+    """Train on a cache; return the test cross-entropy, read from the lossless one."""
+    flags = [*TRAIN, "--lr", lr, "--seed", str(seed), "--patience", "4"]
+    trained = embedcache("train", str(cache), "--out", str(out), *flags)
+    rows = embedcache("eval", trained["out"], str(lossless))["rows"]
+    return float(rows[0]["cross_entropy"])
+
+
+def rise(coded: list[float], exact: list[float]) -> dict[str, Any]:
+    """Return the mean paired rise in per cent, and its 95 % interval over seeds."""
+    rises = [100 * (a / b - 1) for a, b in zip(coded, exact, strict=True)]
+    mean = statistics.fmean(rises)
+    row: dict[str, Any] = {"rise_percent": round(mean, 3), "seeds": len(rises)}
+    if len(rises) > 1:
+        half = T_95[len(rises) - 1] * statistics.stdev(rises) / math.sqrt(len(rises))
+        row["interval"] = [round(mean - half, 3), round(mean + half, 3)]
+    return row
+
+
+def measure(name: str, source: str, flags: list[str], lr: str, options: argparse.Namespace) -> None:
+    """Run one corpus through every codec; ``results.json`` grows row by row."""
+    out: Path = options.out
+    results = out / "results.json"
+    rows = json.loads(results.read_text()) if results.is_file() else []
+    exact: list[float] = []
+    lossless = out / f"{name}.{LOSSLESS}.cache"
+    for codec, codec_flags in CODECS.items():
+        cache = out / f"{name}.{codec.replace(', ', '-').replace(' ', '')}.cache"
+        extract(source, cache, base=options.base, flags=[*flags, *codec_flags])
+        folder = cache.with_suffix(".carryons")
+        found = [
+            score(cache, lossless, folder / str(seed), seed, lr) for seed in range(options.seeds)
+        ]
+        exact = found if codec == LOSSLESS else exact
+        row = {
+            "corpus": name,
+            "codec": codec,
+            "bits_a_value": round(bits_a_value(cache), 4),
+            "test": [round(value, 4) for value in found],
+            **rise(found, exact),
+        }
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        results.write_text(json.dumps(rows, indent=2) + "\n")
+
+
+def main() -> None:
+    """Run both corpora."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--base", default="builtin:smollm2-135m")
+    parser.add_argument("--stdlib", default="stdlib:", help="folder, or stdlib: for this Python's")
+    parser.add_argument("--split-file", help="JSON of file names by split")
+    parser.add_argument("--gsm8k-train", type=Path)
+    parser.add_argument("--gsm8k-test", type=Path)
+    parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    split = ["--split-file", options.split_file] if options.split_file else []
+    measure("stdlib", options.stdlib, split, "2e-3", options)
+    if options.gsm8k_train:
+        source, flags = gsm8k_files(options.gsm8k_train, options.gsm8k_test, options.out)
+        measure("gsm8k", source, flags, "4e-3", options)
+
+
+if __name__ == "__main__":
+    main()
