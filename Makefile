@@ -8,7 +8,7 @@ SETUP = $(VENV)/.installed
 .PHONY: help setup demo test test-slow check format bench reproduce reproduce-codec clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
 setup: $(SETUP) ## Make the virtual environment with everything in it
 

@@ -61,6 +61,15 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
                 + (f", {split['bytes_per_token']:,.0f} bytes a token" if "bytes" in split else ""),
             )
         )
+    for tap, measured in (found["calibration"] or {}).items():
+        rise = measured.get("rise")
+        pairs.append(
+            (
+                f"calibrated, {tap}",
+                f"{measured['bits']:.2f} bits a value on held-out rows"
+                + ("" if rise is None else f"; the base's cross-entropy from it {rise:+.3f} nats"),
+            )
+        )
     pairs += _component_pairs(found)
     pairs.append(("size", size(found["bytes"])))
     environment = found["environment"]

@@ -9,10 +9,11 @@ from typing import Any
 
 from embedcache.cache.commit import committed_blocks
 from embedcache.cache.components import describe_components
-from embedcache.cache.layout import MANIFEST, SPLITS, CacheAttributes
+from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, CacheAttributes
 from embedcache.cache.manifest import read_manifest
 from embedcache.cache.reader import Cache, read_attributes
 from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.transform import Calibration
 from embedcache.cache.usage import SHARED, bytes_by_array
 from embedcache.carryon.store import CONFIG_FILE, read_record
 from embedcache.errors import UsageError
@@ -74,8 +75,17 @@ def _describe_cache(path: Path) -> dict[str, Any]:
         "bytes": sum(array.total() for array in used.values()),
         "arrays": _arrays(used, splits) if complete else None,
         "bits_per_value": _bits(used, splits, attributes) if complete else None,
+        "calibration": _calibration(path, attributes),
         "components": _components(path) if complete else None,
     }
+
+
+def _calibration(path: Path, attributes: CacheAttributes) -> dict[str, dict[str, float]] | None:
+    """Return the step of each tap's codec, and the rate and quality seen when it was calibrated."""
+    if not (path / CODEC).is_dir():
+        return None
+    found = {tap: Calibration.load(path, tap) for tap in attributes.settings.taps}
+    return {tap: {"step": each.step, **each.measured} for tap, each in found.items()}
 
 
 def _arrays(

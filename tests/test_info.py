@@ -20,6 +20,7 @@ from embedcache.cache.manifest import publish_manifest, read_manifest
 from embedcache.cache.reader import Cache, SplitReader
 from embedcache.cache.records import FileRecord, chunks_crc32c
 from embedcache.cache.shard import write_shard
+from embedcache.cache.transform import Calibration
 from embedcache.errors import CacheError, UsageError
 from embedcache.info import describe
 
@@ -209,3 +210,16 @@ def test_the_command_prints_a_table_or_json(
     assert ("embeddings/final" in printed) == ("components, final" in printed) == complete
     assert call_main(monkeypatch, "info", str(tmp_path)) == 2
     assert capsys.readouterr().err.startswith("embedcache: expected a cache")
+
+
+def test_what_the_codec_was_calibrated_to_is_told(tmp_path: Path, capsys, monkeypatch) -> None:
+    world = make_world(tmp_path, codec="transform")
+    found = describe(world.cache_path)["calibration"]["final"]
+    calibration = Calibration.load(world.cache_path, "final")
+    assert found == {"step": calibration.step, **calibration.measured}
+    assert found["bits"] == pytest.approx(1.5, abs=0.3)
+    assert call_main(monkeypatch, "info", str(world.cache_path)) == 0
+    told = capsys.readouterr().out
+    assert "calibrated, final " in told
+    assert f" {found['bits']:.2f} bits a value on held-out rows" in told
+    assert describe(make_world(tmp_path / "b").cache_path)["calibration"] is None

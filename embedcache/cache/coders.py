@@ -78,9 +78,10 @@ class BloscCoder(Coder):
 class PcoCoder(Coder):
     """Integers by component, entropy-coded by pcodec close to their entropy.
 
-    Bytes: uint32 little endian, one length a stream; then the streams, each of ``COMPONENTS``
-    neighbouring columns, column after column, in pcodec's standalone format. A stream of zeros
-    alone has length 0. Chunks are int16 [rows, columns].
+    Bytes: uint32 little endian, the number of rows without the zeros at the end, then one length
+    a stream; then the streams, each of ``COMPONENTS`` neighbouring columns, column after column, in
+    pcodec's standalone format. A stream of zeros alone has length 0. Chunks are int16
+    [rows, columns].
     """
 
     def __init__(self) -> None:
@@ -92,28 +93,30 @@ class PcoCoder(Coder):
 
     def encode(self, chunk: Array) -> bytes:
         """Entropy-code the chunk."""
-        columns = np.ascontiguousarray(chunk.T)
+        used = np.flatnonzero(chunk.any(axis=1))
+        rows = int(used[-1]) + 1 if len(used) else 0
+        columns = np.ascontiguousarray(chunk[:rows].T)
         streams = []
         for start in range(0, len(columns), COMPONENTS):
             values = columns[start : start + COMPONENTS].reshape(-1)
-            streams.append(
-                standalone.simple_compress(values, self._config) if values.any() else b""
-            )
-        lengths = np.array([len(stream) for stream in streams], "<u4")
-        return b"".join([lengths.tobytes(), *streams])
+            data = standalone.simple_compress(values, self._config) if values.any() else b""
+            streams.append(data)
+        numbers = np.array([rows, *map(len, streams)], "<u4")
+        return b"".join([numbers.tobytes(), *streams])
 
     def decode(self, data: bytes, out: Array) -> None:
         """Decode into ``out``, int16 [rows, columns]."""
-        rows, width = out.shape
-        columns = np.empty((width, rows), np.int16)
-        count = -(-width // COMPONENTS)
+        width = out.shape[1]
+        count = 1 + -(-width // COMPONENTS)
         if len(data) < 4 * count:
+            raise ValueError(f"{len(data)} bytes cannot hold the {count} numbers they start with")
+        rows, *lengths = np.frombuffer(data, "<u4", count).tolist()
+        ends = 4 * count + np.cumsum(lengths, dtype=np.int64)
+        if rows > len(out) or len(data) != ends[-1]:
             raise ValueError(
-                f"{len(data)} bytes are fewer than the {count} lengths they start with"
+                f"{len(data)} bytes of {rows} rows, expected {ends[-1]} of at most {len(out)}"
             )
-        ends = 4 * count + np.cumsum(np.frombuffer(data, "<u4", count), dtype=np.int64)
-        if len(data) != ends[-1]:
-            raise ValueError(f"{len(data)} bytes where the lengths add up to {ends[-1]}")
+        columns = np.empty((width, rows), np.int16)
         view, start = memoryview(data), 4 * count
         for number, end in enumerate(ends.tolist()):
             values = columns[number * COMPONENTS : (number + 1) * COMPONENTS].reshape(-1)
@@ -124,7 +127,8 @@ class PcoCoder(Coder):
                 if done.n_processed != values.size or not done.finished:
                     raise ValueError(f"stream {number} holds {done.n_processed} values")
             start = end
-        torch_transpose(columns, out)
+        torch_transpose(columns, out[:rows])
+        out[rows:] = 0
 
     def zarr_codecs(self, itemsize: int) -> dict[str, Any]:
         """Return the Zarr codec of this format as a serializer."""

@@ -26,9 +26,12 @@ class BlockEncoder:
         }
         """The arrays of a block by path under the split."""
 
-    def __call__(self, x_NH: dict[str, torch.Tensor], ids_N: Array) -> tuple[Encoded, torch.Tensor]:
+    def __call__(
+        self, x_NH: dict[str, torch.Tensor], ids_N: Array, rows: int
+    ) -> tuple[Encoded, torch.Tensor]:
         """Return the integers, and for each row whether every value of every tap is finite.
 
+        The integers past the ``rows`` in use are zeros, which every coder stores for nothing.
         Rows are checked where they were computed: on a GPU that is free, on the host it would take
         threads that the coders need. A row that is not finite is encoded as zeros.
         """
@@ -37,6 +40,7 @@ class BlockEncoder:
         for tap, codec in self._codecs.items():
             clean_NH = torch.where(finite_N[:, None], x_NH[tap], 0)
             for group, values in codec.encode(clean_NH, ids_N).items():
+                values[rows:] = 0
                 arrays[f"{group}/{tap}"] = values
         return arrays, finite_N
 

@@ -85,7 +85,7 @@ class Pipeline:
                     if number % CHECK_EVERY == 0:
                         sample = 2 if number == 0 else 1
                         worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))
-                    ready = slots.fetch(*encoders[name](x_NH, ids_N))
+                    ready = slots.fetch(*encoders[name](x_NH, ids_N, int(rows_S2[-1, 1])))
                     specs = encoders[name].specs
                     generation = newest[name].get(block, -1) + 1
                     future = pool.submit(

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import zarr
 from fixtures_extract import corpus_config, small_settings
 
 from embedcache.base.head import Head
@@ -137,7 +138,6 @@ def test_coded_bits_are_those_of_the_coder(sample) -> None:
 
 
 def test_saved_and_loaded_it_is_the_same(sample, embedding_VH, head, tmp_path: Path) -> None:
-    import zarr
 
     found = calibrate(sample, embedding_VH, head=head, bits=1.5)
     found.save(zarr.create_group(tmp_path / CODEC / "final", zarr_format=3))
@@ -238,3 +238,29 @@ def test_the_sample_covers_every_component() -> None:
     assert len(_sampled_blocks(1000, 16384, 5120)) == 5
     assert _sampled_blocks(3, 16384, 576) == [0, 1, 2]
     assert max(_sampled_blocks(1000, 16384, 576)) >= 700
+
+
+def test_rows_that_are_not_used_cost_nothing(sample, embedding_VH, head) -> None:
+    found = calibrate(sample, embedding_VH, head=head, bits=1.5)
+    used = TransformCodec(found, embedding_VH).encode(sample.x_NH[:300], sample.ids_N[:300])
+    q_NH = used["embeddings"].numpy()
+    padded = np.concatenate([q_NH, np.zeros((700, H), np.int16)])
+    data = CODERS["pco"].encode(padded)
+    assert len(data) == len(CODERS["pco"].encode(q_NH))
+    out = np.full_like(padded, 7)
+    CODERS["pco"].decode(data, out)
+    assert np.array_equal(out, padded)
+
+
+def test_a_block_s_unused_rows_are_stored_as_zeros(caches) -> None:
+    group = zarr.open(caches["transform"], mode="r")
+    split = Cache(caches["transform"]).split("train")
+    unused = 0
+    for number in range(split.manifest.blocks):
+        rows = len(split.tokens(number)[0])
+        for tap in split.taps:
+            block = group[f"train/embeddings/{tap}"][number * 256 : (number + 1) * 256]
+            assert block[:rows].any()
+            assert not block[rows:].any()
+            unused += len(block[rows:])
+    assert unused
