@@ -201,7 +201,8 @@ class _Extraction:
         calibrations: Calibrations = {}
         base, measured = None, Measured()
         again = mended is not None and mended.base
-        if todo or again or not (out / "base").is_dir():
+        damaged_codec = None if mended is None else mended.codec
+        if todo or again or damaged_codec or not (out / "base").is_dir():
             with progress.bar("loading the base", None, "") as _:
                 base = load()
             forward = BlockForward(
@@ -219,6 +220,7 @@ class _Extraction:
                     base,
                     self._settings,
                     fresh=not markers["train"],
+                    again=damaged_codec is not None,
                 )
             calibrating = time.perf_counter() - started
             embedding_VH = embedding_of(base)
@@ -239,7 +241,7 @@ class _Extraction:
             progress.say(str(predicted))
             require_room(predicted, out)
             store_base(out, base, again=again)
-            store_calibrations(out, calibrations)
+            store_calibrations(out, calibrations, expected=damaged_codec)
             encoders = {
                 name: BlockEncoder(name, self._settings, codecs[name]) for name in dict(todo)
             }

@@ -77,7 +77,7 @@ def calibrate(
     shape = _fit(fit, embedding_VH, head)
     codec = TransformCodec(replace(shape, step=1.0), embedding_VH)
     y_NH = codec.coefficients(held.x_NH, held.ids_N)
-    finest = y_NH.std().item() / 2 ** (OCTAVES // 2)
+    finest = max(y_NH.square().mean().sqrt().item(), 1e-6) / 2 ** (OCTAVES // 2)
 
     def at(octave: float) -> Calibration:
         return replace(shape, step=finest * 2**octave)
@@ -89,7 +89,7 @@ def calibrate(
 
     found = at(_largest(too_coarse))
     measured = {"bits": round(coded_bits(y_NH, found.step), 4), "rows": float(len(fit.ids_N))}
-    if head is not None:
+    if head is not None and (held.targets_N >= 0).any():
         measured["rise"] = round(rise(found, held, embedding_VH, head), 4)
     return replace(found, measured=measured)
 

@@ -15,6 +15,7 @@ from embedcache.base.taps import FINAL, token_embedding_of
 from embedcache.cache.base_arrays import base_array_bytes
 from embedcache.cache.layout import CODEC, DEFAULT_BITS, STAGING, ExtractSettings
 from embedcache.cache.seal import fsync_tree
+from embedcache.cache.sealed import Seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import Calibration
 from embedcache.errors import CacheError, NumericsError
@@ -40,18 +41,20 @@ def calibrations_of(
     settings: ExtractSettings,
     *,
     fresh: bool,
+    again: bool = False,
 ) -> tuple[Calibrations, dict[Item, Embeddings]]:
     """Return the calibration of each tap: the cache's own, or a new one, not yet stored.
 
     Returns with a new one the blocks that were computed for the sample, on the host: they need not
     be computed again. ``fresh``: no train block is committed yet; if one is, a lost calibration
-    cannot be made again, and ``CacheError`` is raised.
+    cannot be made again, and ``CacheError`` is raised. ``again``: make what is there anew; what
+    comes out is held to the old one's seal by `store_calibrations`.
     """
     if settings.codec != "transform" or not train.blocks:
         return {}, {}
-    if (cache / CODEC).is_dir():
+    if (cache / CODEC).is_dir() and not again:
         return {tap: Calibration.load(cache, tap) for tap in settings.taps}, {}
-    if not fresh:
+    if not fresh and not again:
         raise CacheError(
             f"{cache / CODEC} is missing, and blocks were coded with it: extract into a new folder"
         )
@@ -92,17 +95,32 @@ def calibration_bytes(cache: Path, calibrations: Calibrations) -> int:
     )
 
 
-def store_calibrations(cache: Path, calibrations: Calibrations) -> None:
-    """Store the calibrations, whole and once, before the first block."""
-    if not calibrations or (cache / CODEC).is_dir():
+def store_calibrations(
+    cache: Path, calibrations: Calibrations, *, expected: Seal | None = None
+) -> None:
+    """Store the calibrations, whole and once, before the first block.
+
+    ``expected`` is the seal of a damaged calibration whose place they take: raises ``CacheError``
+    where they are not the very same, since blocks were coded with that.
+    """
+    if not calibrations or ((cache / CODEC).is_dir() and expected is None):
         return
-    staging = cache / STAGING / CODEC
+    staging, old = cache / STAGING / CODEC, cache / STAGING / f"{CODEC}.old"
     shutil.rmtree(staging, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
     staging.parent.mkdir(exist_ok=True)
     group = zarr.create_group(staging, zarr_format=3)
     for tap, found in calibrations.items():
         found.save(group.create_group(tap))
     fsync_tree(staging)
+    if expected is not None and Seal.of(staging.parent, staging) != expected:
+        raise CacheError(
+            f"the calibration in {cache / CODEC} is damaged, and what was calibrated anew is not "
+            "the one that blocks were coded with (another machine or version?): restore that "
+            "folder from a copy, or extract into a new folder."
+        )
+    if (cache / CODEC).exists():
+        (cache / CODEC).rename(old)
     staging.rename(cache / CODEC)
     fsync_path(cache)
 

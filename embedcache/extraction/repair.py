@@ -21,7 +21,7 @@ from embedcache.cache.commit import (
     newest_generations,
     promote,
 )
-from embedcache.cache.layout import CODEC, MANIFEST, SEALED, SPLITS, STAGING, ExtractSettings
+from embedcache.cache.layout import MANIFEST, SEALED, SPLITS, STAGING, ExtractSettings
 from embedcache.cache.manifest import Manifest, read_manifest
 from embedcache.cache.records import FileRecord, content_fault
 from embedcache.cache.seal import Sealer
@@ -39,11 +39,13 @@ from embedcache.progress import Progress
 class Mended:
     """What is left to compute: every block without a marker here, and the base's if ``base``.
 
+    ``codec`` is what the codec's calibration must come to, where it is to be made anew.
     ``extracted`` is what the first run saw, where the manifest that says so is sound.
     """
 
     markers: dict[str, dict[int, Marker]]
     base: bool
+    codec: Seal | None
     extracted: dict[str, Any] | None
 
 
@@ -86,8 +88,7 @@ def mend(
     """Restore everything but embeddings; return what is to be computed, None if nothing is.
 
     Call under the writer's lock, after `restore_metadata`. Raises ``CacheError`` where sealed
-    tokens are damaged and the corpus no longer yields them, or the codec's calibration is; nothing
-    is changed then.
+    tokens are damaged and the corpus no longer yields them; nothing is changed then.
     """
     for split in SPLITS:
         for marker in _sound_markers(out, split).values():
@@ -103,17 +104,13 @@ def mend(
         progress.say(f"damaged: {fault}")
     manifest, seal = _vouched(out)
     kinds = {fault.kind for fault in found.faults}
-    if "codec" in kinds:
-        raise CacheError(
-            f"the calibration in {out / CODEC} is damaged, and every train block was coded with "
-            "it: restore that folder from a copy, or extract into a new folder."
-        )
     _restore_tokens(out, found, seal, corpus, load_tokenizer, settings, progress)
     if any(fault.kind == "seal" for fault in found.faults):
         publish_seal(out, seal)
     return Mended(
         markers={split: _mend_blocks(out, split, found, manifest, settings) for split in SPLITS},
         base=manifest is None or "base" in kinds,
+        codec=manifest.codec if manifest is not None and "codec" in kinds else None,
         extracted=None if manifest is None or "manifest" in kinds else manifest.extracted,
     )
 

@@ -264,3 +264,14 @@ def test_a_block_s_unused_rows_are_stored_as_zeros(caches) -> None:
             assert not block[rows:].any()
             unused += len(block[rows:])
     assert unused
+
+
+def test_rows_that_are_all_alike_are_coded(embedding_VH, head) -> None:
+    """Nothing varies: no division by a deviation of zero."""
+    ids_N, none_N = np.full(64, 7), np.full(64, -1)
+    alike = Sample(torch.ones(64, H), ids_N, none_N)
+    found = calibrate(alike, embedding_VH, head=head, bits=1.5)
+    assert "rise" not in found.measured
+    codec = TransformCodec(found, embedding_VH)
+    decoded = codec.decode(codec.encode(alike.x_NH, ids_N), ids_N)
+    assert torch.equal(decoded, torch.ones(64, H, dtype=torch.bfloat16))
