@@ -110,3 +110,18 @@ def test_a_shard_of_several_chunks_is_zarrs_own(
     place.write_bytes(data[:10])
     with pytest.raises(CacheError, match="outside its 10 bytes"):
         read_shard(place, rows=48, **settings)
+
+
+def test_coefficients_of_another_shape_are_no_values() -> None:
+    """Where a checksum holds and the content is still not the chunk's."""
+    values = np.arange(60, dtype=np.int16).reshape(6, 10)
+    data, out = CODERS["pco"].encode(values), np.empty((6, 10), np.int16)
+    CODERS["pco"].decode(data, out)
+    assert np.array_equal(out, values)
+    for wrong in (data[:3], data[:-1], data + b"x", b"\x07" + data[1:], b"\x05" + data[1:]):
+        with pytest.raises((ValueError, RuntimeError)):
+            CODERS["pco"].decode(wrong, out)
+    with pytest.raises((ValueError, RuntimeError)):
+        CODERS["pco"].decode(data, np.empty((5, 10), np.int16))
+    with pytest.raises((ValueError, RuntimeError)):
+        CODERS["pco"].decode(data, np.empty((6, 17), np.int16))
