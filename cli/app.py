@@ -10,6 +10,7 @@ import typer
 
 from embedcache.errors import EmbedcacheError
 
+from .delete import delete_command
 from .evaluate import evaluate_command
 from .extract import extract_command
 from .generate import generate_command
@@ -59,6 +60,7 @@ app.command("inspect", help="Show one sequence of a cache: tokens, norms, the ba
     inspect_command
 )
 app.command("verify", help="Name every damaged file of a cache.")(verify_command)
+app.command("delete")(delete_command)
 
 
 def main() -> None:

@@ -32,6 +32,7 @@ from embedcache.cache.manifest import (
     split_manifest,
 )
 from embedcache.cache.prefetch import prefetch
+from embedcache.cache.rewrite import finish_rewrite
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import codecs_of
@@ -132,6 +133,7 @@ def extract(
     created = not out.exists()
     with writer_lock(out):
         try:
+            finish_rewrite(out)
             if repair:
                 restore_metadata(out)
             attributes = sealed_attributes(out, corpus, identity, settings, environment)
@@ -317,7 +319,7 @@ class _Extraction:
                     future = pool.submit(
                         self._write, writer, name, block, generation, ready, specs, rows_S2, first
                     )
-                    futures.append((name, block, int(rows_S2[-1, 1]), future))
+                    futures.append((name, block, self._splits[name].block_rows(block), future))
                     futures = self._settle(futures, markers, bar, wait=False)
                 self._settle(futures, markers, bar, wait=True)
         finally:
