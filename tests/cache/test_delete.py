@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import shutil
 import signal
 import subprocess
@@ -14,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import zarr
+from cache_contents import contents, names
 from cache_faults import served
 from fixtures_extract import comparable_tree, corpus_config, flip_byte, small_settings
 
@@ -32,38 +32,6 @@ from embedcache.delete import delete
 from embedcache.errors import CacheError, UsageError
 from embedcache.extract import extract
 from embedcache.info import describe
-
-Content = dict[tuple[str, str, int], dict[str, bytes]]
-
-
-def contents(path: Path) -> Content:
-    """Return every readable sequence, by split, document and place in that."""
-    cache = Cache(path)
-    found: Content = {}
-    for name in SPLITS:
-        if not cache.has(name):
-            continue
-        split = cache.split(name)
-        tokens = SplitTokens(path, name, cache.attributes.settings.block_tokens)
-        for number in range(split.manifest.blocks):
-            block, span_R2 = split.block(number), tokens.spans(number)
-            for document, (a, b) in zip(block.document_S, block.rows_S2.tolist(), strict=True):
-                key = next(
-                    key
-                    for place in itertools.count()
-                    if (key := (name, split.documents[document], place)) not in found
-                )
-                found[key] = {
-                    "ids": block.ids_N[a:b].tobytes(),
-                    "mask": block.loss_mask_N[a:b].tobytes(),
-                    "span": span_R2[a:b].tobytes(),
-                    **{tap: x[a:b].float().numpy().tobytes() for tap, x in block.x_NH.items()},
-                }
-    return found
-
-
-def names(path: Path, split: str) -> list[str]:
-    return Cache(path).split(split).documents
 
 
 def rows_of(path: Path, split: str, name: str) -> np.ndarray[Any, Any]:
@@ -185,7 +153,7 @@ def test_quarantined_sequences_keep_their_place_under_new_numbers(copied: Path) 
 
 
 def test_blocks_of_which_nothing_is_left_are_passed_over(cache: Path) -> None:
-    kept, *gone = names(cache, "train")
+    *gone, kept = names(cache, "train")
     before = contents(cache)
     delete(cache, gone)
     delete(cache, names(cache, "dev"))
@@ -313,15 +281,18 @@ def repair(cache: Path, base: Path, corpus: Path) -> Any:
     )
 
 
+@pytest.mark.parametrize("only_empty", [False, True])
 def test_a_repair_makes_embeddings_anew_without_it(
-    copied: Path, tiny_base: Path, corpus: Path
+    copied: Path, tiny_base: Path, corpus: Path, only_empty: bool
 ) -> None:
     gone = names(copied, "train")[1:]
     rows = np.concatenate([rows_of(copied, "train", name) for name in gone])
     delete(copied, gone)
     before = contents(copied)
-    blocks = Cache(copied).manifest.splits["train"].blocks
-    for block in range(blocks):
+    train = Cache(copied).split("train")
+    for block in range(train.manifest.blocks):
+        if only_empty and len(train.sequences(block)[0]):
+            continue
         flip_byte(copied / f"train/embeddings/final/c/{block}/0")
     repair(copied, tiny_base, corpus)
     assert verify(copied, deep=True).faults == ()

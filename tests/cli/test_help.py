@@ -28,6 +28,7 @@ COMMANDS = (
     ["inspect"],
     ["verify"],
     ["delete"],
+    ["merge"],
 )
 
 
