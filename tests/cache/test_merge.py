@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shutil
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -217,3 +220,30 @@ def test_the_command_tells_and_extract_refuses_what_was_merged(
     assert call_main(monkeypatch, "train", str(both), "--out", str(carryon), *sizes) == 0
     assert call_main(monkeypatch, "eval", str(carryon), str(both), "--device", "cpu") == 0
     assert call_main(monkeypatch, "info", str(carryon)) == 0
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from embedcache import merge
+
+def killed(*arguments):
+    os.kill(os.getpid(), signal.SIGKILL)
+setattr(merge, sys.argv[1], killed)
+merge.merge([Path(sys.argv[2]), Path(sys.argv[3])], Path(sys.argv[4]))
+"""
+
+
+@pytest.mark.parametrize("moment", ["marker_path", "publish_manifest", "fsync_tree", "fsync_path"])
+def test_killed_it_is_whole_or_not_there_and_runs_again(
+    pairs: dict[str, tuple[Path, Path]], tmp_path: Path, moment: str
+) -> None:
+    both = tmp_path / "both"
+    command = [sys.executable, "-c", KILLED, moment, *map(str, pairs["int8"]), str(both)]
+    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    assert both.exists() == (moment == "fsync_path")  # the rename was the last step
+    if not both.exists():
+        merge(pairs["int8"], both)
+        assert [path.name for path in tmp_path.iterdir()] == ["both"]
+    assert verify(both, deep=True).faults == ()
+    assert contents(both) == expected(*pairs["int8"])
