@@ -10,11 +10,13 @@ import typer
 
 from embedcache.errors import EmbedcacheError
 
+from .delete import delete_command
 from .evaluate import evaluate_command
 from .extract import extract_command
 from .generate import generate_command
 from .info import info_command
 from .inspect import inspect_command
+from .merge import merge_command
 from .train import train_command
 from .verify import verify_command
 
@@ -59,6 +61,8 @@ app.command("inspect", help="Show one sequence of a cache: tokens, norms, the ba
     inspect_command
 )
 app.command("verify", help="Name every damaged file of a cache.")(verify_command)
+app.command("delete", short_help="Take documents out of a cache for good.")(delete_command)
+app.command("merge", short_help="Join finished caches of one base into a new one.")(merge_command)
 
 
 def main() -> None:

@@ -58,17 +58,26 @@ def evaluate_command(
             )
         else:
             # Rendered and cut as what the carry-on was trained on.
-            text = replace(
-                CorpusConfig.from_dict(record.cache["corpus"]["config"]),
-                sources=tuple(corpus or ()),
-                dev_sources=(),
-                test_sources=(),
-                split_file=None,
-                dev_fraction=0.0,
-                test_fraction=0.0,
-                limit_documents=None,
-                limit_tokens=None,
-            )
+            trained = record.cache["corpus"]
+            text, *others = [
+                replace(
+                    CorpusConfig.from_dict(part["config"]),
+                    sources=tuple(corpus or ()),
+                    dev_sources=(),
+                    test_sources=(),
+                    split_file=None,
+                    dev_fraction=0.0,
+                    test_fraction=0.0,
+                    limit_documents=None,
+                    limit_tokens=None,
+                )
+                for part in trained.get("parts") or [trained]
+            ]
+            if any(other != text for other in others):
+                raise UsageError(
+                    f"{carryon} was trained on corpora that were rendered in different ways, "
+                    "expected one. Extract this text and give it as a cache instead."
+                )
             found = evaluate_corpus(loaded, carryon, text, alphas=alphas, progress=progress)
     if as_json:
         print_json(asdict(found))

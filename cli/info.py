@@ -42,12 +42,14 @@ def _base_pairs(base: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
+    from embedcache.cache.layout import sources_of
+
     settings = found["settings"]
     pairs: list[tuple[str, object]] = [
         ("cache", found["path"]),
         ("complete", "yes" if found["complete"] else "no: run the same extract again to go on"),
         *_base_pairs(found["base"]),
-        ("corpus", ", ".join(found["corpus"]["config"]["sources"])),
+        ("corpus", ", ".join(sources_of(found["corpus"]))),
         ("taps", ", ".join(settings["taps"])),
         ("codec", f"{settings['codec']} (dev and test: bf16)"),
         ("context", settings["context"]),
@@ -125,13 +127,15 @@ def _some(word: str, names: list[str], most: int = 8) -> str:
 
 
 def _carryon_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
+    from embedcache.cache.layout import sources_of
+
     config, results = found["carryon"], found["results"]
     pairs: list[tuple[str, object]] = [
         ("carry-on", found["path"]),
         *_base_pairs(found["base"]),
         ("parameters", f"{results['parameters']:,}"),
         ("shape", ", ".join(f"{key} {value}" for key, value in config.items())),
-        ("trained on", ", ".join(found["cache"]["corpus"]["config"]["sources"])),
+        ("trained on", ", ".join(sources_of(found["cache"]["corpus"]))),
         ("epochs", f"{results['epochs']}, kept {results['best_epoch']}"),
     ]
     if results["base_dev"] is not None:

@@ -25,6 +25,7 @@ from embedcache.cache.manifest import (
     read_manifest,
     split_manifest,
 )
+from embedcache.cache.rewrite import finish_rewrite
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import codecs_of
@@ -122,6 +123,7 @@ def extract(
     created = not out.exists()
     with writer_lock(out):
         try:
+            finish_rewrite(out)
             if repair:
                 restore_metadata(out)
             attributes = sealed_attributes(out, corpus, identity, settings, environment)

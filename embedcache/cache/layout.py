@@ -103,7 +103,8 @@ class CacheAttributes:
     """The root attributes: identities and settings, written once, when pass 0 is sealed.
 
     ``base`` and ``corpus`` are the plain dictionaries of their identities (the cache package
-    depends on neither); ``environment`` is recorded, never enforced.
+    depends on neither); a merged cache has its caches' corpora as the ``parts`` of its own;
+    ``environment`` is recorded, never enforced.
     """
 
     base: dict[str, Any]
@@ -143,6 +144,12 @@ class CacheAttributes:
                 f"{path} has no complete embedcache attributes ({error}); its zarr.json was edited "
                 f"or damaged. {WAY_OUT}"
             ) from error
+
+
+def sources_of(corpus: dict[str, Any]) -> list[str]:
+    """Return the sources in a cache's ``corpus``, or in all that were merged."""
+    parts = corpus.get("parts") or [corpus]
+    return [source for part in parts for source in part["config"]["sources"]]
 
 
 def marker_path(cache: Path, split: str, block: int, generation: int = 0) -> Path:

@@ -92,8 +92,8 @@ class SplitReader:
         self._hidden = attributes.base["hidden_size"]
         self._settings = attributes.settings
         self._specs = ARRAYS[codec_name(name, attributes.settings.codec)]
-        self._tokens = SplitTokens(cache, name, self._rows)
         self._sealed = {record.path: record for record in sealed.files}
+        self._tokens = SplitTokens(cache, name, self._rows, self._sealed)
         self._quarantined = np.array(manifest.quarantined, dtype=np.int64)
 
     def sequences(self, block: int) -> tuple[Array, Array, Array]:
@@ -174,11 +174,7 @@ class SplitReader:
     @cached_property
     def documents(self) -> list[str]:
         """Names of the split's documents."""
-        ends = self._tokens.table("documents/name_offsets").astype(np.int64)
-        text = self._tokens.table("documents/name_bytes").tobytes()
-        return [
-            text[a:b].decode() for a, b in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True)
-        ]
+        return self._tokens.names()
 
 
 class Cache:

@@ -9,10 +9,12 @@ from embedcache.errors import NumericsError
 
 
 def sample_embeddings(split: SplitReader, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Return the embeddings of up to four blocks spread over the split, by tap."""
-    count = split.manifest.blocks
-    numbers = sorted({count * i // 4 for i in range(4)})
-    blocks = [split.block(number, taps) for number in numbers]
+    """Return the embeddings of up to four blocks spread over the split, by tap.
+
+    Blocks that nothing can be read of are passed over."""
+    filled = [b for b in range(split.manifest.blocks) if len(split.sequences(b)[0])]
+    numbers = sorted({filled[len(filled) * i // 4] for i in range(4 if filled else 0)})
+    blocks = [split.block(number, taps) for number in numbers or [0]]
     sample = {
         tap: torch.cat(
             [block.x_NH[tap][:0] for block in blocks]

@@ -16,38 +16,31 @@ import zarr
 
 from embedcache.cache.arrays import checked, create_arrays
 from embedcache.cache.codecs import ARRAYS, codec_name
-from embedcache.cache.layout import ATTRIBUTE, SPLITS, TABLE_CHUNK, CacheAttributes
+from embedcache.cache.layout import ATTRIBUTE, SPLITS, CacheAttributes
 from embedcache.cache.sealed import Seal, publish_seal
+from embedcache.cache.tables import Table
 from embedcache.errors import UsageError
 from embedcache.files import fsync_path, publish_bytes
 
 Array = np.ndarray[Any, Any]
 
 
-class _Table:
-    """A growing Zarr array that is appended in whole chunks, so that memory stays bounded."""
-
-    def __init__(self, group: zarr.Group, name: str, dtype: str, columns: tuple[int, ...] = ()):
-        self._array = group.create_array(
+def create_rows(tokens: zarr.Group, *, rows: int, block_tokens: int) -> dict[str, Any]:
+    """Create the arrays of one entry a token: ids, loss mask and spans, a chunk a block."""
+    return {
+        name: tokens.create_array(
             name,
-            shape=(0, *columns),
-            chunks=(TABLE_CHUNK, *columns),
+            shape=(rows, *columns),
+            chunks=(block_tokens, *columns),
             dtype=dtype,
             **checked("blosc", np.dtype(dtype).itemsize),
         )
-        self._pending: list[Array] = []
-        self._pending_rows = 0
-
-    def extend(self, rows: Array) -> None:
-        self._pending.append(rows)
-        self._pending_rows += len(rows)
-        if self._pending_rows >= TABLE_CHUNK:
-            self.flush()
-
-    def flush(self) -> None:
-        if self._pending_rows:
-            self._array.append(np.concatenate(self._pending).astype(self._array.dtype))
-            self._pending, self._pending_rows = [], 0
+        for name, dtype, columns in (
+            ("ids", "uint32", ()),
+            ("loss_mask", "bool", ()),
+            ("span", "uint32", (2,)),
+        )
+    }
 
 
 class SplitSealer:
@@ -62,31 +55,18 @@ class SplitSealer:
         self._block_tokens = block_tokens
         self._used = 0
         tokens = group.create_group("tokens")
-        documents = group.create_group("documents")
-        self._rows = {
-            name: tokens.create_array(
-                name,
-                shape=(0, *columns),
-                chunks=(block_tokens, *columns),
-                dtype=dtype,
-                **checked("blosc", np.dtype(dtype).itemsize),
-            )
-            for name, dtype, columns in (
-                ("ids", "uint32", ()),
-                ("loss_mask", "bool", ()),
-                ("span", "uint32", (2,)),
-            )
-        }
+        group.create_group("documents")
+        self._rows = create_rows(tokens, rows=0, block_tokens=block_tokens)
         self._buffers = {
             name: np.zeros((block_tokens, *array.shape[1:]), dtype=array.dtype)
             for name, array in self._rows.items()
         }
-        self._offsets = _Table(tokens, "offsets", "uint64", (2,))
-        self._document = _Table(tokens, "document", "uint32")
-        self._block_starts = _Table(tokens, "blocks", "uint64")
-        self._index = _Table(documents, "index", "uint64")
-        self._names = _Table(documents, "name_bytes", "uint8")
-        self._name_offsets = _Table(documents, "name_offsets", "uint64")
+        self._offsets = Table(group, "tokens/offsets")
+        self._document = Table(group, "tokens/document")
+        self._block_starts = Table(group, "tokens/blocks")
+        self._index = Table(group, "documents/index")
+        self._names = Table(group, "documents/name_bytes")
+        self._name_offsets = Table(group, "documents/name_offsets")
         self._documents = 0
         self._name_end = 0
         self._block_starts.extend(np.array([0]))

@@ -91,6 +91,13 @@ def read_chunk(path: Path, *, shape: tuple[int, ...], dtype: str, coder: Coder) 
     return values
 
 
+def write_chunk(path: Path, values: Array, coder: Coder) -> None:
+    """Write one chunk of an array without shards, as zarr would."""
+    chunk = coder.encode(values)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(chunk + _checksum(chunk))
+
+
 def decode(coder: Coder, data: bytes, out: Array, what: str, path: Path) -> None:
     """Decode a chunk into ``out``; raises ``CacheError`` naming the file."""
     try:

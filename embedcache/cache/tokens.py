@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,8 @@ import zarr
 
 from embedcache.cache.coders import CODERS
 from embedcache.cache.damaged import WAY_OUT, reading
-from embedcache.cache.layout import ATTRIBUTE, TABLE_CHUNK
+from embedcache.cache.layout import ATTRIBUTE, TABLE_CHUNK, shard_name
+from embedcache.cache.records import FileRecord, check_files
 from embedcache.cache.shard import read_chunk
 from embedcache.errors import CacheError
 
@@ -25,9 +28,18 @@ class SplitTokens:
     call is what a trainer would wait for. Every method raises ``CacheError`` for what is damaged.
     """
 
-    def __init__(self, cache: Path, name: str, block_tokens: int):
+    def __init__(
+        self,
+        cache: Path,
+        name: str,
+        block_tokens: int,
+        sealed: Mapping[str, FileRecord] | None = None,
+    ):
+        """Open them; with ``sealed``, a table that was rewritten since is refused, not read."""
         self._block_tokens = block_tokens
+        self._cache = cache
         self._path = cache / name
+        self._sealed = sealed or {}
         with reading(self._path):
             self._group = zarr.open_group(self._path, mode="r")
         self._recent: dict[str, tuple[int, Array]] = {}
@@ -54,6 +66,9 @@ class SplitTokens:
             kept, chunk = self._recent.get(name, (-1, np.empty(0)))
             if kept != number:
                 chunk = self._chunk(name, number, dtype, (TABLE_CHUNK, *columns))
+                path = shard_name(f"{self._path.name}/{name}", number, 1 + len(columns))
+                if path in self._sealed:  # once it is read: a delete may be under way
+                    check_files(self._cache, (self._sealed[path],))
                 self._recent[name] = (number, chunk)
             start = number * TABLE_CHUNK
             parts.append(chunk[max(first - start, 0) : stop - start])
@@ -72,7 +87,7 @@ class SplitTokens:
 
     def block_rows(self, block: int) -> int:
         """Return the rows of a block that are in use."""
-        return int(self.offsets(block)[-1, 1])
+        return int(self.offsets(block)[:, 1].max(initial=0))
 
     def documents(self, block: int) -> Array:
         """Return document_S of a block: the document of each sequence."""
@@ -84,6 +99,12 @@ class SplitTokens:
         rows, shape = self.block_rows(block), (self._block_tokens,)
         ids_N = self._chunk("tokens/ids", block, "uint32", shape)[:rows].astype(np.int64)
         return ids_N, self._chunk("tokens/loss_mask", block, "bool", shape)[:rows]
+
+    def names(self) -> list[str]:
+        """Return the names of the split's documents."""
+        ends = self.table("documents/name_offsets").astype(np.int64).tolist()
+        text = self.table("documents/name_bytes").tobytes()
+        return [text[a:b].decode() for a, b in pairwise(ends)]
 
     def spans(self, block: int) -> Array:
         """Return span_R2 of a block: the bytes of each token in its document."""

@@ -97,6 +97,7 @@ def measure(
 
     ``codecs`` are those of each split's taps.
     """
+    todo = [(name, block) for name, block in todo if splits[name].block_rows(block)]
     if not todo:
         return Measured()
     began = time.perf_counter()

@@ -85,13 +85,14 @@ class Pipeline:
                     if number % CHECK_EVERY == 0:
                         sample = 2 if number == 0 else 1
                         worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))
-                    ready = slots.fetch(*encoders[name](x_NH, ids_N, int(rows_S2[-1, 1])))
+                    rows = self._splits[name].block_rows(block)
+                    ready = slots.fetch(*encoders[name](x_NH, ids_N, rows))
                     specs = encoders[name].specs
                     generation = newest[name].get(block, -1) + 1
                     future = pool.submit(
                         self._write, writer, name, block, generation, ready, specs, rows_S2, first
                     )
-                    futures.append((name, block, int(rows_S2[-1, 1]), future))
+                    futures.append((name, block, rows, future))
                     futures = self._settle(futures, markers, bar, wait=False)
                 self._settle(futures, markers, bar, wait=True)
         finally:

@@ -134,6 +134,11 @@ def sealed_attributes(
         return None
     found = read_attributes(out)
     BaseIdentity.from_dict(found.base).require(identity, this=f"the cache {out}", that="--base")
+    if "parts" in found.corpus:
+        raise OutputError(
+            f"{out} was merged from {len(found.corpus['parts'])} caches, expected one that was "
+            "extracted. Extract into, or repair, one of those, then type: embedcache merge"
+        )
     pairs = [
         ("corpus", found.corpus["config"], corpus.to_dict()),
         ("extraction", asdict(found.settings), asdict(settings)),

@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+from embedcache.cache.layout import sources_of
 from embedcache.carryon.store import CarryOnRecord
 from embedcache.files import publish_bytes
 
@@ -62,7 +63,7 @@ def card(record: CarryOnRecord) -> str:
         f"{'gated' if config.gate else 'no gate'}, "
         f"{'with' if config.token_input else 'without'} token input, "
         f"taps {', '.join(config.taps)} |",
-        f"| trained on | {', '.join(record.cache['corpus']['config']['sources'])} "
+        f"| trained on | {', '.join(sources_of(record.cache['corpus']))} "
         f"({record.cache['tokens']['train']:,} tokens, codec {record.cache['codec']}) |",
         f"| training | {results['epochs']} epochs, {results['steps']} steps, loss "
         f"{results['loss']}, kept epoch {results['best_epoch']} |",

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.base.load import load_tokenizer
-from embedcache.cache import seal
+from embedcache.cache import tables
 from embedcache.cache import tokens as tokens_module
 from embedcache.cache.reader import Cache
 from embedcache.cache.seal import SplitSealer
@@ -31,7 +31,7 @@ def made(length: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 @given(st.lists(st.lists(st.integers(1, BLOCK), min_size=1, max_size=4), max_size=8))
 def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[list[int]]) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
-        for module in (seal, tokens_module):
+        for module in (tables, tokens_module):
             patch.setattr(module, "TABLE_CHUNK", 3)  # tables of several chunks
         sealer = SplitSealer(zarr.create_group(Path(folder) / "train", zarr_format=3), BLOCK)
         expected, count = [], 1

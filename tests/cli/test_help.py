@@ -18,7 +18,18 @@ try:
 finally:
     print("heavy:", [name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)
 """
-COMMANDS = ([], ["extract"], ["train"], ["eval"], ["generate"], ["info"], ["inspect"], ["verify"])
+COMMANDS = (
+    [],
+    ["extract"],
+    ["train"],
+    ["eval"],
+    ["generate"],
+    ["info"],
+    ["inspect"],
+    ["verify"],
+    ["delete"],
+    ["merge"],
+)
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command) or "(none)")

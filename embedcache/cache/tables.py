@@ -1,0 +1,104 @@
+"""The tables of a split: which rows are which sequence, of which document.
+
+Axes: S sequences, D documents, B blocks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+
+from embedcache.cache.arrays import checked
+from embedcache.cache.layout import TABLE_CHUNK
+from embedcache.cache.tokens import SplitTokens
+
+Array = np.ndarray[Any, Any]
+
+TABLES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "tokens/offsets": ("uint64", (2,)),
+    "tokens/document": ("uint32", ()),
+    "tokens/blocks": ("uint64", ()),
+    "documents/index": ("uint64", ()),
+    "documents/name_bytes": ("uint8", ()),
+    "documents/name_offsets": ("uint64", ()),
+}
+"""Type and columns of each table, by its path under the split."""
+
+
+class Table:
+    """A growing Zarr array that is appended in whole chunks, so that memory stays bounded."""
+
+    def __init__(self, group: zarr.Group, name: str):
+        dtype, columns = TABLES[name]
+        self._array = group.create_array(
+            name,
+            shape=(0, *columns),
+            chunks=(TABLE_CHUNK, *columns),
+            dtype=dtype,
+            **checked("blosc", np.dtype(dtype).itemsize),
+        )
+        self._pending: list[Array] = []
+        self._pending_rows = 0
+
+    def extend(self, rows: Array) -> None:
+        """Append rows, sooner or later."""
+        self._pending.append(rows)
+        self._pending_rows += len(rows)
+        if self._pending_rows >= TABLE_CHUNK:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is pending."""
+        if self._pending_rows:
+            self._array.append(np.concatenate(self._pending).astype(self._array.dtype))
+            self._pending, self._pending_rows = [], 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SplitTables:
+    """All tables of a split in memory, int64.
+
+    ``rows_S2``: first row and row past the last of each sequence, in the split. ``document_S``:
+    its document, a number in ``index_D`` (of the corpus) and ``names``. ``starts_B``: the first
+    sequence of each block and, at the end, the number of sequences.
+    """
+
+    rows_S2: Array
+    document_S: Array
+    starts_B: Array
+    index_D: Array
+    names: tuple[str, ...]
+
+    @classmethod
+    def read(cls, tokens: SplitTokens) -> SplitTables:
+        """Read them; raises ``CacheError`` where one is damaged."""
+        return cls(
+            rows_S2=tokens.table("tokens/offsets").astype(np.int64),
+            document_S=tokens.table("tokens/document").astype(np.int64),
+            starts_B=tokens.block_starts,
+            index_D=tokens.table("documents/index").astype(np.int64),
+            names=tuple(tokens.names()),
+        )
+
+    def write(self, group: zarr.Group) -> None:
+        """Write them into a split's group that has none."""
+        encoded = [name.encode() for name in self.names]
+        values = {
+            "tokens/offsets": self.rows_S2,
+            "tokens/document": self.document_S,
+            "tokens/blocks": self.starts_B,
+            "documents/index": self.index_D,
+            "documents/name_bytes": np.frombuffer(b"".join(encoded), np.uint8),
+            "documents/name_offsets": np.cumsum([0, *(len(name) for name in encoded)]),
+        }
+        for name, rows in values.items():
+            table = Table(group, name)
+            table.extend(rows)
+            table.flush()
+
+    def block_of(self, sequence_S: Array) -> Array:
+        """Return the block of each sequence."""
+        return np.searchsorted(self.starts_B, sequence_S, side="right") - 1

@@ -1,0 +1,464 @@
+"""Joining finished caches into a new one.
+
+Blocks are taken over as they are, numbered on; only tables, counts and attributes are written anew.
+All is built beside ``out`` and renamed into place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import re
+import shutil
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from embedcache.base.identity import BaseIdentity
+from embedcache.cache.arrays import create_arrays
+from embedcache.cache.codecs import ARRAYS, codec_name
+from embedcache.cache.commit import Marker
+from embedcache.cache.layout import ATTRIBUTE, CODEC, SPLITS, marker_path, token_chunks
+from embedcache.cache.manifest import Manifest, SplitManifest, publish_manifest
+from embedcache.cache.reader import Cache
+from embedcache.cache.records import FileRecord
+from embedcache.cache.seal import create_rows, fsync_tree
+from embedcache.cache.sealed import Seal, publish_seal
+from embedcache.cache.tables import SplitTables
+from embedcache.cache.tokens import SplitTokens
+from embedcache.errors import CacheError, IdentityError, OutputError, UsageError
+from embedcache.files import fsync_path, writer_lock
+from embedcache.progress import SILENT, Bar, Progress
+
+Array = np.ndarray[Any, Any]
+
+COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """What was merged, or would be; counts are by split, ``bytes`` those of all that is copied."""
+
+    out: str
+    caches: tuple[str, ...]
+    documents: dict[str, int]
+    sequences: dict[str, int]
+    tokens: dict[str, int]
+    blocks: dict[str, int]
+    bytes: int
+    renamed: int
+    """Documents whose name an earlier cache had taken."""
+    dry_run: bool
+
+
+def merge(
+    caches: Sequence[Path], out: Path, *, dry_run: bool = False, progress: Progress = SILENT
+) -> Merged:
+    """Join finished caches, in their order, into the new cache ``out``.
+
+    Raises:
+        IdentityError: where base, codec, calibration or settings are not the same.
+        UsageError: for fewer than two caches, or a document that is in two of them.
+        OutputError: where ``out`` holds something, or its disk is too small.
+        CacheError: for a cache that is incomplete or damaged; nothing is left of ``out`` then.
+    """
+    if len(caches) < 2:
+        raise UsageError(
+            f"expected two caches or more to merge, found {len(caches)}. Type for example: "
+            "embedcache merge one two --out both"
+        )
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise OutputError(f"{out} is there already, expected a new folder: give another --out")
+    parts = [_Part(path) for path in caches]
+    for part in parts[1:]:
+        _require_alike(parts[0], part)
+    _require_apart(parts, progress)
+    names = _names(parts)
+    tables = {split: _join(parts, split, names) for split in SPLITS}
+    manifests = [part.cache.manifest for part in parts]
+    told = Merged(
+        out=str(out),
+        caches=tuple(map(str, caches)),
+        documents={name: len(table.names) for name, table in tables.items()},
+        sequences={name: len(table.rows_S2) for name, table in tables.items()},
+        tokens={name: sum(m.splits[name].tokens for m in manifests) for name in SPLITS},
+        blocks={name: sum(m.splits[name].blocks for m in manifests) for name in SPLITS},
+        bytes=sum(part.bytes for part in parts) + parts[0].shared_bytes,
+        renamed=sum(old != new for part in names for old, new in part.items()),
+        dry_run=dry_run,
+    )
+    _require_room(out, told.bytes)
+    if dry_run:
+        return told
+    staging = out.absolute().with_name(f".{out.name}.merging")
+    with writer_lock(staging):
+        try:
+            built = staging / "cache"
+            shutil.rmtree(built, ignore_errors=True)
+            built.mkdir()
+            _Merger(parts, tables, built).run(progress)
+            fsync_tree(built)
+            built.replace(out)
+            fsync_path(out.absolute().parent)
+        finally:
+            shutil.rmtree(staging)
+    return told
+
+
+class _Part:
+    """One of the caches."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.cache = Cache(path)
+        self.settings = self.cache.attributes.settings
+        self.sealed = {record.path: record for record in self.cache.manifest.sealed.files}
+        self.tokens = {
+            name: SplitTokens(path, name, self.settings.block_tokens, self.sealed)
+            for name in SPLITS
+        }
+        self.tables = {name: SplitTables.read(tokens) for name, tokens in self.tokens.items()}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of its blocks, tokens and tables."""
+        splits = self.cache.manifest.splits.values()
+        return sum(s.bytes for s in splits) + sum(r.bytes for r in self.sealed.values())
+
+    @property
+    def shared_bytes(self) -> int:
+        """Bytes of what all parts have the same of: the base and the codec."""
+        manifest = self.cache.manifest
+        return sum(r.bytes for seal in (manifest.base, manifest.codec) for r in seal.files)
+
+    def digests(self, split: str, bar: Bar) -> list[str]:
+        """Return a hash of each document's tokens and targets."""
+        tokens = self.tokens[split]
+        hashes = [hashlib.sha256() for _ in self.tables[split].names]
+        for block in range(tokens.blocks):
+            ids_N, mask_N = tokens.used(block)
+            for document, (a, b) in zip(
+                tokens.documents(block).tolist(), tokens.offsets(block).tolist(), strict=True
+            ):
+                hashes[document].update(b"%d:" % (b - a))
+                hashes[document].update(ids_N[a:b].tobytes() + mask_N[a:b].tobytes())
+            bar.advance(1)
+        return [found.hexdigest() for found in hashes]
+
+
+def _require_alike(first: _Part, other: _Part) -> None:
+    """Raise ``IdentityError`` unless two parts' blocks can lie in one cache."""
+    BaseIdentity.from_dict(first.cache.attributes.base).require(
+        BaseIdentity.from_dict(other.cache.attributes.base),
+        this=f"the cache {first.path}",
+        that=f"the cache {other.path}",
+    )
+    for key in ("codec", "taps", "context", "block_tokens"):
+        one, two = getattr(first.settings, key), getattr(other.settings, key)
+        if one != two:
+            raise IdentityError(
+                f"expected caches of one {key}, found {one!r} in {first.path} and {two!r} in "
+                f"{other.path}. Extract one of them again with the other's."
+            )
+    if not _same(first.cache.manifest.codec, other.cache.manifest.codec):
+        raise IdentityError(
+            f"{first.path} and {other.path} were coded with different calibrations of the codec "
+            f"'{first.settings.codec}', expected the very same. Extract both corpora into one "
+            "cache, or with --codec int8 or bf16."
+        )
+    if not _same(first.cache.manifest.base, other.cache.manifest.base):
+        raise IdentityError(
+            f"{first.path} and {other.path} keep the head of their base in different forms: they "
+            "were extracted with another --dtype, or version. Extract one of them again."
+        )
+
+
+def _same(one: Seal, two: Seal) -> bool:
+    """Whether two seals are of the same content, however Zarr spells its metadata."""
+    files = [{(record.path, record.sha256) for record in seal.files} for seal in (one, two)]
+    metadata = [{k: json.loads(v) for k, v in seal.metadata.items()} for seal in (one, two)]
+    return files[0] == files[1] and metadata[0] == metadata[1]
+
+
+def _require_apart(parts: list[_Part], progress: Progress) -> None:
+    """Raise ``UsageError`` where a document is in two parts.
+
+    It is the same by its tokens and targets: in another split whatever its name is, in the same
+    split if that is the same, too.
+    """
+    seen: dict[str, list[tuple[_Part, str, str]]] = {}
+    total = sum(tokens.blocks for part in parts for tokens in part.tokens.values())
+    with progress.bar("comparing documents", total, "blocks") as bar:
+        for part in parts:
+            own: list[tuple[str, tuple[_Part, str, str]]] = []
+            for split in SPLITS:
+                digests = part.digests(split, bar)
+                for name, digest in zip(part.tables[split].names, digests, strict=True):
+                    for other, its_split, its_name in seen.get(digest, ()):
+                        if its_split != split:
+                            raise UsageError(
+                                f"the document '{name}' is in {its_split} of {other.path}"
+                                f"{'' if name == its_name else f', as {its_name!r},'} and in "
+                                f"{split} of {part.path}: a carry-on would be tested on what it "
+                                "was trained on. Delete it from one of them first: embedcache "
+                                f"delete {part.path} --document '{name}'"
+                            )
+                        if its_name == name:
+                            raise UsageError(
+                                f"the document '{name}' is in {other.path} and in {part.path}: it "
+                                "would be trained on twice. Delete it from one of them first: "
+                                f"embedcache delete {part.path} --document '{name}'"
+                            )
+                    own.append((digest, (part, split, name)))
+            for digest, place in own:
+                seen.setdefault(digest, []).append(place)
+
+
+def _names(parts: list[_Part]) -> list[dict[str, str]]:
+    """Return each part's documents' names in the merged cache: ``a@2`` where ``a`` was taken.
+
+    That is how one corpus names documents of two sources; pieces of a file stay together.
+    """
+    taken: set[str] = set()
+    found = []
+    for part in parts:
+        names = [name for split in SPLITS for name in part.tables[split].names]
+        wholes = dict.fromkeys(re.sub(r"#\d+$", "", name) for name in names)
+        free = {
+            whole: next(
+                new
+                for new in itertools.chain(
+                    [whole], (f"{whole}@{count}" for count in itertools.count(2))
+                )
+                if new not in taken and (new == whole or new not in wholes)
+            )
+            for whole in wholes
+        }
+        taken |= set(free.values())
+        found.append(
+            {
+                name: free[whole] + name[len(whole) :]
+                for name in names
+                for whole in [re.sub(r"#\d+$", "", name)]
+            }
+        )
+    return found
+
+
+def _join(parts: list[_Part], split: str, names: list[dict[str, str]]) -> SplitTables:
+    """Return the tables of the parts one after the other."""
+    tables = [part.tables[split] for part in parts]
+    rows = [part.tokens[split].blocks * part.settings.block_tokens for part in parts]
+    indices = [
+        1 + max((int(t.index_D.max(initial=-1)) for t in part.tables.values()), default=-1)
+        for part in parts
+    ]
+
+    def shifted(values: list[Array], by: list[int]) -> Array:
+        starts = np.cumsum([0, *by[:-1]])
+        return np.concatenate([v + start for v, start in zip(values, starts, strict=True)])
+
+    sequences = [len(table.rows_S2) for table in tables]
+    starts_B = shifted([table.starts_B[:-1] for table in tables], sequences)
+    return SplitTables(
+        rows_S2=shifted([table.rows_S2 for table in tables], rows),
+        document_S=shifted(
+            [table.document_S for table in tables], [len(table.names) for table in tables]
+        ),
+        starts_B=np.append(starts_B, sum(sequences)),
+        index_D=shifted([table.index_D for table in tables], indices),
+        names=tuple(
+            new[name] for table, new in zip(tables, names, strict=True) for name in table.names
+        ),
+    )
+
+
+def _require_room(out: Path, needed: int) -> None:
+    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise OutputError(
+            f"{out} would take {needed:,} bytes, and its disk has {free:,} free: make room, or "
+            "give another --out"
+        )
+
+
+class _Merger:
+    """Builds the merged cache in an empty folder."""
+
+    def __init__(self, parts: list[_Part], tables: dict[str, SplitTables], built: Path):
+        self._parts = parts
+        self._tables = tables
+        self._built = built
+        self._attempt = uuid.uuid4().hex
+
+    def run(self, progress: Progress) -> None:
+        first, built = self._parts[0], self._built
+        root = zarr.create_group(built, zarr_format=3)
+        root.attrs[ATTRIBUTE] = self._attributes()
+        total = sum(tokens.blocks for part in self._parts for tokens in part.tokens.values())
+        with progress.bar("copying", 2 * total, "blocks") as bar:
+            for name in SPLITS:
+                self._sealed(root, name, bar)
+            seal = Seal.of(built, built)
+            splits = {name: self._blocks(name, bar) for name in SPLITS}
+        base, codec = (
+            self._folder(first, folder, vouched)
+            for folder, vouched in (
+                ("base", first.cache.manifest.base),
+                (CODEC, first.cache.manifest.codec),
+            )
+        )
+        publish_seal(built, seal)
+        manifest = Manifest(
+            splits=splits, sealed=seal, base=base, codec=codec, extracted=self._extracted()
+        )
+        publish_manifest(built, manifest)
+
+    def _attributes(self) -> dict[str, Any]:
+        """Return the first part's attributes, with the corpora of all."""
+        corpora: list[dict[str, Any]] = []
+        for part in self._parts:
+            attributes = part.cache.attributes
+            about = {
+                "manifest": part.cache.manifest.hash,
+                "settings": asdict(attributes.settings),
+                "environment": attributes.environment,
+            }
+            corpora += attributes.corpus.get("parts") or [attributes.corpus | about]
+        first = self._parts[0].cache.attributes
+        return replace(first, corpus={"parts": corpora}).to_dict()
+
+    def _extracted(self) -> dict[str, Any]:
+        """Return what the parts' runs saw, together."""
+        runs = [part.cache.manifest.extracted for part in self._parts]
+        summed = {
+            key: sum(run[key] for run in runs)
+            for key in ("tokens", "seconds", "predicted_bytes", "predicted_seconds")
+        }
+        seconds = summed["seconds"]
+        return summed | {
+            "self_check": max(run["self_check"] for run in runs),
+            "tokens_per_second": round(summed["tokens"] / seconds, 1) if seconds else 0.0,
+        }
+
+    def _sealed(self, root: zarr.Group, name: str, bar: Bar) -> None:
+        """Write a split's tokens, tables, counts and empty arrays."""
+        settings = self._parts[0].settings
+        blocks = sum(part.tokens[name].blocks for part in self._parts)
+        group = root.create_group(name)
+        tokens = group.create_group("tokens")
+        group.create_group("documents")
+        create_rows(tokens, rows=blocks * settings.block_tokens, block_tokens=settings.block_tokens)
+        self._tables[name].write(group)
+        for tap in settings.taps:
+            create_arrays(
+                group,
+                tap,
+                ARRAYS[codec_name(name, settings.codec)],
+                blocks=blocks,
+                block_tokens=settings.block_tokens,
+                hidden=self._parts[0].cache.attributes.base["hidden_size"],
+            )
+        group.attrs[ATTRIBUTE] = self._totals(name)
+        number = 0
+        for part in self._parts:
+            for block in range(part.tokens[name].blocks):
+                paths = zip(token_chunks(name, block), token_chunks(name, number), strict=True)
+                for old, new in paths:
+                    if old in part.sealed:  # zarr writes no chunk of zeros
+                        _copy(part.path, part.sealed[old], self._built / new)
+                number += 1
+                bar.advance(1)
+
+    def _totals(self, name: str) -> dict[str, int]:
+        splits = [part.cache.manifest.splits[name] for part in self._parts]
+        return {
+            key: sum(getattr(split, key) for split in splits)
+            for key in ("sequences", "tokens", "targets", "documents")
+        }
+
+    def _blocks(self, name: str, bar: Bar) -> SplitManifest:
+        """Copy a split's shards and write their markers; return what the manifest says."""
+        number, shift = 0, 0
+        files: list[tuple[FileRecord, ...]] = []
+        quarantined: list[int] = []
+        for part in self._parts:
+            manifest = part.cache.manifest.splits[name]
+            starts_B = part.tables[name].starts_B.tolist()
+            for block, records in enumerate(manifest.files):
+                copied = tuple(
+                    replace(record, path=_renumbered(record.path, number)) for record in records
+                )
+                for record, new in zip(records, copied, strict=True):
+                    _copy(part.path, record, self._built / new.path)
+                aside = tuple(
+                    s + shift
+                    for s in manifest.quarantined
+                    if starts_B[block] <= s < starts_B[block + 1]
+                )
+                marker = Marker(
+                    split=name,
+                    block=number,
+                    generation=0,
+                    attempt=self._attempt,
+                    files=copied,
+                    quarantined=aside,
+                )
+                path = marker_path(self._built, name, number)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(marker.to_json())
+                files.append(copied)
+                quarantined += aside
+                number += 1
+                bar.advance(1)
+            shift += manifest.sequences
+        return SplitManifest(
+            files=tuple(files), quarantined=tuple(quarantined), **self._totals(name)
+        )
+
+    def _folder(self, part: _Part, name: str, vouched: Seal) -> Seal:
+        """Copy what all parts have the same of."""
+        if (part.path / name).is_dir():
+            shutil.copytree(part.path / name, self._built / name)
+        seal = Seal.of(self._built, self._built / name)
+        if seal != vouched:
+            raise CacheError(
+                f"{part.path / name} is damaged: run 'embedcache verify {part.path}', then the "
+                "same 'embedcache extract' with --repair. Nothing was merged."
+            )
+        return seal
+
+
+def _renumbered(shard: str, block: int) -> str:
+    """Return a shard's path with another block's number.
+
+    >>> _renumbered("train/embeddings/final/c/3/0", 12)
+    'train/embeddings/final/c/12/0'
+    """
+    array, _, place = shard.rpartition("/c/")
+    return "/".join([array, "c", str(block), *place.split("/")[1:]])
+
+
+def _copy(cache: Path, record: FileRecord, target: Path) -> None:
+    """Copy a file; raises ``CacheError`` unless its bytes are those that were recorded."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    digest = hashlib.sha256()
+    try:
+        with (cache / record.path).open("rb") as source, target.open("wb") as copy:
+            while data := source.read(COPY_BYTES):
+                digest.update(data)
+                copy.write(data)
+    except FileNotFoundError:
+        digest.update(b"missing")
+    if digest.hexdigest() != record.sha256:
+        raise CacheError(
+            f"{cache / record.path} is damaged: run 'embedcache verify {cache} --deep', then the "
+            "same 'embedcache extract' with --repair. Nothing was merged."
+        )
