@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import zarr
 from embedcache.base.load import Base
 from embedcache.base.taps import FINAL, token_embedding_of
 from embedcache.cache.base_arrays import base_array_bytes
-from embedcache.cache.layout import CODEC, DEFAULT_BITS, STAGING, ExtractSettings
+from embedcache.cache.layout import CODEC, DEFAULT_BITS, ExtractSettings
 from embedcache.cache.seal import fsync_tree
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import Calibration
@@ -92,18 +91,17 @@ def calibration_bytes(cache: Path, calibrations: Calibrations) -> int:
     )
 
 
-def store_calibrations(cache: Path, calibrations: Calibrations) -> None:
-    """Store the calibrations, whole and once, before the first block."""
+def store_calibrations(cache: Path, calibrations: Calibrations, staging: Path) -> None:
+    """Store the calibrations, made in ``staging``, whole and once, before the first block."""
     if not calibrations or (cache / CODEC).is_dir():
         return
-    staging = cache / STAGING / CODEC
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.parent.mkdir(exist_ok=True)
-    group = zarr.create_group(staging, zarr_format=3)
+    made = staging / CODEC
+    staging.mkdir(parents=True, exist_ok=True)
+    group = zarr.create_group(made, zarr_format=3)
     for tap, found in calibrations.items():
         found.save(group.create_group(tap))
-    fsync_tree(staging)
-    staging.rename(cache / CODEC)
+    fsync_tree(made)
+    made.rename(cache / CODEC)
     fsync_path(cache)
 
 
