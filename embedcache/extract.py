@@ -14,7 +14,13 @@ import torch
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps
 from embedcache.cache.claims import TURN, Claims
-from embedcache.cache.commit import Marker, clear_staging, drop_superseded, recover
+from embedcache.cache.commit import (
+    Marker,
+    clear_staging,
+    drop_superseded,
+    newest_generations,
+    recover,
+)
 from embedcache.cache.layout import (
     CLAIMS,
     CODEC,
@@ -217,6 +223,13 @@ class _Extraction:
         """
         out, progress = self._out, self._progress
         live = self._live()
+        # Before recovery: a marker that is withdrawn is made again in its place, one of a damaged
+        # block is followed, and any that comes from now on is another process's.
+        newest = {name: newest_generations(out, name) for name in self._splits}
+        generations = {
+            name: {block: at + (mended is not None) for block, at in found.items()}
+            for name, found in newest.items()
+        }
         markers = self._recover(live) if mended is None else mended.markers
         clear_staging(out, live)
         self._resumed = sum(len(done) for done in markers.values())
@@ -278,7 +291,9 @@ class _Extraction:
             pipeline = Pipeline(
                 out, self._claims, self._splits, base, forward, encoders, quarantine, progress
             )
-            worst, tokens, seconds = pipeline.run(todo, markers, measured.known, computed)
+            worst, tokens, seconds = pipeline.run(
+                todo, markers, measured.known, computed, generations
+            )
             seconds += calibrating + measured.seconds
         if mended is None:
             turn.close()

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from embedcache.cache import claims as timing
 from embedcache.cache.claims import Claims, claim_of
-from embedcache.cache.commit import Marker, newest_generations
-from embedcache.cache.layout import SPLITS, marker_path
+from embedcache.cache.commit import Marker
+from embedcache.cache.layout import marker_path
 from embedcache.extraction.measure import Item
 
 
@@ -21,16 +21,22 @@ class Deal:
     nothing is left, and runs no further ahead than it is asked, so that work spreads evenly.
     """
 
-    def __init__(self, cache: Path, claims: Claims, todo: list[Item]):
+    def __init__(
+        self,
+        cache: Path,
+        claims: Claims,
+        todo: list[Item],
+        generations: dict[str, dict[int, int]],
+    ):
         self._cache = cache
         self._claims = claims
         self._todo = todo
-        self._newest = {name: newest_generations(cache, name) for name in SPLITS}
+        self._generations = generations
 
     def generation(self, item: Item) -> int:
         """Return which generation of a block's marker is to be made."""
         name, block = item
-        return self._newest[name].get(block, -1) + 1
+        return self._generations[name].get(block, 0)
 
     def __iter__(self) -> Iterator[Item | Marker | None]:
         left = self._todo

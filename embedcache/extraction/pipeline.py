@@ -62,6 +62,7 @@ class Pipeline:
         markers: dict[str, dict[int, Marker]],
         known: dict[Item, dict[int, Embeddings]],
         computed: dict[Item, Embeddings],
+        generations: dict[str, dict[int, int]],
     ) -> tuple[float, int, float]:
         """Have the blocks ``todo`` committed, here or by others, adding to ``markers`` by split.
 
@@ -70,13 +71,14 @@ class Pipeline:
             markers: the committed blocks of each split.
             known: what is known of blocks from measuring, by batch.
             computed: blocks that are known whole, from calibrating.
+            generations: of the markers to make, where they are not the first of their block.
 
         Returns:
             The self-check's largest difference, the tokens computed here, and the seconds that it
             took.
         """
         base, forward, encoders = self._base, self._forward, self._encoders
-        deal = Deal(self._out, self._claims, todo)
+        deal = Deal(self._out, self._claims, todo, generations)
         worst, number, tokens, started = 0.0, 0, 0, time.perf_counter()
         waiting: float | None = None
         writer = BlockWriter(self._out, self._claims.attempt)
