@@ -179,7 +179,11 @@ def extract_command(
             ("cache", result.out),
             ("base", result.base),
             *_corpus_pairs(result.corpus),
-            ("blocks", f"{result.blocks} ({result.resumed_blocks} from an earlier run)"),
+            (
+                "blocks",
+                f"{result.blocks} ({result.resumed_blocks} from before, {result.computed_blocks} "
+                f"computed here, {result.others_blocks} by other processes)",
+            ),
             ("quarantined", f"{result.quarantined} sequences with values that are not finite"),
             ("self-check", f"batched against alone: {result.self_check:.1e} relative, at most"),
             (

@@ -18,6 +18,7 @@ import numpy as np
 import zarr
 
 from embedcache.cache.arrays import chunk_rows
+from embedcache.cache.claims import Claims
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import (
@@ -43,7 +44,6 @@ from embedcache.cache.tables import TABLES, SplitTables
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.verify import verify
 from embedcache.errors import CacheError, UsageError, nearest
-from embedcache.files import writer_lock
 from embedcache.progress import SILENT, Bar, Progress
 
 Array = np.ndarray[Any, Any]
@@ -78,25 +78,34 @@ def delete(
     if dry_run:
         return _plan(cache, documents, dry_run=True).told
     read_attributes(cache)
-    with writer_lock(cache):
-        finished = finish_rewrite(cache)
-        if finished is not None:
-            progress.say(f"finished deleting {', '.join(finished['documents'])}")
-            documents = [name for name in documents if name not in finished["asked"]]
-            if not documents:
-                finished.pop("asked")
-                _tidy(cache)
-                return Deletion(**finished | {"documents": tuple(finished["documents"])})
-        found = verify(cache, progress=progress)
-        if found.faults:
-            raise CacheError(
-                f"{cache} is damaged ({found.faults[0]}): nothing was deleted. Run the same "
-                "'embedcache extract' with --repair first."
-            )
-        plan = _plan(cache, documents, dry_run=False)
-        _Deleter(plan, begin_rewrite(cache)).run(progress)
-        _tidy(cache)
-        return plan.told
+    claims = Claims(cache)
+    with claims:
+        claims.require_alone("delete")
+        with claims.turn(progress):
+            claims.require_alone("delete")  # one may have come to wait just now
+            return _delete(cache, documents, progress)
+
+
+def _delete(cache: Path, documents: Sequence[str], progress: Progress) -> Deletion:
+    """Delete with the cache to itself."""
+    finished = finish_rewrite(cache)
+    if finished is not None:
+        progress.say(f"finished deleting {', '.join(finished['documents'])}")
+        documents = [name for name in documents if name not in finished["asked"]]
+        if not documents:
+            finished.pop("asked")
+            _tidy(cache)
+            return Deletion(**finished | {"documents": tuple(finished["documents"])})
+    found = verify(cache, progress=progress)
+    if found.faults:
+        raise CacheError(
+            f"{cache} is damaged ({found.faults[0]}): nothing was deleted. Run the same "
+            "'embedcache extract' with --repair first."
+        )
+    plan = _plan(cache, documents, dry_run=False)
+    _Deleter(plan, begin_rewrite(cache)).run(progress)
+    _tidy(cache)
+    return plan.told
 
 
 def _tidy(cache: Path) -> None:

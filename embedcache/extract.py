@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +13,22 @@ import torch
 
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps
+from embedcache.cache.claims import TURN, Claims
 from embedcache.cache.commit import (
+    Marker,
     clear_staging,
     drop_superseded,
+    newest_generations,
     recover,
 )
-from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, ExtractSettings
+from embedcache.cache.layout import (
+    CLAIMS,
+    CODEC,
+    MANIFEST,
+    SPLITS,
+    STAGING,
+    ExtractSettings,
+)
 from embedcache.cache.manifest import (
     Manifest,
     publish_manifest,
@@ -31,6 +41,7 @@ from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import codecs_of
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
+from embedcache.errors import OutputError
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
     calibration_bytes,
@@ -40,7 +51,7 @@ from embedcache.extraction.calibrate_cache import (
 )
 from embedcache.extraction.encoder import BlockEncoder
 from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.measure import Measured, measure
+from embedcache.extraction.measure import Item, Measured, measure
 from embedcache.extraction.pipeline import Pipeline
 from embedcache.extraction.plan import (
     check_out,
@@ -54,13 +65,16 @@ from embedcache.extraction.preflight import blocks_to_go, predict
 from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.repair import Mended, mend, restore_metadata
 from embedcache.extraction.store_base import store_base
-from embedcache.files import LOCK, writer_lock
 from embedcache.progress import SILENT, Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractSummary:
-    """What an extraction did. Speeds count this run's blocks only; bytes are of the whole cache."""
+    """What an extraction did. Speeds count this run's blocks only; bytes are of the whole cache.
+
+    Of ``blocks``, ``resumed_blocks`` were there when it began, ``computed_blocks`` it made itself,
+    and ``others_blocks`` were made meanwhile by other processes.
+    """
 
     out: str
     base: str
@@ -73,6 +87,8 @@ class ExtractSummary:
     predicted_seconds: float
     blocks: int
     resumed_blocks: int
+    computed_blocks: int
+    others_blocks: int
     quarantined: int
     self_check: float
     seconds: float
@@ -94,6 +110,9 @@ def extract(
     progress: Progress = SILENT,
 ) -> ExtractSummary:
     """Extract a corpus into the cache at ``out``, or go on with one that was interrupted.
+
+    Any number of processes may do so at once, on one machine or on several that share a file
+    system: one runs pass 0, then all share out the blocks, and take over those of one that died.
 
     Args:
         corpus: what to read, how to render and split it.
@@ -121,17 +140,30 @@ def extract(
     target = resolve_device(device)
     environment = environment_of(target, resolve_dtype(dtype, target), "sdpa")
     created = not out.exists()
-    with writer_lock(out):
-        try:
+    claims = Claims(out)
+    try:
+        with claims, ExitStack() as turn:
+            if repair:
+                claims.require_alone("--repair")
+            turn.enter_context(claims.turn(progress))
             finish_rewrite(out)
             if repair:
+                claims.require_alone("--repair")  # one may have come to wait just now
                 restore_metadata(out)
             attributes = sealed_attributes(out, corpus, identity, settings, environment)
             begun = attributes is not None
             if attributes is None:
                 tokenizer = load_tokenizer(base, revision=revision)
                 attributes = seal_corpus(
-                    corpus, tokenizer, identity, settings, environment, out, progress
+                    corpus,
+                    tokenizer,
+                    identity,
+                    settings,
+                    environment,
+                    out,
+                    progress,
+                    staging=claims.staging,
+                    holds=lambda: claims.holds(TURN),
                 )
             summary = attributes.corpus["summary"]
             mended = None
@@ -139,25 +171,24 @@ def extract(
                 mended = mend(
                     out, corpus, lambda: load_tokenizer(base, revision=revision), settings, progress
                 )
-            run = _Extraction(out, summary, settings, target, max_quarantined, progress)
+            run = _Extraction(out, claims, summary, settings, target, max_quarantined, progress)
             if mended is not None or not (out / MANIFEST).is_file():
                 try:
                     run.compute(
                         lambda: load_base(base, revision=revision, device=device, dtype=dtype),
+                        turn,
                         mended,
                     )
                 except RoomError:
-                    if not begun:
+                    if not begun and claims.holds(TURN):
                         unseal(out)
                     raise
-        except BaseException:
-            if not (out / "zarr.json").is_file():
-                (out / LOCK).unlink(missing_ok=True)
-                if created:
-                    with suppress(OSError):  # another process may have begun there
-                        out.rmdir()
-            raise
-        return run.summary(identity.name)
+    except BaseException:
+        if created and not (out / "zarr.json").is_file():
+            with suppress(OSError):  # another process may have begun there
+                out.rmdir()
+        raise
+    return run.summary(identity.name)
 
 
 class _Extraction:
@@ -166,6 +197,7 @@ class _Extraction:
     def __init__(
         self,
         out: Path,
+        claims: Claims,
         corpus_summary: dict[str, Any],
         settings: ExtractSettings,
         device: torch.device,
@@ -173,30 +205,39 @@ class _Extraction:
         progress: Progress,
     ):
         self._out = out
+        self._claims = claims
         self._device = device
         self._corpus_summary = corpus_summary
         self._settings = settings
         self._progress = progress
         self._splits = {name: SplitTokens(out, name, settings.block_tokens) for name in SPLITS}
         self.tokens = {name: split.totals["tokens"] for name, split in self._splits.items()}
-        self._quarantine = Quarantine(self._splits, max_quarantined)
-        self._resumed = 0
+        self._max_quarantined = max_quarantined
+        self._resumed = self._computed = self._others = 0
 
-    def compute(self, load: Callable[[], Base], mended: Mended | None = None) -> None:
-        """Compute every block without a sound marker and publish the manifest."""
+    def compute(
+        self, load: Callable[[], Base], turn: ExitStack, mended: Mended | None = None
+    ) -> None:
+        """Have every block without a sound marker computed, and the manifest published.
+
+        ``turn`` holds this process's turn to do what one does for all; it is given up in between,
+        but for a repair, which is alone.
+        """
         out, progress = self._out, self._progress
-        markers = (
-            {name: recover(out, name, split.blocks) for name, split in self._splits.items()}
-            if mended is None
-            else mended.markers
-        )
-        clear_staging(out)
+        live = self._live()
+        # Before recovery: a marker that is withdrawn is made again in its place, one of a damaged
+        # block is followed, and any that comes from now on is another process's.
+        newest = {name: newest_generations(out, name) for name in self._splits}
+        generations = {
+            name: {block: at + (mended is not None) for block, at in found.items()}
+            for name, found in newest.items()
+        }
+        markers = self._recover(live) if mended is None else mended.markers
+        clear_staging(out, live)
         self._resumed = sum(len(done) for done in markers.values())
-        for name, done in markers.items():
-            for marker in done.values():
-                self._quarantine.count(name, marker)
-        self._quarantine.check()
-        todo = blocks_to_go(self._splits, {name: set(done) for name, done in markers.items()})
+        quarantine = self._count(markers)
+        quarantine.check()
+        todo = self._to_go(markers)
         if self._resumed:
             progress.say(f"resuming: {self._resumed} blocks are there, {len(todo)} to go")
         worst, tokens, seconds = 0.0, 0, 0.0
@@ -204,6 +245,8 @@ class _Extraction:
         base, measured = None, Measured()
         again = mended is not None and mended.base
         damaged_codec = None if mended is None else mended.codec
+        if mended is None and self._prepared():
+            turn.close()
         if todo or again or damaged_codec or not (out / "base").is_dir():
             with progress.bar("loading the base", None, "") as _:
                 base = load()
@@ -242,17 +285,34 @@ class _Extraction:
         if base is not None:
             progress.say(str(predicted))
             require_room(predicted, out)
-            store_base(out, base, again=again)
-            store_calibrations(out, calibrations, expected=damaged_codec)
+            store_base(out, base, self._claims.staging, again=again)
+            store_calibrations(out, calibrations, self._claims.staging, expected=damaged_codec)
+            if mended is None:
+                turn.close()
             encoders = {
                 name: BlockEncoder(name, self._settings, codecs[name]) for name in dict(todo)
             }
             pipeline = Pipeline(
-                out, self._splits, base, forward, encoders, self._quarantine, progress
+                out, self._claims, self._splits, base, forward, encoders, quarantine, progress
             )
-            worst, tokens, seconds = pipeline.run(todo, markers, measured.known, computed)
+            worst, tokens, seconds = pipeline.run(
+                todo, markers, measured.known, computed, generations
+            )
             seconds += calibrating + measured.seconds
-        self._quarantine.check(finished=True)
+        if mended is None:
+            turn.close()
+            turn.enter_context(self._claims.turn(progress))
+        live = self._live()
+        markers = self._recover(live)
+        if left := self._to_go(markers):
+            raise OutputError(
+                f"{len(left)} blocks of {out} were committed and their files are gone: type the "
+                "same again to compute them anew"
+            )
+        made = [marker for done in markers.values() for marker in done.values()]
+        self._computed = sum(marker.attempt == self._claims.attempt for marker in made)
+        self._others = len(made) - self._resumed - self._computed
+        self._count(markers).check(finished=True)
         manifest = Manifest(
             splits={
                 name: split_manifest(split.totals, markers[name], split.blocks)
@@ -271,15 +331,47 @@ class _Extraction:
                 "predicted_seconds": predicted.seconds,
             },
         )
-        publish_manifest(out, manifest)
+        if mended is not None or not (out / MANIFEST).is_file():
+            publish_manifest(out, manifest)
         for name in self._splits:
             drop_superseded(out, name)
-        clear_staging(out)
+        clear_staging(out, live)
+
+    def _prepared(self) -> bool:
+        """Whether what one process stores for all is there."""
+        coded = self._settings.codec != "transform" or not self._splits["train"].blocks
+        return (self._out / "base").is_dir() and (coded or (self._out / CODEC).is_dir())
+
+    def _live(self) -> set[str]:
+        """Return the attempts of the other processes that are alive."""
+        return {holder.attempt for holder in self._claims.others()}
+
+    def _recover(self, live: set[str]) -> dict[str, dict[int, Marker]]:
+        return {
+            name: recover(self._out, name, split.blocks, live)
+            for name, split in self._splits.items()
+        }
+
+    def _to_go(self, markers: dict[str, dict[int, Marker]]) -> list[Item]:
+        return blocks_to_go(self._splits, {name: set(done) for name, done in markers.items()})
+
+    def _count(self, markers: dict[str, dict[int, Marker]]) -> Quarantine:
+        """Return the quarantine as the committed blocks have it."""
+        quarantine = Quarantine(self._splits, self._max_quarantined)
+        for name, done in markers.items():
+            for marker in done.values():
+                quarantine.count(name, marker)
+        return quarantine
 
     def summary(self, base: str) -> ExtractSummary:
         """Return the counts and sizes of the finished cache."""
         manifest = read_manifest(self._out)
-        size = sum(path.stat().st_size for path in self._out.rglob("*") if path.is_file())
+        names = {p.relative_to(self._out): p for p in self._out.rglob("*") if p.is_file()}
+        size = sum(
+            path.stat().st_size
+            for name, path in names.items()
+            if name.parts[0] not in (STAGING, CLAIMS)
+        )
         head = sum(p.stat().st_size for p in (self._out / "base").rglob("*") if p.is_file())
         tokens = sum(self.tokens.values())
         return ExtractSummary(
@@ -294,6 +386,8 @@ class _Extraction:
             predicted_seconds=manifest.extracted["predicted_seconds"],
             blocks=sum(split.blocks for split in manifest.splits.values()),
             resumed_blocks=self._resumed,
+            computed_blocks=self._computed,
+            others_blocks=self._others,
             quarantined=sum(len(split.quarantined) for split in manifest.splits.values()),
             self_check=manifest.extracted["self_check"],
             seconds=manifest.extracted["seconds"],

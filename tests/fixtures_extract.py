@@ -55,6 +55,19 @@ def start_command(*arguments: str, environment: dict[str, str] | None = None) ->
     )
 
 
+def extract_small(place: Path, out: Path) -> None:
+    """Extract ``place``/corpus with `corpus_config` and `small_settings`: a process's target."""
+    from embedcache.extract import extract
+
+    extract(
+        corpus_config(place / "corpus"),
+        base=str(place / "base"),
+        out=out,
+        settings=small_settings(),
+        device="cpu",
+    )
+
+
 def call_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     """Run the command's own ``main`` in this process and return its exit code."""
     from embedcache_cli.app import main

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import uuid
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -100,13 +101,13 @@ def _generations(cache: Path, split: str) -> dict[int, dict[int, Path]]:
 
 
 class BlockWriter:
-    """Stages and commits blocks for one attempt (one run of one process)."""
+    """Stages and commits blocks for one attempt (one run of one process), by its id."""
 
-    def __init__(self, cache: Path):
+    def __init__(self, cache: Path, attempt: str | None = None):
         self._cache = cache
-        self.attempt = uuid.uuid4().hex
+        self.attempt = attempt or uuid.uuid4().hex
         self._folder = cache / STAGING / self.attempt
-        self._folder.mkdir(parents=True)
+        self._folder.mkdir(parents=True, exist_ok=True)
 
     def commit(
         self,
@@ -199,11 +200,13 @@ def promote(cache: Path, marker: Marker) -> None:
         fsync_path(target.parent)
 
 
-def recover(cache: Path, split: str, block_count: int) -> dict[int, Marker]:
-    """Finish what dead attempts committed; return the markers whose files are all in place.
+def recover(
+    cache: Path, split: str, block_count: int, live: Collection[str] = ()
+) -> dict[int, Marker]:
+    """Finish what attempts committed; return the markers whose files are all in place.
 
     A marker whose files are gone (deleted by hand, or a disk that lied) is withdrawn, so that the
-    block is computed again.
+    block is computed again; but not one of a ``live`` attempt, which may be at it just now.
     """
     done: dict[int, Marker] = {}
     for block, path in committed_blocks(cache, split).items():
@@ -221,11 +224,20 @@ def recover(cache: Path, split: str, block_count: int) -> dict[int, Marker]:
         )
         if whole:
             done[block] = marker
-        else:
+        elif marker.attempt not in live:
             path.unlink()
     return done
 
 
-def clear_staging(cache: Path) -> None:
-    """Remove what dead attempts staged and never committed; under the lock, after `recover`."""
-    shutil.rmtree(cache / STAGING, ignore_errors=True)
+def clear_staging(cache: Path, live: Collection[str] = ()) -> None:
+    """Remove what all but the ``live`` attempts staged and never committed.
+
+    Call after `recover`, with attempts that were found live before it: what one committed last,
+    and died, is not in place yet.
+    """
+    if not live:
+        shutil.rmtree(cache / STAGING, ignore_errors=True)
+        return
+    for folder in (cache / STAGING).glob("*"):
+        if folder.name not in live:
+            shutil.rmtree(folder, ignore_errors=True)

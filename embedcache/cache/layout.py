@@ -13,6 +13,7 @@ base/head/{weight,bias}, base/token_embedding/weight
 sealed.json                                 hashes of what pass 0 wrote
 commits/<split>/<block>.<generation>.json   one marker a committed block
 manifest.json                               published last
+claims/                                     while processes write: `embedcache.cache.claims`
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ SPLITS = ("train", "dev", "test")
 ATTRIBUTE = "embedcache"
 STAGING = ".staging"
 COMMITS = "commits"
+CLAIMS = "claims"
 CODEC = "codec"
 MANIFEST = "manifest.json"
 SEALED = "sealed.json"

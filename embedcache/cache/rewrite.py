@@ -49,7 +49,7 @@ def commit_rewrite(cache: Path, *, remove: list[str], about: dict[str, Any]) -> 
 def finish_rewrite(cache: Path) -> dict[str, Any] | None:
     """Go on with a rewrite that was committed and cut short; return what it is about, if any.
 
-    Call under the writer's lock.
+    Call with the cache to itself.
     """
     folder = cache / _FOLDER
     if not (folder / _PLAN).is_file():

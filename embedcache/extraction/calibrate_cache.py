@@ -13,7 +13,7 @@ import zarr
 from embedcache.base.load import Base
 from embedcache.base.taps import FINAL, token_embedding_of
 from embedcache.cache.base_arrays import base_array_bytes
-from embedcache.cache.layout import CODEC, DEFAULT_BITS, STAGING, ExtractSettings
+from embedcache.cache.layout import CODEC, DEFAULT_BITS, ExtractSettings
 from embedcache.cache.seal import fsync_tree
 from embedcache.cache.sealed import Seal
 from embedcache.cache.tokens import SplitTokens
@@ -96,24 +96,24 @@ def calibration_bytes(cache: Path, calibrations: Calibrations) -> int:
 
 
 def store_calibrations(
-    cache: Path, calibrations: Calibrations, *, expected: Seal | None = None
+    cache: Path, calibrations: Calibrations, staging: Path, *, expected: Seal | None = None
 ) -> None:
-    """Store the calibrations, whole and once, before the first block.
+    """Store the calibrations, made in ``staging``, whole and once, before the first block.
 
     ``expected`` is the seal of a damaged calibration whose place they take: raises ``CacheError``
     where they are not the very same, since blocks were coded with that.
     """
     if not calibrations or ((cache / CODEC).is_dir() and expected is None):
         return
-    staging, old = cache / STAGING / CODEC, cache / STAGING / f"{CODEC}.old"
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    staging.parent.mkdir(exist_ok=True)
-    group = zarr.create_group(staging, zarr_format=3)
+    made, old = staging / CODEC, staging / f"{CODEC}.old"
+    for folder in (made, old):
+        shutil.rmtree(folder, ignore_errors=True)
+    staging.mkdir(parents=True, exist_ok=True)
+    group = zarr.create_group(made, zarr_format=3)
     for tap, found in calibrations.items():
         found.save(group.create_group(tap))
-    fsync_tree(staging)
-    if expected is not None and Seal.of(staging.parent, staging) != expected:
+    fsync_tree(made)
+    if expected is not None and Seal.of(staging, made) != expected:
         raise CacheError(
             f"the calibration in {cache / CODEC} is damaged, and what was calibrated anew is not "
             "the one that blocks were coded with (another machine or version?): restore that "
@@ -121,7 +121,7 @@ def store_calibrations(
         )
     if (cache / CODEC).exists():
         (cache / CODEC).rename(old)
-    staging.rename(cache / CODEC)
+    made.rename(cache / CODEC)
     fsync_path(cache)
 
 

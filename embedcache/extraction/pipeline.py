@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,13 @@ import numpy as np
 import torch
 
 from embedcache.base.load import Base
+from embedcache.cache.claims import PATIENCE_SECONDS, Claims
 from embedcache.cache.codecs import ArraySpec
-from embedcache.cache.commit import BlockWriter, Marker, newest_generations
+from embedcache.cache.commit import BlockWriter, Marker
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.tokens import SplitTokens
 from embedcache.extraction.buffers import HostBuffers, Slot
+from embedcache.extraction.deal import Deal
 from embedcache.extraction.encoder import BlockEncoder
 from embedcache.extraction.forward import CHECK_EVERY, BlockForward
 from embedcache.extraction.measure import Item
@@ -25,14 +28,18 @@ from embedcache.extraction.quarantine import Quarantine
 from embedcache.progress import Bar, Progress
 
 Embeddings = dict[str, torch.Tensor]
+Array = np.ndarray[Any, Any]
+Read = tuple[Item, Array, Array, int]
+"""A block, its ids_N, the rows_S2 of its sequences, and the number of the first."""
 
 
 class Pipeline:
-    """Computes and commits blocks of one cache."""
+    """Computes and commits blocks of one cache, those that no other process has claimed."""
 
     def __init__(
         self,
         out: Path,
+        claims: Claims,
         splits: dict[str, SplitTokens],
         base: Base,
         forward: BlockForward,
@@ -41,6 +48,7 @@ class Pipeline:
         progress: Progress,
     ):
         self._out = out
+        self._claims = claims
         self._splits = splits
         self._base = base
         self._forward = forward
@@ -54,31 +62,45 @@ class Pipeline:
         markers: dict[str, dict[int, Marker]],
         known: dict[Item, dict[int, Embeddings]],
         computed: dict[Item, Embeddings],
+        generations: dict[str, dict[int, int]],
     ) -> tuple[float, int, float]:
-        """Commit the blocks ``todo``, adding to ``markers`` by split.
+        """Have the blocks ``todo`` committed, here or by others, adding to ``markers`` by split.
 
         Args:
             todo: the blocks, in the order in which they are computed.
             markers: the committed blocks of each split.
             known: what is known of blocks from measuring, by batch.
             computed: blocks that are known whole, from calibrating.
+            generations: of the markers to make, where they are not the first of their block.
 
         Returns:
-            The self-check's largest difference, the tokens, and the seconds that it took.
+            The self-check's largest difference, the tokens computed here, and the seconds that it
+            took.
         """
         base, forward, encoders = self._base, self._forward, self._encoders
-        newest = {name: newest_generations(self._out, name) for name in self._splits}
-        worst, started = 0.0, time.perf_counter()
-        writer = BlockWriter(self._out)
+        deal = Deal(self._out, self._claims, todo, generations)
+        worst, number, tokens, started = 0.0, 0, 0, time.perf_counter()
+        waiting: float | None = None
+        writer = BlockWriter(self._out, self._claims.attempt)
         threads = encoder_threads(base.device)
         slots = HostBuffers(base.device, count=threads + 1)
-        futures: list[tuple[str, int, int, Future[Marker]]] = []
+        futures: list[Future[Marker]] = []
         total = sum(tokens_to_go(self._splits, todo).values())
         pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
         try:
-            with self._progress.bar("extracting", total, "tok") as bar:
-                read = ((*item, *self._splits[item[0]].read(item[1])) for item in todo)
-                for number, (name, block, ids_N, rows_S2, first) in enumerate(prefetch(read)):
+            with (
+                self._progress.bar("extracting", total, "tok") as bar,
+                closing(prefetch(self._read(deal))) as dealt,
+            ):
+                for entry in dealt:
+                    if not isinstance(entry, tuple):
+                        futures = self._settle(futures, markers, bar, wait=False)
+                        if entry is None:
+                            waiting = self._wait(waiting)
+                        else:
+                            self._note(entry, markers, bar)
+                        continue
+                    (name, block), ids_N, rows_S2, first = entry
                     part = known.pop((name, block), {})
                     x_NH = computed.pop((name, block), None) or forward(ids_N, rows_S2, part)
                     x_NH = {tap: x.to(base.device) for tap, x in x_NH.items()}
@@ -88,24 +110,43 @@ class Pipeline:
                     rows = self._splits[name].block_rows(block)
                     ready = slots.fetch(*encoders[name](x_NH, ids_N, rows))
                     specs = encoders[name].specs
-                    generation = newest[name].get(block, -1) + 1
                     future = pool.submit(
-                        self._write, writer, name, block, generation, ready, specs, rows_S2, first
+                        self._write, writer, deal, (name, block), ready, specs, rows_S2, first
                     )
-                    futures.append((name, block, rows, future))
+                    number += 1
+                    tokens += rows
+                    futures.append(future)
                     futures = self._settle(futures, markers, bar, wait=False)
                 self._settle(futures, markers, bar, wait=True)
         finally:
             pool.shutdown(wait=True)
             writer.close()
-        return worst, total, time.perf_counter() - started
+        return worst, tokens, time.perf_counter() - started
+
+    def _read(self, deal: Deal) -> Iterator[Read | Marker | None]:
+        """Read the blocks that are dealt to this process; pass on what is said of others."""
+        for dealt in deal:
+            if isinstance(dealt, tuple):
+                yield (dealt, *self._splits[dealt[0]].read(dealt[1]))
+            else:
+                yield dealt
+
+    def _wait(self, since: float | None) -> float:
+        """Say once, after a moment, for whom this process waits; return since when it does."""
+        now = time.monotonic()
+        if since is None:
+            return now
+        if since < now - PATIENCE_SECONDS:
+            others = ", ".join(map(str, self._claims.others())) or "a process that is gone"
+            self._progress.say(f"nothing is left to claim: waiting for blocks of {others}")
+            return float("inf")
+        return since
 
     def _write(
         self,
         writer: BlockWriter,
-        name: str,
-        block: int,
-        generation: int,
+        deal: Deal,
+        item: Item,
         ready: Callable[[], Slot],
         specs: dict[str, ArraySpec],
         rows_S2: np.ndarray[Any, Any],
@@ -119,29 +160,34 @@ class Pipeline:
                     values[rows_S2[index, 0] : rows_S2[index, 1]] = 0
             arrays = {path: (specs[path], values.numpy()) for path, values in slot.arrays.items()}
             quarantined = tuple(first + index for index in bad)
-            return writer.commit(
-                name, block, arrays, quarantined=quarantined, generation=generation
-            )
+            generation = deal.generation(item)
+            marker = writer.commit(*item, arrays, quarantined=quarantined, generation=generation)
+            deal.done(item)
+            return marker
         finally:
             slot.release()
 
     def _settle(
         self,
-        futures: list[tuple[str, int, int, Future[Marker]]],
+        futures: list[Future[Marker]],
         markers: dict[str, dict[int, Marker]],
         bar: Bar,
         *,
         wait: bool,
-    ) -> list[tuple[str, int, int, Future[Marker]]]:
+    ) -> list[Future[Marker]]:
         """Take note of the blocks that are committed; return those that are not."""
         pending = []
-        for name, block, rows, future in futures:
+        for future in futures:
             if not wait and not future.done():
-                pending.append((name, block, rows, future))
+                pending.append(future)
                 continue
-            marker = future.result()
-            markers[name][block] = marker
-            self._quarantine.count(name, marker)
-            bar.advance(rows, f"{sum(record.bytes for record in marker.files) / 1e6:.1f} MB/block")
-            self._quarantine.check()
+            self._note(future.result(), markers, bar)
         return pending
+
+    def _note(self, marker: Marker, markers: dict[str, dict[int, Marker]], bar: Bar) -> None:
+        """Count a block that is committed, here or by another process."""
+        markers[marker.split][marker.block] = marker
+        self._quarantine.count(marker.split, marker)
+        rows = self._splits[marker.split].block_rows(marker.block)
+        bar.advance(rows, f"{sum(record.bytes for record in marker.files) / 1e6:.1f} MB/block")
+        self._quarantine.check()

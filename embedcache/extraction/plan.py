@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,22 @@ import torch
 
 from embedcache import __version__
 from embedcache.base.identity import BaseIdentity
-from embedcache.cache.layout import CODEC, SEALED, SPLITS, STAGING, CacheAttributes, ExtractSettings
+from embedcache.cache.claims import WRITERS
+from embedcache.cache.layout import (
+    CLAIMS,
+    CODEC,
+    SEALED,
+    SPLITS,
+    STAGING,
+    CacheAttributes,
+    ExtractSettings,
+)
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.seal import Sealer
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.sequences import CorpusReader
 from embedcache.errors import OutputError
 from embedcache.extraction.prediction import require_floor
-from embedcache.files import LOCK
 from embedcache.progress import Progress
 
 
@@ -48,7 +57,9 @@ def _left_behind(path: Path) -> bool:
     """Whether a path in an unsealed folder is what a pass 0 that was killed leaves there."""
     if path.name in SPLITS:
         return (path / "zarr.json").is_file() and (path / "tokens").is_dir()
-    if path.name in (LOCK, STAGING, SEALED):
+    if path.name == CLAIMS:
+        return (path / WRITERS).is_dir()
+    if path.name in (STAGING, SEALED):
         return True
     return path.name.startswith((".zarr.json.", f".{SEALED}."))
 
@@ -62,13 +73,17 @@ def seal_corpus(
     out: Path,
     progress: Progress,
     *,
+    staging: Path | None = None,
+    holds: Callable[[], bool] = lambda: True,
     check_disk: bool = True,
 ) -> CacheAttributes:
     """Run pass 0 into ``out`` and return its attributes; on any error nothing is left of it.
 
-    A disk that is too small for sure for what is to come is refused, unless not to be looked at.
+    It is made in ``staging`` and moved into place if this process ``holds`` the turn to do so
+    still: one that slept past its claim's expiry leaves it to the process that has it now. A disk
+    that is too small for sure for what is to come is refused, unless not to be looked at.
     """
-    staging = out / STAGING / "pass0"
+    staging = (staging or out / STAGING) / "pass0"
     _clear(out)
     try:
         staging.mkdir(parents=True)
@@ -83,12 +98,17 @@ def seal_corpus(
             settings=settings,
             environment=environment,
         )
+        if not holds():
+            raise OutputError(
+                f"{out} was taken over by another process while this one stood still: type the "
+                "same again to join it"
+            )
         sealer.seal(attributes, hidden=identity.hidden_size)
     except BaseException:
-        if not (out / "zarr.json").is_file():
+        if not (out / "zarr.json").is_file() and holds():
             _clear(out)
         raise
-    shutil.rmtree(out / STAGING, ignore_errors=True)
+    shutil.rmtree(staging, ignore_errors=True)
     return attributes
 
 

@@ -11,7 +11,7 @@ from embedcache.base.load import Base
 from embedcache.base.taps import is_tied, token_embedding_of
 from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, base_array_bytes
 from embedcache.cache.commit import Marker
-from embedcache.cache.layout import MANIFEST, STAGING, shard_name
+from embedcache.cache.layout import CLAIMS, MANIFEST, STAGING, shard_name
 from embedcache.cache.manifest import Manifest, SplitManifest
 from embedcache.cache.records import FileRecord
 from embedcache.cache.sealed import Seal, read_seal
@@ -115,7 +115,7 @@ def _files(folder: Path) -> dict[str, int]:
     return {
         name.as_posix(): path.stat().st_size
         for name, path in names.items()
-        if name.parts[0] != STAGING
+        if name.parts[0] not in (STAGING, CLAIMS)
     }
 
 

@@ -87,7 +87,7 @@ def mend(
 ) -> Mended | None:
     """Restore everything but embeddings; return what is to be computed, None if nothing is.
 
-    Call under the writer's lock, after `restore_metadata`. Raises ``CacheError`` where sealed
+    Call with the cache to itself, after `restore_metadata`. Raises ``CacheError`` where sealed
     tokens are damaged and the corpus no longer yields them; nothing is changed then.
     """
     for split in SPLITS:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import zarr
@@ -10,23 +9,20 @@ import zarr
 from embedcache.base.load import Base
 from embedcache.base.taps import is_tied, token_embedding_of
 from embedcache.cache.base_arrays import write_base_array
-from embedcache.cache.layout import STAGING
 from embedcache.cache.seal import fsync_tree
 from embedcache.files import fsync_path
 
 
-def store_base(out: Path, base: Base, *, again: bool = False) -> None:
+def store_base(out: Path, base: Base, staging: Path, *, again: bool = False) -> None:
     """Store the head, and the token embedding where it is not the head, once and whole.
 
-    ``again`` puts them in the place of what is there.
+    They are made in ``staging``. ``again`` puts them in the place of what is there.
     """
     if (out / "base").is_dir() and not again:
         return
-    staging, old = out / STAGING / "base", out / STAGING / "base.old"
-    shutil.rmtree(staging, ignore_errors=True)
-    shutil.rmtree(old, ignore_errors=True)
-    staging.parent.mkdir(exist_ok=True)
-    group = zarr.create_group(staging, zarr_format=3)
+    made, old = staging / "base", staging / "base.old"
+    staging.mkdir(parents=True, exist_ok=True)
+    group = zarr.create_group(made, zarr_format=3)
     head = group.create_group("head")
     head.attrs.update(dict(base.head.settings))
     write_base_array(head, "weight", base.head.weight_VH)
@@ -35,8 +31,8 @@ def store_base(out: Path, base: Base, *, again: bool = False) -> None:
     if not is_tied(base.model):
         embedding = token_embedding_of(base.model).get_parameter("weight")
         write_base_array(group, "token_embedding/weight", embedding)
-    fsync_tree(staging)
+    fsync_tree(made)
     if (out / "base").exists():
         (out / "base").rename(old)
-    staging.rename(out / "base")
+    made.rename(out / "base")
     fsync_path(out)

@@ -1,0 +1,162 @@
+"""Several processes extract into one cache, are killed, and leave what one alone would."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from fixtures_extract import (
+    comparable_tree,
+    corpus_config,
+    extract_small,
+    small_flags,
+    small_settings,
+    start_command,
+    write_documents,
+)
+from tiny import tiny_base_directory
+
+import embedcache.extract as stage_one
+from embedcache.cache.claims import Claims, claim_of
+from embedcache.errors import OutputError
+from embedcache.extract import ExtractSummary, extract
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
+    """Make a base, a corpus of some fifty blocks, and the cache that one process makes of it."""
+    root = tmp_path_factory.mktemp("writers")
+    tiny_base_directory(root / "base")
+    write_documents(root / "corpus", 50, words=150)
+    run(root, root / "alone")
+    return root
+
+
+def run(place: Path, out: Path, **more: Any) -> ExtractSummary:
+    return extract(
+        corpus_config(place / "corpus"),
+        base=str(place / "base"),
+        out=out,
+        settings=small_settings(),
+        device="cpu",
+        **more,
+    )
+
+
+def start(place: Path, out: Path) -> Any:
+    return start_command(*small_flags(place / "corpus", place / "base", out), "--json")
+
+
+def finished(process: Any) -> dict[str, Any]:
+    printed, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    found: dict[str, Any] = json.loads(printed)
+    return found
+
+
+def wait_for(ready: Callable[[], bool], process: Any) -> None:
+    deadline = time.monotonic() + 60
+    while not ready():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+
+
+def markers(out: Path) -> int:
+    return sum(1 for _ in out.glob("commits/*/*.json"))
+
+
+def attempts(out: Path) -> set[str]:
+    return {json.loads(path.read_text())["attempt"] for path in out.glob("commits/*/*.json")}
+
+
+def test_three_processes_share_one_cache_out(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    found = [finished(process) for process in [start(place, out) for _ in range(3)]]
+    assert comparable_tree(out) == comparable_tree(place / "alone")
+    assert not {"claims", ".staging"} & {path.name for path in out.iterdir()}
+    computed = [summary["computed_blocks"] for summary in found]
+    assert min(computed) >= 1
+    assert sum(computed) == found[0]["blocks"] > 30
+    assert len(attempts(out)) == 3
+    for summary in found:
+        shares = ("resumed_blocks", "computed_blocks", "others_blocks")
+        assert sum(summary[share] for share in shares) == summary["blocks"]
+
+
+def test_the_rest_finish_what_a_killed_one_had_begun(place: Path, tmp_path: Path) -> None:
+    out = tmp_path / "cache"
+    victim, other = start(place, out), start(place, out)
+    wait_for(lambda: markers(out) >= 8, victim)
+    victim.kill()
+    victim.communicate()
+    assert not (out / "manifest.json").exists()
+    assert finished(other)["blocks"] > 30
+    assert comparable_tree(out) == comparable_tree(place / "alone")
+    assert not {"claims", ".staging"} & {path.name for path in out.iterdir()}
+
+
+def test_a_writer_that_comes_late_leaves_all_as_it_is(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_base(*_: Any, **__: Any) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(stage_one, "load_base", load_base)
+    before = comparable_tree(place / "alone")
+    summary = run(place, place / "alone")
+    assert (summary.computed_blocks, summary.others_blocks) == (0, 0)
+    assert comparable_tree(place / "alone") == before
+
+
+def test_repair_refuses_while_another_writes(place: Path, tmp_path: Path) -> None:
+    with (
+        Claims(place / "alone") as other,
+        pytest.raises(OutputError, match=r"--repair needs .* alone"),
+    ):
+        other.take(claim_of("train", 0))
+        run(place, place / "alone", repair=True)
+
+
+def killed_and_resumed(place: Path, out: Path, times: int, seed: int) -> None:
+    """Kill an extraction at so many random moments, then let it end.
+
+    Processes are forked from one that has imported all, as importing takes longest.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["embedcache.extract", "transformers.models.llama"])
+    draw, killed = random.Random(seed), 0
+    for _ in range(times):
+        process = context.Process(target=extract_small, args=(place, out))
+        process.start()
+        if draw.random() < 0.7:  # among the blocks; else anywhere, mostly in what comes before
+            before = markers(out)
+            while process.is_alive() and markers(out) == before:
+                time.sleep(0.001)
+            time.sleep(draw.uniform(0, 0.1))
+        else:
+            time.sleep(draw.uniform(0, 1.5))
+        process.kill()
+        process.join()
+        killed += process.exitcode == -signal.SIGKILL
+    assert killed >= times / 2
+    extract_small(place, out)
+    assert comparable_tree(out) == comparable_tree(place / "alone")
+    assert not {"claims", ".staging"} & {path.name for path in out.iterdir()}
+
+
+def test_killed_at_six_moments_it_comes_to_the_same(place: Path, tmp_path: Path) -> None:
+    killed_and_resumed(place, tmp_path / "cache", 6, seed=0)
+
+
+@pytest.mark.slow
+def test_killed_at_fifty_moments_it_comes_to_the_same(place: Path, tmp_path: Path) -> None:
+    for number in range(10):
+        killed_and_resumed(place, tmp_path / str(number), 5, seed=number)
