@@ -22,11 +22,9 @@ from embedcache.cache.commit import (
     recover,
 )
 from embedcache.cache.layout import (
-    CLAIMS,
     CODEC,
     MANIFEST,
     SPLITS,
-    STAGING,
     ExtractSettings,
 )
 from embedcache.cache.manifest import (
@@ -39,6 +37,7 @@ from embedcache.cache.rewrite import finish_rewrite
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import codecs_of
+from embedcache.cache.usage import sizes
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.errors import OutputError
@@ -366,12 +365,7 @@ class _Extraction:
     def summary(self, base: str) -> ExtractSummary:
         """Return the counts and sizes of the finished cache."""
         manifest = read_manifest(self._out)
-        names = {p.relative_to(self._out): p for p in self._out.rglob("*") if p.is_file()}
-        size = sum(
-            path.stat().st_size
-            for name, path in names.items()
-            if name.parts[0] not in (STAGING, CLAIMS)
-        )
+        size = sum(sizes(self._out).values())
         head = sum(p.stat().st_size for p in (self._out / "base").rglob("*") if p.is_file())
         tokens = sum(self.tokens.values())
         return ExtractSummary(

@@ -236,7 +236,8 @@ class Claims:
 
     def _sweep(self, now: float) -> None:
         """Remove what dead processes left, and the folders that are empty then."""
-        for path in [path for path in self._folder.rglob("*") if path.is_file()]:
+        files = (Path(at) / name for at, _, names in os.walk(self._folder) for name in names)
+        for path in list(files):
             entry = self._read(path)
             if entry is not None and not self._alive(*entry, now):
                 path.unlink(missing_ok=True)

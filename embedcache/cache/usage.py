@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 
-from embedcache.cache.layout import COMMITS, SPLITS
+from embedcache.cache.layout import CLAIMS, COMMITS, SPLITS, STAGING
 from embedcache.files import LOCK
 
 SHARED = "shared"
@@ -25,6 +27,22 @@ def bytes_by_array(cache: Path) -> dict[str, Counter[str]]:
         if path.is_file() and path.name != LOCK:
             place, array = _owner(path.relative_to(cache).parts)
             found[place][array] += path.stat().st_size
+    return found
+
+
+def sizes(cache: Path) -> dict[str, int]:
+    """Return the size of every file that belongs to a cache, by its name in it.
+
+    What comes and goes while processes write is passed over.
+    """
+    found: dict[str, int] = {}
+    for top in cache.iterdir():
+        if top.name in (STAGING, CLAIMS):
+            continue
+        within = (Path(at) / name for at, _, names in os.walk(top) for name in names)
+        for path in within if top.is_dir() else [top]:
+            with suppress(FileNotFoundError):  # renamed just now
+                found[path.relative_to(cache).as_posix()] = path.stat().st_size
     return found
 
 

@@ -11,11 +11,12 @@ from embedcache.base.load import Base
 from embedcache.base.taps import is_tied, token_embedding_of
 from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, base_array_bytes
 from embedcache.cache.commit import Marker
-from embedcache.cache.layout import CLAIMS, MANIFEST, STAGING, shard_name
+from embedcache.cache.layout import MANIFEST, shard_name
 from embedcache.cache.manifest import Manifest, SplitManifest
 from embedcache.cache.records import FileRecord
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.usage import sizes
 from embedcache.extraction.forward import CHECK_EVERY
 from embedcache.extraction.measure import Encoded, Item, Measured
 from embedcache.extraction.prediction import Prediction, free_disk
@@ -85,7 +86,7 @@ def predict(
         out: where the cache is to be, for its disk's free space, if it is not ``folder``.
     """
     tokens = tokens_to_go(splits, todo)
-    files = _files(folder)
+    files = sizes(folder)
     there = sum(files.values())
     to_go = 0.0 if base is None or (folder / "base").is_dir() else _base_bytes(base)
     to_go += codec_bytes
@@ -107,16 +108,6 @@ def predict(
         measured_tokens=measured.tokens,
         free_bytes=free_disk(folder if out is None else out),
     )
-
-
-def _files(folder: Path) -> dict[str, int]:
-    """Return the size of every file that belongs to the cache, by its name in it."""
-    names = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file()}
-    return {
-        name.as_posix(): path.stat().st_size
-        for name, path in names.items()
-        if name.parts[0] not in (STAGING, CLAIMS)
-    }
 
 
 def _base_bytes(base: Base) -> int:
