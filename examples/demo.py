@@ -21,7 +21,8 @@ from embedcache.extract import extract
 from embedcache.generate import Sampling, generate
 from embedcache.train import train
 from embedcache.training.config import TrainConfig
-from embedcache_cli.show import TerminalProgress, print_pairs, print_table, size
+from embedcache.units import size
+from embedcache_cli.show import TerminalProgress, print_pairs, print_table
 
 BASE = "builtin:smollm2-135m"
 OUT = Path("runs/demo")
