@@ -7,9 +7,6 @@ All is built beside ``out`` and renamed into place.
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
-import re
 import shutil
 import uuid
 from collections.abc import Sequence
@@ -20,20 +17,18 @@ from typing import Any
 import numpy as np
 import zarr
 
-from embedcache.base.identity import BaseIdentity
 from embedcache.cache.arrays import create_arrays
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.commit import Marker
 from embedcache.cache.layout import ATTRIBUTE, CODEC, SPLITS, marker_path, token_chunks
 from embedcache.cache.manifest import Manifest, SplitManifest, publish_manifest
-from embedcache.cache.reader import Cache
 from embedcache.cache.records import FileRecord
 from embedcache.cache.seal import create_rows, fsync_tree
 from embedcache.cache.sealed import Seal, publish_seal
 from embedcache.cache.tables import SplitTables
-from embedcache.cache.tokens import SplitTokens
-from embedcache.errors import CacheError, IdentityError, OutputError, UsageError
+from embedcache.errors import CacheError, OutputError, UsageError
 from embedcache.files import fsync_path, writer_lock
+from embedcache.merge_parts import Part, merged_names, require_alike, require_apart
 from embedcache.progress import SILENT, Bar, Progress
 
 Array = np.ndarray[Any, Any]
@@ -75,11 +70,11 @@ def merge(
         )
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise OutputError(f"{out} is there already, expected a new folder: give another --out")
-    parts = [_Part(path) for path in caches]
+    parts = [Part(path) for path in caches]
     for part in parts[1:]:
-        _require_alike(parts[0], part)
-    _require_apart(parts, progress)
-    names = _names(parts)
+        require_alike(parts[0], part)
+    require_apart(parts, progress)
+    names = merged_names(parts)
     tables = {split: _join(parts, split, names) for split in SPLITS}
     manifests = [part.cache.manifest for part in parts]
     told = Merged(
@@ -111,147 +106,7 @@ def merge(
     return told
 
 
-class _Part:
-    """One of the caches."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        self.cache = Cache(path)
-        self.settings = self.cache.attributes.settings
-        self.sealed = {record.path: record for record in self.cache.manifest.sealed.files}
-        self.tokens = {
-            name: SplitTokens(path, name, self.settings.block_tokens, self.sealed)
-            for name in SPLITS
-        }
-        self.tables = {name: SplitTables.read(tokens) for name, tokens in self.tokens.items()}
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of its blocks, tokens and tables."""
-        splits = self.cache.manifest.splits.values()
-        return sum(s.bytes for s in splits) + sum(r.bytes for r in self.sealed.values())
-
-    @property
-    def shared_bytes(self) -> int:
-        """Bytes of what all parts have the same of: the base and the codec."""
-        manifest = self.cache.manifest
-        return sum(r.bytes for seal in (manifest.base, manifest.codec) for r in seal.files)
-
-    def digests(self, split: str, bar: Bar) -> list[str]:
-        """Return a hash of each document's tokens and targets."""
-        tokens = self.tokens[split]
-        hashes = [hashlib.sha256() for _ in self.tables[split].names]
-        for block in range(tokens.blocks):
-            ids_N, mask_N = tokens.used(block)
-            for document, (a, b) in zip(
-                tokens.documents(block).tolist(), tokens.offsets(block).tolist(), strict=True
-            ):
-                hashes[document].update(b"%d:" % (b - a))
-                hashes[document].update(ids_N[a:b].tobytes() + mask_N[a:b].tobytes())
-            bar.advance(1)
-        return [found.hexdigest() for found in hashes]
-
-
-def _require_alike(first: _Part, other: _Part) -> None:
-    """Raise ``IdentityError`` unless two parts' blocks can lie in one cache."""
-    BaseIdentity.from_dict(first.cache.attributes.base).require(
-        BaseIdentity.from_dict(other.cache.attributes.base),
-        this=f"the cache {first.path}",
-        that=f"the cache {other.path}",
-    )
-    for key in ("codec", "taps", "context", "block_tokens"):
-        one, two = getattr(first.settings, key), getattr(other.settings, key)
-        if one != two:
-            raise IdentityError(
-                f"expected caches of one {key}, found {one!r} in {first.path} and {two!r} in "
-                f"{other.path}. Extract one of them again with the other's."
-            )
-    if not _same(first.cache.manifest.codec, other.cache.manifest.codec):
-        raise IdentityError(
-            f"{first.path} and {other.path} were coded with different calibrations of the codec "
-            f"'{first.settings.codec}', expected the very same. Extract both corpora into one "
-            "cache, or with --codec int8 or bf16."
-        )
-    if not _same(first.cache.manifest.base, other.cache.manifest.base):
-        raise IdentityError(
-            f"{first.path} and {other.path} keep the head of their base in different forms: they "
-            "were extracted with another --dtype, or version. Extract one of them again."
-        )
-
-
-def _same(one: Seal, two: Seal) -> bool:
-    """Whether two seals are of the same content, however Zarr spells its metadata."""
-    files = [{(record.path, record.sha256) for record in seal.files} for seal in (one, two)]
-    metadata = [{k: json.loads(v) for k, v in seal.metadata.items()} for seal in (one, two)]
-    return files[0] == files[1] and metadata[0] == metadata[1]
-
-
-def _require_apart(parts: list[_Part], progress: Progress) -> None:
-    """Raise ``UsageError`` where a document is in two parts.
-
-    It is the same by its tokens and targets: in another split whatever its name is, in the same
-    split if that is the same, too.
-    """
-    seen: dict[str, list[tuple[_Part, str, str]]] = {}
-    total = sum(tokens.blocks for part in parts for tokens in part.tokens.values())
-    with progress.bar("comparing documents", total, "blocks") as bar:
-        for part in parts:
-            own: list[tuple[str, tuple[_Part, str, str]]] = []
-            for split in SPLITS:
-                digests = part.digests(split, bar)
-                for name, digest in zip(part.tables[split].names, digests, strict=True):
-                    for other, its_split, its_name in seen.get(digest, ()):
-                        if its_split != split:
-                            raise UsageError(
-                                f"the document '{name}' is in {its_split} of {other.path}"
-                                f"{'' if name == its_name else f', as {its_name!r},'} and in "
-                                f"{split} of {part.path}: a carry-on would be tested on what it "
-                                "was trained on. Delete it from one of them first: embedcache "
-                                f"delete {part.path} --document '{name}'"
-                            )
-                        if its_name == name:
-                            raise UsageError(
-                                f"the document '{name}' is in {other.path} and in {part.path}: it "
-                                "would be trained on twice. Delete it from one of them first: "
-                                f"embedcache delete {part.path} --document '{name}'"
-                            )
-                    own.append((digest, (part, split, name)))
-            for digest, place in own:
-                seen.setdefault(digest, []).append(place)
-
-
-def _names(parts: list[_Part]) -> list[dict[str, str]]:
-    """Return each part's documents' names in the merged cache: ``a@2`` where ``a`` was taken.
-
-    That is how one corpus names documents of two sources; pieces of a file stay together.
-    """
-    taken: set[str] = set()
-    found = []
-    for part in parts:
-        names = [name for split in SPLITS for name in part.tables[split].names]
-        wholes = dict.fromkeys(re.sub(r"#\d+$", "", name) for name in names)
-        free = {
-            whole: next(
-                new
-                for new in itertools.chain(
-                    [whole], (f"{whole}@{count}" for count in itertools.count(2))
-                )
-                if new not in taken and (new == whole or new not in wholes)
-            )
-            for whole in wholes
-        }
-        taken |= set(free.values())
-        found.append(
-            {
-                name: free[whole] + name[len(whole) :]
-                for name in names
-                for whole in [re.sub(r"#\d+$", "", name)]
-            }
-        )
-    return found
-
-
-def _join(parts: list[_Part], split: str, names: list[dict[str, str]]) -> SplitTables:
+def _join(parts: list[Part], split: str, names: list[dict[str, str]]) -> SplitTables:
     """Return the tables of the parts one after the other."""
     tables = [part.tables[split] for part in parts]
     rows = [part.tokens[split].blocks * part.settings.block_tokens for part in parts]
@@ -292,7 +147,7 @@ def _require_room(out: Path, needed: int) -> None:
 class _Merger:
     """Builds the merged cache in an empty folder."""
 
-    def __init__(self, parts: list[_Part], tables: dict[str, SplitTables], built: Path):
+    def __init__(self, parts: list[Part], tables: dict[str, SplitTables], built: Path):
         self._parts = parts
         self._tables = tables
         self._built = built
@@ -423,7 +278,7 @@ class _Merger:
             files=tuple(files), quarantined=tuple(quarantined), **self._totals(name)
         )
 
-    def _folder(self, part: _Part, name: str, vouched: Seal) -> Seal:
+    def _folder(self, part: Part, name: str, vouched: Seal) -> Seal:
         """Copy what all parts have the same of."""
         if (part.path / name).is_dir():
             shutil.copytree(part.path / name, self._built / name)
