@@ -36,7 +36,6 @@ from embedcache.cache.manifest import (
 from embedcache.cache.rewrite import finish_rewrite
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.transform import codecs_of
 from embedcache.cache.usage import sizes
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
@@ -45,7 +44,7 @@ from embedcache.extraction.calibrate_cache import (
     Calibrations,
     calibration_bytes,
     calibrations_of,
-    embedding_of,
+    codecs_by_split,
     store_calibrations,
 )
 from embedcache.extraction.encoder import BlockEncoder
@@ -267,10 +266,7 @@ class _Extraction:
                     again=damaged_codec is not None,
                 )
             calibrating = time.perf_counter() - started
-            embedding_VH = embedding_of(base)
-            codecs = {
-                name: codecs_of(name, self._settings, calibrations, embedding_VH) for name in SPLITS
-            }
+            codecs = codecs_by_split(self._settings, calibrations, base)
             measured = measure(base, forward, self._splits, todo, self._settings, codecs, progress)
         predicted = predict(
             out,

@@ -97,6 +97,12 @@ def comparable_tree(cache: Path) -> dict[str, bytes]:
     return tree
 
 
+def content(cache: Path) -> dict[str, bytes]:
+    """Every file but the markers, which state a generation and an attempt of their own."""
+    tree = comparable_tree(cache)
+    return {name: data for name, data in tree.items() if not name.startswith("commits/")}
+
+
 def flip_byte(path: Path) -> None:
     """Change one bit in the middle of a file."""
     data = bytearray(path.read_bytes())

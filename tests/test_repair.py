@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from cache_faults import harm, names_in, served
 from fixtures_extract import (
-    comparable_tree,
+    content,
     corpus_config,
     flip_byte,
     small_flags,
@@ -69,12 +69,6 @@ def run(place: Path, out: Path, **more: Any) -> Any:
 def out(place: Path, tmp_path: Path) -> Path:
     """A copy of the cache that a test may damage."""
     return shutil.copytree(place / "undisturbed", tmp_path / "cache")
-
-
-def content(cache: Path) -> dict[str, bytes]:
-    """Every file but the markers, which state a generation and an attempt of their own."""
-    tree = comparable_tree(cache)
-    return {name: data for name, data in tree.items() if not name.startswith("commits/")}
 
 
 def restored(place: Path, out: Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from cache_faults import harm, served
 from fixtures_extract import (
-    comparable_tree,
+    content,
     corpus_config,
     flip_byte,
     small_settings,
@@ -50,11 +50,6 @@ def run(place: Path, out: Path, **more: Any) -> Any:
 @pytest.fixture
 def out(place: Path, tmp_path: Path) -> Path:
     return shutil.copytree(place / "undisturbed", tmp_path / "cache")
-
-
-def content(cache: Path) -> dict[str, bytes]:
-    tree = comparable_tree(cache)
-    return {name: data for name, data in tree.items() if not name.startswith("commits/")}
 
 
 def restored(place: Path, out: Path) -> None:

@@ -13,11 +13,12 @@ import zarr
 from embedcache.base.load import Base
 from embedcache.base.taps import FINAL, token_embedding_of
 from embedcache.cache.base_arrays import base_array_bytes
-from embedcache.cache.layout import CODEC, DEFAULT_BITS, ExtractSettings
+from embedcache.cache.codecs import STATELESS, Codec, codec_name
+from embedcache.cache.layout import CODEC, DEFAULT_BITS, SPLITS, ExtractSettings
 from embedcache.cache.seal import fsync_tree
 from embedcache.cache.sealed import Seal
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.transform import Calibration
+from embedcache.cache.transform import Calibration, codecs_of
 from embedcache.errors import CacheError, NumericsError
 from embedcache.extraction.calibrate import ROWS_PER_COMPONENT, SAMPLE_ROWS, Sample, calibrate
 from embedcache.extraction.encoder import finite_rows
@@ -77,6 +78,18 @@ def calibrations_of(
         )
         bits = found[tap].measured["bits"] if bits is None else bits
     return found, computed
+
+
+def codecs_by_split(
+    settings: ExtractSettings, calibrations: Calibrations, base: Base
+) -> dict[str, dict[str, Codec]]:
+    """Return the codec of each tap of each split, but for a split that is empty and needs more."""
+    embedding_VH = embedding_of(base) if calibrations else None
+    return {
+        name: codecs_of(name, settings, calibrations, embedding_VH)
+        for name in SPLITS
+        if calibrations or codec_name(name, settings.codec) in STATELESS
+    }
 
 
 def embedding_of(base: Base) -> torch.Tensor:

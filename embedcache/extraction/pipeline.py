@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 from embedcache.base.load import Base
 from embedcache.cache.claims import PATIENCE_SECONDS, Claims
@@ -19,6 +18,7 @@ from embedcache.cache.commit import BlockWriter, Marker
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.tokens import SplitTokens
 from embedcache.extraction.buffers import HostBuffers, Slot
+from embedcache.extraction.calibrate_cache import Embeddings
 from embedcache.extraction.deal import Deal
 from embedcache.extraction.encoder import BlockEncoder
 from embedcache.extraction.forward import CHECK_EVERY, BlockForward
@@ -27,7 +27,6 @@ from embedcache.extraction.preflight import encoder_threads, tokens_to_go
 from embedcache.extraction.quarantine import Quarantine
 from embedcache.progress import Bar, Progress
 
-Embeddings = dict[str, torch.Tensor]
 Array = np.ndarray[Any, Any]
 Read = tuple[Item, Array, Array, int]
 """A block, its ids_N, the rows_S2 of its sequences, and the number of the first."""

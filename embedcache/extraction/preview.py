@@ -15,14 +15,13 @@ from embedcache.base.taps import check_taps
 from embedcache.cache.commit import committed_blocks
 from embedcache.cache.layout import MANIFEST, SPLITS, ExtractSettings
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.transform import codecs_of
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
     calibration_bytes,
     calibrations_of,
-    embedding_of,
+    codecs_by_split,
 )
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.measure import Measured, measure
@@ -90,10 +89,7 @@ def preview(
                 settings,
                 fresh=not committed_blocks(folder, "train"),
             )
-            embedding_VH = embedding_of(loaded)
-            codecs = {
-                name: codecs_of(name, settings, calibrations, embedding_VH) for name in SPLITS
-            }
+            codecs = codecs_by_split(settings, calibrations, loaded)
             measured = measure(loaded, forward, splits, todo, settings, codecs, progress)
         prediction = predict(
             folder,
