@@ -8,6 +8,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ import embedcache.extract as stage_one
 from embedcache.cache.claims import Claims, claim_of
 from embedcache.errors import OutputError
 from embedcache.extract import ExtractSummary, extract
+from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.measure import Measured
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +80,38 @@ def attempts(out: Path) -> set[str]:
     return {json.loads(path.read_text())["attempt"] for path in out.glob("commits/*/*.json")}
 
 
+def extract_after_all_have_claimed(place: Path, out: Path, meeting: Any, answers: Any) -> None:
+    """Extract, but compute no block before every process at the ``meeting`` has claimed one."""
+
+    class Patient(BlockForward):
+        met = False
+
+        def __call__(self, *arguments: Any) -> Any:
+            if not self.met:
+                self.met = True
+                meeting.wait(120)
+            return super().__call__(*arguments)
+
+    # Measuring, too, would compute: before anything is claimed.
+    vars(stage_one).update(BlockForward=Patient, measure=lambda *_, **__: Measured())
+    answers.put(asdict(run(place, out)))
+
+
 def test_three_processes_share_one_cache_out(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
-    found = [finished(process) for process in [start(place, out) for _ in range(3)]]
+    context = multiprocessing.get_context("spawn")
+    meeting, answers = context.Barrier(3), context.Queue()
+    processes = [
+        context.Process(
+            target=extract_after_all_have_claimed, args=(place, out, meeting, answers), daemon=True
+        )
+        for _ in range(3)
+    ]
+    for process in processes:
+        process.start()
+    found = [answers.get(timeout=180) for _ in processes]
+    for process in processes:
+        process.join()
     assert comparable_tree(out) == comparable_tree(place / "alone")
     assert not {"claims", ".staging"} & {path.name for path in out.iterdir()}
     computed = [summary["computed_blocks"] for summary in found]
