@@ -20,6 +20,7 @@ import torch
 from embedcache.cache.codecs import ArraySpec
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
+from embedcache.cache.subset import Subset
 
 Array = np.ndarray[Any, Any]
 
@@ -70,7 +71,7 @@ class _Item:
 
 
 class BatchLoader:
-    """Iterates over one split in batches of at most ``batch_tokens`` tokens."""
+    """Iterates over one split, or a subset of it, in batches of at most ``batch_tokens`` tokens."""
 
     def __init__(
         self,
@@ -81,8 +82,10 @@ class BatchLoader:
         seed: int = 0,
         shuffle: bool = True,
         device: torch.device | None = None,
+        subset: Subset | None = None,
     ):
         self._split = split
+        self._subset = subset
         self._batch_tokens = batch_tokens
         self._taps = taps
         self._seed = seed
@@ -136,15 +139,17 @@ class BatchLoader:
     def _plan(self, epoch: int) -> Iterator[list[list[_Item]]]:
         """Yield the batches of each window; what does not fill its last one goes to the next."""
         generator = np.random.default_rng([self._seed, epoch])
-        count = self._split.manifest.blocks
-        blocks = generator.permutation(count) if self._shuffle else np.arange(count)
+        subset = self._subset
+        blocks = np.arange(self._split.manifest.blocks) if subset is None else subset.blocks
+        if self._shuffle:
+            blocks = generator.permutation(blocks)
         batch: list[_Item] = []
         used = 0
-        for start in range(0, count, WINDOW):
+        for start in range(0, len(blocks), WINDOW):
             items = [
-                _Item(block, place, int(rows[1] - rows[0]))
+                item
                 for block in blocks[start : start + WINDOW].tolist()
-                for place, rows in enumerate(self._split.sequences(block)[1])
+                for item in self._items(block)
             ]
             order = generator.permutation(len(items)) if self._shuffle else np.arange(len(items))
             full: list[list[_Item]] = []
@@ -156,6 +161,15 @@ class BatchLoader:
                 used += item.length
             yield full
         yield [batch] if batch else []
+
+    def _items(self, block: int) -> list[_Item]:
+        """Return the sequences of a block that are wanted."""
+        _, rows_S2, document_S = self._split.sequences(block)
+        places = np.arange(len(rows_S2))
+        if self._subset is not None:
+            places = places[np.isin(document_S, self._subset.documents)]
+        length_S = rows_S2[:, 1] - rows_S2[:, 0]
+        return [_Item(block, place, int(length_S[place])) for place in places.tolist()]
 
     def _collate(
         self, batches: list[list[_Item]], futures: dict[int, Future[StoredBlock]]
