@@ -47,8 +47,9 @@ class CarryOn(nn.Module):
         self.branch = _Linear(config.width, hidden)
         self.gate = _Linear(config.width, hidden) if config.gate else None
         # Adam moves every weight by the rate, so the output's first steps grow with the width:
-        # unscaled, a branch of 256 first throws the loss far above the base's.
-        nn.init.constant_(self.norm.weight, min(1.0, 64 / config.width))
+        # unscaled, a branch of 256 first throws the loss far above the base's. A gate starts half
+        # open.
+        nn.init.constant_(self.norm.weight, min(1.0, (128 if config.gate else 64) / config.width))
         nn.init.zeros_(self.branch.weight)
         nn.init.zeros_(self.branch.bias)
 

@@ -17,8 +17,8 @@ from embedcache.training.config import TrainConfig
 class FlatAdamW:
     """AdamW with weight decay on matrices only, every carry-on of a stack for itself.
 
-    The stack's parameters become views of ``values_KP`` and their gradients of ``gradient_KP``, so
-    that a carry-on's gradient is clipped, checked or summed over processes by one operation.
+    The stack's parameters become views of ``values_KP``, and their gradients are gathered in
+    ``gradient_KP``, so that a carry-on's is clipped, checked or summed over processes at once.
     """
 
     def __init__(self, stack: CarryOn, configs: Sequence[TrainConfig]):
@@ -28,12 +28,13 @@ class FlatAdamW:
         first = parameters[0]
         self.values_KP = torch.empty(len(configs), sum(sizes), device=first.device)
         self.gradient_KP = torch.zeros_like(self.values_KP)
+        self._parameters, self._gradients = parameters, []
         start = 0
         for parameter, size in zip(parameters, sizes, strict=True):
             part = slice(start, start + size)
             self.values_KP[:, part] = parameter.detach().flatten(1)
             parameter.data = self.values_KP[:, part].view(parameter.shape)
-            parameter.grad = self.gradient_KP[:, part].view(parameter.shape)
+            self._gradients.append(self.gradient_KP[:, part].view(parameter.shape))
             start += size
         self._parts = (slice(0, matrices), slice(matrices, start))
         groups = [
@@ -48,9 +49,9 @@ class FlatAdamW:
         self._clip_K = torch.tensor([config.clip for config in configs], device=first.device)
         self._adamw = torch.optim.AdamW(groups, fused=True)
 
-    def zero_grad(self) -> None:
-        """Set all gradients to zero."""
-        self.gradient_KP.zero_()
+    def differentiate(self, loss: Tensor) -> None:
+        """Set the gradients to those of ``loss``."""
+        torch._foreach_copy_(self._gradients, torch.autograd.grad(loss, self._parameters))
 
     def clip(self) -> Tensor:
         """Scale each carry-on's gradient to its largest norm; return norm_K before that."""

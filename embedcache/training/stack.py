@@ -72,9 +72,8 @@ class Stack:
 
         Work on the same batch must lie side by side. A batch without a target has a loss of 0.
         """
-        self.optimizer.zero_grad()
         loss_K = torch.cat(self._losses(work))
-        loss_K.sum().backward()
+        self.optimizer.differentiate(loss_K.sum())
         norm_K = self.optimizer.clip()
         return loss_K.tolist(), norm_K.tolist()
 
