@@ -104,7 +104,12 @@ def train_command(
         ("carry-on", result.out),
         ("parameters", f"{result.parameters:,}"),
         ("steps", f"{result.steps:,} in {result.epochs} epochs, kept epoch {result.best_epoch}"),
-        ("loss", result.loss),
+        (
+            "loss",
+            result.loss
+            if result.shortlist_bias is None
+            else f"{result.loss}, {result.shortlist_bias:+.4f} off the exact loss on dev",
+        ),
     ]
     if result.base_dev is not None and result.best_dev is not None:
         pairs.append(

@@ -4,7 +4,7 @@ No gradient of the head is ever computed, and logits exist for one chunk of posi
 gradient of the embedding is taken in the forward pass, so nothing is recomputed (4·N·C·H FLOPs).
 
 Axes: N positions, H hidden, V vocabulary, C columns of the softmax (V, or those of a shortlist),
-K likeliest tokens.
+G carry-ons that see the same positions.
 """
 
 from __future__ import annotations
@@ -45,58 +45,76 @@ class Columns:
     log_weight_C: Tensor | None
 
 
-class Shortlist:
-    """A softmax over the tokens that matter to a batch, plus a sampled tail.
+SHORTLIST_ROWS = {"cpu": 512, "cuda": 4096}
+"""Positions that share one shortlist. Fewer have fewer labels, so fewer columns: a product less."""
 
-    S holds the batch's labels and the base's K likeliest tokens of each of its positions, so that
-    it has nearly all of the probability; ``samples`` tokens are drawn uniformly from the other
-    V - |S|, without replacement, and each stands for (V - |S|) / samples of them. The sum that the
-    softmax divides by is thus unbiased; its logarithm, and so the loss, is biased low by about half
-    the estimate's relative variance. Draws depend on (seed, step) alone.
+EXPLORED = 0.1
+"""Share of the tail's draws that no probability steers, for what the base thought impossible."""
+
+
+class Shortlist:
+    """A softmax over the labels of some positions and a sampled tail, which stands for the rest.
+
+    A token v that is no label enters with a chance of π_v = min(1, samples · q_v) and is then
+    weighted by 1/π_v (Poisson sampling; Horvitz and Thompson 1952), q the `tail_proposal`: the sum
+    that the softmax divides by is unbiased, with a variance as small as one draw for all positions
+    allows; its logarithm, and so the loss, is biased low by about half the relative variance. Draws
+    depend on (seed, step) alone, for one type of device.
     """
 
-    def __init__(self, head: Head, *, samples: int = 1024, seed: int = 0):
+    def __init__(self, head: Head, proposal_V: Tensor, *, samples: int = 1024, seed: int = 0):
         self._head = head
+        self._proposal_V = proposal_V
         self._samples = samples
         self._seed = seed
+        self._rows = SHORTLIST_ROWS.get(proposal_V.device.type, SHORTLIST_ROWS["cuda"])
 
-    def cross_entropy(
-        self, x_GNH: Tensor, targets_N: Tensor, likely_NK: Tensor, *, step: int
-    ) -> Tensor:
+    def cross_entropy(self, x_GNH: Tensor, targets_N: Tensor, *, step: int) -> Tensor:
         """Return the estimated cross-entropy of each position, float32 [G, N], in nats.
 
         Args:
             x_GNH: embeddings after each of G carry-ons, in the head's dtype.
             targets_N: token ids in [0, V).
-            likely_NK: the base's likeliest tokens of each position.
-            step: numbers the draw.
+            step: numbers the draws.
         """
-        columns, index_V = self.columns(targets_N, likely_NK, step=step)
-        targets = index_V[targets_N].repeat(len(x_GNH))
-        loss_N = _frozen_head_loss(x_GNH.flatten(0, 1), columns, self._head, targets)
-        return loss_N.view(x_GNH.shape[:2])
+        draw = torch.Generator(targets_N.device).manual_seed(self._seed * 1_000_003 + step)
+        losses = []
+        for targets, x_GnH in zip(
+            targets_N.split(self._rows), x_GNH.split(self._rows, dim=1), strict=True
+        ):
+            columns, index_V = self.columns(targets, draw)
+            index = index_V[targets].repeat(len(x_GnH))
+            loss = _frozen_head_loss(x_GnH.flatten(0, 1), columns, self._head, index)
+            losses.append(loss.view(x_GnH.shape[:2]))
+        return torch.cat(losses, dim=1)
 
-    def columns(self, targets_N: Tensor, likely_NK: Tensor, *, step: int) -> tuple[Columns, Tensor]:
-        """Return the columns of a step and, by token id, the place of each of S among them."""
+    def columns(self, targets_N: Tensor, draw: torch.Generator) -> tuple[Columns, Tensor]:
+        """Return the columns for some positions and, by token id, the place of each among them."""
         head = self._head
-        V = head.weight_VH.shape[0]
-        listed_V = torch.zeros(V, dtype=torch.bool, device=targets_N.device)
-        listed_V[targets_N] = True
-        listed_V[likely_NK.flatten()] = True
-        listed = listed_V.nonzero().squeeze(1)
-        others = (~listed_V).nonzero().squeeze(1)
-        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + step)
-        samples = min(self._samples, len(others))
-        drawn = torch.randperm(len(others), generator=generator)[:samples]
-        tail = others[drawn.to(others.device)]
-        chosen = torch.cat([listed, tail])
-        log_weight = torch.zeros(len(chosen), device=chosen.device)
-        if samples:
-            log_weight[len(listed) :] = torch.log(torch.tensor(len(others) / samples))
-        index_V = torch.empty(V, dtype=torch.long, device=chosen.device)
+        chance_V = self._proposal_V.clone()
+        chance_V[targets_N] = 0
+        chance_V = (chance_V * (self._samples / chance_V.sum())).clamp_max_(1)
+        chance_V[targets_N] = 1
+        uniform_V = torch.rand(len(chance_V), generator=draw, device=chance_V.device)
+        chosen = (uniform_V < chance_V).nonzero().squeeze(1)
+        index_V = torch.empty(len(chance_V), dtype=torch.long, device=chosen.device)
         index_V[chosen] = torch.arange(len(chosen), device=chosen.device)
         bias = None if head.bias_V is None else head.bias_V[chosen]
-        return Columns(head.weight_VH[chosen], bias, log_weight), index_V
+        return Columns(head.weight_VH[chosen], bias, -chance_V[chosen].log()), index_V
+
+
+def tail_proposal(x_NH: Tensor, head: Head) -> Tensor:
+    """Return q_V, float32, which sums to 1: how likely a shortlist is to draw each token.
+
+    The variance of the sum over a sampled tail is least where a token's chance is as the root of
+    the mean square of its probability; ``x_NH`` are embeddings to take that mean over.
+    """
+    V = head.weight_VH.shape[0]
+    square_V = torch.zeros(V, device=x_NH.device)
+    for rows in row_chunks(len(x_NH), V, x_NH.device):
+        square_V += torch.softmax(head(x_NH[rows]).float(), dim=1).square_().sum(dim=0)
+    root_V = square_V.sqrt_()
+    return (1 - EXPLORED) * root_V / root_V.sum() + EXPLORED / V
 
 
 def _frozen_head_loss(x_NH: Tensor, columns: Columns, head: Head, targets_N: Tensor) -> Tensor:
@@ -151,17 +169,6 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None, None]:
         (gradient_NH,) = ctx.saved_tensors
         return gradient_NH * gradients[0][:, None].to(gradient_NH.dtype), None, None, None, None
-
-
-def likeliest(x_NH: Tensor, head: Head, count: int) -> Tensor:
-    """Return the ``count`` likeliest tokens of each position under the head, int64 [N, count].
-
-    The likeliest come first. ``count`` must not be above the vocabulary's size.
-    """
-    found = torch.empty(len(x_NH), count, dtype=torch.long, device=x_NH.device)
-    for rows in row_chunks(len(x_NH), head.weight_VH.shape[0], x_NH.device):
-        found[rows] = head(x_NH[rows]).topk(count, dim=1).indices
-    return found
 
 
 def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:

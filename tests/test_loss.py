@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from embedcache import loss as loss_module
 from embedcache.base.head import Head
-from embedcache.loss import Shortlist, cross_entropy, likeliest, row_chunks
+from embedcache.loss import Shortlist, cross_entropy, row_chunks, tail_proposal
 
 HEADS = {
     "plain": {},
@@ -62,11 +62,10 @@ def test_the_head_never_takes_a_gradient(kind):
     for frozen in (head.weight_VH, head.bias_V):
         if frozen is not None:
             frozen.requires_grad_()
-    likely = likeliest(x.detach(), head, 4)
-    shortlist = Shortlist(head, samples=5)
+    shortlist = Shortlist(head, tail_proposal(x.detach(), head), samples=5)
     (
         cross_entropy(x, head, targets).sum()
-        + shortlist.cross_entropy(x, targets, likely, step=0).sum()
+        + shortlist.cross_entropy(x[None], targets, step=0).sum()
     ).backward()
     assert x.grad is not None
     assert head.weight_VH.grad is None
@@ -103,11 +102,17 @@ def test_row_chunks_cover_every_row_once(rows, size, monkeypatch):
     assert all(chunk.stop - chunk.start <= size for chunk in chunks)
 
 
+def proposal(V: int) -> torch.Tensor:
+    """A proposal that knows nothing of a problem, so that tests hold for any."""
+    q_V = torch.rand(V, generator=torch.Generator().manual_seed(8)) + 0.1
+    return q_V / q_V.sum()
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_shortlist_of_everything_is_exact(kind):
     x, head, targets = problem(kind, 64, 101, 16)
-    likely = likeliest(x.detach(), head, 8)
-    full = Shortlist(head, samples=101).cross_entropy(x, targets, likely, step=3)
+    shortlist = Shortlist(head, proposal(101), samples=100_000)
+    full = shortlist.cross_entropy(x[None], targets, step=3)[0]
     full.sum().backward()
     other = x.detach().clone().requires_grad_()
     exact = cross_entropy(other, head, targets)
@@ -118,69 +123,89 @@ def test_a_shortlist_of_everything_is_exact(kind):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_shortlist_values_and_gradients(kind, monkeypatch):
+    """Of three carry-ons that see the same positions, in lists of four positions."""
     monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 3 * 4 * 40)
-    N, V = 7, 101
+    monkeypatch.setitem(loss_module.SHORTLIST_ROWS, "cpu", 4)
+    N, V, samples = 7, 101, 10
     x, head, targets = problem(kind, N, V, 16)
-    likely = likeliest(x.detach(), head, 2)
-    shortlist = Shortlist(head, samples=10, seed=4)
-    found = shortlist.cross_entropy(x, targets, likely, step=9)
+    x_GNH = torch.stack([x.detach() * scale for scale in (1, 0.5, -1)]).requires_grad_()
+    q_V = proposal(V)
+    shortlist = Shortlist(head, q_V, samples=samples, seed=4)
+    found = shortlist.cross_entropy(x_GNH, targets, step=9)
     found.sum().backward()
 
-    columns, _ = shortlist.columns(targets, likely, step=9)
-    # Which tokens they are is read from their rows of the head: all differ.
-    chosen = (columns.weight_CH[:, None] == head.weight_VH).all(-1).float().argmax(dim=1)
-    listed = set(targets.tolist()) | set(likely.flatten().tolist())
-    assert listed <= set(chosen.tolist())
-    assert len(set(chosen.tolist())) == len(chosen) == len(listed) + 10
-    weight = torch.tensor([1.0 if c in listed else (V - len(listed)) / 10 for c in chosen.tolist()])
-
-    other = x.detach().clone().requires_grad_()
-    logits = reference_logits(other, head)
-    total = (logits[:, chosen].exp() * weight.double()).sum(dim=1)
-    expected = total.log() - logits[torch.arange(N), targets]
+    draw = torch.Generator().manual_seed(4 * 1_000_003 + 9)
+    other = x_GNH.detach().clone().requires_grad_()
+    expected = []
+    for rows in (slice(0, 4), slice(4, 7)):
+        columns, index_V = shortlist.columns(targets[rows], draw)
+        # Which tokens they are is read from their rows of the head: all differ.
+        chosen = (columns.weight_CH[:, None] == head.weight_VH).all(-1).float().argmax(dim=1)
+        labels = set(targets[rows].tolist())
+        assert labels <= set(chosen.tolist())
+        assert torch.equal(index_V[chosen], torch.arange(len(chosen)))
+        rest = 1 - float(q_V[list(labels)].sum())
+        chance = [
+            1.0 if token in labels else min(1.0, samples * float(q_V[token]) / rest)
+            for token in chosen.tolist()
+        ]
+        logits = torch.stack([reference_logits(part[rows], head) for part in other])
+        total = (logits[..., chosen].exp() / torch.tensor(chance).double()).sum(dim=-1)
+        wanted = logits.gather(2, targets[rows].expand(3, -1)[..., None])[..., 0]
+        expected.append(total.log() - wanted)
+    expected = torch.cat(expected, dim=1)
     expected.sum().backward()
     torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(x_GNH.grad, other.grad, rtol=1e-4, atol=1e-5)
+
+
+def estimates(x: torch.Tensor, head: Head, targets: torch.Tensor, q_V: torch.Tensor):
+    """The sums that losses are logarithms of, over many draws, and the exact ones."""
+    shortlist = Shortlist(head, q_V, samples=10)
+    draws = torch.stack(
+        [shortlist.cross_entropy(x[None], targets, step=s)[0].double().exp() for s in range(800)]
+    )
+    return draws, cross_entropy(x, head, targets).double().exp()
 
 
 def test_the_estimated_sum_is_unbiased():
     x, head, targets = problem("plain", 7, 101, 16)
     x = x.detach() / 2
-    likely = likeliest(x, head, 2)
-    shortlist = Shortlist(head, samples=10)
-    draws = torch.stack(
-        [shortlist.cross_entropy(x, targets, likely, step=s).double().exp() for s in range(800)]
-    )
-    # exp(loss) is the sum over the label's own term, so its mean is exp of the exact loss.
-    exact = cross_entropy(x, head, targets).double().exp()
+    draws, exact = estimates(x, head, targets, proposal(101))
     error = (draws.mean(dim=0) - exact) / (draws.std(dim=0) / len(draws) ** 0.5)
     assert error.abs().max() < 4.5
     assert (draws.std(dim=0) / exact).min() > 0.01  # there was something to average out
 
 
+def test_a_proposal_of_the_head_s_own_varies_less():
+    x, plain, targets = problem("plain", 64, 101, 16)
+    x = x.detach() / 4
+    bias = torch.linspace(0, -8, 101)[
+        torch.randperm(101, generator=torch.Generator().manual_seed(3))
+    ]
+    head = Head(plain.weight_VH.detach(), bias)
+    q_V = tail_proposal(x, head)
+    root_V = torch.softmax(reference_logits(x, head), dim=1).square().mean(dim=0).sqrt()
+    torch.testing.assert_close(q_V.double(), 0.9 * root_V / root_V.sum() + 0.1 / 101)
+    (steered, exact), (flat, _) = (
+        estimates(x[:5], head, targets[:5], q) for q in (q_V, torch.full((101,), 1 / 101))
+    )
+    assert (steered / exact).std(dim=0).mean() < 0.5 * (flat / exact).std(dim=0).mean()
+
+
 def test_draws_depend_on_seed_and_step_only():
     x, head, targets = problem("plain", 7, 101, 16)
-    likely = likeliest(x.detach(), head, 2)
 
-    def rows(seed: int, step: int) -> torch.Tensor:
-        return (
-            Shortlist(head, samples=10, seed=seed).columns(targets, likely, step=step)[0].weight_CH
-        )
+    def loss(seed: int, step: int) -> torch.Tensor:
+        shortlist = Shortlist(head, proposal(101), samples=10, seed=seed)
+        return shortlist.cross_entropy(x.detach()[None], targets, step=step)
 
-    first = rows(1, 5)
+    first = loss(1, 5)
     torch.manual_seed(99)
     torch.rand(3)
-    assert torch.equal(first, rows(1, 5))
-    assert not torch.equal(first, rows(1, 6))
-    assert not torch.equal(first, rows(2, 5))
+    assert torch.equal(first, loss(1, 5))
+    assert not torch.equal(first, loss(1, 6))
+    assert not torch.equal(first, loss(2, 5))
     state = torch.get_rng_state()
-    rows(1, 5)
+    loss(1, 5)
     assert torch.equal(state, torch.get_rng_state())
-
-
-def test_likeliest_are_the_largest_logits(monkeypatch):
-    monkeypatch.setitem(loss_module.CHUNK_BYTES, "cpu", 3 * 4 * 101)
-    x, head, _ = problem("all", 64, 101, 16)
-    found = likeliest(x.detach(), head, 5)
-    expected = reference_logits(x.detach(), head).topk(5).indices
-    assert torch.equal(found.sort(dim=1).values, expected.sort(dim=1).values)

@@ -24,6 +24,7 @@ from embedcache.training import member as member_module
 from embedcache.training.checkpoint import CHECKPOINT
 from embedcache.training.config import TrainConfig, read_settings
 from embedcache.training.metrics import METRICS_FILE
+from embedcache.training.scoring import DevLoss
 from embedcache.training.trainer import Trainer
 
 SMALL = CarryOnConfig(width=32, blocks=1)
@@ -77,6 +78,8 @@ def test_the_shortlist_learns_what_the_exact_loss_does(world, tmp_path):
         for loss in ("exact", "shortlist")
     }
     gain = found["exact"].base_dev - found["exact"].best_dev
+    assert found["exact"].shortlist_bias is None
+    assert -0.1 < found["shortlist"].shortlist_bias < 0
     assert abs(found["exact"].best_dev - found["shortlist"].best_dev) < 0.1 * gain
 
 
@@ -140,11 +143,11 @@ def test_early_stopping_keeps_the_best_epoch(world, tmp_path, monkeypatch):
     scores = iter([5.0, 4.0, 3.0, 3.5, 3.6, 1.0])
     kept: dict[int, torch.Tensor | None] = {}
 
-    def scored(self: Trainer, patterns, taps, inputs, stack) -> list[float]:
+    def scored(self: Trainer, patterns, taps, inputs, stack, *_) -> list[DevLoss]:
         kept[len(kept)] = None if stack is None else stack.branch.weight.detach()[0].clone()
-        return [next(scores)]
+        return [DevLoss(next(scores))]
 
-    monkeypatch.setattr(Trainer, "dev_losses", scored)
+    monkeypatch.setattr(Trainer, "score", scored)
     config = replace(CONFIG, epochs=9, patience=2)
     result = train(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
     assert (result.epochs, result.best_epoch, result.best_dev) == (4, 2, 3.0)
@@ -181,7 +184,9 @@ def test_a_diverging_run_stops_and_keeps_finite_weights(world, tmp_path):
 
 
 def test_a_dev_score_that_is_no_number_stops_the_run(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(Trainer, "dev_losses", lambda *given: [math.nan if given[-1] else 5.0])
+    monkeypatch.setattr(
+        Trainer, "score", lambda *given: [DevLoss(math.nan if given[4] else 5.0, None)]
+    )
     with pytest.raises(NumericsError, match="dev"):
         train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     assert not (tmp_path / "c" / CONFIG_FILE).exists()

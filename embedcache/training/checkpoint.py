@@ -35,6 +35,7 @@ class TrainState:
     epoch_targets: int = 0
     base_dev: float | None = None
     best_dev: float | None = None
+    best_estimate: float | None = None
     best_epoch: int = 0
     seconds: float = 0.0
 

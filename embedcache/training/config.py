@@ -28,8 +28,7 @@ class TrainConfig:
         beta2: AdamW's second moment decay; the first is 0.9.
         clip: largest global norm of the gradient.
         loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``: shortlist on a CPU.
-        likely: the base's likeliest tokens of a position that a shortlist holds.
-        samples: tokens that a shortlist draws for the tail.
+        samples: tokens that a shortlist draws besides its labels.
         patience: epochs without a better dev loss before training stops.
         seed: of initial weights, order and draws.
         order_seed: of order and draws alone, where they should not follow ``seed``: carry-ons that
@@ -47,7 +46,6 @@ class TrainConfig:
     beta2: float = 0.99
     clip: float = 1.0
     loss: str = "auto"
-    likely: int = 8
     samples: int = 1024
     patience: int = 2
     seed: int = 0
@@ -57,7 +55,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         """Raise ``UsageError`` for values outside their range or of another type."""
         check_types(self)
-        for name in ("epochs", "patience", "likely", "samples"):
+        for name in ("epochs", "patience", "samples"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
         for name in ("lr", "clip"):

@@ -29,6 +29,7 @@ from embedcache.training.metrics import METRICS_FILE, Metrics
 from embedcache.training.output import is_partial
 from embedcache.training.report import publish_report
 from embedcache.training.schedule import learning_rate
+from embedcache.training.scoring import DevLoss
 from embedcache.training.stack import Stack
 
 CHECKPOINT_SECONDS = 60.0
@@ -37,7 +38,10 @@ LOG_STEPS = 10
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainSummary:
-    """What a run did. Cross-entropies are in nats a token; the speed excludes evaluation."""
+    """What a run did. Cross-entropies are in nats a token; the speed excludes evaluation.
+
+    ``shortlist_bias``: what the shortlist makes of the kept epoch's dev loss, less the exact one.
+    """
 
     out: str
     parameters: int
@@ -48,6 +52,7 @@ class TrainSummary:
     loss: str
     base_dev: float | None
     best_dev: float | None
+    shortlist_bias: float | None
     seconds: float
     tokens_per_second: float
     resumed_at_step: int
@@ -160,9 +165,10 @@ class Member:
         """The mean loss of the epoch so far."""
         return self.state.epoch_loss / max(1, self.state.epoch_targets)
 
-    def end_epoch(self, dev: float | None, weights: Tensors) -> None:
+    def end_epoch(self, score: DevLoss | None, weights: Tensors) -> None:
         """Keep the weights if dev likes them best, and move on to the next epoch."""
         state = self.state
+        dev, estimate = score or (None, None)
         tokens, seconds = self._before
         self._before = (state.tokens, state.seconds)
         if dev is not None and not math.isfinite(dev):
@@ -171,13 +177,16 @@ class Member:
                 f"a finite number. Train into another --out with a lower --lr (it was "
                 f"{self.config.lr:g})."
             )
-        row = {
+        row: dict[str, float | None] = {
             "train_loss": self.train_loss,
             "tokens_per_second": (state.tokens - tokens) / max(state.seconds - seconds, 1e-9),
             "dev_loss": dev,
         }
+        if estimate is not None:
+            row["dev_shortlist"] = estimate
         if dev is None or state.best_dev is None or dev < state.best_dev:
             state.best_dev, state.best_epoch = dev, state.epoch + 1
+            state.best_estimate = estimate
             self._best = {name: value.clone() for name, value in weights.items()}
         state.epoch += 1
         state.position, state.epoch_loss, state.epoch_targets = 0, 0.0, 0
@@ -214,6 +223,9 @@ class Member:
             loss=self.loss,
             base_dev=state.base_dev,
             best_dev=state.best_dev,
+            shortlist_bias=None
+            if state.best_estimate is None or state.best_dev is None
+            else state.best_estimate - state.best_dev,
             seconds=round(state.seconds, 3),
             tokens_per_second=round(state.tokens / max(state.seconds, 1e-9), 1),
             resumed_at_step=self._resumed_at,

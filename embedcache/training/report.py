@@ -66,7 +66,7 @@ def card(record: CarryOnRecord) -> str:
         f"| trained on | {', '.join(sources_of(record.cache['corpus']))} "
         f"({record.cache['tokens']['train']:,} tokens, codec {record.cache['codec']}) |",
         f"| training | {results['epochs']} epochs, {results['steps']} steps, loss "
-        f"{results['loss']}, kept epoch {results['best_epoch']} |",
+        f"{results['loss']}{_bias(results)}, kept epoch {results['best_epoch']} |",
     ]
     if results["best_dev"] is not None and results["base_dev"] is not None:
         change = results["best_dev"] - results["base_dev"]
@@ -85,3 +85,8 @@ def card(record: CarryOnRecord) -> str:
         "",
     ]
     return "\n".join(lines)
+
+
+def _bias(results: dict[str, Any]) -> str:
+    bias = results["shortlist_bias"]
+    return "" if bias is None else f" (its estimate of dev is {bias:+.4f} off)"

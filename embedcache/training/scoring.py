@@ -1,8 +1,9 @@
-"""Exact cross-entropy of stacked carry-ons on held-out batches, for choosing epochs."""
+"""Cross-entropy of stacked carry-ons on held-out batches: exact, to choose epochs by."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 
@@ -10,34 +11,52 @@ from embedcache.cache.loader import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import any_shape_attention
 from embedcache.evaluate import FrozenInputs
-from embedcache.loss import cross_entropy
+from embedcache.loss import Shortlist, cross_entropy
+
+
+class DevLoss(NamedTuple):
+    """A carry-on's cross-entropy on held-out text, in nats a token.
+
+    ``estimate`` is what the shortlist it is trained with makes of the same: their difference is the
+    shortlist's bias. None where the loss is exact.
+    """
+
+    exact: float
+    estimate: float | None = None
 
 
 @torch.no_grad()
 @any_shape_attention()
-def mean_losses(
+def dev_losses(
     batches: Iterable[Batch],
     inputs: FrozenInputs,
     stack: CarryOn | None,
+    shortlist: Shortlist | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
-) -> list[float]:
-    """Return the mean cross-entropy of each of K carry-ons, in nats a token; one pass over batches.
+) -> list[DevLoss]:
+    """Return the loss of each of K carry-ons in one pass over batches that hold some target.
 
     Without a ``stack``, that of the base, as a list of one.
     """
-    sums: list[float] = []
+    K = 1 if stack is None else len(stack.branch.weight)
+    exact_K, estimate_K = torch.zeros(2, K, dtype=torch.float64)
     targets = 0
-    for batch in batches:
+    for step, batch in enumerate(batches):
         if not len(batch.targets_N):
             continue
-        x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
-        if stack is None:
-            found = [x_NH]
-        else:
+        y_KNH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)[None]
+        if stack is not None:
             delta_KNH = inputs.delta(stack, batch).flatten(1, 2).index_select(1, batch.wanted_N)
-            found = [x_NH + delta_NH.to(inputs.dtype) for delta_NH in delta_KNH]
-        losses = [cross_entropy(y, inputs.head, batch.targets_N).double().sum() for y in found]
-        sums = [a + b for a, b in zip(sums or [0.0] * len(found), losses, strict=True)]  # type: ignore[misc]
+            y_KNH = y_KNH + delta_KNH.to(inputs.dtype)
+        for k, y_NH in enumerate(y_KNH):
+            loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N)
+            exact_K[k] += loss_N.double().sum().cpu()
+        if shortlist is not None:
+            loss_KN = shortlist.cross_entropy(y_KNH, batch.targets_N, step=step)
+            estimate_K += loss_KN.double().sum(dim=1).cpu()
         targets += len(batch.targets_N)
         on_batch(batch.tokens)
-    return [float(total) / targets for total in sums]
+    return [
+        DevLoss(exact / targets, None if shortlist is None else estimate / targets)
+        for exact, estimate in zip(exact_K.tolist(), estimate_K.tolist(), strict=True)
+    ]

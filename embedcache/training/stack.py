@@ -19,16 +19,17 @@ from embedcache.evaluate import FrozenInputs
 from embedcache.loss import Shortlist, cross_entropy
 from embedcache.training.config import TrainConfig
 from embedcache.training.flat import FlatAdamW
-from embedcache.training.likely import LikelyTokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One step of one carry-on: its batch, its learning rate, and the number of the step."""
+    """One step of one carry-on: batch, learning rate, and what a shortlist's draw depends on."""
 
     batch: Batch
     rate: float
     step: int
+    samples: int
+    order: int
 
 
 class Stack:
@@ -39,13 +40,13 @@ class Stack:
         models: Sequence[CarryOn],
         configs: Sequence[TrainConfig],
         inputs: FrozenInputs,
-        likely: LikelyTokens | None,
+        proposal_V: Tensor | None,
     ):
-        """Stack ``models``; with ``likely``, the loss is over shortlists."""
+        """Stack ``models``; with a proposal, the loss is over shortlists drawn by it."""
         self.model = CarryOn.stack(models).to(inputs.device)
         self._configs = list(configs)
         self._inputs = inputs
-        self._likely = likely
+        self._proposal_V = proposal_V
         self.optimizer = FlatAdamW(self.model, configs)
 
     def keep(self, rows: Sequence[int]) -> Stack:
@@ -54,7 +55,7 @@ class Stack:
             [self.alone(k) for k in rows],
             [self._configs[k] for k in rows],
             self._inputs,
-            self._likely,
+            self._proposal_V,
         )
         for new, old in enumerate(rows):
             kept.optimizer.restore(new, self.optimizer.moments(old))
@@ -103,13 +104,17 @@ class Stack:
     def _loss(self, y_GNH: Tensor, one: Work) -> Tensor:
         """Return loss_GN of embeddings after the carry-ons; draws depend on the step alone."""
         batch, head = one.batch, self._inputs.head
-        if self._likely is None:
-            targets = batch.targets_N.repeat(len(y_GNH))
-            return cross_entropy(y_GNH.flatten(0, 1), head, targets).view(y_GNH.shape[:2])
-        config = self._configs[0]
-        shortlist = Shortlist(head, samples=config.samples, seed=config.order)
-        likely_NK = self._likely.of(batch, config.likely).to(y_GNH.device)
-        return shortlist.cross_entropy(y_GNH, batch.targets_N, likely_NK, step=one.step)
+        shortlist = self.shortlist(one.samples, one.order)
+        if shortlist is not None:
+            return shortlist.cross_entropy(y_GNH, batch.targets_N, step=one.step)
+        targets = batch.targets_N.repeat(len(y_GNH))
+        return cross_entropy(y_GNH.flatten(0, 1), head, targets).view(y_GNH.shape[:2])
+
+    def shortlist(self, samples: int, seed: int) -> Shortlist | None:
+        """Return the estimator that is trained with; None where the loss is exact."""
+        if self._proposal_V is None:
+            return None
+        return Shortlist(self._inputs.head, self._proposal_V, samples=samples, seed=seed)
 
 
 def stacked_batch(work: Sequence[Work]) -> Batch:

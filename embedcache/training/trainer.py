@@ -17,14 +17,17 @@ from embedcache.carryon.model import CarryOn
 from embedcache.device import free_memory
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate import EVAL_TOKENS, FrozenInputs
+from embedcache.loss import Shortlist, tail_proposal
 from embedcache.progress import Bar, Progress
 from embedcache.training.feed import Feed
-from embedcache.training.likely import LikelyTokens
 from embedcache.training.member import Member
-from embedcache.training.scoring import mean_losses
+from embedcache.training.scoring import DevLoss, dev_losses
 from embedcache.training.stack import Stack, Work
 
 Patterns = tuple[str, ...]
+
+PROPOSAL_POSITIONS = 4096
+"""Positions whose probabilities say what a shortlist's tail is drawn from."""
 
 
 class Trainer:
@@ -59,7 +62,7 @@ class Trainer:
 
         def kind(member: Member) -> str:
             config = member.config
-            return repr((config.carryon, member.loss, config.likely, config.samples))
+            return repr((config.carryon, member.loss, config.samples))
 
         for _, group in groupby(sorted(members, key=kind), key=kind):
             stack = list(group)
@@ -92,9 +95,16 @@ class Trainer:
         begun = sorted((one for one in begun if one[0].failure is None), key=self._place)
         if not begun:
             return
-        likely = self._likely([member for member, _ in begun], inputs)
+        proposal_V = None
+        if members[0].loss == "shortlist":
+            x_NH = sample["final"]
+            some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), PROPOSAL_POSITIONS)).long()
+            proposal_V = tail_proposal(x_NH[some].to(self.device, inputs.dtype), inputs.head)
         stack = Stack(
-            [model for _, model in begun], [member.config for member, _ in begun], inputs, likely
+            [model for _, model in begun],
+            [member.config for member, _ in begun],
+            inputs,
+            proposal_V,
         )
         for index, (member, _) in enumerate(begun):
             member.enter(stack, index)
@@ -107,9 +117,14 @@ class Trainer:
             bar.advance(sum(member.state.tokens for member, _ in begun))
             _Run(self, inputs, stack, feeds, bar).train()
 
-    def dev_losses(
-        self, patterns: Patterns, taps: tuple[str, ...], inputs: FrozenInputs, stack: CarryOn | None
-    ) -> list[float] | None:
+    def score(
+        self,
+        patterns: Patterns,
+        taps: tuple[str, ...],
+        inputs: FrozenInputs,
+        stack: CarryOn | None,
+        shortlist: Shortlist | None = None,
+    ) -> list[DevLoss] | None:
         """Return the dev loss of each carry-on of a stack (of the base alone); None without dev."""
         subset = self.subset("dev", patterns) if "dev" in self._splits else None
         if "dev" not in self._splits or (subset is not None and not subset.tokens):
@@ -126,20 +141,19 @@ class Trainer:
         title = "scoring the base on dev" if stack is None else "scoring dev"
         tokens = split.manifest.tokens if subset is None else subset.tokens
         with self.progress.bar(title, tokens, "tok") as bar:
-            return mean_losses(loader.epoch(0), inputs, stack, bar.advance)
+            return dev_losses(loader.epoch(0), inputs, stack, shortlist, bar.advance)
 
     def _base(self, member: Member, inputs: FrozenInputs) -> float | None:
         """Return the base's dev loss on a member's documents; it is computed once."""
         patterns = member.config.documents
         if patterns not in self._base_dev:
-            known = member.state.base_dev
-            found = [known] if known is not None else None
-            if found is None:
-                found = self.dev_losses(patterns, ("final",), inputs, None)
+            found = member.state.base_dev
+            if found is None and (scores := self.score(patterns, ("final",), inputs, None)):
+                found = scores[0].exact
             if found is None:
                 which = f" of {', '.join(patterns)}" if patterns else ""
                 self.progress.say(f"this cache has no dev split{which}: the last epoch is kept")
-            self._base_dev[patterns] = None if found is None else found[0]
+            self._base_dev[patterns] = found
         return self._base_dev[patterns]
 
     def _batch_tokens(self, member: Member) -> int:
@@ -160,25 +174,6 @@ class Trainer:
             device=self.device,
             subset=self.subset("train", member.config.documents),
         )
-
-    def _likely(self, members: list[Member], inputs: FrozenInputs) -> LikelyTokens | None:
-        if members[0].loss != "shortlist":
-            return None
-        patterns = [member.config.documents for member in members]
-        merged = tuple(dict.fromkeys(one for some in patterns for one in some))
-        everything = not all(patterns)
-        loader = BatchLoader(
-            self.train,
-            batch_tokens=EVAL_TOKENS,
-            taps=("final",),
-            shuffle=False,
-            device=self.device,
-            subset=None if everything else self.subset("train", merged),
-        )
-        V = inputs.head.weight_VH.shape[0]
-        count = min(max(member.config.likely for member in members), V)
-        tokens = self.epoch_tokens(() if everything else merged)
-        return LikelyTokens(loader, inputs.head, count, tokens, self.progress)
 
 
 class _Run:
@@ -208,7 +203,13 @@ class _Run:
 
     def _step(self, started: float) -> None:
         work = [
-            Work(batch=feed.batch, rate=member.rate(feed.batch.tokens), step=member.state.step)
+            Work(
+                batch=feed.batch,
+                rate=member.rate(feed.batch.tokens),
+                step=member.state.step,
+                samples=member.config.samples,
+                order=member.config.order,
+            )
             for feed in self._feeds
             if feed.batch is not None
             for member in feed.members
@@ -247,8 +248,12 @@ class _Run:
         stack = self._stack.model
         if len(self._feeds) > 1:
             stack = CarryOn.stack([self._stack.alone(index) for index, _ in rows])
-        scores = self._trainer.dev_losses(
-            config.documents, config.carryon.taps, self._inputs, stack.to(self._trainer.device)
+        scores = self._trainer.score(
+            config.documents,
+            config.carryon.taps,
+            self._inputs,
+            stack.to(self._trainer.device),
+            self._stack.shortlist(config.samples, config.order),
         )
         for number, (index, member) in enumerate(rows):
             with failing(member):
