@@ -48,6 +48,11 @@ class Columns:
 SHORTLIST_ROWS = {"cpu": 512, "cuda": 4096}
 """Positions that share one shortlist. Fewer have fewer labels, so fewer columns: a product less."""
 
+FLATTENED = 0.35
+"""Power of the mean square by which the tail is drawn. A half is best where the mean is known; one
+over a sample knows little of rare tokens, and less than a half trains better (dev loss 0.14 % above
+the exact loss's, against 0.22 %)."""
+
 EXPLORED = 0.1
 """Share of the tail's draws that no probability steers, for what the base thought impossible."""
 
@@ -107,14 +112,14 @@ def tail_proposal(x_NH: Tensor, head: Head) -> Tensor:
     """Return q_V, float32, which sums to 1: how likely a shortlist is to draw each token.
 
     The variance of the sum over a sampled tail is least where a token's chance is as the root of
-    the mean square of its probability; ``x_NH`` are embeddings to take that mean over.
+    the mean square of its probability. ``x_NH`` are embeddings to take that mean over.
     """
     V = head.weight_VH.shape[0]
     square_V = torch.zeros(V, device=x_NH.device)
     for rows in row_chunks(len(x_NH), V, x_NH.device):
         square_V += torch.softmax(head(x_NH[rows]).float(), dim=1).square_().sum(dim=0)
-    root_V = square_V.sqrt_()
-    return (1 - EXPLORED) * root_V / root_V.sum() + EXPLORED / V
+    steered_V = square_V**FLATTENED
+    return (1 - EXPLORED) * steered_V / steered_V.sum() + EXPLORED / V
 
 
 def _frozen_head_loss(x_NH: Tensor, columns: Columns, head: Head, targets_N: Tensor) -> Tensor:
