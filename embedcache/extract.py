@@ -36,7 +36,7 @@ from embedcache.cache.manifest import (
 from embedcache.cache.rewrite import finish_rewrite
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.usage import sizes
+from embedcache.cache.usage import used_bytes
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.errors import OutputError
@@ -308,29 +308,44 @@ class _Extraction:
         self._computed = sum(marker.attempt == self._claims.attempt for marker in made)
         self._others = len(made) - self._resumed - self._computed
         self._count(markers).check(finished=True)
-        manifest = Manifest(
+        extracted = (mended and mended.extracted) or {
+            "self_check": worst,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "predicted_bytes": predicted.bytes,
+            "predicted_seconds": predicted.seconds,
+        }
+        if mended is not None or not (out / MANIFEST).is_file():
+            publish_manifest(out, self._manifest(markers, extracted))
+        for name in self._splits:
+            drop_superseded(out, name)
+        clear_staging(out, live)
+
+    def _manifest(
+        self, markers: dict[str, dict[int, Marker]], extracted: dict[str, Any]
+    ) -> Manifest:
+        """Return the manifest of the finished cache, its ledgers written."""
+        out = self._out
+        return Manifest(
             splits={
-                name: split_manifest(split.totals, markers[name], split.blocks)
+                name: split_manifest(
+                    out,
+                    name,
+                    self._settings,
+                    split.totals,
+                    (
+                        (markers[name][block].files, markers[name][block].quarantined)
+                        for block in range(split.blocks)
+                    ),
+                )
                 for name, split in self._splits.items()
             },
             sealed=read_seal(out),
             base=Seal.of(out, out / "base"),
             codec=Seal.of(out, out / CODEC),
-            extracted=(mended and mended.extracted)
-            or {
-                "self_check": worst,
-                "tokens": tokens,
-                "seconds": round(seconds, 3),
-                "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-                "predicted_bytes": predicted.bytes,
-                "predicted_seconds": predicted.seconds,
-            },
+            extracted=extracted,
         )
-        if mended is not None or not (out / MANIFEST).is_file():
-            publish_manifest(out, manifest)
-        for name in self._splits:
-            drop_superseded(out, name)
-        clear_staging(out, live)
 
     def _prepared(self) -> bool:
         """Whether what one process stores for all is there."""
@@ -361,7 +376,7 @@ class _Extraction:
     def summary(self, base: str) -> ExtractSummary:
         """Return the counts and sizes of the finished cache."""
         manifest = read_manifest(self._out)
-        size = sum(sizes(self._out).values())
+        size = used_bytes(self._out)
         head = sum(p.stat().st_size for p in (self._out / "base").rglob("*") if p.is_file())
         tokens = sum(self.tokens.values())
         return ExtractSummary(
@@ -378,7 +393,7 @@ class _Extraction:
             resumed_blocks=self._resumed,
             computed_blocks=self._computed,
             others_blocks=self._others,
-            quarantined=sum(len(split.quarantined) for split in manifest.splits.values()),
+            quarantined=sum(split.quarantined.rows for split in manifest.splits.values()),
             self_check=manifest.extracted["self_check"],
             seconds=manifest.extracted["seconds"],
             tokens_per_second=manifest.extracted["tokens_per_second"],

@@ -58,7 +58,7 @@ def _describe_cache(path: Path) -> dict[str, Any]:
         splits[name] |= {
             "bytes": split.bytes,
             "bytes_per_token": round(split.bytes / max(1, split.tokens), 1),
-            "quarantined": len(split.quarantined),
+            "quarantined": split.quarantined.rows,
         }
     used = bytes_by_array(path)
     return {

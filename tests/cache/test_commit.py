@@ -20,7 +20,6 @@ from embedcache.cache.commit import (
     recover,
 )
 from embedcache.cache.layout import COMMITS, STAGING, marker_path
-from embedcache.cache.manifest import split_manifest
 from embedcache.cache.shard import read_shard
 from embedcache.errors import CacheError
 from embedcache.files import hash_file
@@ -209,10 +208,3 @@ def test_files_that_are_no_markers_are_passed_over(tmp_path: Path) -> None:
         (tmp_path / COMMITS / "train" / name).write_text("?")
     assert list(committed_blocks(tmp_path, "train")) == [0]
     assert committed_blocks(tmp_path, "dev") == {}
-
-
-def test_no_manifest_without_every_block(tmp_path: Path) -> None:
-    marker = commit_block(BlockWriter(tmp_path), 1)
-    totals = {"sequences": 1, "tokens": 9, "targets": 8, "documents": 1}
-    with pytest.raises(CacheError, match=r"2 of 3 blocks are not committed \(first: 1\)"):
-        split_manifest(totals, {0: marker}, 3)
