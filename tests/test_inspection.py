@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import World, make_world
 from fixtures_extract import call_main, small_settings
+from ledgers import put_aside
 from tiny import tiny_base_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
