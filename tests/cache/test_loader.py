@@ -85,6 +85,28 @@ def test_the_number_of_threads_changes_nothing(split, monkeypatch):
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
 
 
+@pytest.mark.parametrize("tokens", [1, 60, 200, 100_000])
+def test_the_order_is_that_of_the_plainest_plan(split, tokens):
+    """Shuffle blocks, shuffle each window's sequences, fill batches one after the other."""
+    draw = np.random.default_rng([5, 3])
+    blocks = draw.permutation(split.manifest.blocks).tolist()
+    expected, batch, used = [], [], 0
+    for start in range(0, len(blocks), order_module.WINDOW):
+        items = [
+            (int(sequence), int(b - a))
+            for block in blocks[start : start + order_module.WINDOW]
+            for sequence, (a, b) in zip(*split.sequences(block)[:2], strict=True)
+        ]
+        for index in draw.permutation(len(items)).tolist():
+            sequence, length = items[index]
+            if batch and used + length > tokens:
+                expected.append(tuple(batch))
+                batch, used = [], 0
+            batch.append(sequence)
+            used += length
+    assert order(batches(split, 3, tokens=tokens, seed=5)) == [*expected, tuple(batch)]
+
+
 def test_skip_drops_the_first_batches(split):
     whole = batches(split, 2)
     for skip in (0, 1, len(whole) // 2, len(whole) - 1, len(whole), len(whole) + 3):
