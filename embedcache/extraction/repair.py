@@ -10,6 +10,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +57,10 @@ class Mended:
     base: bool
     codec: Seal | None
     extracted: dict[str, Any] | None
+
+    def sound(self) -> Iterator[Marker]:
+        """Yield the markers of all splits."""
+        return chain.from_iterable(found.values() for found in self.markers.values())
 
 
 def restore_metadata(out: Path) -> None:

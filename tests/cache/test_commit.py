@@ -41,6 +41,10 @@ def commit_block(writer: BlockWriter, seed: int, block: int = 0, **more: Any) ->
     return writer.commit("train", block, {"embeddings/final": (SPEC, values(seed))}, **more)
 
 
+def recovered(cache: Path, blocks: int) -> dict[int, Marker]:
+    return {marker.block: marker for marker in recover(cache, "train", blocks)}
+
+
 def stored(cache: Path, block: int = 0) -> Array:
     path = cache / f"train/embeddings/final/c/{block}/0"
     return read_shard(
@@ -68,7 +72,7 @@ def test_a_committed_block_is_in_place_with_its_marker(tmp_path: Path) -> None:
     assert np.array_equal(stored(tmp_path), values(1))
     assert Marker.read(marker_path(tmp_path, "train", 0)) == marker
     assert marker.quarantined == (3,)
-    assert recover(tmp_path, "train", 1) == {0: marker}
+    assert recovered(tmp_path, 1) == {0: marker}
     assert not list((tmp_path / STAGING).rglob("*"))
 
 
@@ -114,12 +118,12 @@ def test_recovery_promotes_what_lies_in_staging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed_after_link(tmp_path, monkeypatch)
-    done = recover(tmp_path, "train", 1)
+    done = recovered(tmp_path, 1)
     clear_staging(tmp_path)
     assert list(done) == [0]
     check_files(tmp_path, done[0])
     assert np.array_equal(stored(tmp_path), values(1))
-    assert recover(tmp_path, "train", 1) == done  # and again, with nothing left to do
+    assert recovered(tmp_path, 1) == done  # and again, with nothing left to do
 
 
 def test_killed_before_the_link_leaves_nothing_committed(
@@ -132,7 +136,7 @@ def test_killed_before_the_link_leaves_nothing_committed(
         patch.setattr(commit.os, "link", link)
         with pytest.raises(KilledError):
             commit_block(BlockWriter(tmp_path), 1)
-    assert recover(tmp_path, "train", 1) == {}
+    assert recovered(tmp_path, 1) == {}
     clear_staging(tmp_path)
     assert not (tmp_path / "train").exists()
     marker = commit_block(BlockWriter(tmp_path), 2)
@@ -154,7 +158,7 @@ def test_killed_between_two_promotions(tmp_path: Path, monkeypatch: pytest.Monke
             BlockWriter(tmp_path).commit("train", 0, arrays)
     assert (tmp_path / NAME).exists()
     assert not (tmp_path / NAME.replace("final", "layer_1")).exists()
-    done = recover(tmp_path, "train", 1)
+    done = recovered(tmp_path, 1)
     assert list(done) == [0]
     check_files(tmp_path, done[0])
 
@@ -168,7 +172,7 @@ def test_a_marker_whose_files_are_not_whole_is_withdrawn(tmp_path: Path, harm: s
         (tmp_path / NAME).unlink()
     else:
         os.truncate(tmp_path / NAME, 20 if harm == "truncated" else 0)
-    assert recover(tmp_path, "train", 2) == {1: kept}
+    assert recovered(tmp_path, 2) == {1: kept}
     assert not marker_path(tmp_path, "train", 0).exists()
     again = commit_block(BlockWriter(tmp_path), 1)
     check_files(tmp_path, again)
@@ -179,7 +183,7 @@ def test_the_newest_generation_of_a_marker_stands(tmp_path: Path) -> None:
     writer = BlockWriter(tmp_path)
     commit_block(writer, 1)
     newest = [commit_block(writer, seed, generation=seed) for seed in (2, 10)][-1]
-    assert recover(tmp_path, "train", 1) == {0: newest}
+    assert recovered(tmp_path, 1) == {0: newest}
     assert np.array_equal(stored(tmp_path), values(10))
 
 
@@ -187,11 +191,11 @@ def test_markers_of_another_cache_are_refused(tmp_path: Path) -> None:
     writer = BlockWriter(tmp_path)
     commit_block(writer, 1, block=5)
     with pytest.raises(CacheError, match=r"mixes two caches"):
-        recover(tmp_path, "train", 3)
+        recovered(tmp_path, 3)
     place = marker_path(tmp_path, "train", 5)
     place.rename(marker_path(tmp_path, "train", 1))
     with pytest.raises(CacheError, match=r"marks block 5"):
-        recover(tmp_path, "train", 6)
+        recovered(tmp_path, 6)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": 3}', "\xff"])
@@ -199,7 +203,7 @@ def test_a_damaged_marker_says_what_to_type(tmp_path: Path, text: str) -> None:
     commit_block(BlockWriter(tmp_path), 1)
     marker_path(tmp_path, "train", 0).write_bytes(text.encode("latin-1"))
     with pytest.raises(CacheError, match=r"with --repair"):
-        recover(tmp_path, "train", 1)
+        recovered(tmp_path, 1)
 
 
 def test_files_that_are_no_markers_are_passed_over(tmp_path: Path) -> None:
