@@ -177,7 +177,7 @@ def test_an_unfinished_cache_is_repaired_and_goes_on(
 
 def test_many_faults_at_once(place: Path, out: Path) -> None:
     for name in names_in(out):
-        if "/tokens/" in name or "/documents/" in name or name.startswith("base"):
+        if name.startswith(("ledger/", "base")) or "/tokens/" in name or "/documents/" in name:
             (out / name).unlink()
         elif name.endswith("zarr.json"):
             (out / name).write_text("{}")
@@ -303,6 +303,61 @@ def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     run(place, out, repair=True)
     restored(place, out)
+
+
+LEDGERS = ["ledger/train/sealed", "ledger/dev/sealed", "ledger/train/embeddings"]
+
+
+@pytest.mark.parametrize("harm_file", [flip_byte, Path.unlink])
+def test_ledgers_are_made_anew_from_the_files_they_vouch_for(
+    place: Path, out: Path, harm_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the corpus nor the base is asked."""
+    calls = computed(monkeypatch)
+    for name in LEDGERS:
+        harm_file(out / name)
+    faults = verify(out).faults
+    assert {(fault.kind, fault.file) for fault in faults} == {("ledger", name) for name in LEDGERS}
+    with pytest.raises(CacheError, match=r"ledger/"):
+        served(out)
+    hidden = place / "corpus.away"
+    (place / "corpus").rename(hidden)
+    try:
+        run(place, out, repair=True)
+    finally:
+        hidden.rename(place / "corpus")
+    assert calls == []
+    restored(place, out)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_ledger_and_files_of_it_are_restored(place: Path, out: Path, complete: bool) -> None:
+    """Tokens that nothing vouches for any more, and a block whose marker is gone, too."""
+    for name in (*LEDGERS, TOKENS, SHARD):
+        flip_byte(out / name)
+    (out / "train/tokens/blocks/c/0").unlink()
+    marker_path(out, "train", 1).unlink()
+    if not complete:
+        (out / MANIFEST).unlink()
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def test_a_ledger_that_the_corpus_cannot_restore_is_refused(
+    place: Path, out: Path, tmp_path: Path
+) -> None:
+    flip_byte(out / LEDGERS[0])
+    flip_byte(out / TOKENS)
+    kept = shutil.copytree(place / "corpus", tmp_path / "kept")
+    before = {name: hash_file(out / name) for name in names_in(out)}
+    try:
+        for path in (place / "corpus").iterdir():
+            path.write_text("another " + path.read_text())
+        with pytest.raises(CacheError, match=rf"{LEDGERS[0]} is damaged, and the corpus no longer"):
+            run(place, out, repair=True)
+    finally:
+        shutil.copytree(kept, place / "corpus", dirs_exist_ok=True)
+    assert {name: hash_file(out / name) for name in names_in(out)} == before
 
 
 def test_a_corpus_that_changed_cannot_restore_tokens_and_changes_nothing(

@@ -173,12 +173,15 @@ def _restore_ledgers(
                 return True
         return False
 
-    left = [split for split in splits if not restored(out, split)]
-    if left:
-        with pass_zero() as staging:
-            for split in left:
-                if not restored(staging, split):
-                    raise _no_longer(out / sealed_ledger(split))
+    try:
+        left = [split for split in splits if not restored(out, split)]
+        if left:
+            with pass_zero() as staging:
+                for split in left:
+                    if not restored(staging, split):
+                        raise _no_longer(out / sealed_ledger(split))
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     return bool(splits)
 
 

@@ -13,17 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 from cache_faults import harm, names_in, served
-from fixtures_extract import flip_byte
+from fixtures_extract import corpus_config, flip_byte, small_settings, write_documents
 from ledgers import blocks_of, publish_blocks, put_aside
 
-from embedcache.cache import records
+from embedcache.cache import ledger, records
 from embedcache.cache.codecs import ARRAYS, ArraySpec
 from embedcache.cache.commit import BlockWriter, Marker
 from embedcache.cache.layout import MANIFEST, SCHEMA, SEALED, marker_path
 from embedcache.cache.manifest import read_manifest
+from embedcache.cache.reader import Cache
 from embedcache.cache.sealed import publish_seal
 from embedcache.cache.verify import Fault, verify
 from embedcache.errors import CacheError, EmbedcacheError
+from embedcache.extract import extract
 from embedcache.files import hash_file
 
 SHARD = "train/embeddings/final/c/1/0"
@@ -261,3 +263,36 @@ def test_what_is_no_cache_says_so(tmp_path: Path) -> None:
         verify(tmp_path / "absent")
     with pytest.raises(CacheError, match=r"not an embedcache cache"):
         verify(tmp_path)
+
+
+def test_a_damaged_page_of_a_ledger_costs_its_own_blocks_only(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of three records, one a block."""
+    monkeypatch.setattr(ledger, "PAGE", 3)
+    path = tmp_path / "cache"
+    extract(
+        corpus_config(write_documents(tmp_path / "corpus", 20)),
+        base=str(tiny_base),
+        out=path,
+        settings=small_settings(),
+        device="cpu",
+    )
+    assert told(path, deep=True) == []
+    before = served(path)
+    data = bytearray((path / "ledger/train/embeddings").read_bytes())
+    data[4 * 44] ^= 1
+    (path / "ledger/train/embeddings").write_bytes(data)
+    assert told(path, deep=True) == ["ledger/train/embeddings fails the SHA-256 of page 1"]
+    flip_byte(path / "train/embeddings/final/c/1/0")
+    flip_byte(path / "train/embeddings/final/c/4/0")  # which its marker vouches for, still
+    assert [line.split(":")[0] for line in told(path, deep=True)] == [
+        "ledger/train/embeddings fails the SHA-256 of page 1",
+        "train block 1",
+        "train block 4",
+    ]
+    reader = Cache(path).split("train")
+    assert before["train/0/ids_N"] == reader.block(0).ids_N.tobytes()
+    for block in (1, 3, 4):
+        with pytest.raises(CacheError, match=r"chunk 0 fails|the SHA-256 of page 1"):
+            reader.block(block)
