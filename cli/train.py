@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from .show import TerminalProgress, print_json, print_pairs
+from .sweep import run_sweep
 
 
 def train_command(
@@ -37,6 +38,14 @@ def train_command(
         int | None, typer.Option(help="Epochs without a better dev loss [2].")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed [0].")] = None,
+    documents: Annotated[
+        list[str] | None,
+        typer.Option(help="Documents to train on, by name ('alice/*'); repeatable [all]."),
+    ] = None,
+    sweep: Annotated[
+        Path | None,
+        typer.Option(help="TOML or YAML file of many runs ([grid], [[runs]]): all into OUT."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
@@ -45,8 +54,10 @@ def train_command(
 ) -> None:
     """Stage two."""
     from embedcache.base.taps import parse_taps
+    from embedcache.errors import UsageError
     from embedcache.train import preview, train
     from embedcache.training.config import TrainConfig, read_settings
+    from embedcache.training.sweep import merged, read_sweep
 
     settings: dict[str, Any] = {} if config is None else read_settings(config)
     carryon = {
@@ -64,12 +75,20 @@ def train_command(
         "loss": loss,
         "patience": patience,
         "seed": seed,
+        "documents": documents or None,
     }
-    settings |= {key: value for key, value in training.items() if value is not None}
-    shape = settings.get("carryon", {})
-    if isinstance(shape, dict):  # else TrainConfig says what it should be
-        settings["carryon"] = shape | {k: v for k, v in carryon.items() if v is not None}
-    request = TrainConfig.from_dict(settings)
+    flags: dict[str, Any] = {key: value for key, value in training.items() if value is not None}
+    if shape := {key: value for key, value in carryon.items() if value is not None}:
+        flags["carryon"] = shape
+    if sweep is not None:
+        if config is not None:
+            raise UsageError(
+                f"--sweep {sweep} and --config {config} both give settings: write those of "
+                f"{config} at the top of {sweep}"
+            )
+        run_sweep(cache, out, read_sweep(sweep, flags), device, dry_run=dry_run, as_json=as_json)
+        return
+    request = TrainConfig.from_dict(merged(settings, flags))
     if dry_run:
         plan = preview(cache, out=out, config=request, device=device)
         if as_json:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -44,6 +45,13 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
             f"a dtype is auto, {', '.join(DTYPES)}; found '{dtype}'.{nearest(dtype, DTYPES)}"
         )
     return DTYPES[dtype]
+
+
+def free_memory(device: torch.device) -> int:
+    """Return the bytes of memory that a device has free; of the machine for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 @contextmanager

@@ -61,11 +61,20 @@ class Shortlist:
         self._seed = seed
 
     def cross_entropy(
-        self, x_NH: Tensor, targets_N: Tensor, likely_NK: Tensor, *, step: int
+        self, x_GNH: Tensor, targets_N: Tensor, likely_NK: Tensor, *, step: int
     ) -> Tensor:
-        """Return the estimated cross-entropy of each position, float32 [N], in nats."""
+        """Return the estimated cross-entropy of each position, float32 [G, N], in nats.
+
+        Args:
+            x_GNH: embeddings after each of G carry-ons, in the head's dtype.
+            targets_N: token ids in [0, V).
+            likely_NK: the base's likeliest tokens of each position.
+            step: numbers the draw.
+        """
         columns, index_V = self.columns(targets_N, likely_NK, step=step)
-        return _frozen_head_loss(x_NH, columns, self._head, index_V[targets_N])
+        targets = index_V[targets_N].repeat(len(x_GNH))
+        loss_N = _frozen_head_loss(x_GNH.flatten(0, 1), columns, self._head, targets)
+        return loss_N.view(x_GNH.shape[:2])
 
     def columns(self, targets_N: Tensor, likely_NK: Tensor, *, step: int) -> tuple[Columns, Tensor]:
         """Return the columns of a step and, by token id, the place of each of S among them."""
@@ -147,11 +156,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
 def likeliest(x_NH: Tensor, head: Head, count: int) -> Tensor:
     """Return the ``count`` likeliest tokens of each position under the head, int64 [N, count].
 
-    ``count`` must not be above the vocabulary's size.
+    The likeliest come first. ``count`` must not be above the vocabulary's size.
     """
     found = torch.empty(len(x_NH), count, dtype=torch.long, device=x_NH.device)
     for rows in row_chunks(len(x_NH), head.weight_VH.shape[0], x_NH.device):
-        found[rows] = head(x_NH[rows]).topk(count, dim=1, sorted=False).indices
+        found[rows] = head(x_NH[rows]).topk(count, dim=1).indices
     return found
 
 

@@ -15,15 +15,16 @@ import torch
 from conftest import World, make_world
 from safetensors.torch import load_file
 
-from embedcache import train as train_module
 from embedcache.cache.reader import SplitReader
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.store import CONFIG_FILE, load_carryon
 from embedcache.errors import CacheError, NumericsError, OutputError, UsageError
 from embedcache.train import preview, train
+from embedcache.training import member as member_module
 from embedcache.training.checkpoint import CHECKPOINT
 from embedcache.training.config import TrainConfig, read_settings
 from embedcache.training.metrics import METRICS_FILE
+from embedcache.training.trainer import Trainer
 
 SMALL = CarryOnConfig(width=32, blocks=1)
 CONFIG = TrainConfig(carryon=SMALL, epochs=2, batch_tokens=256, lr=5e-3, loss="exact")
@@ -126,7 +127,7 @@ def test_metrics_are_json_lines_with_finite_numbers(finished):
 
 def test_the_epoch_s_speed_is_of_the_whole_epoch(world, tmp_path, monkeypatch):
     """Also where checkpoints fall within it."""
-    monkeypatch.setattr(train_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(member_module, "CHECKPOINT_SECONDS", 0.0)
     train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     rows = [json.loads(line) for line in (tmp_path / "c" / METRICS_FILE).read_text().splitlines()]
     result = json.loads((tmp_path / "c" / CONFIG_FILE).read_text())["results"]
@@ -137,13 +138,13 @@ def test_the_epoch_s_speed_is_of_the_whole_epoch(world, tmp_path, monkeypatch):
 
 def test_early_stopping_keeps_the_best_epoch(world, tmp_path, monkeypatch):
     scores = iter([5.0, 4.0, 3.0, 3.5, 3.6, 1.0])
-    kept: dict[int, torch.Tensor] = {}
+    kept: dict[int, torch.Tensor | None] = {}
 
-    def scored(self: train_module._Training, alpha: float) -> float:
-        kept[self._state.epoch + (alpha > 0)] = self.model.branch.weight.detach().clone()
-        return next(scores)
+    def scored(self: Trainer, patterns, taps, inputs, stack) -> list[float]:
+        kept[len(kept)] = None if stack is None else stack.branch.weight.detach()[0].clone()
+        return [next(scores)]
 
-    monkeypatch.setattr(train_module._Training, "_score_dev", scored)
+    monkeypatch.setattr(Trainer, "dev_losses", scored)
     config = replace(CONFIG, epochs=9, patience=2)
     result = train(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
     assert (result.epochs, result.best_epoch, result.best_dev) == (4, 2, 3.0)
@@ -180,9 +181,7 @@ def test_a_diverging_run_stops_and_keeps_finite_weights(world, tmp_path):
 
 
 def test_a_dev_score_that_is_no_number_stops_the_run(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        train_module._Training, "_score_dev", lambda self, alpha: math.nan if alpha else 5.0
-    )
+    monkeypatch.setattr(Trainer, "dev_losses", lambda *given: [math.nan if given[-1] else 5.0])
     with pytest.raises(NumericsError, match="dev"):
         train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     assert not (tmp_path / "c" / CONFIG_FILE).exists()

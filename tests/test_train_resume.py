@@ -34,20 +34,22 @@ from pathlib import Path
 import embedcache.files as files
 import embedcache.train as t
 import embedcache.training.checkpoint as checkpoint
+import embedcache.training.member as member
+import embedcache.training.trainer as trainer
 from embedcache.training.config import TrainConfig
 
-t.CHECKPOINT_SECONDS = 0.0
+member.CHECKPOINT_SECONDS = 0.0
 cache, out, config = sys.argv[1], Path(sys.argv[2]), TrainConfig.from_dict(json.loads(sys.argv[3]))
 
 def die():
     os.kill(os.getpid(), signal.SIGKILL)
 
 def after_save(step):
-    save = t.save_checkpoint
-    def saving(path, state, *rest, **more):
-        save(path, state, *rest, **more)
-        if state.step == step: die()
-    t.save_checkpoint = saving
+    save = member.save_checkpoint
+    def saving(path, found, **more):
+        save(path, found, **more)
+        if found.state.step == step: die()
+    member.save_checkpoint = saving
 
 def in_save(number):
     publish, calls = checkpoint.publish_bytes, []
@@ -60,17 +62,17 @@ def in_save(number):
     checkpoint.publish_bytes = publishing
 
 def before_epoch_save():
-    save = t.save_checkpoint
-    def saving(path, state, *rest, **more):
-        if state.position == 0: die()  # the epoch's row is written, its last step is saved
-        save(path, state, *rest, **more)
-    t.save_checkpoint = saving
+    save = member.save_checkpoint
+    def saving(path, found, **more):
+        if found.state.position == 0: die()  # the epoch's row is written, its last step is saved
+        save(path, found, **more)
+    member.save_checkpoint = saving
 
 def before_report():
-    t.publish_report = lambda *given: die()
+    member.publish_report = lambda *given: die()
 
 def before_weights():
-    t.save_carryon = lambda *given: die()
+    member.save_carryon = lambda *given: die()
 
 for name in sys.argv[4:]:
     child = os.fork()
@@ -144,8 +146,8 @@ def test_the_comparison_can_fail(world, undisturbed, tmp_path):
 @pytest.mark.slow
 def test_killed_at_any_time_again_and_again(world, undisturbed, tmp_path):
     slow = DRIVER.split("def die")[0] + (
-        "import time; step = t._Training._step\n"
-        "t._Training._step = lambda *given: (time.sleep(0.05), step(*given))[1]\n"
+        "import time; step = trainer._Run._step\n"
+        "trainer._Run._step = lambda *given: (time.sleep(0.05), step(*given))[1]\n"
         "t.train(Path(cache), out=out, config=config, device='cpu')\n"
     )
     out, draw, kills = tmp_path / "c", random.Random(0), 0

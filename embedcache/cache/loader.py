@@ -19,6 +19,7 @@ from embedcache.cache.codecs import ArraySpec
 from embedcache.cache.order import BatchOrder
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
+from embedcache.cache.subset import Subset
 
 Array = np.ndarray[Any, Any]
 
@@ -57,7 +58,7 @@ class Batch:
 
 
 class BatchLoader:
-    """Iterates over one split in batches of at most ``batch_tokens`` tokens.
+    """Iterates over one split, or a subset of it, in batches of at most ``batch_tokens`` tokens.
 
     With ``ranks``, one loader for each ``rank`` of a data-parallel trainer: batch by batch in turn,
     they yield the very batches of a single one. Each reads the blocks that its own batches need.
@@ -76,12 +77,19 @@ class BatchLoader:
         seed: int = 0,
         shuffle: bool = True,
         device: torch.device | None = None,
+        subset: Subset | None = None,
         rank: int = 0,
         ranks: int = 1,
     ):
         self._split = split
         self._order = BatchOrder(
-            split, batch_tokens=batch_tokens, seed=seed, shuffle=shuffle, rank=rank, ranks=ranks
+            split,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            shuffle=shuffle,
+            subset=subset,
+            rank=rank,
+            ranks=ranks,
         )
         self._taps = taps
         self._device = device or torch.device("cpu")

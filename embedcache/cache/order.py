@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from embedcache.cache.reader import SplitReader
+from embedcache.cache.subset import Subset
 from embedcache.errors import UsageError
 
 Array = np.ndarray[Any, Any]
@@ -33,6 +34,7 @@ class BatchOrder:
         batch_tokens: int,
         seed: int,
         shuffle: bool,
+        subset: Subset | None,
         rank: int,
         ranks: int,
     ):
@@ -45,6 +47,7 @@ class BatchOrder:
         self._batch_tokens = batch_tokens
         self._seed = seed
         self._shuffle = shuffle
+        self._subset = subset
         self._rank = rank
         self._ranks = ranks
 
@@ -69,10 +72,12 @@ class BatchOrder:
     def _batches(self, epoch: int) -> Iterator[list[Array]]:
         """Yield the batches of each window; what does not fill its last one goes to the next."""
         generator = np.random.default_rng([self._seed, epoch])
-        count = self._split.manifest.blocks
-        blocks = generator.permutation(count) if self._shuffle else np.arange(count)
+        subset = self._subset
+        blocks = np.arange(self._split.manifest.blocks) if subset is None else subset.blocks
+        if self._shuffle:
+            blocks = generator.permutation(blocks)
         left_S3 = np.empty((0, 3), np.int64)
-        for start in range(0, count, WINDOW):
+        for start in range(0, len(blocks), WINDOW):
             items_S3 = self._items(blocks[start : start + WINDOW].tolist())
             if self._shuffle:
                 items_S3 = items_S3[generator.permutation(len(items_S3))]
@@ -81,12 +86,15 @@ class BatchOrder:
         yield [left_S3] if len(left_S3) else []
 
     def _items(self, blocks: list[int]) -> Array:
+        """Return the sequences of some blocks that are wanted."""
         parts = []
         for block in blocks:
-            rows_S2 = self._split.sequences(block)[1]
-            count = len(rows_S2)
-            length_S = rows_S2[:, 1] - rows_S2[:, 0]
-            parts.append(np.stack([np.full(count, block), np.arange(count), length_S], axis=1))
+            _, rows_S2, document_S = self._split.sequences(block)
+            place_S = np.arange(len(rows_S2))
+            if self._subset is not None:
+                place_S = place_S[np.isin(document_S, self._subset.documents)]
+            length_S = (rows_S2[:, 1] - rows_S2[:, 0])[place_S]
+            parts.append(np.stack([np.full_like(place_S, block), place_S, length_S], axis=1))
         return np.concatenate(parts)
 
 

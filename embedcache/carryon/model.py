@@ -5,12 +5,17 @@
 `CarryOn` computes g ⊙ f, the *delta*; adding it and applying W is its user's work, since the
 trainer, the evaluator and the live base each do that in their own way.
 
-Axes: B batch, T time, S time of keys, H hidden of the base, R width, N heads, D head width.
+A module may hold K carry-ons of one shape, stacked: every weight then has K as its first axis, and
+so has the delta. Their inputs are one batch that all of them see, or K batches, stacked too.
+
+Axes: K stacked carry-ons, B batch, T time, S time of keys, H hidden of the base, P taps, R width,
+N heads, D head width, I and O inputs and outputs of a layer. (K) stands for an axis that only a
+stack has.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -32,18 +37,19 @@ class CarryOn(nn.Module):
         self.hidden = hidden
         inputs = len(config.taps) + config.token_input
         # Set from a sample of train by `calibrate`, stored with the weights.
-        self.mean_KH: Tensor
-        self.scale_KH: Tensor
-        self.register_buffer("mean_KH", torch.zeros(len(config.taps), hidden))
-        self.register_buffer("scale_KH", torch.ones(len(config.taps), hidden))
-        self.project = nn.Linear(hidden * inputs, config.width)
+        self.mean_PH: Tensor
+        self.scale_PH: Tensor
+        self.register_buffer("mean_PH", torch.zeros(len(config.taps), hidden))
+        self.register_buffer("scale_PH", torch.ones(len(config.taps), hidden))
+        self.project = _Linear(hidden * inputs, config.width)
         self.blocks = nn.ModuleList(_Block(config, index) for index in range(config.blocks))
-        self.norm = nn.RMSNorm(config.width)
-        self.branch = nn.Linear(config.width, hidden)
-        self.gate = nn.Linear(config.width, hidden) if config.gate else None
+        self.norm = _RMSNorm(config.width)
+        self.branch = _Linear(config.width, hidden)
+        self.gate = _Linear(config.width, hidden) if config.gate else None
         # Adam moves every weight by the rate, so the output's first steps grow with the width:
-        # unscaled, a branch of 256 first throws the loss far above the base's.
-        nn.init.constant_(self.norm.weight, min(1.0, 64 / config.width))
+        # unscaled, a branch of 256 first throws the loss far above the base's. A gate starts half
+        # open.
+        nn.init.constant_(self.norm.weight, min(1.0, (128 if config.gate else 64) / config.width))
         nn.init.zeros_(self.branch.weight)
         nn.init.zeros_(self.branch.bias)
 
@@ -56,21 +62,24 @@ class CarryOn(nn.Module):
         mask_BTS: Tensor | None = None,
         update: KeyValueUpdate | None = None,
     ) -> Tensor:
-        """Return delta_BTH = g ⊙ f.
+        """Return delta_(K)BTH = g ⊙ f.
+
+        A stack takes inputs of the shapes below, seen by all of its carry-ons, or all of them with
+        K as first axis.
 
         Args:
             x_BTH: embeddings by tap; every tap of the configuration must be there.
             positions_BT: position of each token in its sequence, from 0 (RoPE).
             tokens_BTH: the base's token embedding of the ids, where ``token_input`` is set.
             mask_BTS: True where a query may see a key; None means plain causal attention.
-            update: stores keys and values of earlier calls, for generation.
+            update: stores keys and values of earlier calls, for generation; not of a stack.
         """
         # The residual stream keeps the weights' precision, also where products are taken in less.
         dtype = self.project.weight.dtype
         parts = [
             _unit_rms(bridge((x_BTH[tap].to(dtype) - mean_H) * scale_H, self.config.bridge_bits))
             for tap, mean_H, scale_H in zip(
-                self.config.taps, self.mean_KH, self.scale_KH, strict=True
+                self.config.taps, self.mean_PH, self.scale_PH, strict=True
             )
         ]
         if self.config.token_input:
@@ -79,9 +88,8 @@ class CarryOn(nn.Module):
             parts.append(_unit_rms(tokens_BTH.to(dtype)))
         h_BTR = self.project(torch.cat(parts, dim=-1)).to(dtype)
         rotary = rotary_angles(positions_BT, self.config.head_width)
-        mask = None if mask_BTS is None else mask_BTS[:, None]
         for block in self.blocks:
-            h_BTR = block(h_BTR, rotary, mask, update)
+            h_BTR = block(h_BTR, rotary, mask_BTS, update)
         h_BTR = self.norm(h_BTR)
         delta_BTH: Tensor = self.branch(h_BTR)
         if self.gate is not None:
@@ -98,12 +106,59 @@ class CarryOn(nn.Module):
         for index, tap in enumerate(self.config.taps):
             x_NH = sample_NH[tap].double()
             deviation_H = x_NH.std(dim=0, correction=0)
-            self.mean_KH[index] = x_NH.mean(dim=0).to(self.mean_KH.dtype)
-            self.scale_KH[index] = (1 / deviation_H.clamp_min(1e-6)).to(self.scale_KH.dtype)
+            self.mean_PH[index] = x_NH.mean(dim=0).to(self.mean_PH.dtype)
+            self.scale_PH[index] = (1 / deviation_H.clamp_min(1e-6)).to(self.scale_PH.dtype)
 
     def parameter_count(self) -> int:
         """Number of trainable parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
+
+    @classmethod
+    def stack(cls, models: Sequence[CarryOn]) -> CarryOn:
+        """Return one module that holds copies of carry-ons of equal shape and calibration."""
+        stacked = cls(models[0].config, models[0].hidden)
+        stacked.load_state_dict(models[0].state_dict())
+        layers = dict(stacked.named_modules())
+        for name, _ in list(stacked.named_parameters()):
+            layer, _, part = name.rpartition(".")
+            of_each = [model.get_parameter(name).detach() for model in models]
+            setattr(layers[layer], part, nn.Parameter(torch.stack(of_each)))
+        return stacked
+
+    def member(self, index: int) -> dict[str, Tensor]:
+        """Return the weights of one carry-on of a stack, as views, named as those of one alone."""
+        parameters = {name: value.detach()[index] for name, value in self.named_parameters()}
+        return parameters | dict(self.named_buffers())
+
+
+class _Linear(nn.Linear):
+    """A linear layer, or K of them: weight_(K)OI, bias_(K)O."""
+
+    def forward(self, x_BTI: Tensor) -> Tensor:
+        """Return y_(K)BTO; a stack takes x_BTI, seen by all, or x_KBTI."""
+        weight, bias = self.weight, self.bias
+        if weight.ndim == 2:
+            return F.linear(x_BTI, weight, bias)
+        K = len(weight)
+        if x_BTI.ndim == 3:
+            y_BTO = F.linear(x_BTI, weight.flatten(0, 1), None if bias is None else bias.flatten())
+            return y_BTO.unflatten(-1, (K, -1)).movedim(2, 0)
+        x_KNI = x_BTI.flatten(1, 2)
+        if bias is None:
+            y_KNO = torch.bmm(x_KNI, weight.mT)
+        else:
+            y_KNO = torch.baddbmm(bias[:, None], x_KNI, weight.mT)
+        return y_KNO.unflatten(1, x_BTI.shape[1:3])
+
+
+class _RMSNorm(nn.RMSNorm):
+    """A root-mean-square norm, or K of them: weight_(K)R."""
+
+    def forward(self, h_BTR: Tensor) -> Tensor:
+        """Return the normed h_(K)BTR."""
+        if self.weight.ndim == 1:
+            return super().forward(h_BTR)
+        return F.rms_norm(h_BTR, self.normalized_shape, eps=self.eps) * self.weight[:, None, None]
 
 
 class _Block(nn.Module):
@@ -114,32 +169,45 @@ class _Block(nn.Module):
         width = config.width
         self.index = index
         self.head_width = config.head_width
-        self.norm_attention = nn.RMSNorm(width)
-        self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.out = nn.Linear(width, width, bias=False)
-        self.norm_mlp = nn.RMSNorm(width)
-        self.up = nn.Linear(width, config.mlp_ratio * width)
-        self.down = nn.Linear(config.mlp_ratio * width, width)
+        self.norm_attention = _RMSNorm(width)
+        self.qkv = _Linear(width, 3 * width, bias=False)
+        self.out = _Linear(width, width, bias=False)
+        self.norm_mlp = _RMSNorm(width)
+        self.up = _Linear(width, config.mlp_ratio * width)
+        self.down = _Linear(config.mlp_ratio * width, width)
 
     def forward(
         self,
         h_BTR: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask: Tensor | None,
+        mask_BTS: Tensor | None,
         update: KeyValueUpdate | None,
     ) -> Tensor:
-        B, T, R = h_BTR.shape
-        qkv = self.qkv(self.norm_attention(h_BTR)).view(B, T, 3, -1, self.head_width)
-        q_BNTD, k_BNTD, v_BNTD = qkv.permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(self.norm_attention(h_BTR)).unflatten(-1, (3, -1, self.head_width))
+        q_BNTD, k_BNTD, v_BNTD = (part.transpose(-3, -2) for part in qkv.unbind(-3))
         q_BNTD, k_BNTD = rotate(q_BNTD, rotary), rotate(k_BNTD, rotary)
         if update is not None:
             k_BNTD, v_BNTD = update(self.index, k_BNTD, v_BNTD)
-        attended = F.scaled_dot_product_attention(
-            q_BNTD, k_BNTD, v_BNTD, attn_mask=mask, is_causal=mask is None
-        )
-        h_BTR = h_BTR + self.out(attended.transpose(1, 2).reshape(B, T, R))
+        attended_BNTD = _attend(q_BNTD, k_BNTD, v_BNTD, mask_BTS)
+        h_BTR = h_BTR + self.out(attended_BNTD.transpose(-3, -2).flatten(-2))
         mlp: Tensor = self.down(F.gelu(self.up(self.norm_mlp(h_BTR))))
         return h_BTR + mlp
+
+
+def _attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, mask_BTS: Tensor | None) -> Tensor:
+    """Return attended_(K)BNTD. A stack's K joins the axis that the mask does not tell apart."""
+    if q_BNTD.ndim == 4:
+        mask = None if mask_BTS is None else mask_BTS[:, None]
+        return F.scaled_dot_product_attention(
+            q_BNTD, k_BNTD, v_BNTD, attn_mask=mask, is_causal=mask is None
+        )
+    K, B = q_BNTD.shape[:2]
+    if mask_BTS is not None and mask_BTS.ndim == 3:
+        q, k, v = (part.transpose(0, 1).flatten(1, 2) for part in (q_BNTD, k_BNTD, v_BNTD))
+        return _attend(q, k, v, mask_BTS).unflatten(1, (K, -1)).transpose(0, 1)
+    q, k, v = (part.flatten(0, 1) for part in (q_BNTD, k_BNTD, v_BNTD))
+    mask = None if mask_BTS is None else mask_BTS.flatten(0, 1)
+    return _attend(q, k, v, mask).unflatten(0, (K, B))
 
 
 def bridge(x_BTH: Tensor, bits: int) -> Tensor:
@@ -157,16 +225,19 @@ def _unit_rms(x_BTH: Tensor) -> Tensor:
 
 
 def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each [B, 1, T, D/2], of the rotary embedding (RoFormer, 2104.09864)."""
+    """Return (cos, sin), each [(K,) B, 1, T, D/2], of the rotary embedding (RoFormer, 2104.09864).
+
+    ``positions_BT`` may have K as its first axis.
+    """
     exponent = np.arange(0, head_width, 2) / head_width
     if positions_BT.device.type == "cpu":
         # By numpy: torch's first cosine in a process now and then comes out less accurate, which
         # would make two runs differ.
-        angles = positions_BT.numpy()[:, None, :, None] * 10000.0**-exponent
+        angles = positions_BT.numpy()[..., None, :, None] * 10000.0**-exponent
         cos, sin = torch.from_numpy(np.cos(angles)), torch.from_numpy(np.sin(angles))
     else:
         frequency = torch.from_numpy(10000.0**-exponent).to(positions_BT.device)
-        on_device = positions_BT[:, None, :, None] * frequency
+        on_device = positions_BT[..., None, :, None] * frequency
         cos, sin = on_device.cos(), on_device.sin()
     return cos.float(), sin.float()
 
@@ -179,7 +250,7 @@ def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:
-    """Return mask_BTS: causal, and never across segments; padding (-1) sees only its like."""
-    T = segments_BT.shape[1]
+    """Return mask_(K)BTS: causal, and never across segments; padding (-1) sees only its like."""
+    T = segments_BT.shape[-1]
     causal = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
-    return causal & (segments_BT[:, :, None] == segments_BT[:, None, :])
+    return causal & (segments_BT[..., :, None] == segments_BT[..., None, :])

@@ -39,21 +39,28 @@ class TrainState:
     seconds: float = 0.0
 
 
-def save_checkpoint(
-    path: Path,
-    state: TrainState,
-    model: torch.nn.Module,
-    best: dict[str, torch.Tensor],
-    optimizer: torch.optim.Optimizer,
-    *,
-    request: dict[str, Any],
-) -> None:
-    """Publish the state, the current and the best weights and the optimiser's moments."""
-    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
-    tensors |= {f"best.{name}": value for name, value in best.items()}
-    for index, moments in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": value for name, value in moments.items()}
-    metadata = {"state": json.dumps(asdict(state)), "request": json.dumps(request, sort_keys=True)}
+Tensors = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Checkpoint:
+    """A carry-on in training: its state, current and best weights, and the optimiser's moments."""
+
+    state: TrainState
+    weights: Tensors
+    best: Tensors
+    moments: Tensors
+
+
+def save_checkpoint(path: Path, checkpoint: Checkpoint, *, request: dict[str, Any]) -> None:
+    """Publish a checkpoint, and what the run was asked for."""
+    tensors = {
+        f"{part}.{name}": value
+        for part in ("weights", "best", "moments")
+        for name, value in getattr(checkpoint, part).items()
+    }
+    state = json.dumps(asdict(checkpoint.state))
+    metadata = {"state": state, "request": json.dumps(request, sort_keys=True)}
     stored = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     publish_bytes(path, save(stored, metadata))
 
@@ -65,22 +72,16 @@ def read_request(path: Path) -> dict[str, Any]:
         return value
 
 
-def load_checkpoint(
-    path: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[TrainState, dict[str, torch.Tensor]]:
-    """Restore weights and moments in place; return the state and the best weights."""
+def load_checkpoint(path: Path, model: torch.nn.Module) -> Checkpoint:
+    """Return what `save_checkpoint` published; the weights are also put into ``model``."""
     with _reading(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = TrainState(**json.loads(file.metadata()["state"]))
-        model.load_state_dict(_under(tensors, "model."))
-        moments: dict[int, dict[str, torch.Tensor]] = {}
-        for name, value in _under(tensors, "optimizer.").items():
-            index, key = name.split(".", 1)
-            moments.setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(
-            {"state": moments, "param_groups": optimizer.state_dict()["param_groups"]}
+        weights, best, moments = (
+            _under(tensors, f"{part}.") for part in ("weights", "best", "moments")
         )
-        return state, _under(tensors, "best.")
+        model.load_state_dict(weights)
+        return Checkpoint(state=state, weights=weights, best=best, moments=moments)
 
 
 @contextmanager
@@ -95,7 +96,7 @@ def _reading(path: Path) -> Iterator[Any]:
         ) from error
 
 
-def _under(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
+def _under(tensors: Tensors, prefix: str) -> Tensors:
     return {
         name.removeprefix(prefix): value
         for name, value in tensors.items()

@@ -32,6 +32,10 @@ class TrainConfig:
         samples: tokens that a shortlist draws for the tail.
         patience: epochs without a better dev loss before training stops.
         seed: of initial weights, order and draws.
+        order_seed: of order and draws alone, where they should not follow ``seed``: carry-ons that
+            see the same batches are trained together from one reading.
+        documents: patterns of names, as in a shell (``*``, ``?``, ``[…]``), of the documents that
+            are trained and scored on; empty means all.
     """
 
     carryon: CarryOnConfig = field(default_factory=CarryOnConfig)
@@ -47,6 +51,8 @@ class TrainConfig:
     samples: int = 1024
     patience: int = 2
     seed: int = 0
+    order_seed: int | None = None
+    documents: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Raise ``UsageError`` for values outside their range or of another type."""
@@ -61,8 +67,9 @@ class TrainConfig:
             raise UsageError(f"weight_decay must be 0 or above, found {self.weight_decay}")
         if not 0 <= self.beta2 < 1:
             raise UsageError(f"beta2 must be in [0, 1), found {self.beta2}")
-        if not 0 <= self.seed < 2**31:
-            raise UsageError(f"seed must be from 0 to 2**31 - 1, found {self.seed}")
+        for name, seed in (("seed", self.seed), ("order_seed", self.order)):
+            if not 0 <= seed < 2**31:
+                raise UsageError(f"{name} must be from 0 to 2**31 - 1, found {seed}")
         if not 0 <= self.warmup < 1:
             raise UsageError(f"warmup is a share of all tokens in [0, 1), found {self.warmup}")
         if self.batch_tokens is not None and self.batch_tokens < 1:
@@ -75,14 +82,29 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the configuration as JSON-ready values."""
-        return asdict(self) | {"carryon": self.carryon.to_dict()}
+        return asdict(self) | {
+            "carryon": self.carryon.to_dict(),
+            "documents": list(self.documents),
+        }
+
+    @property
+    def order(self) -> int:
+        """The seed of order and draws."""
+        return self.seed if self.order_seed is None else self.order_seed
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> TrainConfig:
         """Parse a configuration; unknown keys raise ``UsageError`` naming the nearest known one."""
         check_keys(value, cls, "training")
         carryon = CarryOnConfig.from_dict(value.get("carryon", {}))
-        return cls(**(value | {"carryon": carryon}))
+        documents = value.get("documents", [])
+        if not isinstance(documents, (list, tuple)) or not all(
+            isinstance(pattern, str) for pattern in documents
+        ):
+            raise UsageError(
+                f"documents must be a list of patterns, such as ['alice/*'], found {documents!r}"
+            )
+        return cls(**(value | {"carryon": carryon, "documents": tuple(documents)}))
 
     def steps_tokens(self, train_tokens: int) -> int:
         """Return the tokens of a step for a train split of that size.

@@ -31,11 +31,14 @@ class LikelyTokens:
                 progress.advance(batch.tokens)
         self._rows_NK = torch.cat(rows)
 
-    def of(self, batch: Batch) -> torch.Tensor:
-        """Return the likely tokens of a batch's wanted positions, int64 [N, K], on the host."""
+    def of(self, batch: Batch, count: int) -> torch.Tensor:
+        """Return the ``count`` likeliest of a batch's wanted positions, int64 [N, K], on the host.
+
+        ``count`` is at most the one that they were found for.
+        """
         sequence_N = batch.places_N2[:, 0]
         starts = np.flatnonzero(np.diff(sequence_N, prepend=-1))
         counts = np.diff(starts, append=len(sequence_N))
         first = np.array([self._first[int(sequence_N[start])] for start in starts])
         rows_N = np.repeat(first - starts, counts) + np.arange(len(sequence_N))
-        return self._rows_NK[torch.from_numpy(rows_N)].long()
+        return self._rows_NK[torch.from_numpy(rows_N), :count].long()

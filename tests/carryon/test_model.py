@@ -142,7 +142,7 @@ def test_calibration_gives_zero_mean_and_unit_variance():
     sample["final"][:, 0] = 3.0  # a component that never changes must not become infinite
     model.calibrate(sample)
     for index, tap in enumerate(model.config.taps):
-        x = ((sample[tap] - model.mean_KH[index]) * model.scale_KH[index]).double()
+        x = ((sample[tap] - model.mean_PH[index]) * model.scale_PH[index]).double()
         assert x.isfinite().all()
         torch.testing.assert_close(x.mean(0), torch.zeros(H).double(), rtol=0, atol=1e-4)
         deviation = x.std(0, correction=0)[1 if tap == "final" else 0 :]
@@ -159,3 +159,63 @@ def test_a_first_step_of_adam_moves_the_output_as_much_at_any_width(width):
     optimizer.step()
     moved = model(x, positions_BT=positions).abs().mean().item()
     assert 0.01 < moved < 0.06
+
+
+STACKED = {
+    "gate": {},
+    "no gate": {"gate": False},
+    "taps and tokens": {"taps": ("final", "layer_1"), "token_input": True},
+    "bridge": {"bridge_bits": 8},
+}
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("kind", STACKED)
+def test_a_stack_is_its_carry_ons_one_by_one(kind, shared, masked):
+    K, B, T = 3, 2, 9
+    draw = torch.Generator().manual_seed(2)
+    models = []
+    for _ in range(K):
+        model = trained(**STACKED[kind])
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.3, generator=draw)
+        models.append(model)
+    stack = CarryOn.stack(models)
+    lead = (B,) if shared else (K, B)
+    x = {tap: torch.randn(*lead, T, H, generator=draw) for tap in models[0].config.taps}
+    tokens = torch.randn(*lead, T, H, generator=draw) if models[0].config.token_input else None
+    segments = torch.randint(2, (*lead, T), generator=draw).sort(dim=-1).values
+    mask = segment_mask(segments) if masked else None
+    at = torch.randint(50, (*lead, T), generator=draw)
+    upstream = torch.randn(K, B, T, H, generator=draw)
+
+    found = stack(x, positions_BT=at, tokens_BTH=tokens, mask_BTS=mask)
+    (found * upstream).sum().backward()
+
+    def of(value, k):
+        return value if shared or value is None else value[k]
+
+    for k, model in enumerate(models):
+        expected = model(
+            {tap: of(value, k) for tap, value in x.items()},
+            positions_BT=of(at, k),
+            tokens_BTH=of(tokens, k),
+            mask_BTS=of(mask, k),
+        )
+        (expected * upstream[k]).sum().backward()
+        torch.testing.assert_close(found[k], expected, rtol=1e-5, atol=1e-6)
+        for name, parameter in model.named_parameters():
+            gradient = stack.get_parameter(name).grad[k]
+            torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_a_member_of_a_stack_is_the_carry_on_that_went_in():
+    models = [trained(), trained(), trained()]
+    for model in models:
+        model.calibrate({"final": inputs(1, 50)["final"][0]})
+    members = [CarryOn.stack(models).member(k) for k in range(3)]
+    for model, member in zip(models, members, strict=True):
+        expected = model.state_dict()
+        assert list(member) != [] and set(member) == set(expected)
+        assert all(torch.equal(member[name], expected[name]) for name in expected)

@@ -25,7 +25,7 @@ def saved(tmp_path: Path) -> tuple[Path, CarryOn]:
     model = CarryOn(config, 16)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    torch.nn.init.normal_(model.mean_KH)
+    torch.nn.init.normal_(model.mean_PH)
     record = CarryOnRecord(
         config=config, base={"hidden_size": 16}, training={"lr": 1}, cache={}, results={"a": [1]}
     )
@@ -78,7 +78,7 @@ def cut(name: str, share: float):
         (weights(lambda w: w.update(more=torch.zeros(1))), "more"),
         (weights(lambda w: w.update({"norm.weight": torch.zeros(7)})), "norm.weight"),
         (weights(lambda w: w["norm.weight"].fill_(float("nan"))), "not finite"),
-        (weights(lambda w: w["mean_KH"].fill_(float("inf"))), "not finite"),
+        (weights(lambda w: w["mean_PH"].fill_(float("inf"))), "not finite"),
         (cut(WEIGHTS_FILE, 0.9), WEIGHTS_FILE),
         (cut(WEIGHTS_FILE, 0.0), WEIGHTS_FILE),
         (lambda folder: (folder / WEIGHTS_FILE).unlink(), WEIGHTS_FILE),

@@ -1,0 +1,235 @@
+"""One carry-on in training: its folder, its state, and the best weights so far."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from embedcache.cache.layout import CacheAttributes
+from embedcache.cache.manifest import Manifest
+from embedcache.carryon.model import CarryOn
+from embedcache.carryon.store import CarryOnRecord, save_carryon
+from embedcache.errors import EmbedcacheError, NumericsError
+from embedcache.progress import Progress
+from embedcache.training.checkpoint import (
+    CHECKPOINT,
+    Checkpoint,
+    Tensors,
+    TrainState,
+    load_checkpoint,
+    save_checkpoint,
+)
+from embedcache.training.config import TrainConfig
+from embedcache.training.metrics import METRICS_FILE, Metrics
+from embedcache.training.output import is_partial
+from embedcache.training.report import publish_report
+from embedcache.training.schedule import learning_rate
+from embedcache.training.stack import Stack
+
+CHECKPOINT_SECONDS = 60.0
+LOG_STEPS = 10
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainSummary:
+    """What a run did. Cross-entropies are in nats a token; the speed excludes evaluation."""
+
+    out: str
+    parameters: int
+    steps: int
+    tokens: int
+    epochs: int
+    best_epoch: int
+    loss: str
+    base_dev: float | None
+    best_dev: float | None
+    seconds: float
+    tokens_per_second: float
+    resumed_at_step: int
+
+
+class Member:
+    """A carry-on of a stack, as one alone has it: all but the weights, which the stack holds."""
+
+    def __init__(
+        self,
+        out: Path,
+        config: TrainConfig,
+        *,
+        loss: str,
+        tokens: int,
+        request: dict[str, Any],
+        progress: Progress,
+    ):
+        """Begin, or go on from the checkpoint in ``out``; ``tokens`` are those of an epoch."""
+        self.out, self.config, self.loss = out, config, loss
+        self.state = TrainState()
+        self.failure: EmbedcacheError | OSError | None = None
+        self.summary: TrainSummary | None = None
+        self.total = tokens * config.epochs
+        self._request = request
+        self._progress = progress
+        self._moments: Tensors = {}
+        self._best: Tensors = {}
+        self._resumed_at = 0
+        self._before = (0, 0.0)
+        self._saved_at = time.perf_counter()
+
+    def begin(self, hidden: int, sample: dict[str, torch.Tensor]) -> CarryOn:
+        """Return the carry-on at its start, or as the checkpoint has it."""
+        # Initial weights are drawn on the CPU from the seed alone, whatever else has drawn before.
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            model = CarryOn(self.config.carryon, hidden)
+        model.calibrate({tap: sample[tap] for tap in self.config.carryon.taps})
+        for path in self.out.iterdir():
+            if is_partial(path):
+                path.unlink()
+        checkpoint = self.out / CHECKPOINT
+        resumed = checkpoint.is_file()
+        if resumed:
+            found = load_checkpoint(checkpoint, model)
+            self.state, self._best, self._moments = found.state, found.best, found.moments
+            self._progress.say(f"resuming at step {self.state.step}")
+        self._resumed_at = self.state.step
+        self._before = (self.state.tokens, self.state.seconds)
+        self.metrics = Metrics(self.out / METRICS_FILE, resume=self.state if resumed else None)
+        return model
+
+    def take_base(self, base_dev: float | None) -> None:
+        """Take note of the base's dev loss, unless that was done before."""
+        if base_dev is not None and self.state.base_dev is None:
+            self.state.base_dev = base_dev
+            self.metrics.add(step=0, epoch=0, dev_loss=base_dev)
+
+    def enter(self, stack: Stack, index: int) -> None:
+        """Give the stack's optimiser what the checkpoint kept of it."""
+        stack.optimizer.restore(index, self._moments)
+        self._moments = {}
+
+    @property
+    def done(self) -> bool:
+        """Whether all epochs are over, or too many were no better."""
+        state = self.state
+        stopped = state.epoch - state.best_epoch >= self.config.patience
+        return state.epoch >= self.config.epochs or stopped
+
+    def rate(self, tokens: int) -> float:
+        """Return the learning rate of a step over so many tokens."""
+        done = (self.state.tokens + tokens) / self.total
+        return learning_rate(done, peak=self.config.lr, warmup=self.config.warmup)
+
+    def require_finite(self, loss: float, norm: float) -> None:
+        """Raise ``NumericsError`` unless a step's loss and gradient can be trusted."""
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            raise NumericsError(
+                f"training stopped at step {self.state.step}: the loss is {loss} and the "
+                f"gradient's norm {norm}, expected finite numbers. The state before this step is "
+                f"kept in {self.out / CHECKPOINT}. Train into another --out with a lower --lr "
+                f"(it was {self.config.lr:g})."
+            )
+
+    def count(
+        self, *, loss: float, norm: float, rate: float, tokens: int, targets: int, seconds: float
+    ) -> None:
+        """Take note of a step that was taken."""
+        state = self.state
+        state.position += 1
+        state.step += 1
+        state.tokens += tokens
+        state.seconds += seconds
+        state.epoch_loss += loss * targets
+        state.epoch_targets += targets
+        if state.step % LOG_STEPS == 0:
+            self.metrics.add(
+                step=state.step,
+                epoch=state.epoch,
+                tokens=state.tokens,
+                loss=loss,
+                lr=rate,
+                gradient_norm=norm,
+            )
+
+    @property
+    def train_loss(self) -> float:
+        """The mean loss of the epoch so far."""
+        return self.state.epoch_loss / max(1, self.state.epoch_targets)
+
+    def end_epoch(self, dev: float | None, weights: Tensors) -> None:
+        """Keep the weights if dev likes them best, and move on to the next epoch."""
+        state = self.state
+        tokens, seconds = self._before
+        self._before = (state.tokens, state.seconds)
+        if dev is not None and not math.isfinite(dev):
+            raise NumericsError(
+                f"training stopped after epoch {state.epoch + 1}: the dev loss is {dev}, expected "
+                f"a finite number. Train into another --out with a lower --lr (it was "
+                f"{self.config.lr:g})."
+            )
+        row = {
+            "train_loss": self.train_loss,
+            "tokens_per_second": (state.tokens - tokens) / max(state.seconds - seconds, 1e-9),
+            "dev_loss": dev,
+        }
+        if dev is None or state.best_dev is None or dev < state.best_dev:
+            state.best_dev, state.best_epoch = dev, state.epoch + 1
+            self._best = {name: value.clone() for name, value in weights.items()}
+        state.epoch += 1
+        state.position, state.epoch_loss, state.epoch_targets = 0, 0.0, 0
+        self.metrics.add(step=state.step, epoch=state.epoch, **row)
+
+    def save_if_due(self, stack: Stack, index: int) -> None:
+        """Save now and then."""
+        if time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
+            self.save(stack, index)
+
+    def save(self, stack: Stack, index: int) -> None:
+        """Publish a checkpoint of the state, the weights and the optimiser."""
+        checkpoint = Checkpoint(
+            state=self.state,
+            weights=stack.model.member(index),
+            best=self._best,
+            moments=stack.optimizer.moments(index),
+        )
+        save_checkpoint(self.out / CHECKPOINT, checkpoint, request=self._request)
+        self._saved_at = time.perf_counter()
+
+    def finish(self, attributes: CacheAttributes, manifest: Manifest) -> None:
+        """Publish the carry-on and its report, and remove the checkpoint."""
+        state = self.state
+        model = CarryOn(self.config.carryon, attributes.base["hidden_size"])
+        model.load_state_dict(self._best)
+        self.summary = TrainSummary(
+            out=str(self.out),
+            parameters=model.parameter_count(),
+            steps=state.step,
+            tokens=state.tokens,
+            epochs=state.epoch,
+            best_epoch=state.best_epoch,
+            loss=self.loss,
+            base_dev=state.base_dev,
+            best_dev=state.best_dev,
+            seconds=round(state.seconds, 3),
+            tokens_per_second=round(state.tokens / max(state.seconds, 1e-9), 1),
+            resumed_at_step=self._resumed_at,
+        )
+        record = CarryOnRecord(
+            config=self.config.carryon,
+            base=attributes.base,
+            training=self.config.to_dict(),
+            cache={
+                "manifest": manifest.hash,
+                "codec": attributes.settings.codec,
+                "corpus": attributes.corpus,
+                "tokens": {name: split.tokens for name, split in manifest.splits.items()},
+            },
+            results=asdict(self.summary),
+        )
+        publish_report(self.out, self.metrics.rows(), record)
+        save_carryon(self.out, model, record)
+        (self.out / CHECKPOINT).unlink()

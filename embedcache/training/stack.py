@@ -1,0 +1,136 @@
+"""Carry-ons of one shape that are trained together, by products over all of them.
+
+Axes: K carry-ons, G of them that see the same batch, N wanted positions of a batch, P weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from embedcache.cache.loader import Batch
+from embedcache.carryon.model import CarryOn
+from embedcache.device import any_shape_attention
+from embedcache.evaluate import FrozenInputs
+from embedcache.loss import Shortlist, cross_entropy
+from embedcache.training.config import TrainConfig
+from embedcache.training.flat import FlatAdamW
+from embedcache.training.likely import LikelyTokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One step of one carry-on: its batch, its learning rate, and the number of the step."""
+
+    batch: Batch
+    rate: float
+    step: int
+
+
+class Stack:
+    """K carry-ons of one shape with an optimiser each. What one does never reaches another."""
+
+    def __init__(
+        self,
+        models: Sequence[CarryOn],
+        configs: Sequence[TrainConfig],
+        inputs: FrozenInputs,
+        likely: LikelyTokens | None,
+    ):
+        """Stack ``models``; with ``likely``, the loss is over shortlists."""
+        self.model = CarryOn.stack(models).to(inputs.device)
+        self._configs = list(configs)
+        self._inputs = inputs
+        self._likely = likely
+        self.optimizer = FlatAdamW(self.model, configs)
+
+    def keep(self, rows: Sequence[int]) -> Stack:
+        """Return a stack of these carry-ons alone, at the state that they are in."""
+        kept = Stack(
+            [self.alone(k) for k in rows],
+            [self._configs[k] for k in rows],
+            self._inputs,
+            self._likely,
+        )
+        for new, old in enumerate(rows):
+            kept.optimizer.restore(new, self.optimizer.moments(old))
+        return kept
+
+    def alone(self, index: int) -> CarryOn:
+        """Return a copy of one carry-on."""
+        model = CarryOn(self.model.config, self.model.hidden)
+        model.load_state_dict(self.model.member(index))
+        return model
+
+    @any_shape_attention()
+    def gradients(self, work: Sequence[Work]) -> tuple[list[float], list[float]]:
+        """Take the gradients of one step of every carry-on; return losses and gradient norms.
+
+        Work on the same batch must lie side by side. A batch without a target has a loss of 0.
+        """
+        loss_K = torch.cat(self._losses(work))
+        self.optimizer.differentiate(loss_K.sum())
+        norm_K = self.optimizer.clip()
+        return loss_K.tolist(), norm_K.tolist()
+
+    def step(self, work: Sequence[Work]) -> None:
+        """Move every carry-on by the gradients that were taken, where its batch had targets."""
+        self.optimizer.step([one.rate if len(one.batch.targets_N) else None for one in work])
+
+    def _losses(self, work: Sequence[Work]) -> list[Tensor]:
+        """Return the mean losses loss_G of each run of carry-ons that see one batch."""
+        groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.batch))]
+        inputs, losses, first = self._inputs, [], 0
+        together = groups[0][0].batch if len(groups) == 1 else stacked_batch(work)
+        delta_KBTH = inputs.delta(self.model, together)
+        for group in groups:
+            batch, G = group[0].batch, len(group)
+            B, T = batch.ids_BT.shape
+            delta_GBTH = delta_KBTH[first : first + G, :B, :T]
+            delta_GNH = delta_GBTH.flatten(1, 2).index_select(1, batch.wanted_N).to(inputs.dtype)
+            x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
+            if len(batch.targets_N):
+                losses.append(self._loss(x_NH + delta_GNH, group[0]).mean(dim=1))
+            else:
+                losses.append(delta_GNH.sum(dim=(1, 2)).float())
+            first += G
+        return losses
+
+    def _loss(self, y_GNH: Tensor, one: Work) -> Tensor:
+        """Return loss_GN of embeddings after the carry-ons; draws depend on the step alone."""
+        batch, head = one.batch, self._inputs.head
+        if self._likely is None:
+            targets = batch.targets_N.repeat(len(y_GNH))
+            return cross_entropy(y_GNH.flatten(0, 1), head, targets).view(y_GNH.shape[:2])
+        config = self._configs[0]
+        shortlist = Shortlist(head, samples=config.samples, seed=config.order)
+        likely_NK = self._likely.of(batch, config.likely).to(y_GNH.device)
+        return shortlist.cross_entropy(y_GNH, batch.targets_N, likely_NK, step=one.step)
+
+
+def stacked_batch(work: Sequence[Work]) -> Batch:
+    """Return the batches of K carry-ons as one, padded to [K, B, T]; wanted positions are left out.
+
+    Padding is as `Batch` has it: embeddings of zero, in segment -1.
+    """
+    batches = [one.batch for one in work]
+    B = max(batch.ids_BT.shape[0] for batch in batches)
+    T = max(batch.ids_BT.shape[1] for batch in batches)
+
+    def stacked(parts: list[Tensor], fill: int) -> Tensor:
+        out = parts[0].new_full((len(parts), B, T, *parts[0].shape[2:]), fill)
+        for row, part in zip(out, parts, strict=True):
+            row[: part.shape[0], : part.shape[1]] = part
+        return out
+
+    return replace(
+        batches[0],
+        x_BTH={tap: stacked([b.x_BTH[tap] for b in batches], 0) for tap in batches[0].x_BTH},
+        ids_BT=stacked([batch.ids_BT for batch in batches], 0),
+        positions_BT=stacked([batch.positions_BT for batch in batches], 0),
+        segments_BT=stacked([batch.segments_BT for batch in batches], -1),
+    )

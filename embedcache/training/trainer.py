@@ -1,0 +1,283 @@
+"""Training carry-ons on one cache: those of one shape stacked, each as if it were alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from itertools import groupby
+
+import torch
+
+from embedcache.cache.loader import BatchLoader
+from embedcache.cache.reader import Cache
+from embedcache.cache.sample import sample_embeddings
+from embedcache.cache.subset import Documents, Subset
+from embedcache.carryon.model import CarryOn
+from embedcache.device import free_memory
+from embedcache.errors import EmbedcacheError
+from embedcache.evaluate import EVAL_TOKENS, FrozenInputs
+from embedcache.progress import Bar, Progress
+from embedcache.training.feed import Feed
+from embedcache.training.likely import LikelyTokens
+from embedcache.training.member import Member
+from embedcache.training.scoring import mean_losses
+from embedcache.training.stack import Stack, Work
+
+Patterns = tuple[str, ...]
+
+
+class Trainer:
+    """What all that is trained on one cache shares: its splits, the head, the base's own scores."""
+
+    def __init__(self, cache: Cache, device: torch.device, progress: Progress):
+        self.cache, self.device, self.progress = cache, device, progress
+        self._splits = {name: cache.split(name) for name in ("train", "dev") if cache.has(name)}
+        self.train = cache.split("train")
+        self._documents: dict[str, Documents] = {}
+        self._base_dev: dict[Patterns, float | None] = {}
+
+    def subset(self, split: str, patterns: Patterns) -> Subset | None:
+        """Return the documents of a split that match, None for all.
+
+        Raises ``UsageError`` where none of train does; dev may be empty.
+        """
+        if not patterns:
+            return None
+        if split not in self._documents:
+            self._documents[split] = Documents(self._splits[split])
+        documents = self._documents[split]
+        return documents.require(patterns) if split == "train" else documents.matching(patterns)
+
+    def epoch_tokens(self, patterns: Patterns) -> int:
+        """Return the train tokens of the documents that match; raises ``UsageError`` for none."""
+        subset = self.subset("train", patterns)
+        return self.train.manifest.tokens if subset is None else subset.tokens
+
+    def stacks(self, members: Sequence[Member]) -> Iterator[list[Member]]:
+        """Yield the members in lists that one `run` can train: of one shape, and few enough."""
+
+        def kind(member: Member) -> str:
+            config = member.config
+            return repr((config.carryon, member.loss, config.likely, config.samples))
+
+        for _, group in groupby(sorted(members, key=kind), key=kind):
+            stack = list(group)
+            size = self._most(stack)
+            for start in range(0, len(stack), size):
+                yield stack[start : start + size]
+
+    def _most(self, members: Sequence[Member]) -> int:
+        """Return how many of one shape fit into half of the free memory, by a rough estimate."""
+        config, hidden = members[0].config.carryon, self.cache.attributes.base["hidden_size"]
+        tokens = max(self._batch_tokens(member) for member in members)
+        values = 12 * hidden + 40 * config.width * config.blocks
+        size = 2 if self.device.type == "cuda" else 4
+        weights = 24 * CarryOn(config, hidden).parameter_count()
+        return max(1, free_memory(self.device) // 2 // (tokens * values * size + weights))
+
+    def run(self, members: Sequence[Member]) -> None:
+        """Train members of one shape and one loss until each is finished or has failed."""
+        config = members[0].config
+        taps, hidden = config.carryon.taps, self.cache.attributes.base["hidden_size"]
+        inputs = FrozenInputs(self.cache, self.device, tokens=config.carryon.token_input)
+        sample = sample_embeddings(self.train, taps)
+        begun: list[tuple[Member, CarryOn]] = []
+        for member in members:
+            with failing(member):
+                begun.append((member, member.begin(hidden, sample)))
+        for member, _ in begun:
+            with failing(member):
+                member.take_base(self._base(member, inputs))
+        begun = sorted((one for one in begun if one[0].failure is None), key=self._place)
+        if not begun:
+            return
+        likely = self._likely([member for member, _ in begun], inputs)
+        stack = Stack(
+            [model for _, model in begun], [member.config for member, _ in begun], inputs, likely
+        )
+        for index, (member, _) in enumerate(begun):
+            member.enter(stack, index)
+        feeds = [
+            Feed(self._train_loader(group[0][0]), [member for member, _ in group])
+            for group in (list(group) for _, group in groupby(begun, key=self._place))
+        ]
+        total = sum(member.total for member, _ in begun)
+        with self.progress.bar("training", total, "tok") as bar:
+            bar.advance(sum(member.state.tokens for member, _ in begun))
+            _Run(self, inputs, stack, feeds, bar).train()
+
+    def dev_losses(
+        self, patterns: Patterns, taps: tuple[str, ...], inputs: FrozenInputs, stack: CarryOn | None
+    ) -> list[float] | None:
+        """Return the dev loss of each carry-on of a stack (of the base alone); None without dev."""
+        subset = self.subset("dev", patterns) if "dev" in self._splits else None
+        if "dev" not in self._splits or (subset is not None and not subset.tokens):
+            return None
+        split = self._splits["dev"]
+        loader = BatchLoader(
+            split,
+            batch_tokens=EVAL_TOKENS,
+            taps=taps,
+            shuffle=False,
+            device=self.device,
+            subset=subset,
+        )
+        title = "scoring the base on dev" if stack is None else "scoring dev"
+        tokens = split.manifest.tokens if subset is None else subset.tokens
+        with self.progress.bar(title, tokens, "tok") as bar:
+            return mean_losses(loader.epoch(0), inputs, stack, bar.advance)
+
+    def _base(self, member: Member, inputs: FrozenInputs) -> float | None:
+        """Return the base's dev loss on a member's documents; it is computed once."""
+        patterns = member.config.documents
+        if patterns not in self._base_dev:
+            known = member.state.base_dev
+            found = [known] if known is not None else None
+            if found is None:
+                found = self.dev_losses(patterns, ("final",), inputs, None)
+            if found is None:
+                which = f" of {', '.join(patterns)}" if patterns else ""
+                self.progress.say(f"this cache has no dev split{which}: the last epoch is kept")
+            self._base_dev[patterns] = None if found is None else found[0]
+        return self._base_dev[patterns]
+
+    def _batch_tokens(self, member: Member) -> int:
+        return member.config.steps_tokens(self.epoch_tokens(member.config.documents))
+
+    def _place(self, begun: tuple[Member, CarryOn]) -> tuple[object, ...]:
+        """Return where a member is in which order of batches: those at one place go in step."""
+        config, state = begun[0].config, begun[0].state
+        order = (config.documents, config.order, self._batch_tokens(begun[0]))
+        return (*order, state.epoch, state.position)
+
+    def _train_loader(self, member: Member) -> BatchLoader:
+        return BatchLoader(
+            self.train,
+            batch_tokens=self._batch_tokens(member),
+            taps=member.config.carryon.taps,
+            seed=member.config.order,
+            device=self.device,
+            subset=self.subset("train", member.config.documents),
+        )
+
+    def _likely(self, members: list[Member], inputs: FrozenInputs) -> LikelyTokens | None:
+        if members[0].loss != "shortlist":
+            return None
+        patterns = [member.config.documents for member in members]
+        merged = tuple(dict.fromkeys(one for some in patterns for one in some))
+        everything = not all(patterns)
+        loader = BatchLoader(
+            self.train,
+            batch_tokens=EVAL_TOKENS,
+            taps=("final",),
+            shuffle=False,
+            device=self.device,
+            subset=None if everything else self.subset("train", merged),
+        )
+        V = inputs.head.weight_VH.shape[0]
+        count = min(max(member.config.likely for member in members), V)
+        tokens = self.epoch_tokens(() if everything else merged)
+        return LikelyTokens(loader, inputs.head, count, tokens, self.progress)
+
+
+class _Run:
+    """The loop over a stack. Its rows are the feeds' members, in order."""
+
+    def __init__(
+        self, trainer: Trainer, inputs: FrozenInputs, stack: Stack, feeds: list[Feed], bar: Bar
+    ):
+        self._trainer, self._inputs, self._stack = trainer, inputs, stack
+        self._feeds, self._bar = feeds, bar
+
+    def train(self) -> None:
+        """Step until no member is left."""
+        self._let_go()
+        while self._feeds:
+            started = time.perf_counter()
+            ended = [feed for feed in self._feeds if not feed.advance()]
+            if ended:
+                for feed in ended:
+                    self._end_epoch(feed)
+            else:
+                self._step(started)
+            self._let_go()
+
+    def _rows(self) -> list[tuple[int, Member]]:
+        return list(enumerate(member for feed in self._feeds for member in feed.members))
+
+    def _step(self, started: float) -> None:
+        work = [
+            Work(batch=feed.batch, rate=member.rate(feed.batch.tokens), step=member.state.step)
+            for feed in self._feeds
+            if feed.batch is not None
+            for member in feed.members
+        ]
+        losses, norms = self._stack.gradients(work)
+        for (index, member), loss, norm in zip(self._rows(), losses, norms, strict=True):
+            with failing(member):
+                try:
+                    member.require_finite(loss, norm)
+                except EmbedcacheError:
+                    member.save(self._stack, index)
+                    raise
+        self._stack.step(work)
+        seconds = time.perf_counter() - started
+        for (index, member), one, loss, norm in zip(self._rows(), work, losses, norms, strict=True):
+            if member.failure is not None:
+                continue
+            with failing(member):
+                member.count(
+                    loss=loss,
+                    norm=norm,
+                    rate=one.rate,
+                    tokens=one.batch.tokens,
+                    targets=len(one.batch.targets_N),
+                    seconds=seconds,
+                )
+                member.save_if_due(self._stack, index)
+            self._bar.advance(one.batch.tokens, f"loss {member.train_loss:.4f}")
+        for feed in self._feeds:
+            feed.batch = None
+
+    def _end_epoch(self, feed: Feed) -> None:
+        """Score dev and save."""
+        rows = [(index, member) for index, member in self._rows() if member in feed.members]
+        config = rows[0][1].config
+        stack = self._stack.model
+        if len(self._feeds) > 1:
+            stack = CarryOn.stack([self._stack.alone(index) for index, _ in rows])
+        scores = self._trainer.dev_losses(
+            config.documents, config.carryon.taps, self._inputs, stack.to(self._trainer.device)
+        )
+        for number, (index, member) in enumerate(rows):
+            with failing(member):
+                dev = None if scores is None else scores[number]
+                member.end_epoch(dev, self._stack.model.member(index))
+                member.save(self._stack, index)
+
+    def _let_go(self) -> None:
+        """Let those leave the stack that are finished or have failed."""
+        cache, left = self._trainer.cache, []
+        for index, member in self._rows():
+            if member.failure is None and member.done:
+                with failing(member):
+                    member.finish(cache.attributes, cache.manifest)
+            elif member.failure is None:
+                left.append((index, member))
+        staying = [member for _, member in left]
+        if len(left) < len(self._rows()):
+            for feed in self._feeds:
+                feed.members = [member for member in feed.members if member in staying]
+            self._feeds = [feed for feed in self._feeds if feed.members]
+            if left:
+                self._stack = self._stack.keep([index for index, _ in left])
+
+
+@contextmanager
+def failing(member: Member) -> Iterator[None]:
+    """Take an error as the end of one member, not of those beside it."""
+    try:
+        yield
+    except (EmbedcacheError, OSError) as error:
+        member.failure = error
