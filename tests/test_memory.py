@@ -73,14 +73,14 @@ def peak(folder: Path, base: Path, tokens: int, what: str) -> int:
 
 
 def test_four_times_the_tokens_take_the_same_memory(base: Path, tmp_path: Path) -> None:
-    """Within 12 MB: 40 bytes for each token more would be found."""
+    """Within 12 MB: 40 bytes kept of each token would be found, were it while extracting."""
     few, many = (peak(tmp_path, base, tokens, "extract, read") for tokens in (100_000, 400_000))
     assert abs(many - few) < 12_000
 
 
 @pytest.mark.slow
 def test_a_hundred_times_the_tokens_take_the_same_memory(base: Path, tmp_path: Path) -> None:
-    """Within 40 MB: 4 bytes a token. Some three minutes on two cores.
+    """Within 40 MB: 4 bytes a token. Two minutes on two cores that are idle.
 
     What there is of growth is the index of near-duplicates: some 0.6 KB a document until SQLite's
     cache of that is full, at 64 MiB.

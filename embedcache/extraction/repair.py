@@ -167,7 +167,7 @@ def _restore_ledgers(
 
     def restored(root: Path, split: str) -> bool:
         name = sealed_ledger(split)
-        with suppress(FileNotFoundError):
+        with suppress(OSError):  # a file is gone, or the disk cannot read it
             if write_sealed_ledger(root, split, seal.metadata, into=made) == seal.ledgers[name]:
                 _place(made / name, out / name)
                 return True

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 from embedcache.cache import order as order_module
 from embedcache.cache.loader import Batch, BatchLoader, pack_rows
 from embedcache.cache.prefetch import prefetch
+from embedcache.cache.reader import StoredBlock
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn, segment_mask
 from embedcache.errors import UsageError
@@ -194,6 +197,28 @@ def test_rows_hold_whole_sequences_without_overlap():
         rows = pack_rows(lengths)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         assert max(sum(lengths[i] for i in row) for row in rows) <= max(lengths)
+
+
+def test_the_blocks_of_two_windows_are_in_memory_at_most(split, monkeypatch):
+    class Held(StoredBlock):
+        """One that can be referred to weakly."""
+
+    alive, most = weakref.WeakSet(), 0
+    read = type(split).stored
+
+    def held(self, number, taps):
+        nonlocal most
+        stored = read(self, number, taps)
+        block = Held(*(getattr(stored, name.name) for name in dataclasses.fields(stored)))
+        alive.add(block)
+        most = max(most, len(alive))
+        return block
+
+    monkeypatch.setattr(type(split), "stored", held)
+    for _ in BatchLoader(split, batch_tokens=60, taps=("final",)).epoch(0):
+        pass
+    assert 0 < most <= 2 * order_module.WINDOW + 1  # and one that an open batch began in
+    assert split.manifest.blocks > 5
 
 
 def test_an_error_of_a_reading_thread_reaches_the_consumer(split, monkeypatch):
