@@ -9,15 +9,17 @@ from __future__ import annotations
 import json
 import re
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import zarr
 
 from embedcache.cache.arrays import chunk_rows
+from embedcache.cache.block_files import BlockFiles, Recorded
 from embedcache.cache.claims import Claims
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.coders import CODERS
@@ -29,18 +31,25 @@ from embedcache.cache.commit import (
 )
 from embedcache.cache.layout import (
     ATTRIBUTE,
+    ROWS,
     SPLITS,
     marker_path,
     shard_name,
     token_chunks,
 )
-from embedcache.cache.manifest import SplitManifest, publish_manifest
+from embedcache.cache.manifest import SplitManifest, publish_manifest, split_manifest
 from embedcache.cache.reader import Cache, read_attributes
 from embedcache.cache.records import FileRecord, chunks_crc32c, record_file
 from embedcache.cache.rewrite import begin_rewrite, commit_rewrite, finish_rewrite
 from embedcache.cache.sealed import METADATA, Seal, publish_seal
+from embedcache.cache.sealed_files import (
+    SealedFiles,
+    chunk_counts,
+    chunk_name,
+    write_sealed_ledger,
+)
 from embedcache.cache.shard import read_chunk, read_shard, write_chunk, write_shard
-from embedcache.cache.tables import TABLES, SplitTables
+from embedcache.cache.tables import SplitTables
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.verify import verify
 from embedcache.errors import CacheError, UsageError, nearest
@@ -213,7 +222,6 @@ class _Deleter:
         self._settings = plan.cache.attributes.settings
         self._staged = staged
         self._attempt = uuid.uuid4().hex
-        self._chunks: list[str] = []
 
     def run(self, progress: Progress) -> None:
         plan, manifest = self._plan, self._plan.cache.manifest
@@ -252,35 +260,14 @@ class _Deleter:
     def _split(self, root: zarr.Group, name: str, split: _SplitPlan, bar: Bar) -> SplitManifest:
         """Stage a split's blocks, markers, tables and counts; return what the manifest says."""
         manifest = self._plan.cache.manifest.splits[name]
-        files, targets = list(manifest.files), 0
-        newest = newest_generations(self._cache, name)
+        changed: dict[int, tuple[FileRecord, ...]] = {}
+        files, targets = manifest.files(self._cache, name, self._settings), 0
         for block in split.blocks:
             targets += self._tokens(name, block, split.rows(block))
-            files[block] = tuple(
+            changed[block] = tuple(
                 self._shard(name, block, record, split.rows(block)) for record in files[block]
             )
             bar.advance(1)
-        quarantined = np.array(manifest.quarantined, dtype=np.int64)
-        renumbered: list[int] = []
-        for block in range(manifest.blocks):
-            first, stop = split.tables.starts_B[block : block + 2].tolist()
-            old = quarantined[(first <= quarantined) & (quarantined < stop)].tolist()
-            new = split.renumbered(old)
-            renumbered += new
-            if files[block] == manifest.files[block] and list(new) == old:
-                continue
-            generation = newest.get(block, -1) + 1
-            path = marker_path(self._staged, name, block, generation)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            marker = Marker(
-                split=name,
-                block=block,
-                generation=generation,
-                attempt=self._attempt,
-                files=files[block],
-                quarantined=new,
-            )
-            path.write_text(marker.to_json())
         tables = split.kept()
         totals = {
             "sequences": len(tables.rows_S2),
@@ -293,15 +280,39 @@ class _Deleter:
             group.create_group(folder)
         tables.write(group)
         group.attrs[ATTRIBUTE] = totals
-        return SplitManifest(files=tuple(files), quarantined=tuple(renumbered), **totals)
+        blocks = self._blocks(name, split, files, changed)
+        return split_manifest(self._staged, name, self._settings, totals, blocks)
+
+    def _blocks(
+        self,
+        name: str,
+        split: _SplitPlan,
+        files: BlockFiles,
+        changed: dict[int, tuple[FileRecord, ...]],
+    ) -> Iterator[Recorded]:
+        """Yield what the ledgers will hold of each block; stage a marker where that is new."""
+        newest = newest_generations(self._cache, name)
+        for block, old in enumerate(files):
+            aside = files.aside(*split.tables.starts_B[block : block + 2].tolist()).tolist()
+            records, renumbered = changed.get(block, old), split.renumbered(aside)
+            if block in changed or [*renumbered] != aside:
+                marker = Marker(
+                    split=name,
+                    block=block,
+                    generation=newest.get(block, -1) + 1,
+                    attempt=self._attempt,
+                    files=records,
+                    quarantined=renumbered,
+                )
+                path = marker_path(self._staged, name, block, marker.generation)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(marker.to_json())
+            yield records, renumbered
 
     def _tokens(self, name: str, block: int, rows_S2: Array) -> int:
         """Stage a block's tokens without some sequences; return how many targets those had."""
         rows, targets = self._settings.block_tokens, 0
-        kinds = (("uint32", ()), ("bool", ()), ("uint32", (2,)))
-        for path, (dtype, columns) in zip(token_chunks(name, block), kinds, strict=True):
-            if not (self._cache / path).is_file():  # all zeros: zarr writes none
-                continue
+        for path, (dtype, columns) in zip(token_chunks(name, block), ROWS.values(), strict=True):
             values = read_chunk(
                 self._cache / path, shape=(rows, *columns), dtype=dtype, coder=CODERS["blosc"]
             )
@@ -309,7 +320,6 @@ class _Deleter:
                 targets += int(values[first:stop].sum()) if dtype == "bool" else 0
                 values[first:stop] = 0
             write_chunk(self._staged / path, values, CODERS["blosc"])
-            self._chunks.append(path)
         return targets
 
     def _shard(self, name: str, block: int, record: FileRecord, rows_S2: Array) -> FileRecord:
@@ -341,24 +351,30 @@ class _Deleter:
 
     def _seal(self, old: Seal) -> tuple[Seal, list[str]]:
         """Return the seal of all that pass 0 wrote as it is now, and the files that are no more."""
-        metadata = {
+        staged = {
             path.relative_to(self._staged).as_posix(): path.read_text()
             for path in self._staged.rglob(METADATA)
         }
-        folders = [f"{split}/{table}/c/" for split in self._plan.splits for table in TABLES]
-        new = [
-            path.relative_to(self._staged).as_posix()
-            for folder in folders
-            for path in (self._staged / folder).rglob("*")
-            if path.is_file()
-        ]
-        new += self._chunks
-        of_tables = {r.path for r in old.files if r.path.startswith(tuple(folders))}
-        kept = [record for record in old.files if record.path not in {*new, *of_tables}]
-        files = [*kept, *(record_file(self._staged / name, name) for name in new)]
-        files.sort(key=lambda record: PurePosixPath(record.path).parts)
-        seal = Seal(files=tuple(files), metadata=old.metadata | metadata)
-        return seal, sorted(of_tables - {*new})
+        metadata, ledgers, gone = old.metadata | staged, dict(old.ledgers), []
+        for split in self._plan.splits:
+            before = SealedFiles(self._cache, split, old)
+            ledgers[before.name] = write_sealed_ledger(
+                self._staged, split, metadata, record=partial(self._sealed, split, before)
+            )
+            after = chunk_counts(split, metadata)
+            gone += [
+                chunk_name(split, array, number)
+                for array, count in before.chunks.items()
+                for number in range(after[array], count)
+            ]
+        return Seal(files=(), metadata=metadata, ledgers=ledgers), gone
+
+    def _sealed(self, split: str, before: SealedFiles, array: str, number: int) -> FileRecord:
+        """Return the record of a chunk: the staged one, or one that stays."""
+        name = chunk_name(split, array, number)
+        if (self._staged / name).is_file():
+            return record_file(self._staged / name, name)
+        return before.record(array, number)
 
 
 def _names_one(source: str, names: set[str]) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +36,7 @@ from embedcache.cache.manifest import (
 from embedcache.cache.rewrite import finish_rewrite
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.usage import sizes
+from embedcache.cache.usage import used_bytes
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.errors import OutputError
@@ -47,9 +47,10 @@ from embedcache.extraction.calibrate_cache import (
     codecs_by_split,
     store_calibrations,
 )
+from embedcache.extraction.committed import Committed, recorded
 from embedcache.extraction.encoder import BlockEncoder
 from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.measure import Item, Measured, measure
+from embedcache.extraction.measure import Measured, measure
 from embedcache.extraction.pipeline import Pipeline
 from embedcache.extraction.plan import (
     check_out,
@@ -226,16 +227,15 @@ class _Extraction:
         # Before recovery: a marker that is withdrawn is made again in its place, one of a damaged
         # block is followed, and any that comes from now on is another process's.
         newest = {name: newest_generations(out, name) for name in self._splits}
-        generations = {
-            name: {block: at + (mended is not None) for block, at in found.items()}
-            for name, found in newest.items()
-        }
-        markers = self._recover(live) if mended is None else mended.markers
+        there = self._count(self._recover(live) if mended is None else mended.sound())
         clear_staging(out, live)
-        self._resumed = sum(len(done) for done in markers.values())
-        quarantine = self._count(markers)
-        quarantine.check()
-        todo = self._to_go(markers)
+        self._resumed = there.blocks
+        there.quarantine.check()
+        todo = blocks_to_go(self._splits, there.done)
+        generations = {
+            name: {b: at + (mended is not None) for b, at in found.items() if b not in done}
+            for (name, found), done in zip(newest.items(), there.done.values(), strict=True)
+        }
         if self._resumed:
             progress.say(f"resuming: {self._resumed} blocks are there, {len(todo)} to go")
         worst, tokens, seconds = 0.0, 0, 0.0
@@ -262,7 +262,7 @@ class _Extraction:
                     forward,
                     base,
                     self._settings,
-                    fresh=not markers["train"],
+                    fresh=not there.done["train"],
                     again=damaged_codec is not None,
                 )
             calibrating = time.perf_counter() - started
@@ -288,49 +288,52 @@ class _Extraction:
                 name: BlockEncoder(name, self._settings, codecs[name]) for name in dict(todo)
             }
             pipeline = Pipeline(
-                out, self._claims, self._splits, base, forward, encoders, quarantine, progress
+                out, self._claims, self._splits, base, forward, encoders, there.quarantine, progress
             )
-            worst, tokens, seconds = pipeline.run(
-                todo, markers, measured.known, computed, generations
-            )
+            worst, tokens, seconds = pipeline.run(todo, measured.known, computed, generations)
             seconds += calibrating + measured.seconds
         if mended is None:
             turn.close()
             turn.enter_context(self._claims.turn(progress))
         live = self._live()
-        markers = self._recover(live)
-        if left := self._to_go(markers):
+        made = self._count(self._recover(live))
+        if left := blocks_to_go(self._splits, made.done):
             raise OutputError(
                 f"{len(left)} blocks of {out} were committed and their files are gone: type the "
                 "same again to compute them anew"
             )
-        made = [marker for done in markers.values() for marker in done.values()]
-        self._computed = sum(marker.attempt == self._claims.attempt for marker in made)
-        self._others = len(made) - self._resumed - self._computed
-        self._count(markers).check(finished=True)
-        manifest = Manifest(
+        self._computed = made.own
+        self._others = made.blocks - self._resumed - self._computed
+        made.quarantine.check(finished=True)
+        extracted = (mended and mended.extracted) or {
+            "self_check": worst,
+            "tokens": tokens,
+            "seconds": round(seconds, 3),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
+            "predicted_bytes": predicted.bytes,
+            "predicted_seconds": predicted.seconds,
+        }
+        if mended is not None or not (out / MANIFEST).is_file():
+            publish_manifest(out, self._manifest(extracted))
+        for name in self._splits:
+            drop_superseded(out, name)
+        clear_staging(out, live)
+
+    def _manifest(self, extracted: dict[str, Any]) -> Manifest:
+        """Return the manifest of the finished cache, its ledgers written."""
+        out, settings = self._out, self._settings
+        return Manifest(
             splits={
-                name: split_manifest(split.totals, markers[name], split.blocks)
+                name: split_manifest(
+                    out, name, settings, split.totals, recorded(out, name, split.blocks)
+                )
                 for name, split in self._splits.items()
             },
             sealed=read_seal(out),
             base=Seal.of(out, out / "base"),
             codec=Seal.of(out, out / CODEC),
-            extracted=(mended and mended.extracted)
-            or {
-                "self_check": worst,
-                "tokens": tokens,
-                "seconds": round(seconds, 3),
-                "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-                "predicted_bytes": predicted.bytes,
-                "predicted_seconds": predicted.seconds,
-            },
+            extracted=extracted,
         )
-        if mended is not None or not (out / MANIFEST).is_file():
-            publish_manifest(out, manifest)
-        for name in self._splits:
-            drop_superseded(out, name)
-        clear_staging(out, live)
 
     def _prepared(self) -> bool:
         """Whether what one process stores for all is there."""
@@ -341,27 +344,18 @@ class _Extraction:
         """Return the attempts of the other processes that are alive."""
         return {holder.attempt for holder in self._claims.others()}
 
-    def _recover(self, live: set[str]) -> dict[str, dict[int, Marker]]:
-        return {
-            name: recover(self._out, name, split.blocks, live)
-            for name, split in self._splits.items()
-        }
+    def _recover(self, live: set[str]) -> Iterator[Marker]:
+        for name, split in self._splits.items():
+            yield from recover(self._out, name, split.blocks, live)
 
-    def _to_go(self, markers: dict[str, dict[int, Marker]]) -> list[Item]:
-        return blocks_to_go(self._splits, {name: set(done) for name, done in markers.items()})
-
-    def _count(self, markers: dict[str, dict[int, Marker]]) -> Quarantine:
-        """Return the quarantine as the committed blocks have it."""
+    def _count(self, markers: Iterable[Marker]) -> Committed:
         quarantine = Quarantine(self._splits, self._max_quarantined)
-        for name, done in markers.items():
-            for marker in done.values():
-                quarantine.count(name, marker)
-        return quarantine
+        return Committed(quarantine, self._claims.attempt).count(markers)
 
     def summary(self, base: str) -> ExtractSummary:
         """Return the counts and sizes of the finished cache."""
         manifest = read_manifest(self._out)
-        size = sum(sizes(self._out).values())
+        size = used_bytes(self._out)
         head = sum(p.stat().st_size for p in (self._out / "base").rglob("*") if p.is_file())
         tokens = sum(self.tokens.values())
         return ExtractSummary(
@@ -378,7 +372,7 @@ class _Extraction:
             resumed_blocks=self._resumed,
             computed_blocks=self._computed,
             others_blocks=self._others,
-            quarantined=sum(len(split.quarantined) for split in manifest.splits.values()),
+            quarantined=sum(split.quarantined.rows for split in manifest.splits.values()),
             self_check=manifest.extracted["self_check"],
             seconds=manifest.extracted["seconds"],
             tokens_per_second=manifest.extracted["tokens_per_second"],

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.commit import committed_blocks
+from embedcache.cache.commit import newest_generations
 from embedcache.cache.components import describe_components
 from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, CacheAttributes
 from embedcache.cache.manifest import read_manifest
@@ -52,13 +52,13 @@ def _describe_cache(path: Path) -> dict[str, Any]:
         tokens = SplitTokens(path, name, attributes.settings.block_tokens)
         splits[name] = {**tokens.totals, "blocks": tokens.blocks}
         if manifest is None:
-            splits[name]["committed_blocks"] = len(committed_blocks(path, name))
+            splits[name]["committed_blocks"] = len(newest_generations(path, name))
             continue
         split = manifest.splits[name]
         splits[name] |= {
             "bytes": split.bytes,
             "bytes_per_token": round(split.bytes / max(1, split.tokens), 1),
-            "quarantined": len(split.quarantined),
+            "quarantined": split.quarantined.rows,
         }
     used = bytes_by_array(path)
     return {

@@ -103,13 +103,13 @@ def inspect_sequence(
             f"the {split} split of {path} has the sequences 0 to {count - 1}; found {sequence}. "
             f"Type for example: --sequence {count - 1}"
         )
-    if sequence in reader.manifest.quarantined:
+    if len(reader.files.aside(sequence, sequence + 1)):
         raise CacheError(
             f"sequence {sequence} of {split} was put aside: the base gave values that are not "
             "finite for it, and none is stored. Look at another."
         )
     tokens = SplitTokens(path, split, cache.attributes.settings.block_tokens)
-    number = int(np.searchsorted(tokens.block_starts, sequence, side="right")) - 1
+    number = int(np.searchsorted(tokens.table("tokens/blocks"), sequence, side="right")) - 1
     block = reader.block(number)
     place = block.sequence_S.tolist().index(sequence)
     first, stop = (int(row) for row in block.rows_S2[place])

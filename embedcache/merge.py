@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import shutil
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,13 +18,22 @@ import numpy as np
 import zarr
 
 from embedcache.cache.arrays import create_arrays
+from embedcache.cache.block_files import Recorded
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.commit import Marker
-from embedcache.cache.layout import ATTRIBUTE, CODEC, SPLITS, marker_path, token_chunks
-from embedcache.cache.manifest import Manifest, SplitManifest, publish_manifest
+from embedcache.cache.layout import (
+    ATTRIBUTE,
+    CODEC,
+    SPLITS,
+    embedding_shards,
+    marker_path,
+    token_chunks,
+)
+from embedcache.cache.manifest import Manifest, publish_manifest, split_manifest
 from embedcache.cache.records import FileRecord
 from embedcache.cache.seal import create_rows, fsync_tree
 from embedcache.cache.sealed import Seal, publish_seal
+from embedcache.cache.sealed_files import seal_tree
 from embedcache.cache.tables import SplitTables
 from embedcache.errors import CacheError, OutputError, UsageError
 from embedcache.files import fsync_path, writer_lock
@@ -161,8 +170,13 @@ class _Merger:
         with progress.bar("copying", 2 * total, "blocks") as bar:
             for name in SPLITS:
                 self._sealed(root, name, bar)
-            seal = Seal.of(built, built)
-            splits = {name: self._blocks(name, bar) for name in SPLITS}
+            seal = seal_tree(built)
+            splits = {
+                name: split_manifest(
+                    built, name, first.settings, self._totals(name), self._blocks(name, bar)
+                )
+                for name in SPLITS
+            }
         base, codec = (
             self._folder(first, folder, vouched)
             for folder, vouched in (
@@ -225,10 +239,9 @@ class _Merger:
         number = 0
         for part in self._parts:
             for block in range(part.tokens[name].blocks):
-                paths = zip(token_chunks(name, block), token_chunks(name, number), strict=True)
-                for old, new in paths:
-                    if old in part.sealed:  # zarr writes no chunk of zeros
-                        _copy(part.path, part.sealed[old], self._built / new)
+                new = token_chunks(name, number)
+                for record, path in zip(part.sealed[name].tokens(block), new, strict=True):
+                    _copy(part.path, record, self._built / path)
                 number += 1
                 bar.advance(1)
 
@@ -239,25 +252,20 @@ class _Merger:
             for key in ("sequences", "tokens", "targets", "documents")
         }
 
-    def _blocks(self, name: str, bar: Bar) -> SplitManifest:
-        """Copy a split's shards and write their markers; return what the manifest says."""
+    def _blocks(self, name: str, bar: Bar) -> Iterator[Recorded]:
+        """Copy a split's shards and write their markers; yield what the ledgers hold of each."""
         number, shift = 0, 0
-        files: list[tuple[FileRecord, ...]] = []
-        quarantined: list[int] = []
         for part in self._parts:
             manifest = part.cache.manifest.splits[name]
-            starts_B = part.tables[name].starts_B.tolist()
-            for block, records in enumerate(manifest.files):
+            files = manifest.files(part.path, name, part.settings)
+            for block, records in enumerate(files):
+                paths = embedding_shards(name, number, part.settings)
                 copied = tuple(
-                    replace(record, path=_renumbered(record.path, number)) for record in records
+                    replace(record, path=path) for record, path in zip(records, paths, strict=True)
                 )
                 for record, new in zip(records, copied, strict=True):
                     _copy(part.path, record, self._built / new.path)
-                aside = tuple(
-                    s + shift
-                    for s in manifest.quarantined
-                    if starts_B[block] <= s < starts_B[block + 1]
-                )
+                aside = tuple((files.aside(*part.tokens[name].bounds(block)) + shift).tolist())
                 marker = Marker(
                     split=name,
                     block=number,
@@ -269,14 +277,10 @@ class _Merger:
                 path = marker_path(self._built, name, number)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(marker.to_json())
-                files.append(copied)
-                quarantined += aside
+                yield copied, aside
                 number += 1
                 bar.advance(1)
             shift += manifest.sequences
-        return SplitManifest(
-            files=tuple(files), quarantined=tuple(quarantined), **self._totals(name)
-        )
 
     def _folder(self, part: Part, name: str, vouched: Seal) -> Seal:
         """Copy what all parts have the same of."""
@@ -289,16 +293,6 @@ class _Merger:
                 "same 'embedcache extract' with --repair. Nothing was merged."
             )
         return seal
-
-
-def _renumbered(shard: str, block: int) -> str:
-    """Return a shard's path with another block's number.
-
-    >>> _renumbered("train/embeddings/final/c/3/0", 12)
-    'train/embeddings/final/c/12/0'
-    """
-    array, _, place = shard.rpartition("/c/")
-    return "/".join([array, "c", str(block), *place.split("/")[1:]])
 
 
 def _copy(cache: Path, record: FileRecord, target: Path) -> None:

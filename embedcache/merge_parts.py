@@ -15,6 +15,7 @@ from embedcache.base.identity import BaseIdentity
 from embedcache.cache.layout import SPLITS
 from embedcache.cache.reader import Cache
 from embedcache.cache.sealed import Seal
+from embedcache.cache.sealed_files import SealedFiles
 from embedcache.cache.tables import SplitTables
 from embedcache.cache.tokens import SplitTokens
 from embedcache.errors import IdentityError, UsageError
@@ -30,9 +31,10 @@ class Part:
         self.path = path
         self.cache = Cache(path)
         self.settings = self.cache.attributes.settings
-        self.sealed = {record.path: record for record in self.cache.manifest.sealed.files}
+        seal = self.cache.manifest.sealed
+        self.sealed = {name: SealedFiles(path, name, seal) for name in SPLITS}
         self.tokens = {
-            name: SplitTokens(path, name, self.settings.block_tokens, self.sealed)
+            name: SplitTokens(path, name, self.settings.block_tokens, self.sealed[name])
             for name in SPLITS
         }
         self.tables = {name: SplitTables.read(tokens) for name, tokens in self.tokens.items()}
@@ -41,7 +43,7 @@ class Part:
     def bytes(self) -> int:
         """Bytes of its blocks, tokens and tables."""
         splits = self.cache.manifest.splits.values()
-        return sum(s.bytes for s in splits) + sum(r.bytes for r in self.sealed.values())
+        return sum(s.bytes for s in splits) + sum(s.bytes for s in self.sealed.values())
 
     @property
     def shared_bytes(self) -> int:

@@ -157,6 +157,26 @@ def edit_array(cache: Path, draw: random.Random) -> tuple[str, ...]:
     return _edit(cache, draw.choice(arrays), change)
 
 
+def edit_ledger(cache: Path, draw: random.Random) -> tuple[str, ...]:
+    """Change a record of a ledger, or two of its page hashes' bytes, or give it one record more."""
+    name = _one(cache, draw, "ledger/")
+    data = bytearray((cache / name).read_bytes())
+    match draw.choice(["size", "sha256", "page hash", "one more", "another's"]):
+        case "size":
+            data[0] += 1 if data[0] < 255 else -1
+        case "sha256":
+            data[12:44] = bytes(32)
+        case "page hash":
+            data[-2:] = bytes(byte ^ 255 for byte in data[-2:])
+        case "one more":
+            data[-32:-32] = data[:44]
+        case "another's":
+            other = draw.choice([n for n in names_in(cache) if n.startswith("ledger/")])
+            data = bytearray((cache / other).read_bytes()) if other != name else data[:-1]
+    (cache / name).write_bytes(data)
+    return (name,)
+
+
 def _one(cache: Path, draw: random.Random, start: str) -> str:
     return draw.choice([name for name in names_in(cache) if name.startswith(start)])
 
@@ -171,6 +191,7 @@ KINDS: dict[str, Callable[[Path, random.Random], tuple[str, ...]]] = {
     "deleted marker": delete_marker,
     "edited attribute": edit_attribute,
     "changed array": edit_array,
+    "edited ledger": edit_ledger,
 }
 
 

@@ -111,7 +111,7 @@ def test_a_sequence_that_is_not_finite_is_put_aside_and_never_read(
         split = cache.split(name)
         for number in range(split.manifest.blocks):
             block = split.block(number)
-            assert not set(block.sequence_S.tolist()) & set(split.manifest.quarantined)
+            assert not set(block.sequence_S.tolist()) & set(map(int, split.files.quarantined))
             read += len(block.sequence_S)
             assert block.x_NH["final"].isfinite().all()
             for first, stop in block.rows_S2.tolist():

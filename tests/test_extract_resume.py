@@ -22,7 +22,7 @@ from tiny import tiny_base_directory
 
 import embedcache.extract as stage_one
 from embedcache.cache import commit, seal
-from embedcache.errors import EmbedcacheError
+from embedcache.errors import CacheError, EmbedcacheError
 from embedcache.extract import extract
 from embedcache.extraction import plan, store_base
 
@@ -168,6 +168,15 @@ def test_a_block_that_was_lost_before_the_manifest_is_computed_again(
     summary = run(place, out)
     assert summary.resumed_blocks == summary.blocks - 1
     assert comparable_tree(out) == comparable_tree(place / "undisturbed")
+
+
+def test_tokens_that_were_lost_are_not_computed_as_zeros(place: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(place / "undisturbed", tmp_path / "cache")
+    (out / "manifest.json").unlink()
+    for lost in ("train/embeddings/final/c/3/0", "train/tokens/ids/c/3"):
+        (out / lost).unlink()
+    with pytest.raises(CacheError, match=r"train/tokens/ids/c/3 is missing.*--repair"):
+        run(place, out)
 
 
 @pytest.mark.parametrize("complete", [False, True])

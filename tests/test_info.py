@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,10 @@ import pytest
 import torch
 from conftest import World, make_world
 from fixtures_extract import call_main
+from ledgers import blocks_of, publish_blocks, put_aside
 
 from embedcache.cache.codecs import Bf16Codec
 from embedcache.cache.coders import CODERS
-from embedcache.cache.manifest import publish_manifest, read_manifest
 from embedcache.cache.reader import Cache, SplitReader
 from embedcache.cache.records import FileRecord, chunks_crc32c
 from embedcache.cache.shard import write_shard
@@ -87,11 +86,9 @@ def test_a_scale_belongs_to_its_tap(tmp_path: Path, session_home: None) -> None:
 def doctored(world: World, path: Path, change: Any) -> Path:
     """Copy a cache with the train embeddings of tap ``final`` changed, under a true manifest."""
     path = shutil.copytree(world.cache_path, path)
-    manifest = read_manifest(path)
-    train = manifest.splits["train"]
     rows = Cache(path).attributes.settings.block_tokens
-    files = []
-    for block, records in enumerate(train.files):
+    blocks = blocks_of(path, "train")
+    for block, (records, aside) in enumerate(blocks):
         name = f"train/embeddings/final/c/{block}/0"
         x_NH = Cache(path).split("train").block(block).x_NH["final"].float()
         values = torch.zeros(rows, x_NH.shape[1])
@@ -104,15 +101,8 @@ def doctored(world: World, path: Path, change: Any) -> Path:
             sha256=written[1],
             crc32c=chunks_crc32c(path / name, 1),
         )
-        files.append(tuple(record if old.path == name else old for old in records))
-        manifest = replace(
-            manifest,
-            splits={
-                **manifest.splits,
-                "train": replace(train, files=(*files, *train.files[block + 1 :])),
-            },
-        )
-        publish_manifest(path, manifest)
+        blocks[block] = (tuple(record if old.path == name else old for old in records), aside)
+        publish_blocks(path, "train", blocks)
     return path
 
 
@@ -165,11 +155,8 @@ def test_one_block_is_read_at_most(
     describe(world.cache_path)
     assert len(read) == 1
     path = shutil.copytree(world.cache_path, tmp_path / "cache")
-    manifest = read_manifest(path)
-    train = manifest.splits["train"]
     first, stop = (int(v) for v in Cache(path).split("train").sequences(read[0])[0][[0, -1]])
-    aside = replace(train, quarantined=tuple(range(first, stop + 1)))
-    publish_manifest(path, replace(manifest, splits={**manifest.splits, "train": aside}))
+    put_aside(path, "train", read[0], tuple(range(first, stop + 1)))
     assert describe(path)["components"]["final"]["sampled_tokens"] > 0
     assert len(read) == 2
     assert read[0] != read[1]

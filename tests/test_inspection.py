@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import World, make_world
 from fixtures_extract import call_main, small_settings
+from ledgers import put_aside
 from tiny import tiny_base_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embedcache import inspection
-from embedcache.cache.manifest import publish_manifest, read_manifest
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import BaseModelError, CacheError, IdentityError, UsageError
 from embedcache.extract import extract
@@ -202,9 +202,7 @@ class TestRefused:
 
     def test_a_sequence_that_was_put_aside(self, world: World, tmp_path: Path) -> None:
         path = shutil.copytree(world.cache_path, tmp_path / "cache")
-        manifest = read_manifest(path)
-        train = replace(manifest.splits["train"], quarantined=(2,))
-        publish_manifest(path, replace(manifest, splits={**manifest.splits, "train": train}))
+        put_aside(path, "train", 0, (2,))
         with pytest.raises(CacheError, match=r"sequence 2 of train was put aside"):
             inspect_sequence(path, 2)
         assert inspect_sequence(path, 3) == replace(

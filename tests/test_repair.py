@@ -20,13 +20,14 @@ from fixtures_extract import (
     start_command,
     write_documents,
 )
+from ledgers import blocks_of, files_of, publish_blocks, quarantined
 from tiny import tiny_base_directory
 
 import embedcache.extract as stage_one
 from embedcache.cache import commit
 from embedcache.cache.codecs import ARRAYS, ArraySpec
 from embedcache.cache.layout import MANIFEST, SEALED, SPLITS, STAGING, marker_path
-from embedcache.cache.manifest import publish_manifest, read_manifest, split_manifest
+from embedcache.cache.manifest import read_manifest
 from embedcache.cache.reader import Cache
 from embedcache.cache.verify import verify
 from embedcache.errors import CacheError, CorpusError, EmbedcacheError, OutputError
@@ -85,8 +86,8 @@ def restored(place: Path, out: Path) -> None:
 @pytest.mark.parametrize(
     "seed",
     [
-        *range(18),
-        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(18, 300)),
+        *range(20),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 300)),
     ],
 )
 def test_a_random_fault_is_repaired(place: Path, out: Path, seed: int) -> None:
@@ -145,6 +146,7 @@ def test_only_what_is_damaged_is_made_anew(
         "dev/embeddings/layer_1/c/0/0",
         TOKENS,
         MANIFEST,
+        *(f"ledger/{split}/embeddings" for split in SPLITS),
     }
 
 
@@ -175,7 +177,7 @@ def test_an_unfinished_cache_is_repaired_and_goes_on(
 
 def test_many_faults_at_once(place: Path, out: Path) -> None:
     for name in names_in(out):
-        if "/tokens/" in name or "/documents/" in name or name.startswith("base"):
+        if name.startswith(("ledger/", "base")) or "/tokens/" in name or "/documents/" in name:
             (out / name).unlink()
         elif name.endswith("zarr.json"):
             (out / name).write_text("{}")
@@ -274,7 +276,7 @@ def test_a_block_that_came_out_otherwise_than_before_stands(
         served(out)
     run(place, out, repair=True)
     assert calls == []
-    assert read_manifest(out).splits["train"].files[0] == marker.files
+    assert files_of(out, "train")[0] == marker.files
     assert verify(out, deep=True).faults == ()
     served(out)
 
@@ -301,6 +303,61 @@ def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     run(place, out, repair=True)
     restored(place, out)
+
+
+LEDGERS = ["ledger/train/sealed", "ledger/dev/sealed", "ledger/train/embeddings"]
+
+
+@pytest.mark.parametrize("harm_file", [flip_byte, Path.unlink])
+def test_ledgers_are_made_anew_from_the_files_they_vouch_for(
+    place: Path, out: Path, harm_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the corpus nor the base is asked."""
+    calls = computed(monkeypatch)
+    for name in LEDGERS:
+        harm_file(out / name)
+    faults = verify(out).faults
+    assert {(fault.kind, fault.file) for fault in faults} == {("ledger", name) for name in LEDGERS}
+    with pytest.raises(CacheError, match=r"ledger/"):
+        served(out)
+    hidden = place / "corpus.away"
+    (place / "corpus").rename(hidden)
+    try:
+        run(place, out, repair=True)
+    finally:
+        hidden.rename(place / "corpus")
+    assert calls == []
+    restored(place, out)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_ledger_and_files_of_it_are_restored(place: Path, out: Path, complete: bool) -> None:
+    """Tokens that nothing vouches for any more, and a block whose marker is gone, too."""
+    for name in (*LEDGERS, TOKENS, SHARD):
+        flip_byte(out / name)
+    (out / "train/tokens/blocks/c/0").unlink()
+    marker_path(out, "train", 1).unlink()
+    if not complete:
+        (out / MANIFEST).unlink()
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def test_a_ledger_that_the_corpus_cannot_restore_is_refused(
+    place: Path, out: Path, tmp_path: Path
+) -> None:
+    flip_byte(out / LEDGERS[0])
+    flip_byte(out / TOKENS)
+    kept = shutil.copytree(place / "corpus", tmp_path / "kept")
+    before = {name: hash_file(out / name) for name in names_in(out)}
+    try:
+        for path in (place / "corpus").iterdir():
+            path.write_text("another " + path.read_text())
+        with pytest.raises(CacheError, match=rf"{LEDGERS[0]} is damaged, and the corpus no longer"):
+            run(place, out, repair=True)
+    finally:
+        shutil.copytree(kept, place / "corpus", dirs_exist_ok=True)
+    assert {name: hash_file(out / name) for name in names_in(out)} == before
 
 
 def test_a_corpus_that_changed_cannot_restore_tokens_and_changes_nothing(
@@ -364,36 +421,16 @@ def test_what_is_no_cache_is_not_written_to(place: Path, tmp_path: Path) -> None
 
 def test_quarantined_sequences_follow_the_new_marker(place: Path, out: Path) -> None:
     """A block that was put aside by a fault of the machine is read again once it is repaired."""
-    manifest = read_manifest(out)
-    markers = {}
-    for split in SPLITS:
-        for block, path in commit.committed_blocks(out, split).items():
-            markers[split, block] = commit.Marker.read(path)
     writer = commit.BlockWriter(out)
-    markers["train", 0] = writer.commit("train", 0, ones(), quarantined=(0, 1), generation=1)
+    marker = writer.commit("train", 0, ones(), quarantined=(0, 1), generation=1)
     writer.close()
-    totals = {
-        name: getattr(manifest.splits["train"], name)
-        for name in ("sequences", "tokens", "targets", "documents")
-    }
-    train = {block: marker for (split, block), marker in markers.items() if split == "train"}
-    splits = manifest.splits | {"train": split_manifest(totals, train, len(train))}
-    assert splits["train"].quarantined == (0, 1)
-    publish_manifest(
-        out,
-        type(manifest)(
-            splits=splits,
-            sealed=manifest.sealed,
-            base=manifest.base,
-            codec=manifest.codec,
-            extracted=manifest.extracted,
-        ),
-    )
+    publish_blocks(out, "train", [(marker.files, (0, 1)), *blocks_of(out, "train")[1:]])
+    assert quarantined(out, "train") == (0, 1)
     assert verify(out, deep=True).faults == ()
     marker_path(out, "train", 0, 1).unlink()
     marker_path(out, "train", 0).unlink(missing_ok=True)
     run(place, out, repair=True)  # the marker was lost, the files are sound: it is renewed
-    assert read_manifest(out).splits["train"].quarantined == (0, 1)
+    assert quarantined(out, "train") == (0, 1)
     flip_byte(out / "train/scale/final/c/0")
     run(place, out, repair=True)
     restored(place, out)

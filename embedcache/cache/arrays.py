@@ -49,7 +49,7 @@ def create_arrays(
 
 
 def checked(coder: str, itemsize: int) -> dict[str, Any]:
-    """Return the codecs of an array: its coder's, then crc32c."""
+    """Return the codecs of an array, its coder's, then crc32c; chunks of zeros are files, too."""
     codecs = CODERS[coder].zarr_codecs(itemsize)
     codecs["compressors"] = [*codecs["compressors"], Crc32cCodec()]
-    return codecs
+    return codecs | {"config": {"write_empty_chunks": True}}

@@ -13,8 +13,8 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Collection
-from contextlib import suppress
+from collections.abc import Collection, Iterator
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -74,30 +74,33 @@ class Marker:
 
 def committed_blocks(cache: Path, split: str) -> dict[int, Path]:
     """Return the newest marker of every committed block of a split."""
-    found = _generations(cache, split)
-    return {block: paths[max(paths)] for block, paths in sorted(found.items())}
+    found = newest_generations(cache, split)
+    return {block: marker_path(cache, split, block, found[block]) for block in sorted(found)}
 
 
 def newest_generations(cache: Path, split: str) -> dict[int, int]:
     """Return the newest generation of each block's markers, sound or not."""
-    return {block: max(paths) for block, paths in _generations(cache, split).items()}
+    newest: dict[int, int] = {}
+    for block, generation, _ in _markers(cache, split):
+        newest[block] = max(newest.get(block, 0), generation)
+    return newest
 
 
 def drop_superseded(cache: Path, split: str) -> None:
     """Remove every marker of which there is a newer generation."""
-    for paths in _generations(cache, split).values():
-        for generation in sorted(paths)[:-1]:
-            paths[generation].unlink()
+    newest = newest_generations(cache, split)
+    markers = _markers(cache, split)
+    for path in [path for block, generation, path in markers if generation < newest[block]]:
+        path.unlink()
 
 
-def _generations(cache: Path, split: str) -> dict[int, dict[int, Path]]:
-    """Return the markers of a split by block and generation."""
-    found: dict[int, dict[int, Path]] = {}
+def _markers(cache: Path, split: str) -> Iterator[tuple[int, int, Path]]:
+    """Yield (block, generation, path) of a split's markers, as the folder lists them."""
     folder = cache / COMMITS / split
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if match := re.fullmatch(r"(\d+)\.(\d+)\.json", path.name):
-            found.setdefault(int(match[1]), {})[int(match[2])] = path
-    return found
+    with os.scandir(folder) if folder.is_dir() else nullcontext(()) as entries:
+        for entry in entries:
+            if match := re.fullmatch(r"(\d+)\.(\d+)\.json", entry.name):
+                yield int(match[1]), int(match[2]), Path(entry)
 
 
 class BlockWriter:
@@ -202,14 +205,15 @@ def promote(cache: Path, marker: Marker) -> None:
 
 def recover(
     cache: Path, split: str, block_count: int, live: Collection[str] = ()
-) -> dict[int, Marker]:
-    """Finish what attempts committed; return the markers whose files are all in place.
+) -> Iterator[Marker]:
+    """Finish what attempts committed; yield the markers whose files are all in place, by block.
 
     A marker whose files are gone (deleted by hand, or a disk that lied) is withdrawn, so that the
     block is computed again; but not one of a ``live`` attempt, which may be at it just now.
     """
-    done: dict[int, Marker] = {}
-    for block, path in committed_blocks(cache, split).items():
+    newest = newest_generations(cache, split)
+    for block in sorted(newest):
+        path = marker_path(cache, split, block, newest[block])
         marker = Marker.read(path)
         if block >= block_count or (marker.split, marker.block) != (split, block):
             raise CacheError(
@@ -223,10 +227,9 @@ def recover(
             for record in marker.files
         )
         if whole:
-            done[block] = marker
+            yield marker
         elif marker.attempt not in live:
             path.unlink()
-    return done
 
 
 def clear_staging(cache: Path, live: Collection[str] = ()) -> None:

@@ -10,9 +10,10 @@ zarr.json                          root group; its attributes are a `CacheAttrib
 <split>/scale/<tap>                       [blocks * R]       (int8 only)
 codec/<tap>/{mean,centre,predictor,inverse}   (transform only) see `embedcache.cache.transform`
 base/head/{weight,bias}, base/token_embedding/weight
-sealed.json                                 hashes of what pass 0 wrote
+ledger/<split>/{sealed,embeddings,quarantined}   see `embedcache.cache.block_files`, `sealed_files`
+sealed.json                                 vouches for what pass 0 wrote, ledger/<split>/sealed
 commits/<split>/<block>.<generation>.json   one marker a committed block
-manifest.json                               published last
+manifest.json                               published last; vouches for all ledgers
 claims/                                     while processes write: `embedcache.cache.claims`
 """
 
@@ -22,7 +23,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.codecs import check_codec
+from embedcache.cache.codecs import ARRAYS, check_codec, codec_name
 from embedcache.cache.damaged import WAY_OUT
 from embedcache.errors import CacheError, UsageError
 
@@ -33,11 +34,27 @@ STAGING = ".staging"
 COMMITS = "commits"
 CLAIMS = "claims"
 CODEC = "codec"
+LEDGER = "ledger"
 MANIFEST = "manifest.json"
 SEALED = "sealed.json"
 DEFAULT_BITS = 1.5
-TABLE_CHUNK = 65536
+TABLE_CHUNK = 16384
 """Rows of a chunk of the per-sequence and per-document tables."""
+TABLES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "tokens/offsets": ("uint64", (2,)),
+    "tokens/document": ("uint32", ()),
+    "tokens/blocks": ("uint64", ()),
+    "documents/index": ("uint64", ()),
+    "documents/name_bytes": ("uint8", ()),
+    "documents/name_offsets": ("uint64", ()),
+}
+"""Type and columns of each table, by its path under the split."""
+ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "tokens/ids": ("uint32", ()),
+    "tokens/loss_mask": ("bool", ()),
+    "tokens/span": ("uint32", (2,)),
+}
+"""The same of each array of one entry a token, a chunk a block."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,15 +185,26 @@ def shard_name(array: str, block: int, dimensions: int) -> str:
     return "/".join([array, "c", str(block), *["0"] * (dimensions - 1)])
 
 
-def token_chunks(split: str, block: int) -> tuple[str, str, str]:
+def token_chunks(split: str, block: int) -> tuple[str, ...]:
     """Return the paths, inside the cache, of a block's token ids, loss mask and spans.
 
     >>> token_chunks("dev", 1)
     ('dev/tokens/ids/c/1', 'dev/tokens/loss_mask/c/1', 'dev/tokens/span/c/1/0')
     """
-    tokens = f"{split}/tokens"
-    return (
-        shard_name(f"{tokens}/ids", block, 1),
-        shard_name(f"{tokens}/loss_mask", block, 1),
-        shard_name(f"{tokens}/span", block, 2),
+    return tuple(
+        shard_name(f"{split}/{name}", block, 1 + len(columns))
+        for name, (_, columns) in ROWS.items()
+    )
+
+
+def embedding_shards(split: str, block: int, settings: ExtractSettings) -> tuple[str, ...]:
+    """Return the paths, inside the cache, of a block's embeddings, in the order of the ledger.
+
+    >>> embedding_shards("train", 3, ExtractSettings(codec="int8"))
+    ('train/embeddings/final/c/3/0', 'train/scale/final/c/3')
+    """
+    return tuple(
+        shard_name(f"{split}/{spec.group}/{tap}", block, 1 + spec.wide)
+        for tap in settings.taps
+        for spec in ARRAYS[codec_name(split, settings.codec)]
     )

@@ -1,8 +1,6 @@
-"""Training batches in a deterministic order.
+"""Training batches in a deterministic order (see `embedcache.cache.order`).
 
-The order is a pure function of (seed, epoch, position): blocks are shuffled, then the sequences
-inside a window of blocks; batches are filled to a token budget. Blocks are read and decoded on
-threads, ahead of the trainer.
+Blocks are read and decoded on threads, ahead of the trainer: those of two windows are in memory.
 """
 
 from __future__ import annotations
@@ -18,14 +16,12 @@ import numpy as np
 import torch
 
 from embedcache.cache.codecs import ArraySpec
+from embedcache.cache.order import BatchOrder
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
 from embedcache.cache.subset import Subset
 
 Array = np.ndarray[Any, Any]
-
-WINDOW = 8
-"""Blocks whose sequences are shuffled together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,17 +57,16 @@ class Batch:
         return value_BTH.flatten(0, 1).index_select(0, self.wanted_N)
 
 
-@dataclass(frozen=True, slots=True)
-class _Item:
-    """One sequence: its block, place in the block, and length."""
-
-    block: int
-    place: int
-    length: int
-
-
 class BatchLoader:
-    """Iterates over one split, or a subset of it, in batches of at most ``batch_tokens`` tokens."""
+    """Iterates over one split, or a subset of it, in batches of at most ``batch_tokens`` tokens.
+
+    With ``ranks``, one loader for each ``rank`` of a data-parallel trainer: batch by batch in turn,
+    they yield the very batches of a single one. Each reads the blocks that its own batches need.
+    Where the order is shuffled, for training, all ranks have the same number of batches, so that
+    none waits for another's gradient: up to ``ranks`` - 1 at the end of an epoch are left out (the
+    next epoch's are others). Without shuffling, for scoring, nothing is left out, and ranks may
+    differ by one.
+    """
 
     def __init__(
         self,
@@ -83,21 +78,29 @@ class BatchLoader:
         shuffle: bool = True,
         device: torch.device | None = None,
         subset: Subset | None = None,
+        rank: int = 0,
+        ranks: int = 1,
     ):
         self._split = split
-        self._subset = subset
-        self._batch_tokens = batch_tokens
+        self._order = BatchOrder(
+            split,
+            batch_tokens=batch_tokens,
+            seed=seed,
+            shuffle=shuffle,
+            subset=subset,
+            rank=rank,
+            ranks=ranks,
+        )
         self._taps = taps
-        self._seed = seed
-        self._shuffle = shuffle
         self._device = device or torch.device("cpu")
         self._threads = min(8, os.cpu_count() or 1)
 
     def epoch(self, epoch: int, *, skip: int = 0) -> Iterator[Batch]:
-        """Yield the batches of an epoch, from batch number ``skip`` on.
+        """Yield this rank's batches of an epoch, from its batch number ``skip`` on.
 
-        Skipped batches are never read: only their lengths are. Batches are made on a thread; on
-        CUDA they are copied and decoded there on a stream of their own.
+        ``skip`` counts the batches of all ranks together, so a run goes on with another number of
+        them. Skipped batches are never read: only their lengths are. Batches are made on a thread;
+        on CUDA they are copied and decoded there on a stream of their own.
         """
         if self._device.type != "cuda":
             yield from prefetch(self._batches(epoch, skip))
@@ -120,12 +123,9 @@ class BatchLoader:
     def _batches(self, epoch: int, skip: int) -> Iterator[Batch]:
         with ThreadPoolExecutor(self._threads) as pool:
             futures: dict[int, Future[StoredBlock]] = {}
-            ahead: list[tuple[list[list[_Item]], dict[int, Future[StoredBlock]]]] = []
-            for batches in self._plan(epoch):
-                dropped = min(skip, len(batches))
-                skip -= dropped
-                batches = batches[dropped:]
-                blocks = dict.fromkeys(item.block for batch in batches for item in batch)
+            ahead: list[tuple[list[Array], dict[int, Future[StoredBlock]]]] = []
+            for batches in self._order.windows(epoch, skip):
+                blocks = dict.fromkeys(block for items in batches for block in items[:, 0].tolist())
                 futures = {
                     block: futures.get(block) or pool.submit(self._split.stored, block, self._taps)
                     for block in blocks
@@ -136,46 +136,11 @@ class BatchLoader:
             for window in ahead:
                 yield from self._collate(*window)
 
-    def _plan(self, epoch: int) -> Iterator[list[list[_Item]]]:
-        """Yield the batches of each window; what does not fill its last one goes to the next."""
-        generator = np.random.default_rng([self._seed, epoch])
-        subset = self._subset
-        blocks = np.arange(self._split.manifest.blocks) if subset is None else subset.blocks
-        if self._shuffle:
-            blocks = generator.permutation(blocks)
-        batch: list[_Item] = []
-        used = 0
-        for start in range(0, len(blocks), WINDOW):
-            items = [
-                item
-                for block in blocks[start : start + WINDOW].tolist()
-                for item in self._items(block)
-            ]
-            order = generator.permutation(len(items)) if self._shuffle else np.arange(len(items))
-            full: list[list[_Item]] = []
-            for item in (items[index] for index in order):
-                if batch and used + item.length > self._batch_tokens:
-                    full.append(batch)
-                    batch, used = [], 0
-                batch.append(item)
-                used += item.length
-            yield full
-        yield [batch] if batch else []
-
-    def _items(self, block: int) -> list[_Item]:
-        """Return the sequences of a block that are wanted."""
-        _, rows_S2, document_S = self._split.sequences(block)
-        places = np.arange(len(rows_S2))
-        if self._subset is not None:
-            places = places[np.isin(document_S, self._subset.documents)]
-        length_S = rows_S2[:, 1] - rows_S2[:, 0]
-        return [_Item(block, place, int(length_S[place])) for place in places.tolist()]
-
     def _collate(
-        self, batches: list[list[_Item]], futures: dict[int, Future[StoredBlock]]
+        self, batches: list[Array], futures: dict[int, Future[StoredBlock]]
     ) -> Iterator[Batch]:
         for items in batches:
-            places = [(futures[item.block].result(), item.place) for item in items]
+            places = [(futures[block].result(), place) for block, place, _ in items.tolist()]
             yield self._decoded(pack(places, self._taps, self._split.specs, self._device))
 
     def _decoded(self, packed: Packed) -> Batch:

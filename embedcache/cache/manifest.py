@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.commit import Marker
+from embedcache.cache.block_files import BlockFiles, Recorded, write_block_files
 from embedcache.cache.damaged import WAY_OUT
-from embedcache.cache.layout import MANIFEST
-from embedcache.cache.records import FileRecord
+from embedcache.cache.layout import MANIFEST, ExtractSettings, embedding_shards
+from embedcache.cache.ledger import LedgerSeal
 from embedcache.cache.sealed import Seal
 from embedcache.errors import CacheError
 from embedcache.files import hash_json, publish_bytes
@@ -18,29 +19,31 @@ from embedcache.files import hash_json, publish_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitManifest:
-    """One split's totals and, for each block, its files and quarantined sequences."""
+    """One split's totals, and what vouches for the ledgers of its blocks (see `block_files`)."""
 
     sequences: int
     tokens: int
     targets: int
     documents: int
-    files: tuple[tuple[FileRecord, ...], ...]
-    quarantined: tuple[int, ...]
+    blocks: int
+    bytes: int
+    """Of the embeddings on disk."""
+    embeddings: LedgerSeal
+    quarantined: LedgerSeal
 
-    @property
-    def blocks(self) -> int:
-        """Number of blocks."""
-        return len(self.files)
-
-    @property
-    def bytes(self) -> int:
-        """Bytes of the embeddings on disk."""
-        return sum(record.bytes for block in self.files for record in block)
+    def files(self, cache: Path, split: str, settings: ExtractSettings) -> BlockFiles:
+        """Return the records of the blocks, vouched for by this."""
+        return BlockFiles(
+            cache, split, settings, embeddings=self.embeddings, quarantined=self.quarantined
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All splits, and the hash that a trainer's state is tied to."""
+    """All splits, and the hash that a trainer's state is tied to.
+
+    It is small, whatever the cache: files that grow in number with it are told in ledgers.
+    """
 
     splits: dict[str, SplitManifest]
     sealed: Seal
@@ -93,20 +96,22 @@ class Manifest:
 
 
 def split_manifest(
-    totals: dict[str, int], markers: dict[int, Marker], block_count: int
+    cache: Path,
+    split: str,
+    settings: ExtractSettings,
+    totals: dict[str, int],
+    blocks: Iterable[Recorded],
 ) -> SplitManifest:
-    """Join a split's markers; raises ``CacheError`` naming the blocks that have none."""
-    missing = [block for block in range(block_count) if block not in markers]
-    if missing:
-        raise CacheError(
-            f"{len(missing)} of {block_count} blocks are not committed (first: {missing[0]}): run "
-            "the same 'embedcache extract' again"
-        )
+    """Write the ledgers of a split's blocks, given in order; return what the manifest says.
+
+    ``totals`` are those of its sequences, tokens, targets and documents.
+    """
+    embeddings, quarantined, size = write_block_files(cache, split, settings, blocks)
     return SplitManifest(
-        files=tuple(markers[block].files for block in range(block_count)),
-        quarantined=tuple(
-            sequence for block in range(block_count) for sequence in markers[block].quarantined
-        ),
+        blocks=embeddings.rows // len(embedding_shards(split, 0, settings)),
+        bytes=size,
+        embeddings=embeddings,
+        quarantined=quarantined,
         **totals,
     )
 
@@ -131,6 +136,7 @@ def read_manifest(cache: Path) -> Manifest:
 
 
 def _parse_split(value: dict[str, Any]) -> SplitManifest:
-    files = tuple(tuple(FileRecord(**record) for record in block) for block in value.pop("files"))
-    quarantined = tuple(value.pop("quarantined"))
-    return SplitManifest(files=files, quarantined=quarantined, **value)
+    embeddings, quarantined = (
+        LedgerSeal(**value.pop(name)) for name in ("embeddings", "quarantined")
+    )
+    return SplitManifest(embeddings=embeddings, quarantined=quarantined, **value)

@@ -21,11 +21,11 @@ from embedcache.cache.layout import (
     CacheAttributes,
     ExtractSettings,
     shard_name,
-    token_chunks,
 )
 from embedcache.cache.manifest import Manifest, SplitManifest, read_manifest
 from embedcache.cache.records import check_files
 from embedcache.cache.sealed import Seal
+from embedcache.cache.sealed_files import SealedFiles
 from embedcache.cache.shard import read_shard
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import Calibration, codecs_of
@@ -84,6 +84,7 @@ class SplitReader:
         manifest: SplitManifest,
         sealed: Seal,
     ):
+        """Open it; nothing of its blocks is read."""
         self.name = name
         self.manifest = manifest
         self.taps = attributes.settings.taps
@@ -92,22 +93,19 @@ class SplitReader:
         self._hidden = attributes.base["hidden_size"]
         self._settings = attributes.settings
         self._specs = ARRAYS[codec_name(name, attributes.settings.codec)]
-        self._sealed = {record.path: record for record in sealed.files}
-        self._tokens = SplitTokens(cache, name, self._rows, self._sealed)
-        self._quarantined = np.array(manifest.quarantined, dtype=np.int64)
+        self.files = manifest.files(cache, name, attributes.settings)
+        self._tokens = SplitTokens(cache, name, self._rows, SealedFiles(cache, name, sealed))
 
     def sequences(self, block: int) -> tuple[Array, Array, Array]:
         """Return (sequence_S, rows_S2, document_S) of a block's readable sequences."""
-        first, stop = (int(v) for v in self._tokens.block_starts[block : block + 2])
+        first, stop = self._tokens.bounds(block)
         document = self._tokens.documents(block)
         sequence = np.arange(first, stop)
-        keep = ~np.isin(sequence, self._quarantined)
+        keep = ~np.isin(sequence, self.files.aside(first, stop))
         return sequence[keep], self._tokens.offsets(block)[keep], document[keep]
 
     def tokens(self, block: int) -> tuple[Array, Array]:
         """Return (ids_N, loss_mask_N) of a block; N is the rows in use."""
-        names = token_chunks(self.name, block)
-        check_files(self._cache, (self._sealed[name] for name in names if name in self._sealed))
         return self._tokens.used(block)
 
     @cached_property
@@ -148,7 +146,7 @@ class SplitReader:
         where a chunk fails its checksum.
         """
         chunks = self._rows // chunk_rows(self._specs[0], self._rows)
-        check_files(self._cache, self.manifest.files[block], chunks=chunks)
+        check_files(self._cache, self.files[block], chunks=chunks)
         ids_N, loss_mask_N = self.tokens(block)
         with reading(self._cache / self.name):
             arrays = {
@@ -180,21 +178,16 @@ class SplitReader:
 class Cache:
     """A finished cache: its attributes, manifest, splits and the base's head.
 
-    Raises ``CacheError`` for a cache that is unfinished, of a newer schema, or has metadata or a
-    table that is not as it was written. What belongs to one block is checked when that is read.
+    Raises ``CacheError`` for a cache that is unfinished, of a newer schema, or has metadata, a
+    head or a calibration that is not as it was written. What grows with the cache (blocks, tables,
+    ledgers) is neither read nor looked at before it is used, and is checked then.
     """
 
     def __init__(self, path: Path):
         self.path = path
         self.attributes = read_attributes(path)
         self.manifest: Manifest = read_manifest(path)
-        of_blocks = {
-            chunk
-            for name, split in self.manifest.splits.items()
-            for block in range(split.blocks)
-            for chunk in token_chunks(name, block)
-        }
-        self.manifest.sealed.check(path, but=of_blocks)
+        self.manifest.sealed.check(path)
         self.manifest.base.check(path)
         self.manifest.codec.check(path)
 

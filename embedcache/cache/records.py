@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import google_crc32c
 import numpy as np
@@ -27,6 +28,21 @@ class FileRecord:
     bytes: int
     sha256: str
     crc32c: str
+
+
+FILE = np.dtype([("bytes", "<u8"), ("crc32c", "<u4"), ("sha256", "V32")])
+"""A file's record in a ledger, where its place says its path."""
+
+
+def packed(record: FileRecord) -> tuple[int, int, bytes]:
+    """Return a record as a ledger holds it."""
+    return record.bytes, int(record.crc32c, 16), bytes.fromhex(record.sha256)
+
+
+def unpacked(row: Any, path: str) -> FileRecord:
+    """Return the record of the file at ``path`` that a ledger holds as ``row``."""
+    size, crc32c, digest = row.item()
+    return FileRecord(path=path, bytes=size, sha256=digest.hex(), crc32c=f"{crc32c:08x}")
 
 
 def record_file(path: Path, name: str, *, chunks: int | None = None) -> FileRecord:

@@ -2,18 +2,29 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from embedcache.cache.reader import SplitReader
 from embedcache.errors import NumericsError
 
+SAMPLED = 4
+"""Blocks that are read."""
+
 
 def sample_embeddings(split: SplitReader, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
     """Return the embeddings of up to four blocks spread over the split, by tap.
 
-    Blocks that nothing can be read of are passed over."""
-    filled = [b for b in range(split.manifest.blocks) if len(split.sequences(b)[0])]
-    numbers = sorted({filled[len(filled) * i // 4] for i in range(4 if filled else 0)})
+    Blocks that nothing can be read of are passed over.
+    """
+    numbers = [
+        found
+        for first, stop in pairwise(
+            split.manifest.blocks * i // SAMPLED for i in range(SAMPLED + 1)
+        )
+        if (found := next((b for b in range(first, stop) if len(split.sequences(b)[0])), -1)) >= 0
+    ]
     blocks = [split.block(number, taps) for number in numbers or [0]]
     sample = {
         tap: torch.cat(

@@ -16,8 +16,9 @@ import zarr
 
 from embedcache.cache.arrays import checked, create_arrays
 from embedcache.cache.codecs import ARRAYS, codec_name
-from embedcache.cache.layout import ATTRIBUTE, SPLITS, CacheAttributes
-from embedcache.cache.sealed import Seal, publish_seal
+from embedcache.cache.layout import ATTRIBUTE, LEDGER, ROWS, SPLITS, CacheAttributes
+from embedcache.cache.sealed import publish_seal
+from embedcache.cache.sealed_files import seal_tree
 from embedcache.cache.tables import Table
 from embedcache.errors import UsageError
 from embedcache.files import fsync_path, publish_bytes
@@ -28,18 +29,14 @@ Array = np.ndarray[Any, Any]
 def create_rows(tokens: zarr.Group, *, rows: int, block_tokens: int) -> dict[str, Any]:
     """Create the arrays of one entry a token: ids, loss mask and spans, a chunk a block."""
     return {
-        name: tokens.create_array(
-            name,
+        name.removeprefix("tokens/"): tokens.create_array(
+            name.removeprefix("tokens/"),
             shape=(rows, *columns),
             chunks=(block_tokens, *columns),
             dtype=dtype,
             **checked("blosc", np.dtype(dtype).itemsize),
         )
-        for name, dtype, columns in (
-            ("ids", "uint32", ()),
-            ("loss_mask", "bool", ()),
-            ("span", "uint32", (2,)),
-        )
+        for name, (dtype, columns) in ROWS.items()
     }
 
 
@@ -171,8 +168,8 @@ class Sealer:
                 )
         self._root.attrs[ATTRIBUTE] = attributes.to_dict()
         fsync_tree(self._staging)
-        seal = Seal.of(self._staging, self._staging)
-        for name in SPLITS:
+        seal = seal_tree(self._staging)
+        for name in (*SPLITS, LEDGER):
             (self._staging / name).rename(self._cache / name)
         publish_seal(self._cache, seal)
         publish_bytes(self._cache / "zarr.json", (self._staging / "zarr.json").read_bytes())
@@ -180,7 +177,10 @@ class Sealer:
 
 def fsync_tree(root: Path) -> None:
     """Flush every file and folder under ``root`` to the disk."""
-    for folder, _, files in os.walk(root):
-        for name in files:
-            fsync_path(Path(folder) / name)
-        fsync_path(Path(folder))
+    with os.scandir(root) as entries:  # one at a time: a folder may hold a million
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                fsync_tree(Path(entry))
+            else:
+                fsync_path(Path(entry))
+    fsync_path(root)

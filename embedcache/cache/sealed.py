@@ -1,19 +1,20 @@
 """The seal: what is written once and never changes, told file by file.
 
 Pass 0 publishes one of its tokens, documents and arrays as ``sealed.json``, so that a cache can be
-verified before it is complete; the manifest holds it too, and one of what is kept of the base.
+verified before it is complete; the manifest holds it too, and one of what is kept of the base. Few
+files are told in the seal itself; those of pass 0, which may be millions, in its ledgers.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from embedcache.cache.damaged import WAY_OUT
 from embedcache.cache.layout import SEALED
+from embedcache.cache.ledger import LedgerSeal
 from embedcache.cache.records import FileRecord, check_files, record_file
 from embedcache.errors import CacheError
 from embedcache.files import hash_json, publish_bytes
@@ -27,11 +28,12 @@ class Seal:
 
     ``metadata`` is every ``zarr.json`` verbatim, by path: Zarr believes whatever one says, and
     reads an empty object as a group without attributes, so readers compare all of it, and a repair
-    restores it from here.
+    restores it from here. ``ledgers`` are of further files, by path (see `sealed_files`).
     """
 
     files: tuple[FileRecord, ...]
     metadata: dict[str, str]
+    ledgers: dict[str, LedgerSeal] = field(default_factory=dict)
 
     @classmethod
     def of(cls, root: Path, folder: Path) -> Seal:
@@ -55,16 +57,21 @@ class Seal:
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Seal:
         """Return the seal that `to_dict` told; raises ``ValueError`` or ``TypeError`` else."""
-        if not isinstance(value, dict) or set(value) != {"files", "metadata"}:
+        if not isinstance(value, dict) or set(value) != {"files", "metadata", "ledgers"}:
             raise ValueError("it names no files")
         return cls(
             files=tuple(FileRecord(**record) for record in value["files"]),
             metadata=dict(value["metadata"]),
+            ledgers={name: LedgerSeal(**seal) for name, seal in value["ledgers"].items()},
         )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the seal as JSON-ready values."""
-        return {"files": [asdict(record) for record in self.files], "metadata": self.metadata}
+        return {
+            "files": [asdict(record) for record in self.files],
+            "metadata": self.metadata,
+            "ledgers": {name: asdict(seal) for name, seal in self.ledgers.items()},
+        }
 
     def to_text(self) -> str:
         """Return what ``sealed.json`` holds: the seal and its own SHA-256."""
@@ -84,15 +91,15 @@ class Seal:
             raise ValueError("does not match its own SHA-256: it was edited")
         return seal
 
-    def check(self, cache: Path, *, but: Collection[str] = ()) -> None:
-        """Raise ``CacheError`` unless all is as it was written, but for the files of ``but``.
+    def check(self, cache: Path) -> None:
+        """Raise ``CacheError`` unless all but what ledgers tell is as it was written.
 
         Metadata is compared whole, files by `check_files`.
         """
         for name, text in self.metadata.items():
             if (fault := metadata_fault(cache / name, text)) is not None:
                 raise CacheError(f"{cache / name} {fault}: the cache is damaged. {WAY_OUT}")
-        check_files(cache, (record for record in self.files if record.path not in but))
+        check_files(cache, self.files)
 
 
 def metadata_fault(path: Path, text: str) -> str | None:

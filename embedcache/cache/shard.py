@@ -78,16 +78,17 @@ def read_shard(
 
 
 def read_chunk(path: Path, *, shape: tuple[int, ...], dtype: str, coder: Coder) -> Array:
-    """Return one chunk of an array without shards; a file that is not there holds zeros.
+    """Return one chunk of an array without shards.
 
-    That is Zarr's own way with a chunk of fill values. Whether a file should be there is for the
-    manifest to say. Raises ``CacheError`` where it fails its checksum or does not decode.
+    Raises ``CacheError`` where it is missing, fails its checksum or does not decode: Zarr's own
+    way, to read zeros for a file that is not there, serves what is damaged.
     """
-    values = np.zeros(shape, dtype)
-    if path.is_file():
-        with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            decode(coder, _checked(file, 0, size, "the chunk", path), values, "the chunk", path)
+    values = np.empty(shape, dtype)
+    if not path.is_file():
+        raise CacheError(f"{path} is missing: the cache is damaged. {WAY_OUT}")
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        decode(coder, _checked(file, 0, size, "the chunk", path), values, "the chunk", path)
     return values
 
 

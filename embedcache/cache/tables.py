@@ -12,20 +12,10 @@ import numpy as np
 import zarr
 
 from embedcache.cache.arrays import checked
-from embedcache.cache.layout import TABLE_CHUNK
+from embedcache.cache.layout import TABLE_CHUNK, TABLES
 from embedcache.cache.tokens import SplitTokens
 
 Array = np.ndarray[Any, Any]
-
-TABLES: dict[str, tuple[str, tuple[int, ...]]] = {
-    "tokens/offsets": ("uint64", (2,)),
-    "tokens/document": ("uint32", ()),
-    "tokens/blocks": ("uint64", ()),
-    "documents/index": ("uint64", ()),
-    "documents/name_bytes": ("uint8", ()),
-    "documents/name_offsets": ("uint64", ()),
-}
-"""Type and columns of each table, by its path under the split."""
 
 
 class Table:
@@ -40,21 +30,24 @@ class Table:
             dtype=dtype,
             **checked("blosc", np.dtype(dtype).itemsize),
         )
-        self._pending: list[Array] = []
-        self._pending_rows = 0
+        self._pending = np.empty((TABLE_CHUNK, *columns), dtype)
+        self._rows = 0
 
     def extend(self, rows: Array) -> None:
         """Append rows, sooner or later."""
-        self._pending.append(rows)
-        self._pending_rows += len(rows)
-        if self._pending_rows >= TABLE_CHUNK:
-            self.flush()
+        while len(rows):
+            fits = rows[: TABLE_CHUNK - self._rows]
+            self._pending[self._rows : self._rows + len(fits)] = fits
+            self._rows += len(fits)
+            rows = rows[len(fits) :]
+            if self._rows == TABLE_CHUNK:
+                self.flush()
 
     def flush(self) -> None:
         """Write what is pending."""
-        if self._pending_rows:
-            self._array.append(np.concatenate(self._pending).astype(self._array.dtype))
-            self._pending, self._pending_rows = [], 0
+        if self._rows:
+            self._array.append(self._pending[: self._rows])
+            self._rows = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +71,7 @@ class SplitTables:
         return cls(
             rows_S2=tokens.table("tokens/offsets").astype(np.int64),
             document_S=tokens.table("tokens/document").astype(np.int64),
-            starts_B=tokens.block_starts,
+            starts_B=tokens.table("tokens/blocks").astype(np.int64),
             index_D=tokens.table("documents/index").astype(np.int64),
             names=tuple(tokens.names()),
         )

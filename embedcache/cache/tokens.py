@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,77 +12,85 @@ import zarr
 
 from embedcache.cache.coders import CODERS
 from embedcache.cache.damaged import WAY_OUT, reading
-from embedcache.cache.layout import ATTRIBUTE, TABLE_CHUNK, shard_name
-from embedcache.cache.records import FileRecord, check_files
+from embedcache.cache.layout import ATTRIBUTE, ROWS, TABLE_CHUNK, TABLES
+from embedcache.cache.sealed_files import SealedFiles, chunk_name
 from embedcache.cache.shard import read_chunk
 from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
 
+KEPT_CHUNKS = 32
+"""Chunks of tables in memory: those of a window of shuffled blocks, 4 MB."""
+
 
 class SplitTokens:
     """Reads what pass 0 sealed of one split; needs no manifest.
 
-    Whatever is read once a block is read chunk by chunk, without zarr-python: half a millisecond a
-    call is what a trainer would wait for. Every method raises ``CacheError`` for what is damaged.
+    Nothing is read when it is opened. Whatever is read once a block is read chunk by chunk, without
+    zarr-python: half a millisecond a call is what a trainer would wait for. Every method raises
+    ``CacheError`` for what is damaged.
     """
 
     def __init__(
-        self,
-        cache: Path,
-        name: str,
-        block_tokens: int,
-        sealed: Mapping[str, FileRecord] | None = None,
+        self, cache: Path, name: str, block_tokens: int, sealed: SealedFiles | None = None
     ):
-        """Open them; with ``sealed``, a table that was rewritten since is refused, not read."""
+        """Open them; with ``sealed``, a file that was rewritten since is refused, not read."""
         self._block_tokens = block_tokens
-        self._cache = cache
         self._path = cache / name
-        self._sealed = sealed or {}
+        self._sealed = sealed
         with reading(self._path):
             self._group = zarr.open_group(self._path, mode="r")
-        self._recent: dict[str, tuple[int, Array]] = {}
-        self.block_starts = self.table("tokens/blocks").astype(np.int64)
+        self._table_chunk = lru_cache(KEPT_CHUNKS)(self._chunk)
 
     def table(self, name: str) -> Array:
-        """Return a whole table in memory."""
+        """Return a whole array in memory."""
+        rows = self._length(name)
+        size = self._block_tokens if name in ROWS else TABLE_CHUNK
+        parts = [self._chunk(name, number) for number in range(-(-rows // size))]
+        dtype, columns = ROWS.get(name) or TABLES[name]
+        return np.concatenate(parts)[:rows] if parts else np.empty((0, *columns), dtype)
+
+    def _length(self, name: str) -> int:
         with reading(self._path / name):
             found = self._group.get(name)
-            if isinstance(found, zarr.Array):
-                return np.asarray(found[:])
+        if isinstance(found, zarr.Array):
+            return int(found.shape[0])
         raise CacheError(
             f"{self._path}/{name} is missing or no array: the cache is damaged. {WAY_OUT}"
         )
 
-    def _chunk(self, name: str, number: int, dtype: str, shape: tuple[int, ...]) -> Array:
-        path = self._path.joinpath(name, "c", str(number), *["0"] * (len(shape) - 1))
-        return read_chunk(path, shape=shape, dtype=dtype, coder=CODERS["blosc"])
+    def _chunk(self, name: str, number: int) -> Array:
+        """Return a chunk of an array, checked once it is read: a delete may be under way."""
+        dtype, columns = ROWS.get(name) or TABLES[name]
+        rows = self._block_tokens if name in ROWS else TABLE_CHUNK
+        path = self._path.parent / chunk_name(self._path.name, name, number)
+        chunk = read_chunk(path, shape=(rows, *columns), dtype=dtype, coder=CODERS["blosc"])
+        if self._sealed is not None:
+            self._sealed.check(name, number)
+        return chunk
 
-    def _rows(self, name: str, first: int, stop: int, dtype: str, *columns: int) -> Array:
-        """Return rows of a table of one row a sequence; the last chunk read is kept."""
+    def _rows(self, name: str, first: int, stop: int) -> Array:
+        """Return rows of a table, int64; the last chunks read are kept."""
         parts = []
         for number in range(first // TABLE_CHUNK, -(-stop // TABLE_CHUNK)):
-            kept, chunk = self._recent.get(name, (-1, np.empty(0)))
-            if kept != number:
-                chunk = self._chunk(name, number, dtype, (TABLE_CHUNK, *columns))
-                path = shard_name(f"{self._path.name}/{name}", number, 1 + len(columns))
-                if path in self._sealed:  # once it is read: a delete may be under way
-                    check_files(self._cache, (self._sealed[path],))
-                self._recent[name] = (number, chunk)
             start = number * TABLE_CHUNK
-            parts.append(chunk[max(first - start, 0) : stop - start])
-        return np.concatenate(parts) if parts else np.empty((0, *columns), dtype)
+            parts.append(self._table_chunk(name, number)[max(first - start, 0) : stop - start])
+        found = np.concatenate(parts) if parts else np.empty((0, *TABLES[name][1]))
+        return found.astype(np.int64)
 
-    @property
+    @cached_property
     def blocks(self) -> int:
         """Number of blocks."""
-        return len(self.block_starts) - 1
+        return self._length("tokens/blocks") - 1
+
+    def bounds(self, block: int) -> tuple[int, int]:
+        """Return the first sequence of a block and the one past its last."""
+        first, stop = self._rows("tokens/blocks", block, block + 2).tolist()
+        return first, stop
 
     def offsets(self, block: int) -> Array:
         """Return rows_S2 of a block: each sequence's first row and row past the last, in it."""
-        first, stop = (int(v) for v in self.block_starts[block : block + 2])
-        rows = self._rows("tokens/offsets", first, stop, "uint64", 2).astype(np.int64)
-        return rows - block * self._block_tokens
+        return self._rows("tokens/offsets", *self.bounds(block)) - block * self._block_tokens
 
     def block_rows(self, block: int) -> int:
         """Return the rows of a block that are in use."""
@@ -91,14 +98,13 @@ class SplitTokens:
 
     def documents(self, block: int) -> Array:
         """Return document_S of a block: the document of each sequence."""
-        first, stop = (int(v) for v in self.block_starts[block : block + 2])
-        return self._rows("tokens/document", first, stop, "uint32").astype(np.int64)
+        return self._rows("tokens/document", *self.bounds(block))
 
     def used(self, block: int) -> tuple[Array, Array]:
         """Return (ids_N, loss_mask_N) of a block; N is the rows in use."""
-        rows, shape = self.block_rows(block), (self._block_tokens,)
-        ids_N = self._chunk("tokens/ids", block, "uint32", shape)[:rows].astype(np.int64)
-        return ids_N, self._chunk("tokens/loss_mask", block, "bool", shape)[:rows]
+        rows = self.block_rows(block)
+        ids_N = self._chunk("tokens/ids", block)[:rows].astype(np.int64)
+        return ids_N, self._chunk("tokens/loss_mask", block)[:rows]
 
     def names(self) -> list[str]:
         """Return the names of the split's documents."""
@@ -108,12 +114,12 @@ class SplitTokens:
 
     def spans(self, block: int) -> Array:
         """Return span_R2 of a block: the bytes of each token in its document."""
-        return self._chunk("tokens/span", block, "uint32", (self._block_tokens, 2))
+        return self._chunk("tokens/span", block)
 
     def read(self, block: int) -> tuple[Array, Array, int]:
         """Return (ids_N, rows_S2, number of the block's first sequence); N is R, the block's."""
-        ids_N = self._chunk("tokens/ids", block, "uint32", (self._block_tokens,))
-        return ids_N.astype(np.int64), self.offsets(block), int(self.block_starts[block])
+        ids_N = self._chunk("tokens/ids", block).astype(np.int64)
+        return ids_N, self.offsets(block), self.bounds(block)[0]
 
     @cached_property
     def totals(self) -> dict[str, int]:

@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from embedcache.cache.layout import CLAIMS, COMMITS, SPLITS, STAGING
+from embedcache.cache.layout import CLAIMS, COMMITS, LEDGER, SPLITS, STAGING
 from embedcache.files import LOCK
 
 SHARED = "shared"
@@ -19,8 +19,8 @@ WHOLE = ("tokens", "documents")
 def bytes_by_array(cache: Path) -> dict[str, Counter[str]]:
     """Return the bytes on disk by split (or ``SHARED``), then by array; metadata included.
 
-    Arrays are ``embeddings/<tap>``, ``scale/<tap>``, ``tokens``, ``documents`` and ``markers`` of
-    a split; ``head``, ``token_embedding``, ``manifest.json`` and the like of all.
+    Arrays are ``embeddings/<tap>``, ``scale/<tap>``, ``tokens``, ``documents``, ``markers`` and
+    ``ledger`` of a split; ``head``, ``token_embedding``, ``manifest.json`` and the like of all.
     """
     found: dict[str, Counter[str]] = {name: Counter() for name in (*SPLITS, SHARED)}
     for path in cache.rglob("*"):
@@ -30,19 +30,19 @@ def bytes_by_array(cache: Path) -> dict[str, Counter[str]]:
     return found
 
 
-def sizes(cache: Path) -> dict[str, int]:
-    """Return the size of every file that belongs to a cache, by its name in it.
+def used_bytes(cache: Path) -> int:
+    """Return the bytes of every file that belongs to a cache.
 
     What comes and goes while processes write is passed over.
     """
-    found: dict[str, int] = {}
+    found = 0
     for top in cache.iterdir():
         if top.name in (STAGING, CLAIMS):
             continue
         within = (Path(at) / name for at, _, names in os.walk(top) for name in names)
         for path in within if top.is_dir() else [top]:
             with suppress(FileNotFoundError):  # renamed just now
-                found[path.relative_to(cache).as_posix()] = path.stat().st_size
+                found += path.stat().st_size
     return found
 
 
@@ -53,8 +53,8 @@ def _owner(parts: tuple[str, ...]) -> tuple[str, str]:
     (('train', 'embeddings/final'), ('shared', 'groups'))
     """
     top, *folders = parts[:-1] or (parts[0],)
-    if top == COMMITS and folders and folders[0] in SPLITS:
-        return folders[0], "markers"
+    if top in (COMMITS, LEDGER) and folders and folders[0] in SPLITS:
+        return folders[0], "markers" if top == COMMITS else "ledger"
     if top in SPLITS:
         if not folders:
             return top, "groups"

@@ -9,12 +9,14 @@ from __future__ import annotations
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from embedcache.cache.arrays import chunk_rows
+from embedcache.cache.block_files import BlockFiles, block_ledgers
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import Marker, committed_blocks
@@ -28,15 +30,19 @@ from embedcache.cache.layout import (
     marker_path,
     shard_name,
 )
+from embedcache.cache.ledger import Ledger
 from embedcache.cache.manifest import Manifest
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.records import FileRecord, content_fault, fault_in
 from embedcache.cache.sealed import METADATA, Seal, metadata_fault
+from embedcache.cache.sealed_files import SealedFiles
 from embedcache.cache.shard import read_shard
 from embedcache.errors import CacheError
 from embedcache.progress import SILENT, Bar, Progress
 
-Kind = Literal["manifest", "seal", "metadata", "sealed", "base", "codec", "marker", "shard"]
+Kind = Literal[
+    "manifest", "seal", "ledger", "metadata", "sealed", "base", "codec", "marker", "shard"
+]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,6 +104,7 @@ class _Verifier:
         self._markers = {name: committed_blocks(cache, name) for name in SPLITS}
         self._manifest = self._read_manifest()
         self._seal = self._read_seal()
+        self._block_files: dict[str, BlockFiles] = {}
         self._files = 0
         self._bytes = 0
 
@@ -107,7 +114,9 @@ class _Verifier:
             read_attributes(self._cache)  # a cache of a newer schema is told so
         else:
             self._check_seal(self._seal, "sealed")
+            self._check_sealed_files(self._seal)
             if self._manifest is not None:
+                self._open_block_files(self._manifest)
                 self._check_seal(self._manifest.base, "base")
                 self._check_seal(self._manifest.codec, "codec")
             counts = {name: self._block_count(name) for name in SPLITS}
@@ -169,11 +178,37 @@ class _Verifier:
             if (why := metadata_fault(self._cache / name, text)) is not None:
                 self._add("metadata" if kind == "sealed" else kind, name, why)
         for record in seal.files:
-            self._files += 1
-            self._bytes += record.bytes
-            why = fault_in(self._cache, record) or content_fault(self._cache, record)
-            if why is not None:
-                self._add(kind, record.path, why)
+            self._check_file(record, kind)
+
+    def _check_sealed_files(self, seal: Seal) -> None:
+        """Check the ledgers of pass 0, and each file that they vouch for."""
+        for split in SPLITS:
+            sealed = SealedFiles(self._cache, split, seal)
+            self._check_ledger(sealed.ledger, sealed.name)
+            for record in filter(None, (record for _, record in sealed.records())):
+                self._check_file(record, "sealed")
+
+    def _open_block_files(self, manifest: Manifest) -> None:
+        """Check the ledgers of the blocks."""
+        for name, split in manifest.splits.items():
+            found = split.files(self._cache, name, self._attributes.settings)
+            self._block_files[name] = found
+            ledgers = (found.embeddings, found.quarantined)
+            for ledger, path in zip(ledgers, block_ledgers(name), strict=True):
+                self._check_ledger(ledger, path)
+
+    def _check_ledger(self, ledger: Ledger, name: str) -> None:
+        self._files += bool(len(ledger))
+        self._bytes += ledger.size
+        if (why := ledger.fault()) is not None:
+            self._add("ledger", name, why)
+
+    def _check_file(self, record: FileRecord, kind: Kind) -> None:
+        self._files += 1
+        self._bytes += record.bytes
+        why = fault_in(self._cache, record) or content_fault(self._cache, record)
+        if why is not None:
+            self._add(kind, record.path, why)
 
     @cached_property
     def _attributes(self) -> CacheAttributes:
@@ -205,14 +240,15 @@ class _Verifier:
         """Return the faults of one block: its marker, then its shards."""
         path = self._markers[split].get(block)
         records: tuple[FileRecord, ...] | None = None
-        if self._manifest is not None:
-            records = self._manifest.splits[split].files[block]
+        if split in self._block_files:
+            with suppress(CacheError):  # a damaged ledger is told; the marker says the same
+                records = self._block_files[split][block]
         elif path is None and not (self._cache / MANIFEST).is_file():
             bar.advance(1)
             return []  # not computed yet
         where = path or marker_path(self._cache, split, block)
         marker, why = _read_marker(where, split, block)
-        if marker is not None and records is not None and marker.files != records:
+        if marker is not None and records is not None and {*marker.files} != {*records}:
             why = f"does not name the files that {MANIFEST} names"
         named = (where.relative_to(self._cache).as_posix(), "marker", why)
         found: list[tuple[str, Kind, str | None]] = [named]  # type: ignore[list-item]
@@ -272,9 +308,12 @@ class _Verifier:
 
     def _check_quarantined(self, split: str) -> None:
         """Hold the manifest's quarantined sequences against those of the sound markers."""
-        if self._manifest is None:
+        if split not in self._block_files:
             return
-        stated = set(self._manifest.splits[split].quarantined)
+        try:
+            stated = {int(sequence) for sequence in self._block_files[split].quarantined}
+        except CacheError:
+            return  # a damaged ledger is told
         found: set[int] = set()
         for block, path in self._markers[split].items():
             marker, _ = _read_marker(path, split, block)

@@ -58,16 +58,14 @@ class Pipeline:
     def run(
         self,
         todo: list[Item],
-        markers: dict[str, dict[int, Marker]],
         known: dict[Item, dict[int, Embeddings]],
         computed: dict[Item, Embeddings],
         generations: dict[str, dict[int, int]],
     ) -> tuple[float, int, float]:
-        """Have the blocks ``todo`` committed, here or by others, adding to ``markers`` by split.
+        """Have the blocks ``todo`` committed, here or by others.
 
         Args:
             todo: the blocks, in the order in which they are computed.
-            markers: the committed blocks of each split.
             known: what is known of blocks from measuring, by batch.
             computed: blocks that are known whole, from calibrating.
             generations: of the markers to make, where they are not the first of their block.
@@ -93,11 +91,11 @@ class Pipeline:
             ):
                 for entry in dealt:
                     if not isinstance(entry, tuple):
-                        futures = self._settle(futures, markers, bar, wait=False)
+                        futures = self._settle(futures, bar, wait=False)
                         if entry is None:
                             waiting = self._wait(waiting)
                         else:
-                            self._note(entry, markers, bar)
+                            self._note(entry, bar)
                         continue
                     (name, block), ids_N, rows_S2, first = entry
                     part = known.pop((name, block), {})
@@ -115,8 +113,8 @@ class Pipeline:
                     number += 1
                     tokens += rows
                     futures.append(future)
-                    futures = self._settle(futures, markers, bar, wait=False)
-                self._settle(futures, markers, bar, wait=True)
+                    futures = self._settle(futures, bar, wait=False)
+                self._settle(futures, bar, wait=True)
         finally:
             pool.shutdown(wait=True)
             writer.close()
@@ -169,7 +167,6 @@ class Pipeline:
     def _settle(
         self,
         futures: list[Future[Marker]],
-        markers: dict[str, dict[int, Marker]],
         bar: Bar,
         *,
         wait: bool,
@@ -180,12 +177,11 @@ class Pipeline:
             if not wait and not future.done():
                 pending.append(future)
                 continue
-            self._note(future.result(), markers, bar)
+            self._note(future.result(), bar)
         return pending
 
-    def _note(self, marker: Marker, markers: dict[str, dict[int, Marker]], bar: Bar) -> None:
+    def _note(self, marker: Marker, bar: Bar) -> None:
         """Count a block that is committed, here or by another process."""
-        markers[marker.split][marker.block] = marker
         self._quarantine.count(marker.split, marker)
         rows = self._splits[marker.split].block_rows(marker.block)
         bar.advance(rows, f"{sum(record.bytes for record in marker.files) / 1e6:.1f} MB/block")

@@ -17,6 +17,7 @@ from embedcache.cache.claims import WRITERS
 from embedcache.cache.layout import (
     CLAIMS,
     CODEC,
+    LEDGER,
     SEALED,
     SPLITS,
     STAGING,
@@ -61,6 +62,8 @@ def _left_behind(path: Path) -> bool:
         return (path / WRITERS).is_dir()
     if path.name in (STAGING, SEALED):
         return True
+    if path.name == LEDGER:
+        return all((path / split).is_dir() for split in SPLITS)
     return path.name.startswith((".zarr.json.", f".{SEALED}."))
 
 
@@ -135,7 +138,7 @@ def tokenise(
 def _clear(out: Path) -> None:
     """Remove what a pass 0 wrote that was never sealed."""
     (out / SEALED).unlink(missing_ok=True)
-    for leftover in (out / STAGING, out / CODEC, *(out / split for split in SPLITS)):
+    for leftover in (out / STAGING, out / CODEC, out / LEDGER, *(out / split for split in SPLITS)):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

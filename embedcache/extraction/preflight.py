@@ -12,11 +12,12 @@ from embedcache.base.taps import is_tied, token_embedding_of
 from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, base_array_bytes
 from embedcache.cache.commit import Marker
 from embedcache.cache.layout import MANIFEST, shard_name
+from embedcache.cache.ledger import LedgerSeal, ledger_bytes
 from embedcache.cache.manifest import Manifest, SplitManifest
-from embedcache.cache.records import FileRecord
+from embedcache.cache.records import FILE, FileRecord
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.usage import sizes
+from embedcache.cache.usage import used_bytes
 from embedcache.extraction.forward import CHECK_EVERY
 from embedcache.extraction.measure import Encoded, Item, Measured
 from embedcache.extraction.prediction import Prediction, free_disk
@@ -86,15 +87,14 @@ def predict(
         out: where the cache is to be, for its disk's free space, if it is not ``folder``.
     """
     tokens = tokens_to_go(splits, todo)
-    files = sizes(folder)
-    there = sum(files.values())
+    there = used_bytes(folder)
     to_go = 0.0 if base is None or (folder / "base").is_dir() else _base_bytes(base)
     to_go += codec_bytes
     for name, encoded in measured.encoded.items():
         blocks = sum(1 for split, _ in todo if split == name)
         marker = len(_marker(name, splits[name].blocks, encoded).to_json())
         to_go += tokens[name] * encoded.row_bytes + blocks * (encoded.block_bytes + marker)
-    if MANIFEST not in files:
+    if not (folder / MANIFEST).is_file():
         to_go += _manifest_bytes(folder, splits, measured, base)
     seconds = _seconds(tokens, todo, measured, device)
     count = sum(tokens.values())
@@ -140,30 +140,27 @@ def _record(name: str, size: int) -> FileRecord:
 def _manifest_bytes(
     folder: Path, splits: dict[str, SplitTokens], measured: Measured, base: Base | None
 ) -> int:
-    """Return what the manifest will take, from one such as it will be, with a block a split."""
-    files = {
-        name: ()
-        if (found := measured.encoded.get(name)) is None
-        else (_marker(name, splits[name].blocks, found).files,)
-        for name in splits
-    }
-
-    def text(blocks: dict[str, tuple[tuple[FileRecord, ...], ...]]) -> int:
-        manifest = Manifest(
-            splits={
-                name: SplitManifest(files=blocks[name], quarantined=(), **split.totals)
-                for name, split in splits.items()
-            },
-            sealed=read_seal(folder),
-            base=_base_seal(folder, base),
-            codec=Seal(files=(), metadata={}),
-            extracted=dict.fromkeys(EXTRACTED, 0.12345),
+    """Return what the manifest and the ledgers of the blocks will take."""
+    size, each = 0, {}
+    for name, split in splits.items():
+        found = measured.encoded.get(name)
+        rows = split.blocks * len(found.arrays) if found is not None else 0
+        size += ledger_bytes(rows, FILE)
+        each[name] = SplitManifest(
+            blocks=split.blocks,
+            bytes=10**9,
+            embeddings=LedgerSeal(rows=rows, sha256="0" * 64),
+            quarantined=LedgerSeal(rows=0, sha256="0" * 64),
+            **split.totals,
         )
-        return len(manifest.to_text())
-
-    empty = text(dict.fromkeys(splits, ()))
-    each = {name: text(dict.fromkeys(splits, ()) | {name: files[name]}) - empty for name in splits}
-    return empty + sum(split.blocks * each[name] for name, split in splits.items())
+    manifest = Manifest(
+        splits=each,
+        sealed=read_seal(folder),
+        base=_base_seal(folder, base),
+        codec=Seal(files=(), metadata={}),
+        extracted=dict.fromkeys(EXTRACTED, 0.12345),
+    )
+    return size + len(manifest.to_text())
 
 
 def _base_seal(folder: Path, base: Base | None) -> Seal:

@@ -12,7 +12,7 @@ from typing import Any
 from embedcache.base.load import load_base, load_identity, load_tokenizer
 from embedcache.base.locate import locate
 from embedcache.base.taps import check_taps
-from embedcache.cache.commit import committed_blocks
+from embedcache.cache.commit import newest_generations
 from embedcache.cache.layout import MANIFEST, SPLITS, ExtractSettings
 from embedcache.cache.tokens import SplitTokens
 from embedcache.corpus.config import CorpusConfig
@@ -69,7 +69,9 @@ def preview(
                 check_disk=False,
             )
         splits = {name: SplitTokens(folder, name, settings.block_tokens) for name in SPLITS}
-        todo = blocks_to_go(splits, {name: set(committed_blocks(folder, name)) for name in SPLITS})
+        todo = blocks_to_go(
+            splits, {name: set(newest_generations(folder, name)) for name in SPLITS}
+        )
         calibrations: Calibrations = {}
         loaded, measured = None, Measured()
         if todo and not (folder / MANIFEST).is_file():
@@ -87,7 +89,7 @@ def preview(
                 forward,
                 loaded,
                 settings,
-                fresh=not committed_blocks(folder, "train"),
+                fresh=not newest_generations(folder, "train"),
             )
             codecs = codecs_by_split(settings, calibrations, loaded)
             measured = measure(loaded, forward, splits, todo, settings, codecs, progress)

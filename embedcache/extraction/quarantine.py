@@ -21,8 +21,8 @@ class Quarantine:
 
     def count(self, name: str, marker: Marker) -> None:
         """Take note of a committed block."""
-        starts = self._splits[name].block_starts
-        self._seen += int(starts[marker.block + 1] - starts[marker.block])
+        first, stop = self._splits[name].bounds(marker.block)
+        self._seen += stop - first
         self._put_aside += len(marker.quarantined)
 
     def check(self, *, finished: bool = False) -> None:

@@ -7,8 +7,10 @@ short: the next run finds what is left to do as it found the damage, by `verify`
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,19 @@ from embedcache.cache.commit import (
     newest_generations,
     promote,
 )
-from embedcache.cache.layout import MANIFEST, SEALED, SPLITS, STAGING, ExtractSettings
+from embedcache.cache.layout import (
+    MANIFEST,
+    SEALED,
+    SPLITS,
+    STAGING,
+    ExtractSettings,
+    embedding_shards,
+)
 from embedcache.cache.manifest import Manifest, read_manifest
 from embedcache.cache.records import FileRecord, content_fault
 from embedcache.cache.seal import Sealer
 from embedcache.cache.sealed import METADATA, Seal, metadata_fault, publish_seal, read_seal
+from embedcache.cache.sealed_files import SealedFiles, sealed_ledger, write_sealed_ledger
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.verify import Verification, verify
 from embedcache.corpus.config import CorpusConfig
@@ -47,6 +57,10 @@ class Mended:
     base: bool
     codec: Seal | None
     extracted: dict[str, Any] | None
+
+    def sound(self) -> Iterator[Marker]:
+        """Yield the markers of all splits."""
+        return chain.from_iterable(found.values() for found in self.markers.values())
 
 
 def restore_metadata(out: Path) -> None:
@@ -103,8 +117,14 @@ def mend(
     for fault in found.faults:
         progress.say(f"damaged: {fault}")
     manifest, seal = _vouched(out)
+
+    def pass_zero() -> AbstractContextManager[Path]:
+        return _pass_zero(out, corpus, load_tokenizer(), settings, progress)
+
+    if _restore_ledgers(out, found, seal, pass_zero):
+        found = verify(out, deep=True, progress=progress)  # of the files that they vouch for, too
     kinds = {fault.kind for fault in found.faults}
-    _restore_tokens(out, found, seal, corpus, load_tokenizer, settings, progress)
+    _restore_tokens(out, found, seal, pass_zero)
     if any(fault.kind == "seal" for fault in found.faults):
         publish_seal(out, seal)
     return Mended(
@@ -115,42 +135,94 @@ def mend(
     )
 
 
-def _restore_tokens(
-    out: Path,
-    found: Verification,
-    seal: Seal,
-    corpus: CorpusConfig,
-    load_tokenizer: Callable[[], Any],
-    settings: ExtractSettings,
-    progress: Progress,
-) -> None:
-    """Run pass 0 again beside the cache, and take from it the files that are damaged."""
-    damaged = {fault.file for fault in found.faults if fault.kind == "sealed"}
-    if not damaged:
-        return
-    records = [record for record in seal.files if record.path in damaged]
+@contextmanager
+def _pass_zero(
+    out: Path, corpus: CorpusConfig, tokenizer: Any, settings: ExtractSettings, progress: Progress
+) -> Iterator[Path]:
+    """Run pass 0 again in a folder beside the cache, which is removed in the end."""
     staging = out / STAGING / "pass0"
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        sealer = Sealer(out, staging, settings.block_tokens)
-        tokenise(sealer, corpus, load_tokenizer(), progress)
-        for record in records:
-            if not _whole(staging, (record,)):
-                raise CacheError(
-                    f"{out / record.path} is damaged, and the corpus no longer yields the tokens "
-                    "that it held: expected the corpus (and the versions of embedcache and zarr) "
-                    "that the cache was made from. Restore the corpus or that file, or extract "
-                    "into a new folder."
-                )
-        for record in records:
-            target = out / record.path
-            fsync_path(staging / record.path)
-            make_folder(target.parent)
-            (staging / record.path).replace(target)
-            fsync_path(target.parent)
+        tokenise(Sealer(out, staging, settings.block_tokens), corpus, tokenizer, progress)
+        yield staging
     finally:
         shutil.rmtree(staging)
+
+
+def _restore_ledgers(
+    out: Path,
+    found: Verification,
+    seal: Seal,
+    pass_zero: Callable[[], AbstractContextManager[Path]],
+) -> bool:
+    """Make the damaged ledgers of pass 0 anew, from its files or else from the corpus.
+
+    Returns whether there were any.
+    """
+    damaged = {fault.file for fault in found.faults if fault.kind == "ledger"}
+    splits = [split for split in SPLITS if sealed_ledger(split) in damaged]
+
+    made = out / STAGING / "ledgers"
+
+    def restored(root: Path, split: str) -> bool:
+        name = sealed_ledger(split)
+        with suppress(OSError):  # a file is gone, or the disk cannot read it
+            if write_sealed_ledger(root, split, seal.metadata, into=made) == seal.ledgers[name]:
+                _place(made / name, out / name)
+                return True
+        return False
+
+    try:
+        left = [split for split in splits if not restored(out, split)]
+        if left:
+            with pass_zero() as staging:
+                for split in left:
+                    if not restored(staging, split):
+                        raise _no_longer(out / sealed_ledger(split))
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return bool(splits)
+
+
+def _restore_tokens(
+    out: Path,
+    found: Verification,
+    seal: Seal,
+    pass_zero: Callable[[], AbstractContextManager[Path]],
+) -> None:
+    """Take the damaged files of pass 0 from another one, all or none."""
+    damaged = {fault.file for fault in found.faults if fault.kind == "sealed"}
+    if not damaged:
+        return
+    records = [
+        record
+        for split in SPLITS
+        for name, record in SealedFiles(out, split, seal).records()
+        if name in damaged and record is not None
+    ]
+    with pass_zero() as staging:
+        for record in records:
+            if not _whole(staging, (record,)):
+                raise _no_longer(out / record.path)
+        for record in records:
+            _place(staging / record.path, out / record.path)
+
+
+def _place(made: Path, target: Path) -> None:
+    """Put a file that was made anew in its place."""
+    fsync_path(made)
+    make_folder(target.parent)
+    made.replace(target)
+    fsync_path(target.parent)
+
+
+def _no_longer(damaged: Path) -> CacheError:
+    return CacheError(
+        f"{damaged} is damaged, and the corpus no longer yields the tokens that it held: expected "
+        "the corpus (and the versions of embedcache and zarr) that the cache was made from. "
+        "Restore the corpus or that file, or extract into a new folder."
+    )
 
 
 def _mend_blocks(
@@ -162,25 +234,30 @@ def _mend_blocks(
 ) -> dict[int, Marker]:
     """Return the marker of every sound block; one that was lost is written anew."""
     tokens = SplitTokens(out, split, settings.block_tokens)
+    files = None if manifest is None else manifest.splits[split].files(out, split, settings)
     markers = _sound_markers(out, split)
     newest = newest_generations(out, split)
     writer = BlockWriter(out)
     for block in {fault.block for fault in found.faults if fault.split == split}:
         assert block is not None
         marker = markers.pop(block, None)
-        if marker is not None and _whole(out, marker.files):
+        names = {*embedding_shards(split, block, settings)}
+        if (
+            marker is not None
+            and {record.path for record in marker.files} == names
+            and _whole(out, marker.files)
+        ):
             markers[block] = marker  # of a repair that was stopped before its manifest
-        elif manifest is not None and _whole(out, manifest.splits[split].files[block]):
-            first, stop = (int(v) for v in tokens.block_starts[block : block + 2])
-            markers[block] = writer.renew(
-                split,
-                block,
-                manifest.splits[split].files[block],
-                quarantined=tuple(
-                    s for s in manifest.splits[split].quarantined if first <= s < stop
-                ),
-                generation=newest.get(block, -1) + 1,
-            )
+            continue
+        with suppress(CacheError):  # a damaged ledger is told by verify
+            if files is not None and _whole(out, files[block]):
+                markers[block] = writer.renew(
+                    split,
+                    block,
+                    files[block],
+                    quarantined=tuple(files.aside(*tokens.bounds(block)).tolist()),
+                    generation=newest.get(block, -1) + 1,
+                )
     writer.close()
     for block, path in committed_blocks(out, split).items():
         if block >= tokens.blocks:

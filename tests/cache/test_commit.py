@@ -20,7 +20,6 @@ from embedcache.cache.commit import (
     recover,
 )
 from embedcache.cache.layout import COMMITS, STAGING, marker_path
-from embedcache.cache.manifest import split_manifest
 from embedcache.cache.shard import read_shard
 from embedcache.errors import CacheError
 from embedcache.files import hash_file
@@ -40,6 +39,10 @@ def values(seed: int, rows: int = 16) -> Array:
 
 def commit_block(writer: BlockWriter, seed: int, block: int = 0, **more: Any) -> Marker:
     return writer.commit("train", block, {"embeddings/final": (SPEC, values(seed))}, **more)
+
+
+def recovered(cache: Path, blocks: int) -> dict[int, Marker]:
+    return {marker.block: marker for marker in recover(cache, "train", blocks)}
 
 
 def stored(cache: Path, block: int = 0) -> Array:
@@ -69,7 +72,7 @@ def test_a_committed_block_is_in_place_with_its_marker(tmp_path: Path) -> None:
     assert np.array_equal(stored(tmp_path), values(1))
     assert Marker.read(marker_path(tmp_path, "train", 0)) == marker
     assert marker.quarantined == (3,)
-    assert recover(tmp_path, "train", 1) == {0: marker}
+    assert recovered(tmp_path, 1) == {0: marker}
     assert not list((tmp_path / STAGING).rglob("*"))
 
 
@@ -115,12 +118,12 @@ def test_recovery_promotes_what_lies_in_staging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed_after_link(tmp_path, monkeypatch)
-    done = recover(tmp_path, "train", 1)
+    done = recovered(tmp_path, 1)
     clear_staging(tmp_path)
     assert list(done) == [0]
     check_files(tmp_path, done[0])
     assert np.array_equal(stored(tmp_path), values(1))
-    assert recover(tmp_path, "train", 1) == done  # and again, with nothing left to do
+    assert recovered(tmp_path, 1) == done  # and again, with nothing left to do
 
 
 def test_killed_before_the_link_leaves_nothing_committed(
@@ -133,7 +136,7 @@ def test_killed_before_the_link_leaves_nothing_committed(
         patch.setattr(commit.os, "link", link)
         with pytest.raises(KilledError):
             commit_block(BlockWriter(tmp_path), 1)
-    assert recover(tmp_path, "train", 1) == {}
+    assert recovered(tmp_path, 1) == {}
     clear_staging(tmp_path)
     assert not (tmp_path / "train").exists()
     marker = commit_block(BlockWriter(tmp_path), 2)
@@ -155,7 +158,7 @@ def test_killed_between_two_promotions(tmp_path: Path, monkeypatch: pytest.Monke
             BlockWriter(tmp_path).commit("train", 0, arrays)
     assert (tmp_path / NAME).exists()
     assert not (tmp_path / NAME.replace("final", "layer_1")).exists()
-    done = recover(tmp_path, "train", 1)
+    done = recovered(tmp_path, 1)
     assert list(done) == [0]
     check_files(tmp_path, done[0])
 
@@ -169,7 +172,7 @@ def test_a_marker_whose_files_are_not_whole_is_withdrawn(tmp_path: Path, harm: s
         (tmp_path / NAME).unlink()
     else:
         os.truncate(tmp_path / NAME, 20 if harm == "truncated" else 0)
-    assert recover(tmp_path, "train", 2) == {1: kept}
+    assert recovered(tmp_path, 2) == {1: kept}
     assert not marker_path(tmp_path, "train", 0).exists()
     again = commit_block(BlockWriter(tmp_path), 1)
     check_files(tmp_path, again)
@@ -180,7 +183,7 @@ def test_the_newest_generation_of_a_marker_stands(tmp_path: Path) -> None:
     writer = BlockWriter(tmp_path)
     commit_block(writer, 1)
     newest = [commit_block(writer, seed, generation=seed) for seed in (2, 10)][-1]
-    assert recover(tmp_path, "train", 1) == {0: newest}
+    assert recovered(tmp_path, 1) == {0: newest}
     assert np.array_equal(stored(tmp_path), values(10))
 
 
@@ -188,11 +191,11 @@ def test_markers_of_another_cache_are_refused(tmp_path: Path) -> None:
     writer = BlockWriter(tmp_path)
     commit_block(writer, 1, block=5)
     with pytest.raises(CacheError, match=r"mixes two caches"):
-        recover(tmp_path, "train", 3)
+        recovered(tmp_path, 3)
     place = marker_path(tmp_path, "train", 5)
     place.rename(marker_path(tmp_path, "train", 1))
     with pytest.raises(CacheError, match=r"marks block 5"):
-        recover(tmp_path, "train", 6)
+        recovered(tmp_path, 6)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": 3}', "\xff"])
@@ -200,7 +203,7 @@ def test_a_damaged_marker_says_what_to_type(tmp_path: Path, text: str) -> None:
     commit_block(BlockWriter(tmp_path), 1)
     marker_path(tmp_path, "train", 0).write_bytes(text.encode("latin-1"))
     with pytest.raises(CacheError, match=r"with --repair"):
-        recover(tmp_path, "train", 1)
+        recovered(tmp_path, 1)
 
 
 def test_files_that_are_no_markers_are_passed_over(tmp_path: Path) -> None:
@@ -209,10 +212,3 @@ def test_files_that_are_no_markers_are_passed_over(tmp_path: Path) -> None:
         (tmp_path / COMMITS / "train" / name).write_text("?")
     assert list(committed_blocks(tmp_path, "train")) == [0]
     assert committed_blocks(tmp_path, "dev") == {}
-
-
-def test_no_manifest_without_every_block(tmp_path: Path) -> None:
-    marker = commit_block(BlockWriter(tmp_path), 1)
-    totals = {"sequences": 1, "tokens": 9, "targets": 8, "documents": 1}
-    with pytest.raises(CacheError, match=r"2 of 3 blocks are not committed \(first: 1\)"):
-        split_manifest(totals, {0: marker}, 3)

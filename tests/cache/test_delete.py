@@ -16,6 +16,7 @@ import zarr
 from cache_contents import contents, names
 from cache_faults import served
 from fixtures_extract import comparable_tree, corpus_config, flip_byte, small_settings
+from ledgers import files_of, put_aside, quarantined
 
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.commit import BlockWriter
@@ -24,7 +25,8 @@ from embedcache.cache.loader import BatchLoader
 from embedcache.cache.manifest import publish_manifest, read_manifest
 from embedcache.cache.reader import Cache
 from embedcache.cache.sample import sample_embeddings
-from embedcache.cache.sealed import Seal, publish_seal
+from embedcache.cache.sealed import publish_seal
+from embedcache.cache.sealed_files import seal_tree
 from embedcache.cache.tables import SplitTables
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.verify import verify
@@ -118,37 +120,26 @@ def rename(cache: Path, split: str, number: int, name: str) -> None:
     group.create_group("documents")
     replace(tables, names=tuple(changed)).write(group)
     manifest = read_manifest(cache)
-    seals = [Seal.of(cache, cache / part) for part in SPLITS]
-    root = {"zarr.json": (cache / "zarr.json").read_text()}
-    seal = Seal(
-        files=tuple(
-            record
-            for part in seals
-            for record in part.files
-            if "/embeddings/" not in record.path and "/scale/" not in record.path
-        ),
-        metadata=root | {k: v for part in seals for k, v in part.metadata.items()},
-    )
+    seal = seal_tree(cache)
     publish_seal(cache, seal)
     publish_manifest(cache, replace(manifest, sealed=seal))
     assert verify(cache, deep=True).faults == ()
 
 
 def test_quarantined_sequences_keep_their_place_under_new_numbers(copied: Path) -> None:
-    manifest = read_manifest(copied)
-    train = manifest.splits["train"]
+    train = read_manifest(copied).splits["train"]
     last = train.sequences - 1
+    files = files_of(copied, "train")[-1]
     writer = BlockWriter(copied)
-    writer.renew("train", train.blocks - 1, train.files[-1], quarantined=(last,), generation=1)
+    writer.renew("train", train.blocks - 1, files, quarantined=(last,), generation=1)
     writer.close()
-    splits = manifest.splits | {"train": replace(train, quarantined=(last,))}
-    publish_manifest(copied, replace(manifest, splits=splits))
+    put_aside(copied, "train", train.blocks - 1, (last,))
     assert verify(copied, deep=True).faults == ()
     before = contents(copied)
     gone = names(copied, "train")[0]
     told = delete(copied, [gone])
     assert contents(copied) == {key: value for key, value in before.items() if key[1] != gone}
-    assert Cache(copied).manifest.splits["train"].quarantined == (last - told.sequences["train"],)
+    assert quarantined(copied, "train") == (last - told.sequences["train"],)
     assert verify(copied, deep=True).faults == ()
 
 

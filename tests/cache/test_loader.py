@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
 import torch
 
-from embedcache.cache import loader as loader_module
+from embedcache.cache import order as order_module
 from embedcache.cache.loader import Batch, BatchLoader, pack_rows
 from embedcache.cache.prefetch import prefetch
+from embedcache.cache.reader import StoredBlock
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn, segment_mask
+from embedcache.errors import UsageError
 
 
 @pytest.fixture(params=[1, 2, 8])
 def split(request, world, monkeypatch):
     """The train split, in windows of several sizes."""
-    monkeypatch.setattr(loader_module, "WINDOW", request.param)
+    monkeypatch.setattr(order_module, "WINDOW", request.param)
     return world.cache().split("train")
 
 
@@ -82,6 +86,28 @@ def test_the_number_of_threads_changes_nothing(split, monkeypatch):
     second = batches(split)
     assert len(first) == len(second)
     assert all(same(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 200, 100_000])
+def test_the_order_is_that_of_the_plainest_plan(split, tokens):
+    """Shuffle blocks, shuffle each window's sequences, fill batches one after the other."""
+    draw = np.random.default_rng([5, 3])
+    blocks = draw.permutation(split.manifest.blocks).tolist()
+    expected, batch, used = [], [], 0
+    for start in range(0, len(blocks), order_module.WINDOW):
+        items = [
+            (int(sequence), int(b - a))
+            for block in blocks[start : start + order_module.WINDOW]
+            for sequence, (a, b) in zip(*split.sequences(block)[:2], strict=True)
+        ]
+        for index in draw.permutation(len(items)).tolist():
+            sequence, length = items[index]
+            if batch and used + length > tokens:
+                expected.append(tuple(batch))
+                batch, used = [], 0
+            batch.append(sequence)
+            used += length
+    assert order(batches(split, 3, tokens=tokens, seed=5)) == [*expected, tuple(batch)]
 
 
 def test_skip_drops_the_first_batches(split):
@@ -161,7 +187,7 @@ def test_the_branch_sees_each_sequence_alone(split):
                     delta[batch.segments_BT == segment], alone[0], rtol=1e-4, atol=1e-5
                 )
     # Some rows did hold two sequences; a window of one block has too few for that.
-    assert shared > 0 or loader_module.WINDOW == 1
+    assert shared > 0 or order_module.WINDOW == 1
 
 
 def test_rows_hold_whole_sequences_without_overlap():
@@ -171,6 +197,31 @@ def test_rows_hold_whole_sequences_without_overlap():
         rows = pack_rows(lengths)
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         assert max(sum(lengths[i] for i in row) for row in rows) <= max(lengths)
+
+
+def test_the_blocks_of_two_windows_are_in_memory_at_most(split, monkeypatch):
+    class Held(StoredBlock):
+        """One that can be referred to weakly, and is itself alone."""
+
+        __hash__, __eq__ = object.__hash__, object.__eq__
+
+    alive, most = weakref.WeakSet(), 0
+    read = type(split).stored
+
+    def held(self, number, taps):
+        nonlocal most
+        stored = read(self, number, taps)
+        block = Held(*(getattr(stored, name.name) for name in dataclasses.fields(stored)))
+        alive.add(block)
+        most = max(most, len(alive))
+        return block
+
+    monkeypatch.setattr(type(split), "stored", held)
+    for _ in BatchLoader(split, batch_tokens=30, taps=("final",)).epoch(0):
+        pass
+    # Besides, each window's first batch may hold the last sequence of the window before.
+    assert 0 < most <= 2 * (order_module.WINDOW + 1)
+    assert split.manifest.blocks == 10
 
 
 def test_an_error_of_a_reading_thread_reaches_the_consumer(split, monkeypatch):
@@ -207,3 +258,55 @@ def test_prefetch_raises_in_the_place_of_the_item():
     assert [next(found), next(found)] == [1, 2]
     with pytest.raises(KeyError, match="third"):
         next(found)
+
+
+@pytest.mark.parametrize("shuffle", [True, False])
+@pytest.mark.parametrize("ranks", [2, 3, 7, 50])
+@pytest.mark.parametrize("skip", [0, 1, 4])
+def test_ranks_in_turn_give_the_batches_of_one(split, ranks, skip, shuffle):
+    alone = batches(split, 2, skip, shuffle=shuffle)
+    shares = [
+        batches(split, 2, skip, shuffle=shuffle, rank=rank, ranks=ranks) for rank in range(ranks)
+    ]
+    left = len(alone) % ranks
+    rounds, rest = len(alone) // ranks, 0 if shuffle else left
+    assert [len(share) for share in shares] == [rounds + (rank < rest) for rank in range(ranks)]
+    in_turn = [b for turn in itertools.zip_longest(*shares) for b in turn if b is not None]
+    assert len(in_turn) == len(alone) - (left if shuffle else 0)
+    assert all(same(a, b) for a, b in zip(in_turn, alone, strict=False))
+
+
+def test_an_epoch_goes_on_with_another_number_of_ranks(split):
+    """Two steps of three ranks, then as many as two ranks have of the rest."""
+    alone = order(batches(split, 5))
+    first = [order(batches(split, 5, rank=rank, ranks=3))[:2] for rank in range(3)]
+    then = [order(batches(split, 5, 6, rank=rank, ranks=2)) for rank in range(2)]
+    seen = [batch for turn in zip(*first, strict=True) for batch in turn]
+    seen += [batch for turn in zip(*then, strict=True) for batch in turn]
+    assert seen == alone[: len(seen)]
+    assert len(seen) == 6 + (len(alone) - 6) // 2 * 2
+
+
+def test_a_rank_reads_only_the_blocks_of_its_batches(split, monkeypatch):
+    read: list[int] = []
+    stored = type(split).stored
+    monkeypatch.setattr(
+        type(split), "stored", lambda self, b, taps: read.append(b) or stored(self, b, taps)
+    )
+    for rank in range(4):
+        read.clear()
+        found = batches(split, rank=rank, ranks=4)
+        blocks = {
+            number
+            for number in range(split.manifest.blocks)
+            for sequence in split.sequences(number)[0].tolist()
+            if any(sequence in batch.sequences for batch in found)
+        }
+        assert set(read) == blocks
+        assert len(blocks) < split.manifest.blocks or order_module.WINDOW > 1
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(2, 2), (-1, 2), (0, 0)])
+def test_a_rank_that_is_none_of_them_is_refused(split, rank, ranks):
+    with pytest.raises(UsageError, match=rf"found {rank}\. Type for example"):
+        batches(split, rank=rank, ranks=ranks)

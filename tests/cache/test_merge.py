@@ -20,10 +20,11 @@ from fixtures_extract import (
     small_settings,
     write_documents,
 )
+from ledgers import files_of, put_aside, quarantined
 
 from embedcache.cache.commit import BlockWriter
 from embedcache.cache.layout import SPLITS
-from embedcache.cache.manifest import publish_manifest, read_manifest
+from embedcache.cache.manifest import read_manifest
 from embedcache.cache.reader import Cache
 from embedcache.cache.verify import verify
 from embedcache.delete import delete
@@ -115,19 +116,16 @@ def test_three_and_a_quarantined_sequence(
 ) -> None:
     third = extracted(write_documents(tmp_path / "c", 6, seed=2), tiny_base, tmp_path / "third")
     one, two = (shutil.copytree(path, tmp_path / path.parent.name) for path in pairs["int8"])
-    manifest = read_manifest(two)
-    train = manifest.splits["train"]
     writer = BlockWriter(two)
-    writer.renew("train", 0, train.files[0], quarantined=(0,), generation=1)
+    writer.renew("train", 0, files_of(two, "train")[0], quarantined=(0,), generation=1)
     writer.close()
-    splits = manifest.splits | {"train": replace(train, quarantined=(0,))}
-    publish_manifest(two, replace(manifest, splits=splits))
+    put_aside(two, "train", 0, (0,))
     merge([one, two], tmp_path / "both")
     merge([tmp_path / "both", third], tmp_path / "nested")
     merge([one, two, third], tmp_path / "all")
     assert contents(tmp_path / "nested") == contents(tmp_path / "all")
     assert len(contents(tmp_path / "all")) == sum(len(contents(p)) for p in (one, two, third))
-    (number,) = read_manifest(tmp_path / "all").splits["train"].quarantined
+    (number,) = quarantined(tmp_path / "all", "train")
     assert number == read_manifest(one).splits["train"].sequences
     assert verify(tmp_path / "all", deep=True).faults == ()
     assert len(Cache(tmp_path / "nested").attributes.corpus["parts"]) == 3

@@ -110,9 +110,9 @@ def edit_json(path: Path, *keys: Any, value: Any) -> None:
     ("keys", "value"),
     [
         (("splits", "train", "tokens"), 1),
-        (("splits", "train", "quarantined"), [0]),
-        (("splits", "train", "files", 0, 0, "sha256"), "0" * 64),
-        (("sealed", "files", 0, "bytes"), 1),
+        (("splits", "train", "quarantined", "rows"), 1),
+        (("splits", "train", "embeddings", "sha256"), "0" * 64),
+        (("sealed", "ledgers", "ledger/train/sealed", "rows"), 1),
         (("sealed", "metadata", "zarr.json"), "{}"),
         (("base", "files"), []),
         (("hash",), "0" * 64),

@@ -1,0 +1,118 @@
+"""Which sequences make which batch, and which batches are whose.
+
+Blocks are shuffled, then the sequences inside a window of blocks; batches are filled to a token
+budget, and dealt out to the ranks in turn. All of it is a pure function of (seed, epoch, position),
+of which a window is worked out when it is needed.
+
+Axes: S sequences of a window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from embedcache.cache.reader import SplitReader
+from embedcache.cache.subset import Subset
+from embedcache.errors import UsageError
+
+Array = np.ndarray[Any, Any]
+
+WINDOW = 8
+"""Blocks whose sequences are shuffled together."""
+
+
+class BatchOrder:
+    """The batches of one rank, as arrays of items: block, place in the block, length."""
+
+    def __init__(
+        self,
+        split: SplitReader,
+        *,
+        batch_tokens: int,
+        seed: int,
+        shuffle: bool,
+        subset: Subset | None,
+        rank: int,
+        ranks: int,
+    ):
+        if not 0 <= rank < ranks:
+            raise UsageError(
+                f"expected a rank from 0 to {ranks - 1}, one of {ranks}, found {rank}. Type for "
+                "example: BatchLoader(…, rank=0, ranks=2)"
+            )
+        self._split = split
+        self._batch_tokens = batch_tokens
+        self._seed = seed
+        self._shuffle = shuffle
+        self._subset = subset
+        self._rank = rank
+        self._ranks = ranks
+
+    def windows(self, epoch: int, skip: int) -> Iterator[list[Array]]:
+        """Yield this rank's batches of each window, from the epoch's batch ``skip`` on.
+
+        ``skip`` counts the batches of all ranks; of those that follow, a rank has every
+        ``ranks``-th. Where the order is shuffled, batches at the end that do not make a round of
+        all ranks are left out, for this epoch.
+        """
+        held: list[Array] = []
+        for batches in self._batches(epoch):
+            dropped = min(skip, len(batches))
+            skip -= dropped
+            held += batches[dropped:]
+            whole = len(held) - len(held) % self._ranks
+            yield held[self._rank : whole : self._ranks]
+            held = held[whole:]
+        if not self._shuffle:
+            yield held[self._rank : self._rank + 1]
+
+    def _batches(self, epoch: int) -> Iterator[list[Array]]:
+        """Yield the batches of each window; what does not fill its last one goes to the next."""
+        generator = np.random.default_rng([self._seed, epoch])
+        subset = self._subset
+        blocks = np.arange(self._split.manifest.blocks) if subset is None else subset.blocks
+        if self._shuffle:
+            blocks = generator.permutation(blocks)
+        left_S3 = np.empty((0, 3), np.int64)
+        for start in range(0, len(blocks), WINDOW):
+            items_S3 = self._items(blocks[start : start + WINDOW].tolist())
+            if self._shuffle:
+                items_S3 = items_S3[generator.permutation(len(items_S3))]
+            *full, left_S3 = fill(np.concatenate([left_S3, items_S3]), self._batch_tokens)
+            yield full
+        yield [left_S3] if len(left_S3) else []
+
+    def _items(self, blocks: list[int]) -> Array:
+        """Return the sequences of some blocks that are wanted."""
+        parts = []
+        for block in blocks:
+            _, rows_S2, document_S = self._split.sequences(block)
+            place_S = np.arange(len(rows_S2))
+            if self._subset is not None:
+                place_S = place_S[np.isin(document_S, self._subset.documents)]
+            length_S = (rows_S2[:, 1] - rows_S2[:, 0])[place_S]
+            parts.append(np.stack([np.full_like(place_S, block), place_S, length_S], axis=1))
+        return np.concatenate(parts)
+
+
+def fill(items_S3: Array, batch_tokens: int) -> list[Array]:
+    """Cut items into batches of at most so many tokens; a longer item is one of its own.
+
+    The last one may not be full; it is empty where there are no items.
+
+    >>> [batch[:, 2].tolist() for batch in fill(np.array([[0, 0, 3], [0, 1, 2], [1, 0, 9]]), 5)]
+    [[3, 2], [9]]
+    """
+    stop_S = np.cumsum(items_S3[:, 2])
+    batches, first = [], 0
+    while True:
+        before = int(stop_S[first - 1]) if first else 0
+        stop = int(np.searchsorted(stop_S, before + batch_tokens, side="right"))
+        stop = max(stop, first + 1)
+        batches.append(items_S3[first:stop])
+        if stop >= len(items_S3):
+            return batches
+        first = stop
