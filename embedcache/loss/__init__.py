@@ -11,11 +11,11 @@ call `frozen`, which walks the `tiles` of a head (on the device, or streamed fro
 (Triton).
 """
 
-from embedcache.loss.chunks import Chunks, plan_chunks, row_chunks
+from embedcache.loss.chunks import Chunks, plan_chunks
 from embedcache.loss.columns import Columns
 from embedcache.loss.exact import cross_entropy
-from embedcache.loss.likeliest import likeliest
 from embedcache.loss.shortlist import Shortlist
+from embedcache.loss.topk import likeliest, row_chunks
 
 __all__ = [
     "Chunks",

@@ -13,8 +13,8 @@ import torch
 from embedcache.errors import UsageError
 from embedcache.units import size as bytes_text
 
-CHUNK_BYTES = {"cpu": 64 << 20, "cuda": 1 << 30}
-"""Bytes of logits held at a time, by default."""
+LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+"""Bytes of logits held at a time, by default: on a CPU about what its caches hold."""
 FREE_SHARE = 0.25
 """Of a GPU's free memory, the most that logits take by default."""
 FULL_ROWS = 1024
@@ -93,18 +93,12 @@ def plan_chunks(
 
 def default_budget(device: torch.device) -> int:
     """Return the bytes of logits held at a time where nobody says: less on a GPU nearly full."""
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
+    budget = LOGIT_BYTES.get(device.type, LOGIT_BYTES["cuda"])
     if device.type != "cuda":
         return budget
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     free = torch.cuda.mem_get_info(device)[0] + unused
     return min(budget, int(FREE_SHARE * free))
-
-
-def row_chunks(rows: int, columns: int, device: torch.device) -> list[slice]:
-    """Cut rows into chunks whose float32 logits stay under ``CHUNK_BYTES`` of the device."""
-    budget = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"])
-    return _cut(rows, max(1, budget // (4 * columns)))
 
 
 def _cut(total: int, size: int) -> list[slice]:
