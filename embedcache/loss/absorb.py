@@ -11,8 +11,9 @@ from torch import Tensor
 from embedcache.loss.running import Running
 from embedcache.loss.tiles import Tile
 
-BLOCK_BYTES = {"cpu": 1 << 20, "cuda": 64 << 20}
-"""Bytes of logits that go through all steps before the next: on a CPU, what its cache holds."""
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+"""Bytes of logits that go through all steps before the next: on a CPU, what its cores' own caches
+hold, but no less, for each step waits for all cores."""
 
 
 def absorb(

@@ -13,7 +13,7 @@ import torch
 from embedcache.errors import UsageError
 from embedcache.units import size as bytes_text
 
-LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
+LOGIT_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
 """Bytes of logits held at a time, by default: on a CPU about what its caches hold."""
 FREE_SHARE = 0.25
 """Of a GPU's free memory, the most that logits take by default."""
@@ -96,8 +96,10 @@ def default_budget(device: torch.device) -> int:
     budget = LOGIT_BYTES.get(device.type, LOGIT_BYTES["cuda"])
     if device.type != "cuda":
         return budget
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
+    free = torch.cuda.mem_get_info(device)[0]
+    if FREE_SHARE * free < budget:
+        # What the allocator holds and nobody uses is free, too; to ask it takes longer.
+        free += torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return min(budget, int(FREE_SHARE * free))
 
 

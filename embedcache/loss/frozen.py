@@ -51,6 +51,8 @@ def frozen_head_loss(
     """
     weight_CH = columns.weight_CH
     x_NH = x_NH.to(weight_CH.dtype)
+    if not torch.is_grad_enabled():
+        x_NH = x_NH.detach()  # or a gradient would be computed for nobody
     if chunks is None:
         streamed = weight_CH.device != x_NH.device
         chunks = plan_chunks(

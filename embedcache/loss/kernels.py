@@ -42,26 +42,27 @@ def absorb_by_triton(
     if not rows:
         return shrink_R
     block = min(BLOCK, triton.next_power_of_2(columns))
-    _absorb[(rows,)](
-        logits_RC,
-        logits_RC.stride(0),
-        targets_R,
-        tile.start,
-        running.peak_R,
-        running.total_R,
-        running.label_R,
-        shrink_R,
-        tile.columns.bias_C,
-        tile.columns.log_weight_C,
-        columns,
-        min(logits_RC.stride(0), -(-columns // 16) * 16),
-        scale,
-        1.0 if softcap is None else softcap,
-        HAS_SOFTCAP=softcap is not None,
-        NEEDS_GRADIENT=needs_gradient,
-        BLOCK=block,
-        num_warps=max(1, block // (32 * LANES)),
-    )
+    with torch.cuda.device_of(logits_RC):  # Triton launches on the current device
+        _absorb[(rows,)](
+            logits_RC,
+            logits_RC.stride(0),
+            targets_R,
+            tile.start,
+            running.peak_R,
+            running.total_R,
+            running.label_R,
+            shrink_R,
+            tile.columns.bias_C,
+            tile.columns.log_weight_C,
+            columns,
+            min(logits_RC.stride(0), -(-columns // 16) * 16),
+            scale,
+            1.0 if softcap is None else softcap,
+            HAS_SOFTCAP=softcap is not None,
+            NEEDS_GRADIENT=needs_gradient,
+            BLOCK=block,
+            num_warps=max(1, block // (32 * LANES)),
+        )
     return shrink_R
 
 

@@ -34,7 +34,7 @@ def test_a_gpu_takes_the_whole_vocabulary_for_equal_chunks_of_rows():
 
 def test_a_small_budget_cuts_the_vocabulary_before_products_get_narrow():
     plan = plan_chunks(16_384, 49_152, torch.float32, CPU)
-    assert plan == Chunks(rows=1024, columns=4096, bytes=16 * MIB)
+    assert plan == Chunks(rows=1024, columns=8192, bytes=32 * MIB)
 
 
 def test_few_positions_get_wide_tiles():

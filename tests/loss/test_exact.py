@@ -119,15 +119,17 @@ def test_backward_twice_gives_the_same_twice():
     assert torch.equal(first, second)
 
 
-class Largest(TorchDispatchMode):
-    """Notes the most elements of any tensor made, and of any in float32."""
+class Made(TorchDispatchMode):
+    """Notes the operations, and the most elements of any tensor made, and of any in float32."""
 
     def __init__(self) -> None:
         super().__init__()
         self.elements = self.wide = 0
+        self.operations: set[str] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        self.operations.add(func.overloadpacket.__name__)
         if isinstance(result, torch.Tensor) and not func.is_view:
             self.elements = max(self.elements, result.numel())
             if result.dtype == torch.float32:
@@ -135,10 +137,19 @@ class Largest(TorchDispatchMode):
         return result
 
 
+def test_no_gradient_is_computed_for_nobody():
+    x, head, targets = problem("plain", 7, 33, 5)
+    with Made() as wanted:
+        cross_entropy(x, head, targets)
+    with torch.no_grad(), Made() as unwanted:
+        cross_entropy(x, head, targets)
+    assert wanted.operations - unwanted.operations >= {"addmm_", "scatter_"}
+
+
 def test_neither_all_logits_nor_a_float32_head_ever_exist():
     N, V, H = 60, 501, 64
     x, head, targets = problem("all", N, V, H, torch.bfloat16)
-    with Largest() as made:
+    with Made() as made:
         cross_entropy(x, head, targets, chunks=Chunks(rows=10, columns=100)).sum().backward()
     assert 0 < made.elements <= N * H < V * H
     assert made.wide <= N * H
