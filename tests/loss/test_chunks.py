@@ -32,6 +32,12 @@ def test_a_gpu_takes_the_whole_vocabulary_for_equal_chunks_of_rows():
     assert str(plan) == "2,048 positions × 248,320 tokens (1.0 GB)"
 
 
+def test_chunks_are_of_equal_size():
+    # 10,922 positions would fit, and leave 5,462 for the second chunk.
+    plan = plan_chunks(16_384, 49_152, torch.bfloat16, CUDA, budget=1024 * MIB)
+    assert (plan.rows, plan.columns) == (8192, 49_152)
+
+
 def test_a_small_budget_cuts_the_vocabulary_before_products_get_narrow():
     plan = plan_chunks(16_384, 49_152, torch.float32, CPU)
     assert plan == Chunks(rows=1024, columns=8192, bytes=32 * MIB)

@@ -75,6 +75,16 @@ def test_bfloat16_gradients_of_confident_positions(cuts):
     assert each.max() < 0.06
 
 
+def test_many_tiles_add_no_rounding_to_bfloat16_gradients():
+    x, head, targets = problem("scale", 64, 2003, 16, torch.bfloat16)
+    errors = []
+    for columns in (ALL, 20):
+        loss = cross_entropy(x, head, targets, chunks=Chunks(rows=ALL, columns=columns))
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        errors.append(difference(gradient, reference(x, head, targets, torch.ones(64))[1]))
+    assert errors[1] < 1.2 * errors[0]
+
+
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_head_never_takes_a_gradient(kind):
     x, head, targets = problem(kind, 7, 33, 5)
@@ -156,12 +166,13 @@ def test_neither_all_logits_nor_a_float32_head_ever_exist():
 
 
 @pytest.mark.parametrize("head_dtype", [torch.bfloat16, torch.float32])
-def test_autocast_changes_nothing(head_dtype):
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16])
+def test_autocast_changes_nothing(head_dtype, autocast):
     x, head, targets = problem("plain", 64, 101, 16)
     head = Head(head.weight_VH.to(head_dtype))
     expected = cross_entropy(x, head, targets, chunks=Chunks(rows=9, columns=20))
     (gradient,) = torch.autograd.grad(expected.sum(), x)
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast("cpu", autocast):
         found = cross_entropy(x, head, targets, chunks=Chunks(rows=9, columns=20))
     found.sum().backward()
     assert torch.equal(found, expected)
