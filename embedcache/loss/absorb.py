@@ -11,9 +11,9 @@ from torch import Tensor
 from embedcache.loss.running import Running
 from embedcache.loss.tiles import Tile
 
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
-"""Bytes of logits that go through all steps before the next: on a CPU, what its cores' own caches
-hold, but no less, for each step waits for all cores."""
+BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 64 << 20}
+"""Bytes of wide logits that go through all steps before the next, so that copies of bfloat16 ones
+stay small. Smaller is no faster on a CPU: each step waits for all cores."""
 
 
 def absorb(
