@@ -11,9 +11,8 @@ from torch import Tensor
 from embedcache.loss.running import Running
 from embedcache.loss.tiles import Tile
 
-BLOCK_BYTES = {"cpu": 32 << 20, "cuda": 64 << 20}
-"""Bytes of wide logits that go through all steps before the next, so that copies of bfloat16 ones
-stay small. Smaller is no faster on a CPU: each step waits for all cores."""
+BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
+"""Bytes of float32 logits copied at a time, where a copy is needed; a CPU's stay in its cache."""
 
 
 def absorb(
@@ -34,8 +33,10 @@ def absorb(
     """
     wide = running.peak_R.dtype
     shrink_R = torch.empty_like(running.peak_R)
-    size = BLOCK_BYTES.get(logits_RC.device.type, BLOCK_BYTES["cuda"])
-    step = max(1, size // (wide.itemsize * logits_RC.shape[1]))
+    step = max(1, len(logits_RC))
+    if logits_RC.dtype != wide or softcap is not None:
+        block = BLOCK_BYTES.get(logits_RC.device.type, BLOCK_BYTES["cuda"])
+        step = max(1, block // (wide.itemsize * logits_RC.shape[1]))
     for start in range(0, len(logits_RC), step):
         rows = slice(start, start + step)
         block_BC, seen, columns = logits_RC[rows], running.of(rows), tile.columns

@@ -13,7 +13,7 @@ import torch
 from embedcache.errors import UsageError
 from embedcache.units import size as bytes_text
 
-LOGIT_BYTES = {"cpu": 32 << 20, "cuda": 1 << 30}
+LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 """Bytes of logits held at a time, by default: on a CPU about what its caches hold."""
 FREE_SHARE = 0.25
 """Of a GPU's free memory, the most that logits take by default."""

@@ -40,7 +40,7 @@ def test_chunks_are_of_equal_size():
 
 def test_a_small_budget_cuts_the_vocabulary_before_products_get_narrow():
     plan = plan_chunks(16_384, 49_152, torch.float32, CPU)
-    assert plan == Chunks(rows=1024, columns=8192, bytes=32 * MIB)
+    assert plan == Chunks(rows=1024, columns=4096, bytes=16 * MIB)
 
 
 def test_few_positions_get_wide_tiles():

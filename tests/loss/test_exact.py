@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedcache.base.head import Head
 from embedcache.errors import UsageError
-from embedcache.loss import Chunks, Shortlist, cross_entropy, likeliest
+from embedcache.loss import Chunks, Shortlist, absorb, cross_entropy, likeliest
 
 ALL = 10_000
 CUTS = [(1, 9), (5, 40), (5, ALL), (ALL, 2), (ALL, ALL)]  # rows and columns at a time
@@ -54,6 +54,18 @@ def test_default_chunks_and_no_gradient_give_the_same(kind):
     assert not found.requires_grad
     expected = reference(x, head, targets, weights(64))[0]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_blocks_of_copies_give_the_same_bits(dtype, monkeypatch):
+    x, head, targets = problem("all", 64, 101, 16, dtype)
+    results = []
+    for rows in (100, 7):
+        monkeypatch.setitem(absorb.BLOCK_BYTES, "cpu", rows * 4 * 30)
+        loss = cross_entropy(x, head, targets, chunks=Chunks(rows=ALL, columns=30))
+        results.append((loss, *torch.autograd.grad(loss.sum(), x)))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 def test_finite_differences():
