@@ -40,6 +40,7 @@ format: $(SETUP) ## Format the code
 bench: $(SETUP) ## Measure against peers; results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/bench_reader.py
 	$(BIN)/python tests/benchmarks/bench_extract.py
+	$(BIN)/python tests/benchmarks/bench_loss.py
 
 reproduce: $(SETUP) ## The reference protocol (a GPU; FLAGS name the data, see examples/paper)
 	$(BIN)/python examples/paper/reference_protocol.py --out runs/reference $(FLAGS)

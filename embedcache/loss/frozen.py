@@ -1,0 +1,186 @@
+"""The cross-entropy of any columns of a frozen head, and its gradient, tile by tile.
+
+With logits l = cap(scale · (x·w + b)) and p = softmax(l), the gradient of the label's -log p is
+scale · Σ (p_c - [c = label]) cap'(l_c) w_c. The sum over the other columns is kept without its
+divisor, as in FlashAttention's forward pass (arXiv 2205.14135): when a tile raises the peak, what
+was summed shrinks. The label's own term is added at the end, from its loss in full precision:
+beside the others it would lose p - 1, which is small where the model is right, to rounding.
+
+Axes: N positions, R positions of a chunk, C columns, H hidden.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from functools import cache
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedcache.base.head import Head
+from embedcache.errors import UsageError, nearest
+from embedcache.loss.absorb import absorb
+from embedcache.loss.chunks import Chunks, plan_chunks
+from embedcache.loss.columns import Columns
+from embedcache.loss.labels import LabelRows
+from embedcache.loss.running import Running
+from embedcache.loss.tiles import tiles
+
+Step = Callable[..., Tensor]
+"""`absorb`, or Triton's of the same arguments."""
+IMPLS = ("auto", "torch", "triton")
+ROW_ALIGNMENT = 64
+"""On a GPU, rows of logits are a multiple of this many apart."""
+
+
+def frozen_head_loss(
+    x_NH: Tensor,
+    columns: Columns,
+    head: Head,
+    targets_N: Tensor,
+    *,
+    impl: str = "auto",
+    chunks: Chunks | None = None,
+) -> Tensor:
+    """Return the cross-entropy over ``columns`` of each position, [N]; see `exact`.
+
+    ``targets_N`` are places among the columns; of ``head`` only scale and soft-cap are used.
+    """
+    weight_CH = columns.weight_CH
+    x_NH = x_NH.to(weight_CH.dtype)
+    if not torch.is_grad_enabled():
+        x_NH = x_NH.detach()  # or a gradient would be computed for nobody
+    if chunks is None:
+        streamed = weight_CH.device != x_NH.device
+        chunks = plan_chunks(
+            len(x_NH),
+            len(weight_CH),
+            weight_CH.dtype,
+            x_NH.device,
+            streamed_hidden=weight_CH.shape[1] if streamed else 0,
+        )
+    apply: Any = _FrozenHeadLoss.apply  # torch leaves it untyped
+    step = _implementation(impl, x_NH)
+    loss_N: Tensor = apply(x_NH, columns, head.logit_scale, head.softcap, targets_N, chunks, step)
+    return loss_N
+
+
+class _FrozenHeadLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x_NH: Tensor,
+        columns: Columns,
+        scale: float,
+        softcap: float | None,
+        targets_N: Tensor,
+        chunks: Chunks,
+        step: Step,
+    ) -> Tensor:
+        device, N, C = x_NH.device, len(x_NH), len(columns.weight_CH)
+        wide = torch.promote_types(x_NH.dtype, torch.float32)
+        needs_gradient: bool = ctx.needs_input_grad[0]
+        rows, cuts = chunks.of_rows(N), chunks.of_columns(C)
+        running = Running.start(N, wide, device)
+        buffer = x_NH.new_empty(min(N, chunks.rows) * _width(min(C, chunks.columns), device))
+        # Sums over several tiles are kept wide: each would be rounded otherwise.
+        sum_dtype = x_NH.dtype if len(cuts) == 1 else wide
+        sum_NH = x_NH.new_zeros(x_NH.shape, dtype=sum_dtype) if needs_gradient else None
+        labels = LabelRows(columns, targets_N, device)
+        with torch.autocast(device.type, enabled=False):
+            for tile in tiles(columns, cuts, device):
+                weight_CH = tile.columns.weight_CH
+                for chunk in rows:
+                    logits_RC = _matrix(buffer, chunk.stop - chunk.start, len(weight_CH))
+                    torch.mm(x_NH[chunk], weight_CH.T, out=logits_RC)
+                    shrink_R = step(
+                        logits_RC,
+                        tile,
+                        targets_N[chunk],
+                        running.of(chunk),
+                        scale=scale,
+                        softcap=softcap,
+                        needs_gradient=needs_gradient,
+                    )
+                    if sum_NH is not None:
+                        _add_product(sum_NH[chunk].mul_(shrink_R[:, None]), logits_RC, weight_CH)
+                if needs_gradient:
+                    labels.see(tile)
+        del buffer
+        loss_N = running.cross_entropy()
+        if softcap is not None:
+            # tanh would hide an infinite embedding.
+            loss_N.masked_fill_(~x_NH.isfinite().all(dim=1), torch.nan)
+        if sum_NH is not None:
+            for chunk in rows:
+                factor_R = scale / running.total_R[chunk]
+                # p - 1 at the label, times its slope
+                label_R = torch.expm1(-loss_N[chunk]) * scale
+                if softcap is not None:
+                    capped_R = running.label_R[chunk] - labels.log_weight(chunk)
+                    label_R *= 1 - (capped_R / softcap).square()
+                gradient_RH = sum_NH[chunk] * factor_R[:, None]
+                sum_NH[chunk] = gradient_RH.add_(labels.rows(chunk) * label_R[:, None])
+            ctx.save_for_backward(sum_NH.to(x_NH.dtype))
+        return loss_N
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient_NH,) = ctx.saved_tensors
+        x_gradient_NH = (gradient_NH * gradients[0][:, None]).to(gradient_NH.dtype)
+        return x_gradient_NH, *(None,) * 6
+
+
+def _add_product(sum_RH: Tensor, slopes_RC: Tensor, weight_CH: Tensor) -> None:
+    if sum_RH.dtype == weight_CH.dtype:
+        sum_RH.addmm_(slopes_RC, weight_CH)
+    else:
+        sum_RH.add_(slopes_RC @ weight_CH)
+
+
+def _width(columns: int, device: torch.device) -> int:
+    """Return how far apart rows of logits are: on a GPU each starts on a whole cache line.
+
+    On a CPU nothing is gained, and oneDNN's bfloat16 products read what lies between rows.
+    """
+    if device.type == "cpu":
+        return columns
+    return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
+    """Return the start of a flat buffer as [rows, columns]."""
+    width = _width(columns, buffer.device)
+    return buffer[: rows * width].view(rows, width)[:, :columns]
+
+
+def _implementation(impl: str, x_NH: Tensor) -> Step:
+    """Return the function that adds a tile to the running softmax.
+
+    Raises ``UsageError`` for an unknown name, or ``triton`` where it cannot run.
+    """
+    if impl not in IMPLS:
+        raise UsageError(f"impl is {', '.join(IMPLS)}; found '{impl}'.{nearest(impl, IMPLS)}")
+    possible = x_NH.dtype != torch.float64 and _triton_runs_on(x_NH.device.type)
+    if impl == "triton" and not possible:
+        raise UsageError(
+            "impl 'triton' needs Triton, a CUDA device and a dtype below float64; found "
+            f"{x_NH.dtype} on {x_NH.device}, Triton "
+            f"{'installed' if find_spec('triton') else 'missing'}. Type: impl='auto'"
+        )
+    if impl == "torch" or not possible or (impl == "auto" and x_NH.device.type != "cuda"):
+        return absorb
+    from embedcache.loss.kernels import absorb_by_triton
+
+    return absorb_by_triton
+
+
+@cache
+def _triton_runs_on(device_type: str) -> bool:
+    """Say whether Triton is installed and compiles for the device, or interprets."""
+    if find_spec("triton") is None:
+        return False
+    return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,122 @@
+"""Triton's kernel against the PyTorch path: interpreted on a CPU, compiled on a GPU."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from types import ModuleType
+
+import pytest
+import torch
+from loss_problems import HEADS, difference, problem, reference
+
+from embedcache.loss import Chunks, Columns, cross_entropy
+from embedcache.loss.absorb import absorb
+from embedcache.loss.running import Running
+from embedcache.loss.tiles import Tile
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+# NumPy, which interprets, says so where exp of a masked column overflows.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::RuntimeWarning"),
+    pytest.mark.filterwarnings("ignore:TRITON_DEFAULT_FP_FUSION"),
+]
+
+
+@pytest.fixture
+def kernels() -> ModuleType:
+    """Import the kernels, if they can run here."""
+    pytest.importorskip("triton", reason="Triton is not installed")
+    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("no GPU; TRITON_INTERPRET=1 python -m pytest tests/loss/test_kernels.py")
+    return importlib.import_module("embedcache.loss.kernels")
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("options", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [16, 8192])
+def test_a_step_of_the_running_softmax(
+    kernels, device, softcap, options, dtype, block, monkeypatch
+):
+    monkeypatch.setattr(kernels, "BLOCK", block)
+    R, C, width = 5, 43, 64
+    torch.manual_seed(0)
+    padded = torch.full((R, width), torch.nan, dtype=dtype, device=device)
+    padded[:, :C] = torch.randn(R, C).to(device, dtype) * 4
+    padded[2, :20] = -torch.inf
+    bias = torch.randn(C, device=device) if options else None
+    log_weight = torch.rand(C, device=device) if options else None
+    tile = Tile(100, Columns(torch.empty(C, 1, device=device), bias, log_weight))
+    targets = torch.tensor([100, 99, 142, 143, 121], device=device)  # 99 and 143: other tiles'
+    settings = {"scale": 0.7 if options else 1.0, "softcap": softcap}
+    results = []
+    for step in (absorb, kernels.absorb_by_triton):
+        for needs_gradient in (True, False):
+            buffer = padded.clone()
+            running = Running.start(R, torch.float32, torch.device(device))
+            running.peak_R[:2], running.total_R[:2] = 9.0, 3.0
+            running.label_R[:2] = 0.5
+            shrink = step(
+                buffer[:, :C], tile, targets, running, needs_gradient=needs_gradient, **settings
+            )
+            slopes = buffer[:, :C].float() if needs_gradient else torch.zeros(1)
+            results.append([slopes, shrink, running.peak_R, running.total_R, running.label_R])
+    # The interpreter cuts bfloat16 off where a GPU rounds: a unit in the last place.
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    for ours, oracle in zip(results[2:], results[:2], strict=True):
+        torch.testing.assert_close(ours[0], oracle[0], rtol=tolerance, atol=1e-6)
+        torch.testing.assert_close(ours[1:], oracle[1:], rtol=2e-6, atol=2e-6, equal_nan=True)
+    assert results[2][4].isnan().tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize(
+    ("dtype", "nats", "share"),
+    [
+        (torch.float32, 2e-5, 1e-5),
+        (torch.bfloat16, 6e-2, 2e-2),
+    ],
+)
+@pytest.mark.parametrize("cuts", [(3, 40), (10_000, 10_000)])
+def test_values_and_gradients(kernels, device, kind, dtype, nats, share, cuts):
+    x, head, targets = problem(kind, 7, 101, 16, dtype, device)
+    chunks = Chunks(rows=cuts[0], columns=cuts[1])
+    found = cross_entropy(x, head, targets, impl="triton", chunks=chunks)
+    found.sum().backward()
+    expected, gradient = reference(x, head, targets, torch.ones(7, device=device))
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=nats)
+    assert difference(x.grad, gradient) <= share
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("kind", ["plain", "all"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(kernels, device, kind, bad):
+    x, head, targets = problem(kind, 7, 33, 5, device=device)
+    with torch.no_grad():
+        x[3, 2] = bad
+    found = cross_entropy(x, head, targets, impl="triton", chunks=Chunks(rows=3, columns=10))
+    assert found.isnan().tolist() == [row == 3 for row in range(7)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", HEADS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(1, 3, 2), (300, 50_257, 64), (130, 9_001, 576)])
+def test_both_implementations_agree_on_a_gpu(kernels, kind, dtype, shape):
+    x, head, targets = problem(kind, *shape, dtype, "cuda")
+    if kind in ("plain", "bias"):
+        head.weight_VH.mul_(shape[2] ** -0.5)
+    results = []
+    for impl in ("torch", "triton"):
+        loss = cross_entropy(x, head, targets, impl=impl)
+        (gradient,) = torch.autograd.grad(loss.sum(), x)
+        results.append((loss, gradient))
+    (loss, gradient), (oracle_loss, oracle_gradient) = results[1], results[0]
+    torch.testing.assert_close(loss, oracle_loss, rtol=1e-5, atol=1e-5)
+    assert difference(gradient, oracle_gradient.double()) <= (
+        1e-5 if dtype == torch.float32 else 5e-3
+    )
