@@ -11,9 +11,18 @@ import typer
 from .show import TerminalProgress, print_json, print_table
 
 if TYPE_CHECKING:
+    from embedcache.progress import Progress
     from embedcache.training.config import TrainConfig
 
 SHOWN = 20
+
+
+def own_progress() -> Progress:
+    """Return a terminal's progress; only the first of ``torchrun``'s processes shows any."""
+    from embedcache.progress import SILENT
+    from embedcache.training.ranks import is_leader
+
+    return TerminalProgress() if is_leader() else SILENT
 
 
 def run_sweep(
@@ -28,6 +37,7 @@ def run_sweep(
     """Train all runs into folders of ``out``, and rank them; exit with 1 if any failed."""
     from embedcache.train import preview, sweep
     from embedcache.training.leaderboard import publish_leaderboard, ranking
+    from embedcache.training.ranks import is_leader
 
     if dry_run:
         plans = {
@@ -47,8 +57,11 @@ def run_sweep(
         cache,
         runs={out / name: config for name, config in runs.items()},
         device=device,
-        progress=TerminalProgress(),
+        progress=own_progress(),
     )
+    failed = [result for result in results if result.failure is not None]
+    if not is_leader():
+        raise typer.Exit(int(bool(failed)))
     rows = ranking(
         [
             (name, result.config, result.summary, result.failure)
@@ -56,7 +69,6 @@ def run_sweep(
         ]
     )
     publish_leaderboard(out, rows)
-    failed = [row for row in rows if row["failure"] is not None]
     if as_json:
         print_json(rows)
     else:
@@ -79,7 +91,7 @@ def run_sweep(
         typer.echo(
             f"\n{len(rows) - len(failed)} of {len(rows)} carry-ons; all: {out}/leaderboard.json"
         )
-    for row in failed:
-        typer.echo(f"{row['name']} failed: {row['failure']}", err=True)
+    for result in failed:
+        typer.echo(f"{result.out.name} failed: {result.failure}", err=True)
     if failed:
         raise typer.Exit(1)

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .show import TerminalProgress, print_json, print_pairs
-from .sweep import run_sweep
+from .show import print_json, print_pairs
+from .sweep import own_progress, run_sweep
 
 
 def train_command(
@@ -57,6 +57,7 @@ def train_command(
     from embedcache.errors import UsageError
     from embedcache.train import preview, train
     from embedcache.training.config import TrainConfig, read_settings
+    from embedcache.training.ranks import is_leader
     from embedcache.training.sweep import merged, read_sweep
 
     settings: dict[str, Any] = {} if config is None else read_settings(config)
@@ -96,7 +97,9 @@ def train_command(
         else:
             print_pairs(list(asdict(plan).items()))
         return
-    result = train(cache, out=out, config=request, device=device, progress=TerminalProgress())
+    result = train(cache, out=out, config=request, device=device, progress=own_progress())
+    if not is_leader():
+        return
     if as_json:
         print_json(asdict(result))
         return

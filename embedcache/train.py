@@ -19,6 +19,7 @@ from embedcache.progress import SILENT, Progress
 from embedcache.training.config import TrainConfig
 from embedcache.training.member import Member, TrainSummary
 from embedcache.training.output import check_out
+from embedcache.training.ranks import ALONE, Ranks, joined, local_device
 from embedcache.training.trainer import Trainer
 
 __all__ = ["SweepResult", "TrainPlan", "TrainSummary", "preview", "sweep", "train"]
@@ -37,6 +38,8 @@ def train(
     The dev split picks the epoch that is kept. A run that was interrupted goes on where its last
     checkpoint stands and gives the same weights as one that was not (same device and threads).
 
+    Under ``torchrun``, every process takes a share of each step's tokens (data-parallel).
+
     Raises:
         UsageError: for settings that cannot be.
         CacheError: if the cache is incomplete, damaged or lacks a tap.
@@ -44,7 +47,9 @@ def train(
         NumericsError: if the loss or gradient is not finite; the last good state is kept.
     """
     runs = {out: config or TrainConfig()}
-    (result,) = _train(_Shared(cache_path, device, progress), runs)
+    target = local_device(resolve_device(device))
+    with joined(target) as ranks:
+        (result,) = _train(_Shared(cache_path, target, progress, ranks), runs)
     if result.failure is not None:
         raise result.failure
     assert result.summary is not None
@@ -71,16 +76,23 @@ def sweep(
     """Train several carry-ons, by folder, on one cache: each comes to what `train` alone makes.
 
     Those of one shape are stacked: they go through the same products, and what is read for one is
-    read for all that see it. One that fails leaves the others alone, and is reported.
+    read for all that see it. One that fails leaves the others alone, and is reported. Under
+    ``torchrun``, the runs are dealt out to the processes, and every one returns all results.
 
     Runs that are finished already, with these very settings, are passed over, so that a sweep that
     was stopped goes on by the same call. Raises what `train` does for settings and folders, before
     anything is written.
     """
-    shared = _Shared(cache_path, device, progress)
-    done = {out: shared.finished(out, config) for out, config in runs.items()}
-    trained = _train(shared, {out: runs[out] for out in runs if done[out] is None})
-    results = {result.out: result for result in trained}
+    target = local_device(resolve_device(device))
+    shared = _Shared(cache_path, target, progress)
+    with joined(target) as ranks:
+        done = {out: shared.finished(out, config) for out, config in runs.items()}
+        todo = [out for out in runs if done[out] is None]
+        for out in todo:
+            shared.check(out, runs[out])
+        ranks.wait()  # none writes before all have checked
+        trained = _train(shared, {out: runs[out] for out in todo[ranks.rank :: ranks.count]})
+        results = {result.out: result for some in ranks.gather(trained) for result in some}
     return [
         results.get(out) or SweepResult(out=out, config=config, summary=done[out], failure=None)
         for out, config in runs.items()
@@ -103,7 +115,7 @@ class TrainPlan:
 
 def preview(cache_path: Path, *, out: Path, config: TrainConfig, device: str = "auto") -> TrainPlan:
     """Make every check that `train` makes before it writes; return the plan."""
-    shared = _Shared(cache_path, device, SILENT)
+    shared = _Shared(cache_path, resolve_device(device), SILENT)
     shared.check(out, config)
     cache, trainer = shared.cache, shared.trainer
     tokens, dev_tokens = trainer.epoch_tokens(config.documents), 0
@@ -126,11 +138,14 @@ def preview(cache_path: Path, *, out: Path, config: TrainConfig, device: str = "
 class _Shared:
     """An open cache and what is checked before anything is written."""
 
-    def __init__(self, cache_path: Path, device: str, progress: Progress):
+    def __init__(
+        self, cache_path: Path, device: torch.device, progress: Progress, ranks: Ranks = ALONE
+    ):
         self.cache = Cache(cache_path)
-        self.device = resolve_device(device)
+        self.device = device
         self.progress = progress
-        self.trainer = Trainer(self.cache, self.device, progress)
+        self.ranks = ranks
+        self.trainer = Trainer(self.cache, self.device, progress, ranks)
 
     def request(self, config: TrainConfig) -> dict[str, Any]:
         """Return what a checkpoint must have been made for, to be gone on from."""
@@ -138,6 +153,7 @@ class _Shared:
             "cache": self.cache.manifest.hash,
             "config": config.to_dict(),
             "device": self.device.type,
+            "processes": self.ranks.count,
         }
 
     def check(self, out: Path, config: TrainConfig) -> None:
@@ -162,10 +178,13 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
     for out, config in runs.items():
         shared.check(out, config)
     members: list[Member] = []
+    ranks = shared.ranks
+    ranks.wait()  # none writes before all have checked
     with ExitStack() as locks:
         for out, config in runs.items():
-            locks.enter_context(writer_lock(out))
-            check_out(out, shared.request(config))  # it may have changed on the way to the lock
+            if ranks.leads:
+                locks.enter_context(writer_lock(out))
+                check_out(out, shared.request(config))  # it may have changed meanwhile
             members.append(
                 Member(
                     out,
@@ -174,13 +193,16 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
                     tokens=shared.trainer.epoch_tokens(config.documents),
                     request=shared.request(config),
                     progress=shared.progress,
+                    writes=ranks.leads,
                 )
             )
+        ranks.wait()  # the folders are there
         for stack in shared.trainer.stacks(members):
             shared.trainer.run(stack)
         for member in members:
-            if member.summary is not None:
+            if member.summary is not None and ranks.leads:
                 (member.out / LOCK).unlink()
+        ranks.wait()
     return [
         SweepResult(out=m.out, config=m.config, summary=m.summary, failure=m.failure)
         for m in members

@@ -70,14 +70,19 @@ class Member:
         tokens: int,
         request: dict[str, Any],
         progress: Progress,
+        writes: bool = True,
     ):
-        """Begin, or go on from the checkpoint in ``out``; ``tokens`` are those of an epoch."""
+        """Take note of a run into ``out`` over ``tokens`` an epoch.
+
+        Where it does not write, another process of the run does.
+        """
         self.out, self.config, self.loss = out, config, loss
         self.state = TrainState()
         self.failure: EmbedcacheError | OSError | None = None
         self.summary: TrainSummary | None = None
         self.total = tokens * config.epochs
         self._request = request
+        self._writes = writes
         self._progress = progress
         self._moments: Tensors = {}
         self._best: Tensors = {}
@@ -93,7 +98,7 @@ class Member:
             model = CarryOn(self.config.carryon, hidden)
         model.calibrate({tap: sample[tap] for tap in self.config.carryon.taps})
         for path in self.out.iterdir():
-            if is_partial(path):
+            if self._writes and is_partial(path):
                 path.unlink()
         checkpoint = self.out / CHECKPOINT
         resumed = checkpoint.is_file()
@@ -103,14 +108,19 @@ class Member:
             self._progress.say(f"resuming at step {self.state.step}")
         self._resumed_at = self.state.step
         self._before = (self.state.tokens, self.state.seconds)
-        self.metrics = Metrics(self.out / METRICS_FILE, resume=self.state if resumed else None)
+        if self._writes:
+            self.metrics = Metrics(self.out / METRICS_FILE, resume=self.state if resumed else None)
         return model
 
     def take_base(self, base_dev: float | None) -> None:
         """Take note of the base's dev loss, unless that was done before."""
         if base_dev is not None and self.state.base_dev is None:
             self.state.base_dev = base_dev
-            self.metrics.add(step=0, epoch=0, dev_loss=base_dev)
+            self._log(step=0, epoch=0, dev_loss=base_dev)
+
+    def _log(self, **row: Any) -> None:
+        if self._writes:
+            self.metrics.add(**row)
 
     def enter(self, stack: Stack, index: int) -> None:
         """Give the stack's optimiser what the checkpoint kept of it."""
@@ -140,18 +150,26 @@ class Member:
             )
 
     def count(
-        self, *, loss: float, norm: float, rate: float, tokens: int, targets: int, seconds: float
+        self,
+        *,
+        loss: float,
+        norm: float,
+        rate: float,
+        tokens: int,
+        targets: int,
+        batches: int,
+        seconds: float,
     ) -> None:
-        """Take note of a step that was taken."""
+        """Take note of a step that was taken over so many batches, one a process."""
         state = self.state
-        state.position += 1
+        state.position += batches
         state.step += 1
         state.tokens += tokens
         state.seconds += seconds
         state.epoch_loss += loss * targets
         state.epoch_targets += targets
         if state.step % LOG_STEPS == 0:
-            self.metrics.add(
+            self._log(
                 step=state.step,
                 epoch=state.epoch,
                 tokens=state.tokens,
@@ -190,7 +208,7 @@ class Member:
             self._best = {name: value.clone() for name, value in weights.items()}
         state.epoch += 1
         state.position, state.epoch_loss, state.epoch_targets = 0, 0.0, 0
-        self.metrics.add(step=state.step, epoch=state.epoch, **row)
+        self._log(step=state.step, epoch=state.epoch, **row)
 
     def save_if_due(self, stack: Stack, index: int) -> None:
         """Save now and then."""
@@ -199,6 +217,8 @@ class Member:
 
     def save(self, stack: Stack, index: int) -> None:
         """Publish a checkpoint of the state, the weights and the optimiser."""
+        if not self._writes:
+            return
         checkpoint = Checkpoint(
             state=self.state,
             weights=stack.model.member(index),
@@ -230,6 +250,8 @@ class Member:
             tokens_per_second=round(state.tokens / max(state.seconds, 1e-9), 1),
             resumed_at_step=self._resumed_at,
         )
+        if not self._writes:
+            return
         record = CarryOnRecord(
             config=self.config.carryon,
             base=attributes.base,

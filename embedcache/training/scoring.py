@@ -12,6 +12,7 @@ from embedcache.carryon.model import CarryOn
 from embedcache.device import any_shape_attention
 from embedcache.evaluate import FrozenInputs
 from embedcache.loss import Shortlist, cross_entropy
+from embedcache.training.ranks import ALONE, Ranks
 
 
 class DevLoss(NamedTuple):
@@ -33,10 +34,12 @@ def dev_losses(
     stack: CarryOn | None,
     shortlist: Shortlist | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
+    ranks: Ranks = ALONE,
 ) -> list[DevLoss]:
     """Return the loss of each of K carry-ons in one pass over batches that hold some target.
 
-    Without a ``stack``, that of the base, as a list of one.
+    Without a ``stack``, that of the base, as a list of one. Each of ``ranks`` gives some of the
+    batches.
     """
     K = 1 if stack is None else len(stack.branch.weight)
     exact_K, estimate_K = torch.zeros(2, K, dtype=torch.float64)
@@ -56,6 +59,10 @@ def dev_losses(
             estimate_K += loss_KN.double().sum(dim=1).cpu()
         targets += len(batch.targets_N)
         on_batch(batch.tokens)
+    counted = torch.tensor(targets, dtype=torch.float64)
+    for sums in (exact_K, estimate_K, counted):
+        sums.copy_(ranks.sum(sums.to(inputs.device)))
+    targets = int(counted)
     return [
         DevLoss(exact / targets, None if shortlist is None else estimate / targets)
         for exact, estimate in zip(exact_K.tolist(), estimate_K.tolist(), strict=True)

@@ -19,13 +19,19 @@ from embedcache.evaluate import FrozenInputs
 from embedcache.loss import Shortlist, cross_entropy
 from embedcache.training.config import TrainConfig
 from embedcache.training.flat import FlatAdamW
+from embedcache.training.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One step of one carry-on: batch, learning rate, and what a shortlist's draw depends on."""
+    """One step of one carry-on: batch, learning rate, and what a shortlist's draw depends on.
+
+    ``tokens`` and ``targets`` are of the batches of all processes.
+    """
 
     batch: Batch
+    tokens: int
+    targets: int
     rate: float
     step: int
     samples: int
@@ -41,12 +47,14 @@ class Stack:
         configs: Sequence[TrainConfig],
         inputs: FrozenInputs,
         proposal_V: Tensor | None,
+        ranks: Ranks = ALONE,
     ):
         """Stack ``models``; with a proposal, the loss is over shortlists drawn by it."""
         self.model = CarryOn.stack(models).to(inputs.device)
         self._configs = list(configs)
         self._inputs = inputs
         self._proposal_V = proposal_V
+        self._ranks = ranks
         self.optimizer = FlatAdamW(self.model, configs)
 
     def keep(self, rows: Sequence[int]) -> Stack:
@@ -56,6 +64,7 @@ class Stack:
             [self._configs[k] for k in rows],
             self._inputs,
             self._proposal_V,
+            self._ranks,
         )
         for new, old in enumerate(rows):
             kept.optimizer.restore(new, self.optimizer.moments(old))
@@ -71,16 +80,22 @@ class Stack:
     def gradients(self, work: Sequence[Work]) -> tuple[list[float], list[float]]:
         """Take the gradients of one step of every carry-on; return losses and gradient norms.
 
-        Work on the same batch must lie side by side. A batch without a target has a loss of 0.
+        Both are of the mean over the targets of all processes. Work on the same batch must lie side
+        by side. A batch without a target has a loss of 0.
         """
         loss_K = torch.cat(self._losses(work))
+        if self._ranks.count > 1:
+            shares = [len(one.batch.targets_N) / max(1, one.targets) for one in work]
+            loss_K = loss_K * torch.tensor(shares, device=loss_K.device)
         self.optimizer.differentiate(loss_K.sum())
+        self._ranks.sum(self.optimizer.gradient_KP)
+        loss_K = self._ranks.sum(loss_K.detach())
         norm_K = self.optimizer.clip()
         return loss_K.tolist(), norm_K.tolist()
 
     def step(self, work: Sequence[Work]) -> None:
         """Move every carry-on by the gradients that were taken, where its batch had targets."""
-        self.optimizer.step([one.rate if len(one.batch.targets_N) else None for one in work])
+        self.optimizer.step([one.rate if one.targets else None for one in work])
 
     def _losses(self, work: Sequence[Work]) -> list[Tensor]:
         """Return the mean losses loss_G of each run of carry-ons that see one batch."""

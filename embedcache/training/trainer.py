@@ -21,6 +21,7 @@ from embedcache.loss import Shortlist, tail_proposal
 from embedcache.progress import Bar, Progress
 from embedcache.training.feed import Feed
 from embedcache.training.member import Member
+from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.scoring import DevLoss, dev_losses
 from embedcache.training.stack import Stack, Work
 
@@ -33,8 +34,10 @@ PROPOSAL_POSITIONS = 4096
 class Trainer:
     """What all that is trained on one cache shares: its splits, the head, the base's own scores."""
 
-    def __init__(self, cache: Cache, device: torch.device, progress: Progress):
-        self.cache, self.device, self.progress = cache, device, progress
+    def __init__(
+        self, cache: Cache, device: torch.device, progress: Progress, ranks: Ranks = ALONE
+    ):
+        self.cache, self.device, self.progress, self.ranks = cache, device, progress, ranks
         self._splits = {name: cache.split(name) for name in ("train", "dev") if cache.has(name)}
         self.train = cache.split("train")
         self._documents: dict[str, Documents] = {}
@@ -105,6 +108,7 @@ class Trainer:
             [member.config for member, _ in begun],
             inputs,
             proposal_V,
+            self.ranks,
         )
         for index, (member, _) in enumerate(begun):
             member.enter(stack, index)
@@ -137,11 +141,13 @@ class Trainer:
             shuffle=False,
             device=self.device,
             subset=subset,
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
         )
         title = "scoring the base on dev" if stack is None else "scoring dev"
         tokens = split.manifest.tokens if subset is None else subset.tokens
         with self.progress.bar(title, tokens, "tok") as bar:
-            return dev_losses(loader.epoch(0), inputs, stack, shortlist, bar.advance)
+            return dev_losses(loader.epoch(0), inputs, stack, shortlist, bar.advance, self.ranks)
 
     def _base(self, member: Member, inputs: FrozenInputs) -> float | None:
         """Return the base's dev loss on a member's documents; it is computed once."""
@@ -157,7 +163,9 @@ class Trainer:
         return self._base_dev[patterns]
 
     def _batch_tokens(self, member: Member) -> int:
-        return member.config.steps_tokens(self.epoch_tokens(member.config.documents))
+        """Return the tokens of a step that this process gives."""
+        step = member.config.steps_tokens(self.epoch_tokens(member.config.documents))
+        return -(-step // self.ranks.count)
 
     def _place(self, begun: tuple[Member, CarryOn]) -> tuple[object, ...]:
         """Return where a member is in which order of batches: those at one place go in step."""
@@ -173,6 +181,8 @@ class Trainer:
             seed=member.config.order,
             device=self.device,
             subset=self.subset("train", member.config.documents),
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
         )
 
 
@@ -202,16 +212,20 @@ class _Run:
         return list(enumerate(member for feed in self._feeds for member in feed.members))
 
     def _step(self, started: float) -> None:
+        batches = [feed.batch for feed in self._feeds if feed.batch is not None]
+        here = [(batch.tokens, len(batch.targets_N)) for batch in batches]
+        everywhere = self._trainer.ranks.totals(here, self._trainer.device)
         work = [
             Work(
-                batch=feed.batch,
-                rate=member.rate(feed.batch.tokens),
+                batch=batch,
+                tokens=tokens,
+                targets=targets,
+                rate=member.rate(tokens),
                 step=member.state.step,
                 samples=member.config.samples,
                 order=member.config.order,
             )
-            for feed in self._feeds
-            if feed.batch is not None
+            for feed, batch, (tokens, targets) in zip(self._feeds, batches, everywhere, strict=True)
             for member in feed.members
         ]
         losses, norms = self._stack.gradients(work)
@@ -232,12 +246,13 @@ class _Run:
                     loss=loss,
                     norm=norm,
                     rate=one.rate,
-                    tokens=one.batch.tokens,
-                    targets=len(one.batch.targets_N),
+                    tokens=one.tokens,
+                    targets=one.targets,
+                    batches=self._trainer.ranks.count,
                     seconds=seconds,
                 )
                 member.save_if_due(self._stack, index)
-            self._bar.advance(one.batch.tokens, f"loss {member.train_loss:.4f}")
+            self._bar.advance(one.tokens, f"loss {member.train_loss:.4f}")
         for feed in self._feeds:
             feed.batch = None
 

@@ -1,0 +1,84 @@
+"""The processes of one training run, as ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """``count`` processes, of which this is number ``rank``; the first one writes files."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what all have in common."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all processes, in place, and return it."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def totals(self, counts: list[tuple[int, int]], device: torch.device) -> list[tuple[int, int]]:
+        """Return the sums of such pairs over all processes."""
+        if self.count == 1:
+            return counts
+        summed = self.sum(torch.tensor(counts, device=device))
+        return [(first, second) for first, second in summed.tolist()]
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        if self.count > 1:
+            dist.barrier()
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return the value of every process, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Value | None] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+
+ALONE = Ranks()
+
+
+def is_leader() -> bool:
+    """Whether this process is the first that ``torchrun`` started, or was started without it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Return this process's own CUDA device where several share a machine."""
+    local = os.environ.get("LOCAL_RANK")
+    if device.type != "cuda" or device.index is not None or local is None:
+        return device
+    return torch.device("cuda", int(local))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` started, through NCCL on CUDA, else through gloo."""
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield Ranks(rank=dist.get_rank(), count=dist.get_world_size())
+    finally:
+        dist.destroy_process_group()

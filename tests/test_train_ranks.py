@@ -1,0 +1,142 @@
+"""Several processes under ``torchrun``, over gloo, against loops in one process."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import World
+
+from embedcache.cache.loader import BatchLoader
+from embedcache.cache.sample import sample_embeddings
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn
+from embedcache.carryon.store import load_carryon
+from embedcache.evaluate import FrozenInputs, evaluate
+from embedcache.loss import cross_entropy
+from embedcache.train import train
+from embedcache.training.config import TrainConfig
+from embedcache.training.schedule import learning_rate
+
+CONFIG = TrainConfig(
+    carryon=CarryOnConfig(width=32, blocks=1), epochs=2, batch_tokens=256, lr=5e-3, loss="exact"
+)
+FLAGS = [
+    "--width",
+    "32",
+    "--blocks",
+    "1",
+    "--epochs",
+    "2",
+    "--batch-tokens",
+    "256",
+    "--lr",
+    "5e-3",
+    "--loss",
+    "exact",
+]
+
+
+def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [
+            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+            *("--nproc-per-node", str(processes), "-m", "embedcache_cli"),
+            *map(str, arguments),
+            *("--device", "cpu"),
+        ],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def reference(world: World, ranks: int) -> CarryOn:
+    """Train by hand: each step is over the batches of all processes, weighted by their targets."""
+    cache = world.cache()
+    split = cache.split("train")
+    inputs = FrozenInputs(cache, torch.device("cpu"), tokens=False)
+    torch.manual_seed(CONFIG.seed)
+    model = CarryOn(CONFIG.carryon, cache.attributes.base["hidden_size"])
+    model.calibrate(sample_embeddings(split, ("final",)))
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
+        {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(groups, betas=(0.9, CONFIG.beta2))
+    loader = BatchLoader(split, batch_tokens=256 // ranks, taps=("final",), seed=CONFIG.seed)
+    done, total = 0, CONFIG.epochs * split.manifest.tokens
+    for epoch in range(CONFIG.epochs):
+        batches = list(loader.epoch(epoch))
+        for start in range(0, len(batches) - ranks + 1, ranks):
+            step = batches[start : start + ranks]
+            done += sum(batch.tokens for batch in step)
+            targets = sum(len(batch.targets_N) for batch in step)
+            optimizer.zero_grad()
+            for batch in step:
+                y_NH = batch.at_wanted(batch.x_BTH["final"].float() + inputs.delta(model, batch))
+                (cross_entropy(y_NH, inputs.head, batch.targets_N).sum() / targets).backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(done / total, peak=CONFIG.lr, warmup=CONFIG.warmup)
+            optimizer.step()
+    return model
+
+
+def close(model: CarryOn, out: Path) -> bool:
+    found, expected = load_carryon(out)[0].state_dict(), model.state_dict()
+    return all(torch.allclose(found[n], expected[n], rtol=1e-3, atol=1e-4) for n in expected)
+
+
+def test_one_process_is_the_loop_by_hand(world, tmp_path):
+    train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
+    assert close(reference(world, 1), tmp_path / "c")
+
+
+def test_two_processes_share_each_step(world, tmp_path):
+    done = torchrun("train", world.cache_path, "--out", tmp_path / "c", *FLAGS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Next: embedcache eval") == 1
+    model = reference(world, 2)
+    assert close(model, tmp_path / "c")
+    assert not close(reference(world, 1), tmp_path / "c")
+    # Dev was scored in shares, too.
+    record = load_carryon(tmp_path / "c")[1]
+    found = evaluate(tmp_path / "c", world.cache_path, split="dev", device="cpu").rows[0]
+    assert record.results["best_dev"] == pytest.approx(found["cross_entropy"], abs=1e-5)
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == [
+        "README.md",
+        "carryon.safetensors",
+        "carryon_config.json",
+        "loss.png",
+        "metrics.jsonl",
+    ]
+
+
+def test_a_run_of_two_processes_is_not_gone_on_with_by_one(world, tmp_path):
+    flags = [*FLAGS, "--lr", "1e30"]  # the last one counts
+    done = torchrun("train", world.cache_path, "--out", tmp_path / "c", *flags)
+    assert done.returncode != 0
+    assert "training stopped at step" in done.stderr
+    with pytest.raises(Exception, match="another processes: 2, now 1"):
+        train(world.cache_path, out=tmp_path / "c", config=replace(CONFIG, lr=1e30), device="cpu")
+
+
+def test_a_sweep_is_dealt_out(world, tmp_path):
+    (tmp_path / "s.toml").write_text("[grid]\nseed = [0, 1, 2]")
+    done = torchrun(
+        *("train", world.cache_path, "--out", tmp_path / "all"),
+        *("--sweep", tmp_path / "s.toml", *FLAGS),
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("3 of 3 carry-ons") == 1
+    for seed in range(3):
+        out = tmp_path / str(seed)
+        train(world.cache_path, out=out, config=replace(CONFIG, seed=seed), device="cpu")
+        assert close(load_carryon(out)[0], tmp_path / "all" / f"seed={seed}")
