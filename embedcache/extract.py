@@ -39,6 +39,7 @@ from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.usage import sizes
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
+from embedcache.disk import writing
 from embedcache.errors import OutputError
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
@@ -63,6 +64,7 @@ from embedcache.extraction.preflight import blocks_to_go, predict
 from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.repair import Mended, mend, restore_metadata
 from embedcache.extraction.store_base import store_base
+from embedcache.files import make_folder
 from embedcache.progress import SILENT, Progress
 
 
@@ -140,7 +142,7 @@ def extract(
     created = not out.exists()
     claims = Claims(out)
     try:
-        with claims, ExitStack() as turn:
+        with writing(out), claims, ExitStack() as turn:
             if repair:
                 claims.require_alone("--repair")
             turn.enter_context(claims.turn(progress))
@@ -223,6 +225,7 @@ class _Extraction:
         """
         out, progress = self._out, self._progress
         live = self._live()
+        self._claims.require(TURN)
         # Before recovery: a marker that is withdrawn is made again in its place, one of a damaged
         # block is followed, and any that comes from now on is another process's.
         newest = {name: newest_generations(out, name) for name in self._splits}
@@ -232,6 +235,7 @@ class _Extraction:
         }
         markers = self._recover(live) if mended is None else mended.markers
         clear_staging(out, live)
+        make_folder(self._claims.staging)
         self._resumed = sum(len(done) for done in markers.values())
         quarantine = self._count(markers)
         quarantine.check()
@@ -280,6 +284,7 @@ class _Extraction:
         if base is not None:
             progress.say(str(predicted))
             require_room(predicted, out)
+            self._claims.require(TURN)
             store_base(out, base, self._claims.staging, again=again)
             store_calibrations(out, calibrations, self._claims.staging, expected=damaged_codec)
             if mended is None:
@@ -326,11 +331,13 @@ class _Extraction:
                 "predicted_seconds": predicted.seconds,
             },
         )
+        self._claims.require(TURN)
         if mended is not None or not (out / MANIFEST).is_file():
             publish_manifest(out, manifest)
         for name in self._splits:
             drop_superseded(out, name)
-        clear_staging(out, live)
+        if self._claims.holds(TURN):
+            clear_staging(out, live)
 
     def _prepared(self) -> bool:
         """Whether what one process stores for all is there."""

@@ -16,6 +16,7 @@ from embedcache.cache.sample import sample_embeddings
 from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import CarryOnRecord, save_carryon
 from embedcache.device import any_shape_attention, resolve_device
+from embedcache.disk import writing
 from embedcache.errors import NumericsError, UsageError
 from embedcache.evaluate import EVAL_TOKENS, FrozenInputs, score
 from embedcache.files import LOCK, writer_lock
@@ -78,7 +79,7 @@ def train(
     config = config or TrainConfig()
     cache, target, request = _checked(cache_path, out, config, device)
     training = _Training(cache, out, config, target, request, progress)
-    with writer_lock(out):
+    with writing(out), writer_lock(out):
         check_out(out, request)  # what it holds may have changed on the way to the lock
         summary = training.run()
         (out / LOCK).unlink()

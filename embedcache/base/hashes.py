@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def weight_hash(path: Path) -> str:
     # A file that was written a moment ago could be written again within the clock's tick, and
     # look the same: its hash is taken afresh until the file has settled.
     if started_ns - status.st_mtime_ns > _SETTLED_NS:
-        publish_json(_store(), {**_read_hashes(), str(real): {**key, "sha256": sha256}})
+        with suppress(OSError):  # it only saves time: a home that takes nothing stops no work
+            publish_json(_store(), {**_read_hashes(), str(real): {**key, "sha256": sha256}})
     return sha256
 
 

@@ -8,6 +8,7 @@ first. A writer that lost the race, or died, can harm nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -87,7 +88,7 @@ def drop_superseded(cache: Path, split: str) -> None:
     """Remove every marker of which there is a newer generation."""
     for paths in _generations(cache, split).values():
         for generation in sorted(paths)[:-1]:
-            paths[generation].unlink()
+            paths[generation].unlink(missing_ok=True)
 
 
 def _generations(cache: Path, split: str) -> dict[int, dict[int, Path]]:
@@ -101,13 +102,20 @@ def _generations(cache: Path, split: str) -> dict[int, dict[int, Path]]:
 
 
 class BlockWriter:
-    """Stages and commits blocks for one attempt (one run of one process), by its id."""
+    """Stages and commits blocks for one attempt (one run of one process), by its id.
+
+    The attempt's staging folder is its licence: whoever takes the process for dead removes it (see
+    `clear_staging`), and what was staged in one that is gone is never committed. ``attempt`` is of
+    one whose folder is there; without it a new one begins.
+    """
 
     def __init__(self, cache: Path, attempt: str | None = None):
         self._cache = cache
         self.attempt = attempt or uuid.uuid4().hex
         self._folder = cache / STAGING / self.attempt
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if attempt is None:
+            self._folder.mkdir(parents=True)
+        self._unpromoted: set[Path] = set()
 
     def commit(
         self,
@@ -121,8 +129,11 @@ class BlockWriter:
         """Stage ``arrays`` (path under the split → its kind and R rows); commit them as one block.
 
         Returns the marker that stands: another writer's, where it was first. Safe to call from
-        several threads for different blocks.
+        several threads for different blocks. Raises ``FileNotFoundError`` where this attempt was
+        taken for dead.
         """
+        target = marker_path(self._cache, split, block, generation)
+        self._unwritten(target).touch()
         records = tuple(
             self._stage(f"{split}/{name}", block, spec, values)
             for name, (spec, values) in arrays.items()
@@ -137,6 +148,10 @@ class BlockWriter:
         )
         marker = self._link(marker)
         promote(self._cache, marker)
+        self._unpromoted.discard(target)
+        if marker.attempt == self.attempt and not _in_place(self._cache, marker):
+            target.unlink(missing_ok=True)
+            raise FileNotFoundError(errno.ENOENT, "was cleared away", str(self._folder))
         return marker
 
     def renew(
@@ -149,7 +164,9 @@ class BlockWriter:
         generation: int,
     ) -> Marker:
         """Commit a block whose files are in place and sound, but whose marker was lost."""
-        return self._link(
+        target = marker_path(self._cache, split, block, generation)
+        self._unwritten(target).touch()
+        marker = self._link(
             Marker(
                 split=split,
                 block=block,
@@ -159,16 +176,24 @@ class BlockWriter:
                 quarantined=quarantined,
             )
         )
+        self._unpromoted.discard(target)
+        return marker
+
+    def _unwritten(self, target: Path) -> Path:
+        """Return where a marker is made before it is linked to ``target``."""
+        return self._folder / f"{target.parent.name}.{target.name}"
 
     def _link(self, marker: Marker) -> Marker:
         """Create a marker, exclusively and whole; return the one that stands."""
-        finished = self._folder / f"{marker.split}.{marker.block}.{marker.generation}.marker"
-        finished.write_text(marker.to_json())
-        fsync_path(finished)
         target = marker_path(self._cache, marker.split, marker.block, marker.generation)
+        finished = self._unwritten(target)
+        with finished.open("r+") as file:  # made before the block was staged: gone if that is
+            file.write(marker.to_json())
+        fsync_path(finished)
         make_folder(target.parent)
         try:
             os.link(finished, target)
+            self._unpromoted.add(target)
         except FileExistsError:
             marker = Marker.read(target)
         fsync_path(target.parent)
@@ -186,8 +211,12 @@ class BlockWriter:
         return FileRecord(path=name, bytes=size, sha256=digest, crc32c=crc32c)
 
     def close(self) -> None:
-        """Remove the attempt's staging folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove the attempt's staging folder, unless a committed block waits there.
+
+        One does where its promotion failed: `recover` makes up for that.
+        """
+        if not self._unpromoted:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def promote(cache: Path, marker: Marker) -> None:
@@ -198,6 +227,12 @@ def promote(cache: Path, marker: Marker) -> None:
         with suppress(FileNotFoundError):  # promoted before
             (cache / STAGING / marker.attempt / record.path).replace(target)
         fsync_path(target.parent)
+
+
+def _in_place(cache: Path, marker: Marker) -> bool:
+    """Whether all files of a marker are where they belong, of the size that it states."""
+    places = [(cache / record.path, record.bytes) for record in marker.files]
+    return all(path.is_file() and path.stat().st_size == size for path, size in places)
 
 
 def recover(
@@ -218,14 +253,10 @@ def recover(
                 "Extract into an empty folder."
             )
         promote(cache, marker)
-        whole = all(
-            (cache / record.path).is_file() and (cache / record.path).stat().st_size == record.bytes
-            for record in marker.files
-        )
-        if whole:
+        if _in_place(cache, marker):
             done[block] = marker
         elif marker.attempt not in live:
-            path.unlink()
+            path.unlink(missing_ok=True)
     return done
 
 
@@ -233,11 +264,13 @@ def clear_staging(cache: Path, live: Collection[str] = ()) -> None:
     """Remove what all but the ``live`` attempts staged and never committed.
 
     Call after `recover`, with attempts that were found live before it: what one committed last,
-    and died, is not in place yet.
+    and died, is not in place yet. Each folder goes at once: one that was taken for dead and wakes
+    up finds all that it staged, or nothing.
     """
-    if not live:
-        shutil.rmtree(cache / STAGING, ignore_errors=True)
-        return
-    for folder in (cache / STAGING).glob("*"):
-        if folder.name not in live:
-            shutil.rmtree(folder, ignore_errors=True)
+    staging = cache / STAGING
+    for folder in [folder for folder in staging.glob("*") if folder.name not in live]:
+        with suppress(FileNotFoundError):  # another clears up, too
+            gone = folder.rename(staging / f"{uuid.uuid4().hex}.gone")
+            shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # not empty: in use
+        staging.rmdir()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from embedcache.cache.records import FileRecord, content_fault
 from embedcache.cache.seal import Sealer
 from embedcache.cache.sealed import METADATA, Seal, metadata_fault, publish_seal, read_seal
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.verify import Verification, verify
+from embedcache.cache.verify import Verification, look_at
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import CacheError
 from embedcache.extraction.plan import tokenise
@@ -93,12 +94,12 @@ def mend(
     for split in SPLITS:
         for marker in _sound_markers(out, split).values():
             promote(out, marker)  # what a repair that was stopped had committed
-    found = verify(out, deep=True, progress=progress)
+    clear_staging(out)
+    found = look_at(out, deep=True, progress=progress)
     if found.complete and not found.faults:
         progress.say("nothing is damaged")
         for split in SPLITS:
             drop_superseded(out, split)
-        clear_staging(out)
         return None
     for fault in found.faults:
         progress.say(f"damaged: {fault}")
@@ -164,24 +165,23 @@ def _mend_blocks(
     tokens = SplitTokens(out, split, settings.block_tokens)
     markers = _sound_markers(out, split)
     newest = newest_generations(out, split)
-    writer = BlockWriter(out)
-    for block in {fault.block for fault in found.faults if fault.split == split}:
-        assert block is not None
-        marker = markers.pop(block, None)
-        if marker is not None and _whole(out, marker.files):
-            markers[block] = marker  # of a repair that was stopped before its manifest
-        elif manifest is not None and _whole(out, manifest.splits[split].files[block]):
-            first, stop = (int(v) for v in tokens.block_starts[block : block + 2])
-            markers[block] = writer.renew(
-                split,
-                block,
-                manifest.splits[split].files[block],
-                quarantined=tuple(
-                    s for s in manifest.splits[split].quarantined if first <= s < stop
-                ),
-                generation=newest.get(block, -1) + 1,
-            )
-    writer.close()
+    with closing(BlockWriter(out)) as writer:
+        for block in {fault.block for fault in found.faults if fault.split == split}:
+            assert block is not None
+            marker = markers.pop(block, None)
+            if marker is not None and _whole(out, marker.files):
+                markers[block] = marker  # of a repair that was stopped before its manifest
+            elif manifest is not None and _whole(out, manifest.splits[split].files[block]):
+                first, stop = (int(v) for v in tokens.block_starts[block : block + 2])
+                markers[block] = writer.renew(
+                    split,
+                    block,
+                    manifest.splits[split].files[block],
+                    quarantined=tuple(
+                        s for s in manifest.splits[split].quarantined if first <= s < stop
+                    ),
+                    generation=newest.get(block, -1) + 1,
+                )
     for block, path in committed_blocks(out, split).items():
         if block >= tokens.blocks:
             path.unlink()
