@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -64,7 +65,7 @@ from embedcache.extraction.preflight import blocks_to_go, predict
 from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.repair import Mended, mend, restore_metadata
 from embedcache.extraction.store_base import store_base
-from embedcache.files import make_folder
+from embedcache.files import fsync_path, make_folder
 from embedcache.progress import SILENT, Progress
 
 
@@ -247,7 +248,8 @@ class _Extraction:
         base, measured = None, Measured()
         again = mended is not None and mended.base
         damaged_codec = None if mended is None else mended.codec
-        if mended is None and self._prepared():
+        prepared = mended is None and self._prepared()
+        if prepared:
             turn.close()
         if todo or again or damaged_codec or not (out / "base").is_dir():
             with progress.bar("loading the base", None, "") as _:
@@ -284,7 +286,8 @@ class _Extraction:
         if base is not None:
             progress.say(str(predicted))
             require_room(predicted, out)
-            self._claims.require(TURN)
+            if not prepared:
+                self._claims.require(TURN)
             store_base(out, base, self._claims.staging, again=again)
             store_calibrations(out, calibrations, self._claims.staging, expected=damaged_codec)
             if mended is None:
@@ -331,13 +334,27 @@ class _Extraction:
                 "predicted_seconds": predicted.seconds,
             },
         )
-        self._claims.require(TURN)
         if mended is not None or not (out / MANIFEST).is_file():
-            publish_manifest(out, manifest)
+            self._publish(manifest)
         for name in self._splits:
             drop_superseded(out, name)
         if self._claims.holds(TURN):
             clear_staging(out, live)
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Publish the manifest from staging, where it is gone if this process was taken for dead.
+
+        What others did to the cache meanwhile stands.
+        """
+        made = self._claims.staging / "manifest"
+        try:
+            publish_manifest(made, manifest)
+            self._claims.require(TURN)
+            for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+                path.replace(self._out / path.name)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        fsync_path(self._out)
 
     def _prepared(self) -> bool:
         """Whether what one process stores for all is there."""

@@ -75,13 +75,15 @@ class Claims:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Give up all claims; raises ``OutputError`` for what comes of having been taken for dead.
 
-        A process that stood still past its expiry may find gone what it had begun.
+        A process that stood still past its expiry may find gone, or another, what it had begun.
         """
         self._closed.set()
         self._thread.join()
+        cleared = not self.staging.is_dir()
         with suppress(OSError):  # a disk that takes nothing more: what is left here expires
             self._leave()
-        if isinstance(error, OSError) and error.errno in _SWEPT_AWAY and self._lapsed:
+        swept = isinstance(error, OSError) and error.errno in _SWEPT_AWAY
+        if isinstance(error, Exception) and self._lapsed and (cleared or swept):
             raise taken_over(self._folder.parent) from error
 
     def _leave(self) -> None:

@@ -102,6 +102,7 @@ def seal_corpus(
             raise taken_over(out)
         sealer.seal(attributes, hidden=identity.hidden_size)
     except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
         if not (out / "zarr.json").is_file() and holds():
             _clear(out)
         raise

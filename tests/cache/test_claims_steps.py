@@ -86,13 +86,15 @@ def test_a_claim_that_was_dropped_while_it_was_read_is_not_taken_beside_its_next
         monkeypatch.setattr(claims, "read_holder", read)
         quick.release(BLOCK)
         found = read(path)
-        before_linking(monkeypatch, lambda: third.take(BLOCK))
+        before_linking(monkeypatch, lambda: owners.append(third.take(BLOCK)))
         return found
 
+    owners: list[bool] = []
     monkeypatch.setattr(claims, "read_holder", too_late)
-    owners = [slow.take(BLOCK), third.take(BLOCK)]
-    assert sorted(owners) == [False, True]
-    assert [slow.holds(BLOCK), third.holds(BLOCK)] == owners
+    owners.append(slow.take(BLOCK))
+    assert owners == [True, False]
+    assert third.holds(BLOCK)
+    assert not slow.holds(BLOCK)
 
 
 def test_one_that_saw_no_claim_is_refused_by_one_taken_over_since(
@@ -352,10 +354,22 @@ def test_what_a_sleeper_runs_into_is_told_as_what_it_is(
     assert isinstance(told.value.__cause__, OSError)
 
 
+def test_whatever_comes_of_staging_that_others_cleared_away_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="was taken over"), Claims(tmp_path) as sleeper:
+        fall_asleep(sleeper)
+        raise ValueError("no such numbers")
+    with pytest.raises(ValueError, match="no such numbers"), Claims(tmp_path):
+        raise ValueError("no such numbers")
+    with pytest.raises(KeyboardInterrupt), Claims(tmp_path) as sleeper:
+        fall_asleep(sleeper)
+        raise KeyboardInterrupt
+
+
 @pytest.mark.parametrize("slept", [False, True])
 def test_any_other_failure_stays_what_it_is(tmp_path: Path, slept: bool) -> None:
     error = OSError(errno.EIO if slept else errno.ENOENT, "of another kind")
     with pytest.raises(OSError, match="of another kind"), Claims(tmp_path) as held:
+        held.staging.mkdir(parents=True)
         if slept:
             fall_asleep(held)
         raise error
@@ -364,13 +378,15 @@ def test_any_other_failure_stays_what_it_is(tmp_path: Path, slept: bool) -> None
 def test_a_disk_that_takes_nothing_hides_no_failure_and_leaves_no_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*_: object) -> None:
+    def full(path: Path, *_: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(claims, "publish_json", full)
         with pytest.raises(OSError, match="No space"):
             Claims(tmp_path / "cache").__enter__()
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache"]
     with pytest.raises(ValueError, match="the first"), Claims(tmp_path) as held:
         held.take(BLOCK)
         monkeypatch.setattr(os, "utime", full)
