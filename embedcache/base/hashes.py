@@ -48,8 +48,8 @@ def _store() -> Path:
 def _read_hashes() -> dict[str, Any]:
     try:
         stored = json.loads(_store().read_bytes())
-    except (FileNotFoundError, ValueError):
-        # Damaged or not there: it only saves time, and the next hash writes it whole again.
+    except (OSError, ValueError):
+        # Damaged or not to be read: it only saves time, and the next hash writes it whole again.
         return {}
     return stored if isinstance(stored, dict) else {}
 
