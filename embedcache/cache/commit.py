@@ -115,6 +115,7 @@ class BlockWriter:
         self._folder = cache / STAGING / self.attempt
         if attempt is None:
             self._folder.mkdir(parents=True)
+        self._licence = os.open(self._folder, os.O_RDONLY)  # open, it is told from a later one
         self._unpromoted: set[Path] = set()
 
     def commit(
@@ -133,7 +134,7 @@ class BlockWriter:
         taken for dead.
         """
         target = marker_path(self._cache, split, block, generation)
-        self._unwritten(target).touch()
+        self._begin(target)
         records = tuple(
             self._stage(f"{split}/{name}", block, spec, values)
             for name, (spec, values) in arrays.items()
@@ -151,7 +152,7 @@ class BlockWriter:
         self._unpromoted.discard(target)
         if marker.attempt == self.attempt and not _in_place(self._cache, marker):
             target.unlink(missing_ok=True)
-            raise FileNotFoundError(errno.ENOENT, "was cleared away", str(self._folder))
+            raise self._cleared()
         return marker
 
     def renew(
@@ -165,7 +166,7 @@ class BlockWriter:
     ) -> Marker:
         """Commit a block whose files are in place and sound, but whose marker was lost."""
         target = marker_path(self._cache, split, block, generation)
-        self._unwritten(target).touch()
+        self._begin(target)
         marker = self._link(
             Marker(
                 split=split,
@@ -178,6 +179,15 @@ class BlockWriter:
         )
         self._unpromoted.discard(target)
         return marker
+
+    def _begin(self, target: Path) -> None:
+        """Make the file that is to be the marker; raises where the licence is gone."""
+        self._unwritten(target).touch()
+        if not os.path.samestat(os.fstat(self._licence), self._folder.stat()):
+            raise self._cleared()
+
+    def _cleared(self) -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, "was cleared away", str(self._folder))
 
     def _unwritten(self, target: Path) -> Path:
         """Return where a marker is made before it is linked to ``target``."""
@@ -215,6 +225,7 @@ class BlockWriter:
 
         One does where its promotion failed: `recover` makes up for that.
         """
+        os.close(self._licence)
         if not self._unpromoted:
             shutil.rmtree(self._folder, ignore_errors=True)
 
