@@ -35,6 +35,7 @@ from embedcache.cache.seal import create_rows, fsync_tree
 from embedcache.cache.sealed import Seal, publish_seal
 from embedcache.cache.sealed_files import seal_tree
 from embedcache.cache.tables import SplitTables
+from embedcache.disk import writing
 from embedcache.errors import CacheError, OutputError, UsageError
 from embedcache.files import fsync_path, writer_lock
 from embedcache.merge_parts import Part, merged_names, require_alike, require_apart
@@ -101,7 +102,7 @@ def merge(
     if dry_run:
         return told
     staging = out.absolute().with_name(f".{out.name}.merging")
-    with writer_lock(staging):
+    with writing(staging), writer_lock(staging):
         try:
             built = staging / "cache"
             shutil.rmtree(built, ignore_errors=True)

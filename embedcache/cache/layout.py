@@ -167,8 +167,13 @@ class CacheAttributes:
 
 def sources_of(corpus: dict[str, Any]) -> list[str]:
     """Return the sources in a cache's ``corpus``, or in all that were merged."""
-    parts = corpus.get("parts") or [corpus]
-    return [source for part in parts for source in part["config"]["sources"]]
+    parts = parts_of(corpus) or (corpus["config"]["sources"],)
+    return [source for part in parts for source in part]
+
+
+def parts_of(corpus: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Return the sources of each cache that was merged into one; nothing for one that was not."""
+    return tuple(tuple(part["config"]["sources"]) for part in corpus.get("parts", ()))
 
 
 def marker_path(cache: Path, split: str, block: int, generation: int = 0) -> Path:
