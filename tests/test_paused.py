@@ -286,6 +286,32 @@ def test_a_deletion_whose_turn_another_has_by_now_is_not_committed(
         assert contents(out) == contents(place / "whole")
 
 
+@pytest.mark.parametrize("name", ["SplitTokens", "measure", "publish_manifest"])
+def test_an_extraction_whose_turn_another_has_by_now_changes_nothing(
+    place: Path, tmp_path: Path, pause: Pause, name: str
+) -> None:
+    """That one goes on with what it found: a staging folder of a third is left alone, too."""
+    out, found = tmp_path / "cache", []
+    with ExitStack() as stack:
+        other, third = Claims(out), Claims(out)
+
+        def published() -> set[str]:
+            return {name for name in comparable_tree(out) if not name.startswith("claims/")}
+
+        def meanwhile() -> None:
+            stack.enter_context(other)
+            stack.enter_context(third)
+            assert other.take(TURN)
+            third.staging.mkdir(parents=True)
+            (third.staging / "staged").touch()
+            found.append(published())
+
+        pause(stage_one, name, 1, meanwhile)
+        with pytest.raises(OutputError, match="was taken over"):
+            run(place, out)
+        assert published() == found[0]
+
+
 @pytest.mark.parametrize("module", [deleting, repair], ids=["delete", "repair"])
 def test_who_changes_a_finished_cache_first_takes_their_licence_from_the_dead(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
