@@ -8,7 +8,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from tiny import tiny_base_directory
 import embedcache.delete as deleting
 import embedcache.extract as stage_one
 from embedcache.cache import claims, commit, rewrite, seal
+from embedcache.cache.claims import TURN, Claims
 from embedcache.cache.layout import SPLITS
 from embedcache.cache.verify import verify
 from embedcache.delete import delete
@@ -265,6 +266,71 @@ def test_a_deletion_that_sleeps_mixes_with_no_other(
     if DELETED not in left:
         delete(out, [DELETED])
     assert {key[1] for key in contents(out)} == {key[1] for key in before} - {other, DELETED}
+
+
+def test_a_deletion_whose_turn_another_has_by_now_is_not_committed(
+    place: Path, tmp_path: Path, pause: Pause
+) -> None:
+    """That one is still looking at the cache: it must not change under it."""
+    out = shutil.copytree(place / "whole", tmp_path / "cache")
+    with ExitStack() as stack:
+        other = Claims(out)
+
+        def meanwhile() -> None:
+            stack.enter_context(other)
+            assert other.take(TURN)
+
+        pause(deleting, "publish_manifest", 1, meanwhile)
+        with pytest.raises(OutputError, match="was taken over"):
+            delete(out, [DELETED])
+        assert contents(out) == contents(place / "whole")
+
+
+@pytest.mark.parametrize("name", ["SplitTokens", "measure", "publish_manifest"])
+def test_an_extraction_whose_turn_another_has_by_now_changes_nothing(
+    place: Path, tmp_path: Path, pause: Pause, name: str
+) -> None:
+    """That one goes on with what it found: a staging folder of a third is left alone, too."""
+    out, found = tmp_path / "cache", []
+    with ExitStack() as stack:
+        other, third = Claims(out), Claims(out)
+
+        def published() -> set[str]:
+            return {name for name in comparable_tree(out) if not name.startswith("claims/")}
+
+        def meanwhile() -> None:
+            stack.enter_context(other)
+            stack.enter_context(third)
+            assert other.take(TURN)
+            third.staging.mkdir(parents=True)
+            (third.staging / "staged").touch()
+            found.append(published())
+
+        pause(stage_one, name, 1, meanwhile)
+        with pytest.raises(OutputError, match="was taken over"):
+            run(place, out)
+        assert published() == found[0]
+
+
+@pytest.mark.parametrize("module", [deleting, repair], ids=["delete", "repair"])
+def test_who_changes_a_finished_cache_first_takes_their_licence_from_the_dead(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
+) -> None:
+    out = shutil.copytree(place / "whole", tmp_path / "cache")
+    sleeper = commit.BlockWriter(out)
+    name = "write_shard" if module is deleting else "look_at"
+    real, seen = getattr(module, name), []
+
+    def looking(*arguments: Any, **more: Any) -> Any:
+        seen.append((out / ".staging" / sleeper.attempt).exists())
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(module, name, looking)
+    if module is deleting:
+        delete(out, [DELETED])
+    else:
+        run(place, out, repair=True)
+    assert set(seen) == {False}
 
 
 def test_a_process_that_is_stopped_and_continued(place: Path, tmp_path: Path) -> None:
