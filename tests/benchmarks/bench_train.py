@@ -92,6 +92,7 @@ def main() -> None:
             runs[loss] = train(path, out=Path(folder) / loss, config=config)
             print(loss, f"{runs[loss].tokens_per_second:,.0f} tokens/s, dev {runs[loss].best_dev}")
         cache = Cache(path)
+        train_tokens = cache.split("train").manifest.tokens
         lora = lora_tokens_per_second(options.base, cache, options.lora_steps)
     ours, exact = runs["shortlist"], runs["exact"]
     assert ours.best_dev is not None and exact.best_dev is not None
@@ -122,7 +123,6 @@ def main() -> None:
             command=command.strip(),
         ),
     ]
-    train_tokens = cache.split("train").manifest.tokens
     for count in CARRY_ONS:
         epoch = count * options.epochs * train_tokens
         rows.append(
