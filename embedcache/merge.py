@@ -103,7 +103,8 @@ def merge(
             built.replace(out)
             fsync_path(out.absolute().parent)
         finally:
-            shutil.rmtree(staging)
+            # Zarr may still be at work where it failed: what it leaves goes with the next merge.
+            shutil.rmtree(staging, ignore_errors=True)
     return told
 
 

@@ -151,7 +151,7 @@ def _restore_tokens(
             (staging / record.path).replace(target)
             fsync_path(target.parent)
     finally:
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _mend_blocks(
