@@ -20,7 +20,7 @@ import zarr
 from embedcache.cache.arrays import create_arrays
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.commit import Marker
-from embedcache.cache.layout import ATTRIBUTE, CODEC, SPLITS, marker_path, token_chunks
+from embedcache.cache.layout import ATTRIBUTE, SPLITS, marker_path, token_chunks
 from embedcache.cache.manifest import Manifest, SplitManifest, publish_manifest
 from embedcache.cache.records import FileRecord
 from embedcache.cache.seal import create_rows, fsync_tree
@@ -165,13 +165,8 @@ class _Merger:
                 self._sealed(root, name, bar)
             seal = Seal.of(built, built)
             splits = {name: self._blocks(name, bar) for name in SPLITS}
-        base, codec = (
-            self._folder(first, folder, vouched)
-            for folder, vouched in (
-                ("base", first.cache.manifest.base),
-                (CODEC, first.cache.manifest.codec),
-            )
-        )
+        vouched = first.cache.manifest
+        base, codec = (self._shared(first, shared) for shared in (vouched.base, vouched.codec))
         publish_seal(built, seal)
         manifest = Manifest(
             splits=splits, sealed=seal, base=base, codec=codec, extracted=self._extracted()
@@ -280,16 +275,13 @@ class _Merger:
             files=tuple(files), quarantined=tuple(quarantined), **self._totals(name)
         )
 
-    def _folder(self, part: Part, name: str, vouched: Seal) -> Seal:
+    def _shared(self, part: Part, seal: Seal) -> Seal:
         """Copy what all parts have the same of."""
-        if (part.path / name).is_dir():
-            shutil.copytree(part.path / name, self._built / name)
-        seal = Seal.of(self._built, self._built / name)
-        if seal != vouched:
-            raise CacheError(
-                f"{part.path / name} is damaged: run 'embedcache verify {part.path}', then the "
-                "same 'embedcache extract' with --repair. Nothing was merged."
-            )
+        for record in seal.files:
+            _copy(part.path, record, self._built / record.path)
+        for name, text in seal.metadata.items():
+            (self._built / name).parent.mkdir(parents=True, exist_ok=True)
+            (self._built / name).write_bytes(text.encode())
         return seal
 
 
