@@ -98,7 +98,7 @@ class FrozenInputs:
                 {tap: x.to(self.dtype) for tap, x in batch.x_BTH.items()},
                 positions_BT=batch.positions_BT,
                 tokens_BTH=self.tokens_BTH(batch.ids_BT),
-                mask_BTS=segment_mask(batch.segments_BT),
+                mask_BTS=segment_mask(batch.segments_BT) if batch.packed else None,
             )
         return delta_BTH
 

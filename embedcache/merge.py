@@ -23,7 +23,6 @@ from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.commit import Marker
 from embedcache.cache.layout import (
     ATTRIBUTE,
-    CODEC,
     SPLITS,
     embedding_shards,
     marker_path,
@@ -112,7 +111,8 @@ def merge(
             built.replace(out)
             fsync_path(out.absolute().parent)
         finally:
-            shutil.rmtree(staging)
+            # Zarr may still be at work where it failed: what it leaves goes with the next merge.
+            shutil.rmtree(staging, ignore_errors=True)
     return told
 
 
@@ -178,13 +178,8 @@ class _Merger:
                 )
                 for name in SPLITS
             }
-        base, codec = (
-            self._folder(first, folder, vouched)
-            for folder, vouched in (
-                ("base", first.cache.manifest.base),
-                (CODEC, first.cache.manifest.codec),
-            )
-        )
+        vouched = first.cache.manifest
+        base, codec = (self._shared(first, shared) for shared in (vouched.base, vouched.codec))
         publish_seal(built, seal)
         manifest = Manifest(
             splits=splits, sealed=seal, base=base, codec=codec, extracted=self._extracted()
@@ -283,16 +278,13 @@ class _Merger:
                 bar.advance(1)
             shift += manifest.sequences
 
-    def _folder(self, part: Part, name: str, vouched: Seal) -> Seal:
+    def _shared(self, part: Part, seal: Seal) -> Seal:
         """Copy what all parts have the same of."""
-        if (part.path / name).is_dir():
-            shutil.copytree(part.path / name, self._built / name)
-        seal = Seal.of(self._built, self._built / name)
-        if seal != vouched:
-            raise CacheError(
-                f"{part.path / name} is damaged: run 'embedcache verify {part.path}', then the "
-                "same 'embedcache extract' with --repair. Nothing was merged."
-            )
+        for record in seal.files:
+            _copy(part.path, record, self._built / record.path)
+        for name, text in seal.metadata.items():
+            (self._built / name).parent.mkdir(parents=True, exist_ok=True)
+            (self._built / name).write_bytes(text.encode())
         return seal
 
 

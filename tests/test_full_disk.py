@@ -179,7 +179,7 @@ def job(
                 nothing,
                 lambda out: merge(parts, out),
                 contents,
-                lambda out: not out.exists() and not list(out.parent.glob(".*")),
+                lambda out: not out.exists(),
             )
         case "train":
             monkeypatch.setattr(member, "CHECKPOINT_SECONDS", 0.0)

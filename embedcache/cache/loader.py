@@ -33,7 +33,8 @@ class Batch:
     crosses a segment); ``wanted_N``, the flat positions, in [0, B*T), whose next token is a target;
     ``targets_N``, those tokens. On the host, of the same N: ``documents_N`` and ``places_N2``, the
     wanted position's sequence in the split and position in it. ``sequences``: numbers of the
-    sequences in the split. ``tokens``: tokens, padding left out.
+    sequences in the split. ``tokens``: tokens, padding left out. ``packed``: whether any row holds
+    more than one sequence; else plain causal attention crosses none.
     """
 
     x_BTH: dict[str, torch.Tensor]
@@ -46,6 +47,7 @@ class Batch:
     places_N2: Array
     sequences: tuple[int, ...]
     tokens: int
+    packed: bool
 
     def tensors(self) -> list[torch.Tensor]:
         """Return all that lies on the device."""
@@ -169,6 +171,7 @@ class BatchLoader:
             packed.places_N2,
             packed.sequences,
             packed.tokens,
+            packed.packed,
         )
 
 
@@ -206,6 +209,7 @@ class Packed:
     places_N2: Array
     sequences: tuple[int, ...]
     tokens: int
+    packed: bool
 
 
 def pack(
@@ -264,4 +268,5 @@ def pack(
         np.concatenate(sources),
         tuple(int(block.sequence_S[i]) for block, i in items),
         sum(lengths),
+        any(len(row) > 1 for row in rows),
     )

@@ -147,7 +147,7 @@ def _pass_zero(
         tokenise(Sealer(out, staging, settings.block_tokens), corpus, tokenizer, progress)
         yield staging
     finally:
-        shutil.rmtree(staging)
+        shutil.rmtree(staging, ignore_errors=True)
 
 
 def _restore_ledgers(

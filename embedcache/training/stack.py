@@ -149,6 +149,7 @@ def stacked_batch(work: Sequence[Work]) -> Batch:
 
     return replace(
         batches[0],
+        packed=any(batch.packed for batch in batches),
         x_BTH={tap: stacked([b.x_BTH[tap] for b in batches], 0) for tap in batches[0].x_BTH},
         ids_BT=stacked([batch.ids_BT for batch in batches], 0),
         positions_BT=stacked([batch.positions_BT for batch in batches], 0),
