@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,6 +30,7 @@ from embedcache.cache.commit import (
 from embedcache.cache.layout import (
     ATTRIBUTE,
     SPLITS,
+    corpora_of,
     marker_path,
     shard_name,
     token_chunks,
@@ -88,7 +89,7 @@ def delete(
 
 def _delete(cache: Path, documents: Sequence[str], progress: Progress) -> Deletion:
     """Delete with the cache to itself."""
-    finished = finish_rewrite(cache)
+    finished = (finish_rewrite(cache) or {}).get("deleted")
     if finished is not None:
         progress.say(f"finished deleting {', '.join(finished['documents'])}")
         documents = [name for name in documents if name not in finished["asked"]]
@@ -147,6 +148,7 @@ class _SplitPlan:
             document_S=(np.cumsum(kept_D) - 1)[tables.document_S[kept_S]],
             starts_B=np.concatenate([[0], np.cumsum(kept_S)])[tables.starts_B],
             index_D=tables.index_D[kept_D],
+            fingerprint_DF=tables.fingerprint_DF[kept_D],
             names=tuple(n for n, kept in zip(tables.names, kept_D, strict=True) if kept),
         )
 
@@ -227,7 +229,7 @@ class _Deleter:
         publish_seal(self._staged, seal)
         publish_manifest(self._staged, replace(manifest, splits=splits, sealed=seal))
         about = asdict(plan.told) | {"asked": plan.asked}
-        commit_rewrite(self._cache, remove=remove, about=about)
+        commit_rewrite(self._cache, remove=remove, about={"deleted": about})
 
     def _attributes(self) -> dict[str, Any]:
         """Return the root attributes: how much was deleted is added, and no source names it."""
@@ -241,7 +243,7 @@ class _Deleter:
             "sequences": earlier["sequences"] + sum(told.sequences.values()),
             "tokens": earlier["tokens"] + sum(told.tokens.values()),
         }
-        for part in corpus.get("parts", [corpus]):
+        for part in corpora_of(corpus):
             for key in ("sources", "dev_sources", "test_sources"):
                 part["config"][key] = [
                     "(deleted)" if _names_one(source, names) else source
@@ -354,11 +356,9 @@ class _Deleter:
         ]
         new += self._chunks
         of_tables = {r.path for r in old.files if r.path.startswith(tuple(folders))}
-        kept = [record for record in old.files if record.path not in {*new, *of_tables}]
-        files = [*kept, *(record_file(self._staged / name, name) for name in new)]
-        files.sort(key=lambda record: PurePosixPath(record.path).parts)
-        seal = Seal(files=tuple(files), metadata=old.metadata | metadata)
-        return seal, sorted(of_tables - {*new})
+        gone = of_tables - {*new}
+        files = tuple(record_file(self._staged / name, name) for name in new)
+        return old.overlaid(Seal(files=files, metadata=metadata), gone=gone), sorted(gone)
 
 
 def _names_one(source: str, names: set[str]) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from embedcache.cache.damaged import WAY_OUT
@@ -83,6 +83,15 @@ class Seal:
         if seal.to_text() != text:
             raise ValueError("does not match its own SHA-256: it was edited")
         return seal
+
+    def overlaid(self, new: Seal, *, gone: Collection[str] = ()) -> Seal:
+        """Return the seal of what is there once the files of ``new`` are in place, others gone."""
+        records = {record.path: record for record in (*self.files, *new.files)}
+        kept = [record for path, record in records.items() if path not in gone]
+        return Seal(
+            files=tuple(sorted(kept, key=lambda record: PurePosixPath(record.path).parts)),
+            metadata=self.metadata | new.metadata,
+        )
 
     def check(self, cache: Path, *, but: Collection[str] = ()) -> None:
         """Raise ``CacheError`` unless all is as it was written, but for the files of ``but``.

@@ -225,11 +225,11 @@ def test_the_command_tells_and_extract_refuses_what_was_merged(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from embedcache import merge
+from embedcache import join, merge
 
 def killed(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(merge, sys.argv[1], killed)
+setattr(join if hasattr(join, sys.argv[1]) else merge, sys.argv[1], killed)
 merge.merge([Path(sys.argv[2]), Path(sys.argv[3])], Path(sys.argv[4]))
 """
 
