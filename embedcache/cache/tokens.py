@@ -14,7 +14,7 @@ import zarr
 from embedcache.cache.coders import CODERS
 from embedcache.cache.damaged import WAY_OUT, reading
 from embedcache.cache.layout import ATTRIBUTE, TABLE_CHUNK, shard_name
-from embedcache.cache.records import FileRecord, check_files
+from embedcache.cache.records import FileRecord, fault_in
 from embedcache.cache.shard import read_chunk
 from embedcache.errors import CacheError
 
@@ -68,11 +68,18 @@ class SplitTokens:
                 chunk = self._chunk(name, number, dtype, (TABLE_CHUNK, *columns))
                 path = shard_name(f"{self._path.name}/{name}", number, 1 + len(columns))
                 if path in self._sealed:  # once it is read: a delete may be under way
-                    check_files(self._cache, (self._sealed[path],))
+                    self._check(self._sealed[path])
                 self._recent[name] = (number, chunk)
             start = number * TABLE_CHUNK
             parts.append(chunk[max(first - start, 0) : stop - start])
         return np.concatenate(parts) if parts else np.empty((0, *columns), dtype)
+
+    def _check(self, record: FileRecord) -> None:
+        if (fault := fault_in(self._cache, record)) is not None:
+            raise CacheError(
+                f"{self._cache / record.path} {fault}: documents were added to the cache, or "
+                f"deleted, since it was opened, or it is damaged. Open it again. {WAY_OUT}"
+            )
 
     @property
     def blocks(self) -> int:
