@@ -131,9 +131,8 @@ class _Appending:
         self._cache = Part(out)
         self._onto = self._cache.cache.manifest.hash
         attributes = self._cache.cache.attributes
-        require_settings(
-            attributes.settings, {**request.settings, "context": self._corpus.context}, out
-        )
+        for asked in (request.settings, {"context": self._corpus.context}):
+            require_settings(attributes.settings, asked, out)
         self._dtype = attributes.environment["dtype"]
         if request.dtype not in ("auto", self._dtype):
             raise UsageError(
