@@ -152,14 +152,15 @@ class _Appending:
         with self._progress.bar("tokenising", None, "tok") as bar:
             for document in reader:
                 bar.advance(sum(len(sequence.ids) for sequence in document.sequences))
-        manifest, settings = self._cache.cache.manifest, self._cache.settings
-        plain = 2 * self._identity.hidden_size * len(settings.taps)
-        speed = manifest.extracted["tokens_per_second"]
-        tokens = reader.summary.tokens
+        manifest, tokens = self._cache.cache.manifest, reader.summary.tokens
+        plain = 2 * self._identity.hidden_size * len(self._cache.settings.taps)
+        sealed = sum(record.bytes for record in self._cache.sealed.values())
+        sealed_each = sealed / sum(split.tokens for split in manifest.splits.values())
         each = {n: s.bytes / s.tokens if s.tokens else plain for n, s in manifest.splits.items()}
+        speed = manifest.extracted["tokens_per_second"]
         return self._told(
             asdict(reader.summary),
-            bytes=int(sum(count * each[name] for name, count in tokens.items())),
+            bytes=int(sum(count * (each[name] + sealed_each) for name, count in tokens.items())),
             seconds=round(sum(tokens.values()) / speed, 3) if speed else 0.0,
             dry_run=True,
         )
