@@ -27,7 +27,7 @@ from embedcache.cache.rewrite import begin_rewrite, commit_rewrite, finish_rewri
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.sequences import CorpusReader
 from embedcache.device import resolve_device, resolve_dtype
-from embedcache.errors import OutputError, UsageError
+from embedcache.errors import BaseModelError, OutputError, UsageError
 from embedcache.extract import extract
 from embedcache.extraction.plan import Earlier, environment_of, seal_corpus
 from embedcache.files import fsync_path
@@ -105,6 +105,8 @@ def append(
         with claims.turn(progress):
             claims.require_alone("--append")  # one may have come to wait just now
             finished = finish_rewrite(out) or {}
+            if finished:
+                progress.say(f"finished what was begun on {out} and cut short")
             if finished.get("config") == corpus.to_dict():
                 shutil.rmtree(out / FOLDER, ignore_errors=True)
                 return Appended(**finished["appended"])
@@ -140,7 +142,13 @@ class _Appending:
                 f"found --dtype {request.dtype}. Leave --dtype out"
             )
         self._base = request.base or attributes.base["name"]
-        self._identity = load_identity(self._base, revision=request.revision)
+        try:
+            self._identity = load_identity(self._base, revision=request.revision)
+        except BaseModelError as error:
+            raise BaseModelError(
+                f"{error} (The base of {out} was there when it was made: type --base with where it "
+                "is now.)"
+            ) from error
         BaseIdentity.from_dict(attributes.base).require(
             self._identity, this=f"the cache {out}", that=f"--base {self._base}"
         )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from cache_contents import contents, names
 from fixtures_append import added, every_byte, extracted
-from fixtures_extract import write_documents
+from fixtures_extract import flip_byte, write_documents
 
 from embedcache.append_request import corpus_like
 from embedcache.cache.layout import SPLITS
@@ -45,6 +45,10 @@ def test_it_is_what_one_extraction_of_both_gives(
         path in ("manifest.json", "sealed.json") or any(table in path for table in tables)
         for path in changed
     ), changed
+    for path in ("train/tokens/ids/c/0", f"train/tokens/span/c/{one.splits['train'].blocks}/0"):
+        flip_byte(cache / path)
+        assert [fault.file for fault in verify(cache).faults] == [path]
+        flip_byte(cache / path)
 
 
 def test_what_is_coded_with_the_calibration_that_is_there_is_near_what_is_not(

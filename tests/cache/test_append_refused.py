@@ -19,7 +19,14 @@ from embedcache.cache.claims import Claims
 from embedcache.cache.reader import Cache
 from embedcache.cache.verify import verify
 from embedcache.delete import delete
-from embedcache.errors import CacheError, CorpusError, IdentityError, OutputError, UsageError
+from embedcache.errors import (
+    BaseModelError,
+    CacheError,
+    CorpusError,
+    IdentityError,
+    OutputError,
+    UsageError,
+)
 from embedcache.extract import extract
 
 
@@ -55,6 +62,8 @@ def test_another_context_base_or_type_is_refused(
         append(corpus_config(more, context=32), out=untouched)
     with pytest.raises(UsageError, match=r"computed in float32, .* found --dtype bfloat16"):
         append(corpus_config(more), out=untouched, dtype="bfloat16")
+    with pytest.raises(BaseModelError, match=r"no base at 'gone'.*--base with where it is now"):
+        added(untouched, more, base="gone")
     other = tiny_base_directory(tmp_path / "other", seed=1)
     with pytest.raises(IdentityError, match=r"the cache .* and --base .*differ in: weights"):
         added(untouched, more, base=str(other))
@@ -149,18 +158,18 @@ def test_one_that_was_begun_goes_on_or_is_dropped(
 
 
 def test_one_that_was_begun_on_what_the_cache_was_begins_anew(
-    old: Path, more: Path, monkeypatch: pytest.MonkeyPatch
+    old: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    begin(old, more, monkeypatch)
-    staged = shutil.copytree(old / ".staging/append", old.parent / "staged")
-    gone = names(old, "train")[0]
+    folder, gone = write_documents(tmp_path / "new", 3, seed=5), names(old, "train")[0]
+    shutil.copy(corpus / gone, folder / "once-more.txt")
+    begin(old, folder, monkeypatch)
+    staged = shutil.copytree(old / ".staging/append", tmp_path / "staged")
     delete(old, [gone])
     assert not (old / ".staging").exists()
     shutil.copytree(staged, old / ".staging/append")
-    added(old, more)
+    told = added(old, folder)
+    assert (sum(told.documents.values()), told.already_there) == (4, 0)
     assert verify(old, deep=True).faults == ()
-    assert gone not in names(old, "train")
-    assert len(Cache(old).attributes.corpus["appended"]) == 1
 
 
 def test_new_blocks_that_were_damaged_meanwhile_are_not_added(

@@ -62,10 +62,12 @@ def test_an_index_begins_with_what_is_held() -> None:
             held("a@2", "train", texts[0][:1950]),
             held("big#1", "dev", texts[2]),
             held("big#2", "dev", texts[3], own=False),
+            held("no piece#7", "dev", texts[3], own=False),
         ]
     )
     assert index.held_groups == 3
-    assert [index.unique_name(name) for name in ("a", "c", "big")] == ["a@3", "c", "big@2"]
+    free = {"a": "a@3", "c": "c", "big": "big@2", "no piece#7": "no piece#7@2"}
+    assert {name: index.unique_name(name) for name in free} == free
     assert index.held_in(held("b", "test", texts[1]).fingerprint.digest) == "test"
     assert index.held_in(held("b", "test", texts[2]).fingerprint.digest) is None
     for text, split in zip(texts, (["train"], ["test"], ["dev"], []), strict=True):
