@@ -36,6 +36,7 @@ def untouched(old: Path) -> Iterator[Path]:
     before = every_byte(old)
     yield old
     assert every_byte(old) == before
+    assert not (old / ".staging").exists()
 
 
 @pytest.mark.parametrize(

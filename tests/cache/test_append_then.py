@@ -31,8 +31,9 @@ def without(content: Content, name: str) -> Content:
 def test_it_can_be_deleted_merged_repaired_and_added_to(
     old: Path, olds: dict[str, Path], corpus: Path, more: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
+    earlier = names(old, "train")
     added(old, more)
-    gone = names(old, "train")[-1]
+    gone = names(old, "train")[len(earlier)]
     whole = contents(old)
     delete(old, [gone])
     assert contents(old) == without(whole, gone)
