@@ -1,4 +1,4 @@
-"""What an append tells of blocks: the records of those that were there are taken over as they are."""
+"""What an append tells of blocks: records of those that were there are taken over as they are."""
 
 from __future__ import annotations
 

@@ -76,6 +76,34 @@ def test_it_can_be_deleted_merged_repaired_and_added_to(
     assert describe(tmp_path / "both")["appended"][0]["sources"][1] == str(tmp_path / "last")
 
 
+def test_tables_of_many_chunks_grow_and_shrink(
+    tiny_base: Path, corpus: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("tables", "tokens"):
+        monkeypatch.setattr(f"embedcache.cache.{module}.TABLE_CHUNK", 3)
+    cache = extracted(tmp_path / "cache", tiny_base, corpus)
+
+    def chunks() -> dict[str, int]:
+        assert verify(cache, deep=True).faults == ()
+        split = Cache(cache).manifest.splits["train"]
+        rows = {
+            "tokens/offsets": split.sequences,
+            "tokens/blocks": split.blocks + 1,
+            "documents/fingerprint": split.documents,
+        }
+        folders = {name: cache / "train" / name / "c" for name in rows}
+        found = {n: sum(p.is_file() for p in c.rglob("*")) for n, c in folders.items()}
+        assert found == {name: -(-count // 3) for name, count in rows.items()}
+        return found
+
+    before, earlier = chunks(), contents(cache)
+    added(cache, more)
+    assert chunks()["tokens/offsets"] > before["tokens/offsets"] > 1
+    delete(cache, sorted({name for _, name, _ in contents(cache).keys() - earlier.keys()}))
+    assert chunks() | {"tokens/blocks": 0} == before | {"tokens/blocks": 0}  # blocks stay
+    assert contents(cache) == earlier
+
+
 def test_damaged_tokens_of_what_was_added_are_not_taken_from_another_corpus(
     old: Path, corpus: Path, more: Path, tiny_base: Path
 ) -> None:
