@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .show import TerminalProgress, print_json
+
+if TYPE_CHECKING:
+    from embedcache.cache.verify import Verification
 
 
 def verify_command(
@@ -34,13 +37,27 @@ def verify_command(
             count = len(found.faults)
             typer.echo(
                 f"{cache}: {count} {'fault' if count == 1 else 'faults'} in {checked} ({blocks}). "
-                "Run the same 'embedcache extract' with --repair."
+                f"{_way_out(found)}"
             )
         else:
             typer.echo(f"{cache}: no fault in {checked} ({blocks})")
-        if not found.complete:
+        if found.writers:
+            typer.echo(f"It is being written by {', '.join(found.writers)}.")
+        elif not found.complete:
             typer.echo("It is not complete: run the same 'embedcache extract' again to go on.")
         elif not deep:
             typer.echo("Embeddings were not read: --deep reads every byte.")
     if found.faults:
         raise typer.Exit(1)
+
+
+def _way_out(found: Verification) -> str:
+    """Return what to type about faults: a merged cache cannot compute its blocks anew."""
+    if not found.parts:
+        return "Run the same 'embedcache extract' with --repair."
+    extracts = "; ".join(f"'embedcache extract {' '.join(part)} …'" for part in found.parts)
+    return (
+        f"It was merged from {len(found.parts)} caches, those of {extracts}: run 'embedcache "
+        "verify --deep' on each, the same 'embedcache extract' with --repair on those that are "
+        "damaged, and then 'embedcache merge' of all into a new --out."
+    )

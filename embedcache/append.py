@@ -20,13 +20,14 @@ from embedcache.append_request import HeldDocuments, require_settings
 from embedcache.base.identity import BaseIdentity
 from embedcache.base.load import load_identity, load_tokenizer
 from embedcache.cache.claims import TURN, Claims
+from embedcache.cache.commit import clear_staging
 from embedcache.cache.layout import CODEC, SPLITS, STAGING, CacheAttributes
-from embedcache.cache.manifest import read_manifest
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.rewrite import begin_rewrite, commit_rewrite, finish_rewrite
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.sequences import CorpusReader
 from embedcache.device import resolve_device, resolve_dtype
+from embedcache.disk import writing
 from embedcache.errors import BaseModelError, OutputError, UsageError
 from embedcache.extract import extract
 from embedcache.extraction.plan import Earlier, environment_of, seal_corpus
@@ -100,7 +101,7 @@ def append(
         return _Appending(out, request, progress).preview()
     read_attributes(out)
     claims = Claims(out)
-    with claims:
+    with writing(out), claims:
         claims.require_alone("--append")
         with claims.turn(progress):
             claims.require_alone("--append")  # one may have come to wait just now
@@ -194,13 +195,13 @@ class _Appending:
         )
         addition = Part(self._staged)
         require_alike(self._cache, addition)
-        if not claims.holds(TURN) or read_manifest(self._out).hash != self._onto:
-            raise OutputError(
-                f"{self._out} was taken over by another process while this one stood still: type "
-                "the same again"
-            )
         told = self._told(summary, bytes=addition.bytes, seconds=done.seconds)
-        self._join(addition, told)
+        claims.require(TURN)
+        clear_staging(self._out, {self._staged.name})  # of appends that were killed
+        try:
+            self._join(addition, told, claims)
+        finally:
+            shutil.rmtree(claims.staging, ignore_errors=True)
         shutil.rmtree(self._staged)
         return told
 
@@ -253,7 +254,7 @@ class _Appending:
                 partial.rename(self._staged / name)
                 fsync_path(self._staged)
 
-    def _join(self, addition: Part, told: Appended) -> None:
+    def _join(self, addition: Part, told: Appended, claims: Claims) -> None:
         """Put the new blocks in place."""
         attributes, new = self._cache.cache.attributes, addition.cache.attributes
         entry = new.corpus | {"environment": new.environment}
@@ -268,14 +269,15 @@ class _Appending:
         join(
             [self._cache, addition],
             names,
-            begin_rewrite(self._out),
+            begin_rewrite(claims.staging),
             replace(attributes, corpus=corpus),
             self._progress,
             onto_first=True,
             about={"appended": {**times, self._onto: now}},
         )
         about = {"appended": asdict(told), "config": self._corpus.to_dict()}
-        commit_rewrite(self._out, remove=[], about=about)
+        claims.require(TURN)
+        commit_rewrite(self._out, claims.staging, remove=[], about=about)
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self._base, revision=self._request.revision)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -19,7 +20,7 @@ import zarr
 
 from embedcache.cache.arrays import chunk_rows
 from embedcache.cache.block_files import BlockFiles, Recorded
-from embedcache.cache.claims import Claims
+from embedcache.cache.claims import TURN, Claims
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import (
@@ -28,6 +29,7 @@ from embedcache.cache.commit import (
     drop_superseded,
     newest_generations,
 )
+from embedcache.cache.damaged import WAY_OUT
 from embedcache.cache.layout import (
     ATTRIBUTE,
     ROWS,
@@ -46,7 +48,8 @@ from embedcache.cache.sealed_files import seal_over
 from embedcache.cache.shard import read_chunk, read_shard, write_chunk, write_shard
 from embedcache.cache.tables import SplitTables
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.verify import verify
+from embedcache.cache.verify import look_at
+from embedcache.disk import writing
 from embedcache.errors import CacheError, UsageError, nearest
 from embedcache.progress import SILENT, Bar, Progress
 
@@ -83,14 +86,14 @@ def delete(
         return _plan(cache, documents, dry_run=True).told
     read_attributes(cache)
     claims = Claims(cache)
-    with claims:
+    with writing(cache), claims:
         claims.require_alone("delete")
         with claims.turn(progress):
             claims.require_alone("delete")  # one may have come to wait just now
-            return _delete(cache, documents, progress)
+            return _delete(cache, documents, claims, progress)
 
 
-def _delete(cache: Path, documents: Sequence[str], progress: Progress) -> Deletion:
+def _delete(cache: Path, documents: Sequence[str], claims: Claims, progress: Progress) -> Deletion:
     """Delete with the cache to itself."""
     finished = (finish_rewrite(cache) or {}).get("deleted")
     if finished is not None:
@@ -100,14 +103,15 @@ def _delete(cache: Path, documents: Sequence[str], progress: Progress) -> Deleti
             finished.pop("asked")
             _tidy(cache)
             return Deletion(**finished | {"documents": tuple(finished["documents"])})
-    found = verify(cache, progress=progress)
+    found = look_at(cache, progress=progress)
     if found.faults:
-        raise CacheError(
-            f"{cache} is damaged ({found.faults[0]}): nothing was deleted. Run the same "
-            "'embedcache extract' with --repair first."
-        )
+        raise CacheError(f"{cache} is damaged ({found.faults[0]}): nothing was deleted. {WAY_OUT}")
     plan = _plan(cache, documents, dry_run=False)
-    _Deleter(plan, begin_rewrite(cache)).run(progress)
+    clear_staging(cache)
+    try:
+        _Deleter(plan, claims).run(progress)
+    finally:
+        shutil.rmtree(claims.staging, ignore_errors=True)
     _tidy(cache)
     return plan.told
 
@@ -212,11 +216,12 @@ def _plan(path: Path, documents: Sequence[str], *, dry_run: bool) -> _Plan:
 class _Deleter:
     """Stages every file that changes, then commits them as one."""
 
-    def __init__(self, plan: _Plan, staged: Path):
+    def __init__(self, plan: _Plan, claims: Claims):
         self._plan = plan
+        self._claims = claims
         self._cache = plan.cache.path
         self._settings = plan.cache.attributes.settings
-        self._staged = staged
+        self._staged = begin_rewrite(claims.staging)
         self._attempt = uuid.uuid4().hex
 
     def run(self, progress: Progress) -> None:
@@ -231,7 +236,8 @@ class _Deleter:
         publish_seal(self._staged, seal)
         publish_manifest(self._staged, replace(manifest, splits=splits, sealed=seal))
         about = asdict(plan.told) | {"asked": plan.asked}
-        commit_rewrite(self._cache, remove=remove, about={"deleted": about})
+        self._claims.require(TURN)
+        commit_rewrite(self._cache, self._claims.staging, remove=remove, about={"deleted": about})
 
     def _attributes(self) -> dict[str, Any]:
         """Return the root attributes: how much was deleted is added, and no source names it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
@@ -39,6 +40,7 @@ from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.usage import used_bytes
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
+from embedcache.disk import writing
 from embedcache.errors import OutputError
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
@@ -64,6 +66,7 @@ from embedcache.extraction.preflight import blocks_to_go, predict
 from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.repair import Mended, mend, restore_metadata
 from embedcache.extraction.store_base import store_base
+from embedcache.files import fsync_path, make_folder
 from embedcache.progress import SILENT, Progress
 
 
@@ -141,7 +144,7 @@ def extract(
     created = not out.exists()
     claims = Claims(out)
     try:
-        with claims, ExitStack() as turn:
+        with writing(out), claims, ExitStack() as turn:
             if repair:
                 claims.require_alone("--repair")
             turn.enter_context(claims.turn(progress))
@@ -224,11 +227,13 @@ class _Extraction:
         """
         out, progress = self._out, self._progress
         live = self._live()
+        self._claims.require(TURN)
         # Before recovery: a marker that is withdrawn is made again in its place, one of a damaged
         # block is followed, and any that comes from now on is another process's.
         newest = {name: newest_generations(out, name) for name in self._splits}
         there = self._count(self._recover(live) if mended is None else mended.sound())
         clear_staging(out, live)
+        make_folder(self._claims.staging)
         self._resumed = there.blocks
         there.quarantine.check()
         todo = blocks_to_go(self._splits, there.done)
@@ -243,7 +248,8 @@ class _Extraction:
         base, measured = None, Measured()
         again = mended is not None and mended.base
         damaged_codec = None if mended is None else mended.codec
-        if mended is None and self._prepared():
+        prepared = mended is None and self._prepared()
+        if prepared:
             turn.close()
         if todo or again or damaged_codec or not (out / "base").is_dir():
             with progress.bar("loading the base", None, "") as _:
@@ -280,6 +286,8 @@ class _Extraction:
         if base is not None:
             progress.say(str(predicted))
             require_room(predicted, out)
+            if not prepared:
+                self._claims.require(TURN)
             store_base(out, base, self._claims.staging, again=again)
             store_calibrations(out, calibrations, self._claims.staging, expected=damaged_codec)
             if mended is None:
@@ -314,10 +322,12 @@ class _Extraction:
             "predicted_seconds": predicted.seconds,
         }
         if mended is not None or not (out / MANIFEST).is_file():
-            publish_manifest(out, self._manifest(extracted))
+            self._claims.require(TURN)
+            self._publish(self._manifest(extracted))
         for name in self._splits:
             drop_superseded(out, name)
-        clear_staging(out, live)
+        if self._claims.holds(TURN):
+            clear_staging(out, live)
 
     def _manifest(self, extracted: dict[str, Any]) -> Manifest:
         """Return the manifest of the finished cache, its ledgers written."""
@@ -334,6 +344,21 @@ class _Extraction:
             codec=Seal.of(out, out / CODEC),
             extracted=extracted,
         )
+
+    def _publish(self, manifest: Manifest) -> None:
+        """Publish the manifest from staging, where it is gone if this process was taken for dead.
+
+        What others did to the cache meanwhile stands.
+        """
+        made = self._claims.staging / "manifest"
+        try:
+            publish_manifest(made, manifest)
+            self._claims.require(TURN)
+            for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
+                path.replace(self._out / path.name)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+        fsync_path(self._out)
 
     def _prepared(self) -> bool:
         """Whether what one process stores for all is there."""

@@ -8,7 +8,7 @@ import json
 import os
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +63,13 @@ def writer_lock(folder: Path) -> Iterator[None]:
     The lock is the kernel's and goes with the process, however it ends.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:
+    try:
+        file = (folder / LOCK).open("w")
+    except OSError:
+        with suppress(OSError):  # not empty: it was there before
+            folder.rmdir()
+        raise
+    with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Whoever gave up in between took the file away: a lock on that keeps nobody out.

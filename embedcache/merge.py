@@ -13,6 +13,7 @@ from typing import Any
 
 from embedcache.cache.layout import SPLITS, CacheAttributes, corpora_of
 from embedcache.cache.seal import fsync_tree
+from embedcache.disk import writing
 from embedcache.errors import OutputError, UsageError
 from embedcache.files import fsync_path, writer_lock
 from embedcache.join import join
@@ -79,7 +80,7 @@ def merge(
     if dry_run:
         return told
     staging = out.absolute().with_name(f".{out.name}.merging")
-    with writer_lock(staging):
+    with writing(staging), writer_lock(staging):
         try:
             built = staging / "cache"
             shutil.rmtree(built, ignore_errors=True)

@@ -13,6 +13,7 @@ from embedcache.cache.reader import Cache
 from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import CONFIG_FILE, read_record
 from embedcache.device import resolve_device
+from embedcache.disk import writing
 from embedcache.errors import EmbedcacheError
 from embedcache.files import LOCK, writer_lock
 from embedcache.progress import SILENT, Progress
@@ -177,13 +178,15 @@ class _Shared:
 def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
     for out, config in runs.items():
         shared.check(out, config)
+        shared.trainer.sample(config.carryon.taps)  # what cannot be trained on leaves nothing
     members: list[Member] = []
     ranks = shared.ranks
     ranks.wait()  # none writes before all have checked
     with ExitStack() as locks:
         for out, config in runs.items():
             if ranks.leads:
-                locks.enter_context(writer_lock(out))
+                with writing(out):
+                    locks.enter_context(writer_lock(out))
                 check_out(out, shared.request(config))  # it may have changed meanwhile
             members.append(
                 Member(
@@ -201,7 +204,8 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
             shared.trainer.run(stack)
         for member in members:
             if member.summary is not None and ranks.leads:
-                (member.out / LOCK).unlink()
+                with writing(member.out):
+                    (member.out / LOCK).unlink()
         ranks.wait()
     return [
         SweepResult(out=m.out, config=m.config, summary=m.summary, failure=m.failure)

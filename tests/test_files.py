@@ -50,3 +50,18 @@ def test_a_lock_on_a_removed_file_is_no_lock(
     monkeypatch.setattr(files.fcntl, "flock", flock)
     with pytest.raises(OutputError, match=r"being written by another"), writer_lock(tmp_path):
         pass
+
+
+def test_a_folder_that_takes_no_lock_is_not_left_behind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.txt").touch()
+    monkeypatch.setattr(Path, "open", full)
+    for name in ("new", "mine"):
+        with pytest.raises(OSError, match="No space"), writer_lock(tmp_path / name):
+            pass
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["mine", "thesis.txt"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def weight_hash(path: Path) -> str:
     # A file that was written a moment ago could be written again within the clock's tick, and
     # look the same: its hash is taken afresh until the file has settled.
     if started_ns - status.st_mtime_ns > _SETTLED_NS:
-        publish_json(_store(), {**_read_hashes(), str(real): {**key, "sha256": sha256}})
+        with suppress(OSError):  # it only saves time: a home that takes nothing stops no work
+            publish_json(_store(), {**_read_hashes(), str(real): {**key, "sha256": sha256}})
     return sha256
 
 
@@ -46,8 +48,8 @@ def _store() -> Path:
 def _read_hashes() -> dict[str, Any]:
     try:
         stored = json.loads(_store().read_bytes())
-    except (FileNotFoundError, ValueError):
-        # Damaged or not there: it only saves time, and the next hash writes it whole again.
+    except (OSError, ValueError):
+        # Damaged or not to be read: it only saves time, and the next hash writes it whole again.
         return {}
     return stored if isinstance(stored, dict) else {}
 

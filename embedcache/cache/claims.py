@@ -11,7 +11,7 @@ Claims only spare work. Where two processes do compute one block, its marker dec
 
 from __future__ import annotations
 
-import json
+import errno
 import os
 import re
 import socket
@@ -20,11 +20,12 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from os import link
 from pathlib import Path
 
+from embedcache.cache.holder import Holder, is_running, read_holder, this_machine
 from embedcache.cache.layout import CLAIMS, STAGING
 from embedcache.errors import OutputError
 from embedcache.files import publish_json
@@ -38,20 +39,8 @@ BEAT_SECONDS = 10.0
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 1.0
 """A wait is told of when it has taken so long."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
-    """A process that writes: what its file says. ``machine`` tells apart hosts of one name."""
-
-    attempt: str
-    host: str
-    machine: str
-    pid: int
-    began: str
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host}"
+_SWEPT_AWAY = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+"""What a process runs into where others, taking it for dead, cleared up after it."""
 
 
 class Claims:
@@ -65,25 +54,42 @@ class Claims:
         self._me = Holder(
             attempt=self.attempt,
             host=socket.gethostname(),
-            machine=_machine(),
+            machine=this_machine(),
             pid=os.getpid(),
             began=datetime.now(UTC).isoformat(timespec="seconds"),
         )
         self._held: dict[str, Path] = {}
+        self._made = self._lapsed = False
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep_alive, name="claims", daemon=True)
 
     def __enter__(self) -> Claims:
-        self._beat()
+        try:
+            self._beat()
+        except OSError:
+            self._remove_folders()
+            raise
         self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        """Give up all claims; raises ``OutputError`` for what comes of having been taken for dead.
+
+        A process that stood still past its expiry may find gone, or another, what it had begun.
+        """
         self._closed.set()
         self._thread.join()
+        cleared = not self.staging.is_dir()
+        with suppress(OSError):  # a disk that takes nothing more: what is left here expires
+            self._leave()
+        swept = isinstance(error, OSError) and error.errno in _SWEPT_AWAY
+        if isinstance(error, Exception) and self._lapsed and (cleared or swept):
+            raise taken_over(self._folder.parent) from error
+
+    def _leave(self) -> None:
+        now = self._beat()
         for name in list(self._held):
             self.release(name)
-        now = self._beat()
         self._mine.unlink(missing_ok=True)  # first: of several that leave, the last sees nobody
         if not self._others(now):
             self._sweep(now)
@@ -93,7 +99,7 @@ class Claims:
         while True:
             found = self._generations(name)
             newest = max(found, default=-1)
-            last = self._read(found[newest]) if found else None
+            last = read_holder(found[newest]) if found else None
             if last is not None and last[0].attempt == self.attempt:
                 return True
             if last is not None and self._alive(*last, self._beat()):
@@ -119,6 +125,11 @@ class Claims:
         found = self._generations(name)
         return bool(found) and self._attempt(found[max(found)]) == self.attempt
 
+    def require(self, name: str) -> None:
+        """Raise ``OutputError`` unless this process has the claim still."""
+        if not self.holds(name):
+            raise taken_over(self._folder.parent)
+
     def release(self, name: str) -> None:
         """Give up a claim; no harm where it is not held."""
         path = self._held.pop(name, None)
@@ -131,7 +142,7 @@ class Claims:
 
     def _others(self, now: float) -> list[Holder]:
         files = (self._folder / WRITERS).glob("*.json")
-        found = [self._read(path) for path in files if path.name != self._mine.name]
+        found = [read_holder(path) for path in files if path.name != self._mine.name]
         return [entry[0] for entry in found if entry is not None and self._alive(*entry, now)]
 
     def require_alone(self, what: str) -> None:
@@ -162,7 +173,7 @@ class Claims:
 
     def _holder(self, name: str) -> Holder | None:
         found = self._generations(name)
-        entry = self._read(found[max(found)]) if found else None
+        entry = read_holder(found[max(found)]) if found else None
         return None if entry is None else entry[0]
 
     def _path(self, name: str, generation: int) -> Path:
@@ -193,29 +204,12 @@ class Claims:
             return False
         return True
 
-    def _read(self, path: Path) -> tuple[Holder, float] | None:
-        """Return who keeps a file alive and when it was touched; None where it is gone.
-
-        It is opened before it is asked for its time: a network file system may else answer from
-        what it remembers.
-        """
-        try:
-            with path.open() as file:
-                touched = os.fstat(file.fileno()).st_mtime
-                text = file.read()
-        except FileNotFoundError:
-            return None
-        try:
-            return Holder(**json.loads(text)), touched
-        except (ValueError, TypeError):  # damaged: nobody's, until it expires
-            return Holder(attempt="", host="an unknown host", machine="", pid=0, began=""), touched
-
     def _attempt(self, path: Path | None) -> str | None:
-        entry = None if path is None else self._read(path)
+        entry = None if path is None else read_holder(path)
         return None if entry is None else entry[0].attempt
 
     def _alive(self, holder: Holder, touched: float, now: float) -> bool:
-        if holder.machine == self._me.machine and not _running(holder.pid):
+        if holder.machine == self._me.machine and not is_running(holder.pid):
             return False
         return now - touched <= EXPIRY_SECONDS
 
@@ -223,27 +217,62 @@ class Claims:
         """Touch this process's file, made if it is not there; return the time that it got."""
         while True:
             try:
-                os.utime(self._mine)
-                return self._mine.stat().st_mtime
+                return self._touch()
             except FileNotFoundError:
+                self._lapsed |= self._made
                 with suppress(FileNotFoundError):  # the last to leave swept the folder away
                     publish_json(self._mine, asdict(self._me))
+                    self._made = True
+
+    def _touch(self) -> float:
+        before = self._mine.stat().st_mtime
+        os.utime(self._mine)
+        now = self._mine.stat().st_mtime
+        self._lapsed |= now - before > EXPIRY_SECONDS
+        return now
 
     def _keep_alive(self) -> None:
         while not self._closed.wait(BEAT_SECONDS):
             with suppress(OSError):  # a beat that is missed may be made up for by the next
-                os.utime(self._mine)
+                self._touch()
 
     def _sweep(self, now: float) -> None:
         """Remove what dead processes left, and the folders that are empty then."""
         files = (Path(at) / name for at, _, names in os.walk(self._folder) for name in names)
         for path in list(files):
-            entry = self._read(path)
+            entry = read_holder(path)
             if entry is not None and not self._alive(*entry, now):
                 path.unlink(missing_ok=True)
-        for folder in (*self._folder.glob("*/"), self._folder, self.staging.parent):
+        self._remove_folders()
+
+    def _remove_folders(self) -> None:
+        tops = (self._folder, self.staging, self.staging.parent)
+        for folder in (*self._folder.glob("*/"), *tops):
             with suppress(OSError):  # not empty: in use
                 folder.rmdir()
+
+
+def taken_over(cache: Path) -> OutputError:
+    """Return the error of a process that others took for dead, and whose work they do now."""
+    return OutputError(
+        f"{cache} was taken over by another process while this one stood still for more than "
+        f"{EXPIRY_SECONDS:.0f} s: type the same again to join it"
+    )
+
+
+def writers_of(cache: Path) -> list[Holder]:
+    """Return the processes that write a cache, for one who only looks and touches nothing.
+
+    Age is judged by this machine's clock, and not at all for a process of this machine.
+    """
+    mine, now = this_machine(), time.time()
+    files = (cache / CLAIMS / WRITERS).glob("*.json")
+    found = [entry for path in files if (entry := read_holder(path)) is not None]
+    return [
+        holder
+        for holder, touched in found
+        if (is_running(holder.pid) if holder.machine == mine else now - touched <= EXPIRY_SECONDS)
+    ]
 
 
 def claim_of(split: str, block: int) -> str:
@@ -253,22 +282,3 @@ def claim_of(split: str, block: int) -> str:
     'train/00000003'
     """
     return f"{split}/{block:08d}"
-
-
-def _running(pid: int) -> bool:
-    """Whether a process of this machine is there."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        return True
-    return True
-
-
-def _machine() -> str:
-    """Return what tells this running system, and its numbering of processes, from any other."""
-    with suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
-    return f"{socket.gethostname()} {uuid.getnode():x}"

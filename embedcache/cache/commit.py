@@ -8,6 +8,7 @@ first. A writer that lost the race, or died, can harm nothing.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -91,7 +92,7 @@ def drop_superseded(cache: Path, split: str) -> None:
     newest = newest_generations(cache, split)
     markers = _markers(cache, split)
     for path in [path for block, generation, path in markers if generation < newest[block]]:
-        path.unlink()
+        path.unlink(missing_ok=True)
 
 
 def _markers(cache: Path, split: str) -> Iterator[tuple[int, int, Path]]:
@@ -104,13 +105,21 @@ def _markers(cache: Path, split: str) -> Iterator[tuple[int, int, Path]]:
 
 
 class BlockWriter:
-    """Stages and commits blocks for one attempt (one run of one process), by its id."""
+    """Stages and commits blocks for one attempt (one run of one process), by its id.
+
+    The attempt's staging folder is its licence: whoever takes the process for dead removes it (see
+    `clear_staging`), and what was staged in one that is gone is never committed. ``attempt`` is of
+    one whose folder is there; without it a new one begins.
+    """
 
     def __init__(self, cache: Path, attempt: str | None = None):
         self._cache = cache
         self.attempt = attempt or uuid.uuid4().hex
         self._folder = cache / STAGING / self.attempt
-        self._folder.mkdir(parents=True, exist_ok=True)
+        if attempt is None:
+            self._folder.mkdir(parents=True)
+        self._licence = os.open(self._folder, os.O_RDONLY)  # open, it is told from a later one
+        self._unpromoted: set[Path] = set()
 
     def commit(
         self,
@@ -124,8 +133,11 @@ class BlockWriter:
         """Stage ``arrays`` (path under the split → its kind and R rows); commit them as one block.
 
         Returns the marker that stands: another writer's, where it was first. Safe to call from
-        several threads for different blocks.
+        several threads for different blocks. Raises ``FileNotFoundError`` where this attempt was
+        taken for dead.
         """
+        target = marker_path(self._cache, split, block, generation)
+        self._begin(target)
         records = tuple(
             self._stage(f"{split}/{name}", block, spec, values)
             for name, (spec, values) in arrays.items()
@@ -140,6 +152,10 @@ class BlockWriter:
         )
         marker = self._link(marker)
         promote(self._cache, marker)
+        self._unpromoted.discard(target)
+        if marker.attempt == self.attempt and not _in_place(self._cache, marker):
+            target.unlink(missing_ok=True)
+            raise self._cleared()
         return marker
 
     def renew(
@@ -152,7 +168,9 @@ class BlockWriter:
         generation: int,
     ) -> Marker:
         """Commit a block whose files are in place and sound, but whose marker was lost."""
-        return self._link(
+        target = marker_path(self._cache, split, block, generation)
+        self._begin(target)
+        marker = self._link(
             Marker(
                 split=split,
                 block=block,
@@ -162,16 +180,33 @@ class BlockWriter:
                 quarantined=quarantined,
             )
         )
+        self._unpromoted.discard(target)
+        return marker
+
+    def _begin(self, target: Path) -> None:
+        """Make the file that is to be the marker; raises where the licence is gone."""
+        self._unwritten(target).touch()
+        if not os.path.samestat(os.fstat(self._licence), self._folder.stat()):
+            raise self._cleared()
+
+    def _cleared(self) -> FileNotFoundError:
+        return FileNotFoundError(errno.ENOENT, "was cleared away", str(self._folder))
+
+    def _unwritten(self, target: Path) -> Path:
+        """Return where a marker is made before it is linked to ``target``."""
+        return self._folder / f"{target.parent.name}.{target.name}"
 
     def _link(self, marker: Marker) -> Marker:
         """Create a marker, exclusively and whole; return the one that stands."""
-        finished = self._folder / f"{marker.split}.{marker.block}.{marker.generation}.marker"
-        finished.write_text(marker.to_json())
-        fsync_path(finished)
         target = marker_path(self._cache, marker.split, marker.block, marker.generation)
+        finished = self._unwritten(target)
+        with finished.open("r+") as file:  # made before the block was staged: gone if that is
+            file.write(marker.to_json())
+        fsync_path(finished)
         make_folder(target.parent)
         try:
             os.link(finished, target)
+            self._unpromoted.add(target)
         except FileExistsError:
             marker = Marker.read(target)
         fsync_path(target.parent)
@@ -189,8 +224,13 @@ class BlockWriter:
         return FileRecord(path=name, bytes=size, sha256=digest, crc32c=crc32c)
 
     def close(self) -> None:
-        """Remove the attempt's staging folder."""
-        shutil.rmtree(self._folder, ignore_errors=True)
+        """Remove the attempt's staging folder, unless a committed block waits there.
+
+        One does where its promotion failed: `recover` makes up for that.
+        """
+        os.close(self._licence)
+        if not self._unpromoted:
+            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def promote(cache: Path, marker: Marker) -> None:
@@ -201,6 +241,12 @@ def promote(cache: Path, marker: Marker) -> None:
         with suppress(FileNotFoundError):  # promoted before
             (cache / STAGING / marker.attempt / record.path).replace(target)
         fsync_path(target.parent)
+
+
+def _in_place(cache: Path, marker: Marker) -> bool:
+    """Whether all files of a marker are where they belong, of the size that it states."""
+    places = [(cache / record.path, record.bytes) for record in marker.files]
+    return all(path.is_file() and path.stat().st_size == size for path, size in places)
 
 
 def recover(
@@ -222,25 +268,23 @@ def recover(
                 "Extract into an empty folder."
             )
         promote(cache, marker)
-        whole = all(
-            (cache / record.path).is_file() and (cache / record.path).stat().st_size == record.bytes
-            for record in marker.files
-        )
-        if whole:
+        if _in_place(cache, marker):
             yield marker
         elif marker.attempt not in live:
-            path.unlink()
+            path.unlink(missing_ok=True)
 
 
 def clear_staging(cache: Path, live: Collection[str] = ()) -> None:
     """Remove what all but the ``live`` attempts staged and never committed.
 
     Call after `recover`, with attempts that were found live before it: what one committed last,
-    and died, is not in place yet.
+    and died, is not in place yet. Each folder goes at once: one that was taken for dead and wakes
+    up finds all that it staged, or nothing.
     """
-    if not live:
-        shutil.rmtree(cache / STAGING, ignore_errors=True)
-        return
-    for folder in (cache / STAGING).glob("*"):
-        if folder.name not in live:
-            shutil.rmtree(folder, ignore_errors=True)
+    staging = cache / STAGING
+    for folder in [folder for folder in staging.glob("*") if folder.name not in live]:
+        with suppress(FileNotFoundError):  # another clears up, too
+            gone = folder.rename(staging / f"{uuid.uuid4().hex}.gone")
+            shutil.rmtree(gone, ignore_errors=True)
+    with suppress(OSError):  # not empty: in use
+        staging.rmdir()

@@ -179,6 +179,11 @@ def sources_of(corpus: dict[str, Any]) -> list[str]:
     return [source for part in corpora_of(corpus) for source in part["config"]["sources"]]
 
 
+def parts_of(corpus: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Return the sources of each cache that was merged into one; nothing for one that was not."""
+    return tuple(tuple(part["config"]["sources"]) for part in corpus.get("parts", ()))
+
+
 def marker_path(cache: Path, split: str, block: int, generation: int = 0) -> Path:
     """Return where the commit marker of one generation of a block lies."""
     return cache / COMMITS / split / f"{block:08d}.{generation}.json"

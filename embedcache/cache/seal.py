@@ -16,12 +16,12 @@ import zarr
 
 from embedcache.cache.arrays import checked, create_arrays
 from embedcache.cache.codecs import ARRAYS, codec_name
-from embedcache.cache.layout import ATTRIBUTE, LEDGER, ROWS, SPLITS, CacheAttributes
-from embedcache.cache.sealed import publish_seal
+from embedcache.cache.layout import ATTRIBUTE, LEDGER, ROWS, SEALED, SPLITS, CacheAttributes
+from embedcache.cache.sealed import METADATA, publish_seal
 from embedcache.cache.sealed_files import seal_tree
 from embedcache.cache.tables import Table
 from embedcache.errors import UsageError
-from embedcache.files import fsync_path, publish_bytes
+from embedcache.files import fsync_path
 
 Array = np.ndarray[Any, Any]
 
@@ -157,10 +157,11 @@ class Sealer:
             sealer.close()
 
     def seal(self, attributes: CacheAttributes, *, hidden: int) -> None:
-        """Create the empty embedding arrays, move all into place and publish the seal and the root.
+        """Create the empty embedding arrays, make the seal and move all into place.
 
-        Call after `close`. The root's ``zarr.json`` is published last: a cache without one has not
-        been sealed, and pass 0 starts again.
+        Call after `close`. The root's ``zarr.json`` comes last: a cache without one has not been
+        sealed, and pass 0 starts again. Where another process has cleared the staging folder away,
+        ``FileNotFoundError`` is raised, and what that process makes is left alone.
         """
         settings = attributes.settings
         for name, sealer in self.splits.items():
@@ -175,11 +176,11 @@ class Sealer:
                 )
         self._root.attrs[ATTRIBUTE] = attributes.to_dict()
         fsync_tree(self._staging)
-        seal = seal_tree(self._staging)
-        for name in (*SPLITS, LEDGER):
+        publish_seal(self._staging, seal_tree(self._staging))
+        for name in (*SPLITS, LEDGER, SEALED, METADATA):
+            fsync_path(self._cache)
             (self._staging / name).rename(self._cache / name)
-        publish_seal(self._cache, seal)
-        publish_bytes(self._cache / "zarr.json", (self._staging / "zarr.json").read_bytes())
+        fsync_path(self._cache)
 
 
 def fsync_tree(root: Path) -> None:

@@ -1,7 +1,8 @@
 """Holding a cache's files against what was recorded when they were written.
 
 Whatever vouches for a file is itself checked first: the manifest, the seal and every marker carry
-their own SHA-256. Nothing is written, so a cache on a read-only disk can be verified, too.
+their own SHA-256. Nothing is written, so a cache on a read-only disk can be verified, too. No lock
+is taken: where a cache changes under the look, what does not match may only be on its way.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
 from embedcache.cache.arrays import chunk_rows
 from embedcache.cache.block_files import BlockFiles, block_ledgers
+from embedcache.cache.claims import writers_of
 from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import Marker, committed_blocks
@@ -28,10 +30,12 @@ from embedcache.cache.layout import (
     STAGING,
     CacheAttributes,
     marker_path,
+    parts_of,
     shard_name,
 )
 from embedcache.cache.ledger import Ledger
 from embedcache.cache.manifest import Manifest
+from embedcache.cache.quiet import require_quiet, state_of
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.records import FileRecord, content_fault, fault_in
 from embedcache.cache.sealed import METADATA, Seal, metadata_fault
@@ -68,6 +72,8 @@ class Verification:
     """What was found. ``blocks`` are planned, ``committed`` have a marker; bytes of checked files.
 
     ``complete`` says that a manifest is there; without one only committed blocks are checked.
+    ``writers`` are the processes at work on it, ``parts`` the sources of each cache that it was
+    merged from.
     """
 
     cache: str
@@ -78,10 +84,32 @@ class Verification:
     files: int
     bytes: int
     faults: tuple[Fault, ...]
+    writers: tuple[str, ...] = ()
+    parts: tuple[tuple[str, ...], ...] = ()
 
 
 def verify(cache: Path, *, deep: bool = False, progress: Progress = SILENT) -> Verification:
-    """Find every damaged file of a cache.
+    """Find every damaged file of a cache, as `look_at` does, which others may be writing.
+
+    Raises ``CacheError`` for what is no cache, one of a newer schema, one of which documents are
+    being deleted or added, or one in which not all matches while others write: no damage yet.
+    """
+    while True:
+        before = state_of(cache)
+        try:
+            found = look_at(cache, deep=deep, progress=progress)
+        except CacheError as error:
+            require_quiet(cache, error)
+            raise
+        if not found.faults:
+            return replace(found, writers=tuple(map(str, writers_of(cache))))
+        require_quiet(cache, found.faults[0])
+        if before == state_of(cache):
+            return found
+
+
+def look_at(cache: Path, *, deep: bool = False, progress: Progress = SILENT) -> Verification:
+    """Find every damaged file of a cache that nobody else writes.
 
     Without ``deep``, metadata, tokens, documents and what is kept of the base are held to their
     content, shards of embeddings to their size and the checksums at their chunks' ends. With it,
@@ -135,6 +163,7 @@ class _Verifier:
             files=self._files,
             bytes=self._bytes,
             faults=tuple(self._faults),
+            parts=() if self._seal is None else parts_of(self._attributes.corpus),
         )
 
     def _add(self, kind: Kind, file: str, why: str) -> None:

@@ -122,19 +122,22 @@ def store_calibrations(
     for folder in (made, old):
         shutil.rmtree(folder, ignore_errors=True)
     staging.mkdir(parents=True, exist_ok=True)
-    group = zarr.create_group(made, zarr_format=3)
-    for tap, found in calibrations.items():
-        found.save(group.create_group(tap))
-    fsync_tree(made)
-    if expected is not None and Seal.of(staging, made) != expected:
-        raise CacheError(
-            f"the calibration in {cache / CODEC} is damaged, and what was calibrated anew is not "
-            "the one that blocks were coded with (another machine or version?): restore that "
-            "folder from a copy, or extract into a new folder."
-        )
-    if (cache / CODEC).exists():
-        (cache / CODEC).rename(old)
-    made.rename(cache / CODEC)
+    try:
+        group = zarr.create_group(made, zarr_format=3)
+        for tap, found in calibrations.items():
+            found.save(group.create_group(tap))
+        fsync_tree(made)
+        if expected is not None and Seal.of(staging, made) != expected:
+            raise CacheError(
+                f"the calibration in {cache / CODEC} is damaged, and what was calibrated anew is "
+                "not the one that blocks were coded with (another machine or version?): restore "
+                "that folder from a copy, or extract into a new folder."
+            )
+        if (cache / CODEC).exists():
+            (cache / CODEC).rename(old)
+        made.rename(cache / CODEC)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     fsync_path(cache)
 
 

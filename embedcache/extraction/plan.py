@@ -13,7 +13,7 @@ import torch
 
 from embedcache import __version__
 from embedcache.base.identity import BaseIdentity
-from embedcache.cache.claims import WRITERS
+from embedcache.cache.claims import WRITERS, taken_over
 from embedcache.cache.layout import (
     CLAIMS,
     CODEC,
@@ -68,7 +68,7 @@ def _left_behind(path: Path) -> bool:
     if path.name in SPLITS:
         return (path / "zarr.json").is_file() and (path / "tokens").is_dir()
     if path.name == CLAIMS:
-        return (path / WRITERS).is_dir()
+        return (path / WRITERS).is_dir() or not any(path.iterdir())
     if path.name in (STAGING, SEALED):
         return True
     if path.name == LEDGER:
@@ -115,12 +115,10 @@ def seal_corpus(
             environment=environment,
         )
         if not holds():
-            raise OutputError(
-                f"{out} was taken over by another process while this one stood still: type the "
-                "same again to join it"
-            )
+            raise taken_over(out)
         sealer.seal(attributes, hidden=identity.hidden_size)
     except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
         if not (out / "zarr.json").is_file() and holds():
             _clear(out)
         raise

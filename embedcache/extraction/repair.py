@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -37,7 +37,7 @@ from embedcache.cache.seal import Sealer
 from embedcache.cache.sealed import METADATA, Seal, metadata_fault, publish_seal, read_seal
 from embedcache.cache.sealed_files import SealedFiles, sealed_ledger, write_sealed_ledger
 from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.verify import Verification, verify
+from embedcache.cache.verify import Verification, look_at
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import CacheError
 from embedcache.extraction.plan import tokenise
@@ -107,12 +107,12 @@ def mend(
     for split in SPLITS:
         for marker in _sound_markers(out, split).values():
             promote(out, marker)  # what a repair that was stopped had committed
-    found = verify(out, deep=True, progress=progress)
+    clear_staging(out)
+    found = look_at(out, deep=True, progress=progress)
     if found.complete and not found.faults:
         progress.say("nothing is damaged")
         for split in SPLITS:
             drop_superseded(out, split)
-        clear_staging(out)
         return None
     for fault in found.faults:
         progress.say(f"damaged: {fault}")
@@ -122,7 +122,7 @@ def mend(
         return _pass_zero(out, corpus, load_tokenizer(), settings, progress)
 
     if _restore_ledgers(out, found, seal, pass_zero):
-        found = verify(out, deep=True, progress=progress)  # of the files that they vouch for, too
+        found = look_at(out, deep=True, progress=progress)  # of the files that they vouch for, too
     kinds = {fault.kind for fault in found.faults}
     _restore_tokens(out, found, seal, pass_zero)
     if any(fault.kind == "seal" for fault in found.faults):
@@ -237,28 +237,27 @@ def _mend_blocks(
     files = None if manifest is None else manifest.splits[split].files(out, split, settings)
     markers = _sound_markers(out, split)
     newest = newest_generations(out, split)
-    writer = BlockWriter(out)
-    for block in {fault.block for fault in found.faults if fault.split == split}:
-        assert block is not None
-        marker = markers.pop(block, None)
-        names = {*embedding_shards(split, block, settings)}
-        if (
-            marker is not None
-            and {record.path for record in marker.files} == names
-            and _whole(out, marker.files)
-        ):
-            markers[block] = marker  # of a repair that was stopped before its manifest
-            continue
-        with suppress(CacheError):  # a damaged ledger is told by verify
-            if files is not None and _whole(out, files[block]):
-                markers[block] = writer.renew(
-                    split,
-                    block,
-                    files[block],
-                    quarantined=tuple(files.aside(*tokens.bounds(block)).tolist()),
-                    generation=newest.get(block, -1) + 1,
-                )
-    writer.close()
+    with closing(BlockWriter(out)) as writer:
+        for block in {fault.block for fault in found.faults if fault.split == split}:
+            assert block is not None
+            marker = markers.pop(block, None)
+            names = {*embedding_shards(split, block, settings)}
+            if (
+                marker is not None
+                and {record.path for record in marker.files} == names
+                and _whole(out, marker.files)
+            ):
+                markers[block] = marker  # of a repair that was stopped before its manifest
+                continue
+            with suppress(CacheError):  # a damaged ledger is told by verify
+                if files is not None and _whole(out, files[block]):
+                    markers[block] = writer.renew(
+                        split,
+                        block,
+                        files[block],
+                        quarantined=tuple(files.aside(*tokens.bounds(block)).tolist()),
+                        generation=newest.get(block, -1) + 1,
+                    )
     for block, path in committed_blocks(out, split).items():
         if block >= tokens.blocks:
             path.unlink()

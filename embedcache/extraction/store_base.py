@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import zarr
@@ -21,18 +22,20 @@ def store_base(out: Path, base: Base, staging: Path, *, again: bool = False) -> 
     if (out / "base").is_dir() and not again:
         return
     made, old = staging / "base", staging / "base.old"
-    staging.mkdir(parents=True, exist_ok=True)
-    group = zarr.create_group(made, zarr_format=3)
-    head = group.create_group("head")
-    head.attrs.update(dict(base.head.settings))
-    write_base_array(head, "weight", base.head.weight_VH)
-    if base.head.bias_V is not None:
-        write_base_array(head, "bias", base.head.bias_V)
-    if not is_tied(base.model):
-        embedding = token_embedding_of(base.model).get_parameter("weight")
-        write_base_array(group, "token_embedding/weight", embedding)
-    fsync_tree(made)
-    if (out / "base").exists():
-        (out / "base").rename(old)
-    made.rename(out / "base")
+    try:
+        group = zarr.create_group(made, zarr_format=3)
+        head = group.create_group("head")
+        head.attrs.update(dict(base.head.settings))
+        write_base_array(head, "weight", base.head.weight_VH)
+        if base.head.bias_V is not None:
+            write_base_array(head, "bias", base.head.bias_V)
+        if not is_tied(base.model):
+            embedding = token_embedding_of(base.model).get_parameter("weight")
+            write_base_array(group, "token_embedding/weight", embedding)
+        fsync_tree(made)
+        if (out / "base").exists():
+            (out / "base").rename(old)
+        made.rename(out / "base")
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
     fsync_path(out)

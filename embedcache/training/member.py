@@ -233,7 +233,7 @@ class Member:
         state = self.state
         model = CarryOn(self.config.carryon, attributes.base["hidden_size"])
         model.load_state_dict(self._best)
-        self.summary = TrainSummary(
+        summary = TrainSummary(
             out=str(self.out),
             parameters=model.parameter_count(),
             steps=state.step,
@@ -250,8 +250,13 @@ class Member:
             tokens_per_second=round(state.tokens / max(state.seconds, 1e-9), 1),
             resumed_at_step=self._resumed_at,
         )
-        if not self._writes:
-            return
+        if self._writes:
+            self._publish(model, summary, attributes, manifest)
+        self.summary = summary
+
+    def _publish(
+        self, model: CarryOn, summary: TrainSummary, attributes: CacheAttributes, manifest: Manifest
+    ) -> None:
         record = CarryOnRecord(
             config=self.config.carryon,
             base=attributes.base,
@@ -262,7 +267,7 @@ class Member:
                 "corpus": attributes.corpus,
                 "tokens": {name: split.tokens for name, split in manifest.splits.items()},
             },
-            results=asdict(self.summary),
+            results=asdict(summary),
         )
         publish_report(self.out, self.metrics.rows(), record)
         save_carryon(self.out, model, record)

@@ -15,6 +15,7 @@ from embedcache.cache.sample import sample_embeddings
 from embedcache.cache.subset import Documents, Subset
 from embedcache.carryon.model import CarryOn
 from embedcache.device import free_memory
+from embedcache.disk import writing
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate import EVAL_TOKENS, FrozenInputs
 from embedcache.loss import Shortlist, tail_proposal
@@ -42,6 +43,7 @@ class Trainer:
         self.train = cache.split("train")
         self._documents: dict[str, Documents] = {}
         self._base_dev: dict[Patterns, float | None] = {}
+        self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
 
     def subset(self, split: str, patterns: Patterns) -> Subset | None:
         """Return the documents of a split that match, None for all.
@@ -59,6 +61,12 @@ class Trainer:
         """Return the train tokens of the documents that match; raises ``UsageError`` for none."""
         subset = self.subset("train", patterns)
         return self.train.manifest.tokens if subset is None else subset.tokens
+
+    def sample(self, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Return embeddings to calibrate on; raises ``NumericsError`` if some are not finite."""
+        if taps not in self._samples:
+            self._samples[taps] = sample_embeddings(self.train, taps)
+        return self._samples[taps]
 
     def stacks(self, members: Sequence[Member]) -> Iterator[list[Member]]:
         """Yield the members in lists that one `run` can train: of one shape, and few enough."""
@@ -87,7 +95,7 @@ class Trainer:
         config = members[0].config
         taps, hidden = config.carryon.taps, self.cache.attributes.base["hidden_size"]
         inputs = FrozenInputs(self.cache, self.device, tokens=config.carryon.token_input)
-        sample = sample_embeddings(self.train, taps)
+        sample = self.sample(taps)
         begun: list[tuple[Member, CarryOn]] = []
         for member in members:
             with failing(member):
@@ -298,6 +306,7 @@ class _Run:
 def failing(member: Member) -> Iterator[None]:
     """Take an error as the end of one member, not of those beside it."""
     try:
-        yield
+        with writing(member.out):
+            yield
     except (EmbedcacheError, OSError) as error:
         member.failure = error

@@ -47,12 +47,12 @@ def counted(call):
 
 for name in ("link", "rename", "replace", "unlink", "rmdir", "mkdir", "fsync"):
     setattr(os, name, counted(getattr(os, name)))
-publish = rewrite.publish_json
-def committing(*arguments):
+finish = rewrite.finish_rewrite
+def committing(cache):
     global committed
-    publish(*arguments)
     committed = left
-rewrite.publish_json = committing
+    return finish(cache)
+rewrite.finish_rewrite = committing
 told = []
 for cache, more, left in json.loads(sys.argv[1]):
     reader, writer = os.pipe()

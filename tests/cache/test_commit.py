@@ -212,3 +212,82 @@ def test_files_that_are_no_markers_are_passed_over(tmp_path: Path) -> None:
         (tmp_path / COMMITS / "train" / name).write_text("?")
     assert list(committed_blocks(tmp_path, "train")) == [0]
     assert committed_blocks(tmp_path, "dev") == {}
+
+
+def before(monkeypatch: pytest.MonkeyPatch, name: str, act: Any) -> None:
+    """Have ``act`` done once, before the next call of a function of `commit`."""
+    real = getattr(commit, name)
+
+    def late(*arguments: Any, **more: Any) -> Any:
+        monkeypatch.setattr(commit, name, real)
+        act()
+        return real(*arguments, **more)
+
+    monkeypatch.setattr(commit, name, late)
+
+
+@pytest.mark.parametrize("step", ["write_shard", "chunks_crc32c", "make_folder"])
+def test_what_was_staged_in_a_folder_that_was_cleared_is_never_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    writer = BlockWriter(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(FileNotFoundError):
+        before(patch, step, lambda: clear_staging(tmp_path))
+        commit_block(writer, 1)
+    assert committed_blocks(tmp_path, "train") == {}
+    with pytest.raises(FileNotFoundError):
+        commit_block(writer, 1)
+    with pytest.raises(FileNotFoundError):
+        writer.renew("train", 0, (), quarantined=(), generation=1)
+    clear_staging(tmp_path)  # what staging made of the folder again
+    with pytest.raises(FileNotFoundError):
+        BlockWriter(tmp_path, attempt=writer.attempt)
+    assert committed_blocks(tmp_path, "train") == {}
+
+
+def test_a_marker_whose_files_were_cleared_before_they_were_moved_is_withdrawn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = BlockWriter(tmp_path)
+    before(monkeypatch, "promote", lambda: clear_staging(tmp_path))
+    with pytest.raises(FileNotFoundError, match="was cleared away"):
+        commit_block(writer, 1)
+    assert committed_blocks(tmp_path, "train") == {}
+
+
+def test_clearing_takes_an_attempts_folder_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never file by file: who wakes up meanwhile would find some of what it staged."""
+    dead, live = BlockWriter(tmp_path), BlockWriter(tmp_path)
+    commit_block(live, 1)
+    folder = tmp_path / STAGING / dead.attempt
+    (folder / "staged").touch()
+    real, seen = commit.shutil.rmtree, []
+
+    def removing(path: Path, **more: Any) -> None:
+        seen.append(folder.exists())
+        real(path, **more)
+
+    monkeypatch.setattr(commit.shutil, "rmtree", removing)
+    clear_staging(tmp_path, {live.attempt})
+    assert seen == [False]
+    assert [path.name for path in (tmp_path / STAGING).iterdir()] == [live.attempt]
+    clear_staging(tmp_path)
+    assert not (tmp_path / STAGING).exists()
+
+
+def test_a_block_that_could_not_be_moved_waits_in_staging_when_its_writer_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(cache: Path, marker: Marker) -> None:
+        raise OSError(28, "No space left on device")
+
+    writer = BlockWriter(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(commit, "promote", full)
+        with pytest.raises(OSError, match="No space"):
+            commit_block(writer, 1)
+    writer.close()
+    assert [marker.block for marker in recover(tmp_path, "train", 1)] == [0]
+    assert np.array_equal(stored(tmp_path), values(1))

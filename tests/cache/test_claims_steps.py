@@ -1,0 +1,451 @@
+"""Claims step by step: each interleaving of two processes is laid out by hand."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from embedcache.cache import claims, holder
+from embedcache.cache.claims import TURN, WRITERS, Claims, claim_of, writers_of
+from embedcache.cache.holder import this_machine
+from embedcache.cache.layout import CLAIMS
+from embedcache.errors import OutputError
+from embedcache.progress import SILENT, Silent
+
+BLOCK = claim_of("train", 3)
+LONG_AGO = 1000.0
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as opened:
+        yield opened
+
+
+def dead_pid() -> int:
+    """Return the number of a process that is gone."""
+    child = os.fork()
+    if not child:
+        os._exit(0)
+    os.waitpid(child, 0)
+    return child
+
+
+def foreign(
+    cache: Path, name: str, *, age: float, generation: int = 0, attempt: str = "f00", **says: Any
+) -> Path:
+    """Leave a claim of a process on another machine that beat so long ago; return its file."""
+    writer = cache / CLAIMS / WRITERS / f"{attempt}.json"
+    writer.parent.mkdir(parents=True, exist_ok=True)
+    said = {"attempt": attempt, "host": "far", "machine": "elsewhere", "pid": 1, "began": ""}
+    writer.write_text(json.dumps(said | says))
+    target = cache / CLAIMS / f"{name}.{generation}.json"
+    target.parent.mkdir(exist_ok=True)
+    target.hardlink_to(writer)
+    os.utime(writer, (time.time() - age,) * 2)
+    return target
+
+
+def fall_asleep(sleeper: Claims) -> None:
+    """Let a process stand still for longer than its claims last."""
+    sleeper._closed.set()  # its heart stops
+    sleeper._thread.join()
+    os.utime(sleeper._mine, (1, 1))
+
+
+def before_linking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
+    """Have ``act`` done once, before the next claim's file is linked."""
+    link = claims.link
+
+    def late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(claims, "link", link)
+        act()
+        link(source, target)
+
+    monkeypatch.setattr(claims, "link", late)
+
+
+def test_a_claim_that_was_dropped_while_it_was_read_is_not_taken_beside_its_next_owner(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quick, third = (stack.enter_context(Claims(tmp_path)) for _ in range(3))
+    assert quick.take(BLOCK)
+    read = claims.read_holder
+
+    def too_late(path: Path) -> Any:
+        monkeypatch.setattr(claims, "read_holder", read)
+        quick.release(BLOCK)
+        found = read(path)
+        before_linking(monkeypatch, lambda: owners.append(third.take(BLOCK)))
+        return found
+
+    owners: list[bool] = []
+    monkeypatch.setattr(claims, "read_holder", too_late)
+    owners.append(slow.take(BLOCK))
+    assert owners == [True, False]
+    assert third.holds(BLOCK)
+    assert not slow.holds(BLOCK)
+
+
+def test_one_that_saw_no_claim_is_refused_by_one_taken_over_since(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    slow, quick = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
+
+    def meanwhile() -> None:
+        foreign(tmp_path, BLOCK, age=LONG_AGO)
+        assert quick.take(BLOCK)  # generation 1: 0 is free again
+
+    before_linking(monkeypatch, meanwhile)
+    assert not slow.take(BLOCK)
+    assert quick.holds(BLOCK)
+    assert not slow.holds(BLOCK)
+
+
+def test_a_dead_one_that_was_first_is_followed_at_once(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taker = stack.enter_context(Claims(tmp_path))
+    before_linking(monkeypatch, lambda: foreign(tmp_path, BLOCK, age=LONG_AGO))
+    assert taker.take(BLOCK)
+    assert taker.holds(BLOCK)
+
+
+def test_two_takers_of_an_expired_claim_at_the_same_step(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both saw it expired; either may link first, and the other is refused."""
+    for quick_releases in (False, True):
+        slow, quick = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
+        name = claim_of("train", 10 + quick_releases)
+        foreign(tmp_path, name, age=LONG_AGO, attempt=f"dead{quick_releases}")
+
+        def meanwhile(
+            name: str = name, quick: Claims = quick, drops: bool = quick_releases
+        ) -> None:
+            assert quick.take(name)
+            if drops:
+                quick.release(name)
+
+        before_linking(monkeypatch, meanwhile)
+        assert slow.take(name) == quick_releases
+        assert [slow.holds(name), quick.holds(name)] == [quick_releases, not quick_releases]
+
+
+def test_who_slept_drops_nothing_of_its_followers(tmp_path: Path, stack: ExitStack) -> None:
+    sleeper, second, third = (stack.enter_context(Claims(tmp_path)) for _ in range(3))
+    assert sleeper.take(BLOCK)
+    fall_asleep(sleeper)
+    assert second.take(BLOCK)
+    assert not sleeper.holds(BLOCK)
+    with pytest.raises(OutputError, match=r"was taken over .* stood still .*type the same again"):
+        sleeper.require(BLOCK)
+    second.release(BLOCK)
+    assert third.take(BLOCK)  # in a file of the very name that the sleeper's had
+    sleeper.release(BLOCK)
+    assert third.holds(BLOCK)
+    third.require(BLOCK)
+
+
+def test_of_two_generations_the_newest_holds(tmp_path: Path, stack: ExitStack) -> None:
+    """A taker has linked, and has not yet removed what it follows."""
+    first = stack.enter_context(Claims(tmp_path))
+    assert first.take(BLOCK)
+    foreign(tmp_path, BLOCK, age=0, generation=1)
+    assert not first.holds(BLOCK)
+    assert not first.take(BLOCK)
+
+
+def test_a_damaged_claim_is_nobodys_and_expires(tmp_path: Path, stack: ExitStack) -> None:
+    taker = stack.enter_context(Claims(tmp_path))
+    for text in ("", "[1]", '{"attempt": "f00"}'):
+        path = foreign(tmp_path, BLOCK, age=0)
+        path.write_text(text)
+        assert not taker.take(BLOCK)
+        assert taker.others()[0].host == "an unknown host"
+        os.utime(path, (1, 1))
+        assert taker.take(BLOCK)
+        taker.release(BLOCK)
+        shutil.rmtree(tmp_path / CLAIMS / WRITERS)
+
+
+def test_a_process_of_another_machine_is_judged_by_its_age_alone(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    taker, gone = stack.enter_context(Claims(tmp_path)), dead_pid()
+    foreign(tmp_path, BLOCK, age=0, pid=gone)
+    assert not taker.take(BLOCK)
+    foreign(tmp_path, TURN, age=0, pid=gone, attempt="near", machine=this_machine())
+    assert taker.take(TURN)
+
+
+def test_a_clock_that_is_ahead_keeps_a_claim(tmp_path: Path, stack: ExitStack) -> None:
+    taker = stack.enter_context(Claims(tmp_path))
+    foreign(tmp_path, BLOCK, age=-LONG_AGO)
+    assert not taker.take(BLOCK)
+
+
+def test_a_process_of_another_user_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(pid: int, signal: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", forbidden)
+    assert holder.is_running(1)
+
+
+def test_containers_of_one_machine_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = this_machine()
+    monkeypatch.setattr(Path, "readlink", lambda path: Path("pid:[another]"))
+    assert this_machine() != mine
+
+
+def test_a_swept_folder_is_made_again(tmp_path: Path, stack: ExitStack) -> None:
+    taker = stack.enter_context(Claims(tmp_path))
+    shutil.rmtree(tmp_path / CLAIMS)
+    assert taker.take(BLOCK)
+    assert taker.holds(BLOCK)
+
+
+def test_a_folder_that_is_swept_while_a_process_begins_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish = claims.publish_json
+
+    def swept(path: Path, value: Any) -> None:
+        monkeypatch.setattr(claims, "publish_json", publish)
+        raise FileNotFoundError(errno.ENOENT, "swept", str(path))
+
+    monkeypatch.setattr(claims, "publish_json", swept)
+    with Claims(tmp_path) as begun:
+        assert begun.take(BLOCK)
+
+
+def test_a_heart_that_missed_a_beat_goes_on(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.01)
+    beats, again, touch = [], threading.Event(), Claims._touch
+
+    def failing(self: Claims) -> float:
+        if threading.current_thread().name == "claims":
+            beats.append(1)
+            if len(beats) == 1:
+                raise OSError(errno.EIO, "a network that is down")
+            again.set()
+        return touch(self)
+
+    monkeypatch.setattr(Claims, "_touch", failing)
+    stack.enter_context(Claims(tmp_path))
+    assert again.wait(60)
+
+
+def test_who_leaves_others_alive_touches_nothing_of_the_dead(
+    tmp_path: Path, stack: ExitStack
+) -> None:
+    stack.enter_context(Claims(tmp_path))
+    left = foreign(tmp_path, BLOCK, age=LONG_AGO)
+    with Claims(tmp_path):
+        pass
+    assert left.exists()
+
+
+def test_who_leaves_last_sweeps_nothing_of_one_that_just_came(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    comer = Claims(tmp_path)
+    others = Claims._others
+
+    def before_the_sweep(self: Claims, now: float) -> Any:
+        monkeypatch.setattr(Claims, "_others", others)
+        found = others(self, now)
+        stack.enter_context(comer)
+        assert comer.take(BLOCK)
+        return found
+
+    monkeypatch.setattr(Claims, "_others", before_the_sweep)
+    with Claims(tmp_path):
+        pass
+    assert comer.holds(BLOCK)
+    assert comer._mine.exists()
+
+
+def test_an_empty_staging_folder_goes_and_a_full_one_stays(tmp_path: Path) -> None:
+    with Claims(tmp_path) as held:
+        held.staging.mkdir(parents=True)
+    assert not list(tmp_path.iterdir())
+    with Claims(tmp_path) as held:
+        held.staging.mkdir(parents=True)
+        (held.staging / "block").touch()
+    assert [path.name for path in tmp_path.iterdir()] == [".staging"]
+
+
+def test_a_wait_tells_each_holder_once_and_only_after_a_moment(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[str] = []
+    clock, polls = [0.0], 0
+
+    class Ear(Silent):
+        def say(self, remark: str) -> None:
+            heard.append(remark)
+
+    first, second = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
+    assert first.take(TURN)
+
+    def slept(seconds: float) -> None:
+        nonlocal polls
+        polls += 1
+        clock[0] = {1: 0.5, 2: 2.0, 3: 3.0, 4: 4.0}.get(polls, 5.0)
+        assert len(heard) == (polls > 2)  # told once, after the sleep until 2.0
+        if polls == 5:
+            (tmp_path / CLAIMS / f"{TURN}.0.json").unlink()
+
+    monkeypatch.setattr(claims.time, "sleep", slept)
+    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    with second.turn(Ear()):
+        assert second.holds(TURN)
+    assert not second.holds(TURN)
+    assert len(heard) == 1
+    assert polls == 5
+
+
+def test_a_turn_that_is_given_up_as_it_is_asked_for_is_no_ones(
+    tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the wait has begun the holder leaves between two looks: there is nobody to name."""
+    monkeypatch.setattr(claims, "PATIENCE_SECONDS", -1.0)
+    first, second = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
+    assert first.take(TURN)
+    take = Claims.take
+
+    def missed(self: Claims, name: str) -> bool:
+        monkeypatch.setattr(Claims, "take", take)
+        first.release(TURN)
+        return False
+
+    monkeypatch.setattr(Claims, "take", missed)
+    with second.turn(SILENT):
+        assert second.holds(TURN)
+
+
+@pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST])
+@pytest.mark.parametrize("swept", [False, True])
+def test_what_a_sleeper_runs_into_is_told_as_what_it_is(
+    tmp_path: Path, code: int, swept: bool
+) -> None:
+    with (
+        pytest.raises(OutputError, match="was taken over by another process") as told,
+        Claims(tmp_path) as sleeper,
+    ):
+        fall_asleep(sleeper)
+        if swept:
+            sleeper._mine.unlink()
+        raise OSError(code, os.strerror(code))
+    assert isinstance(told.value.__cause__, OSError)
+
+
+def test_whatever_comes_of_staging_that_others_cleared_away_is_told_so(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="was taken over"), Claims(tmp_path) as sleeper:
+        fall_asleep(sleeper)
+        raise ValueError("no such numbers")
+    with pytest.raises(ValueError, match="no such numbers"), Claims(tmp_path):
+        raise ValueError("no such numbers")
+    with pytest.raises(KeyboardInterrupt), Claims(tmp_path) as sleeper:
+        fall_asleep(sleeper)
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("slept", [False, True])
+def test_any_other_failure_stays_what_it_is(tmp_path: Path, slept: bool) -> None:
+    error = OSError(errno.EIO if slept else errno.ENOENT, "of another kind")
+    with pytest.raises(OSError, match="of another kind"), Claims(tmp_path) as held:
+        held.staging.mkdir(parents=True)
+        if slept:
+            fall_asleep(held)
+        raise error
+
+
+def test_a_disk_that_takes_nothing_hides_no_failure_and_leaves_no_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, *_: object) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(claims, "publish_json", full)
+        with pytest.raises(OSError, match="No space"):
+            Claims(tmp_path / "cache").__enter__()
+    assert [path.name for path in tmp_path.rglob("*")] == ["cache"]
+    with pytest.raises(ValueError, match="the first"), Claims(tmp_path) as held:
+        held.take(BLOCK)
+        monkeypatch.setattr(os, "utime", full)
+        raise ValueError("the first")
+
+
+def test_one_who_only_looks_sees_who_writes(tmp_path: Path) -> None:
+    assert writers_of(tmp_path) == []
+    with Claims(tmp_path) as writing:
+        fall_asleep(writing)  # of this machine: it may wake up
+        foreign(tmp_path, BLOCK, age=0, attempt="far")
+        foreign(tmp_path, BLOCK, age=LONG_AGO, attempt="expired", generation=1)
+        gone = {"pid": dead_pid(), "machine": this_machine()}
+        foreign(tmp_path, BLOCK, age=0, attempt="dead", generation=2, **gone)
+        found = {writer.attempt for writer in writers_of(tmp_path)}
+        assert found == {writing.attempt, "far"}
+
+
+def test_racing_threads_that_fall_asleep_never_own_at_once(tmp_path: Path) -> None:
+    """Each owner may be taken for dead the moment that it has let go; none while it works."""
+    guard, owner, wrong, wins = threading.Lock(), [""], [], []
+    stop = threading.Event()
+    foreign(tmp_path, BLOCK, age=LONG_AGO)
+
+    def race(racer: Claims) -> None:
+        while not stop.is_set():
+            if not racer.take(BLOCK):
+                continue
+            with guard:
+                if owner[0]:
+                    wrong.append((owner[0], racer.attempt))
+                owner[0] = racer.attempt
+            with guard:
+                owner[0] = ""
+                wins.append(racer.attempt)
+                if len(wins) >= 60:
+                    stop.set()
+                if len(wins) % 3:  # a third are left behind, and found expired
+                    racer.release(BLOCK)
+                else:
+                    with suppress(FileNotFoundError):
+                        abandon(tmp_path, racer)
+
+    with ExitStack() as opened:
+        racers = [opened.enter_context(Claims(tmp_path)) for _ in range(3)]
+        threads = [threading.Thread(target=race, args=(racer,)) for racer in racers]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+    assert len(wins) >= 60
+
+
+def abandon(cache: Path, racer: Claims) -> None:
+    """Turn a racer's claim into one of a process that is dead for long, in one step."""
+    path = racer._held.pop(BLOCK)
+    dead = cache / CLAIMS / f"{racer.attempt}.dead"
+    says = {"attempt": racer.attempt[::-1], "host": "far", "machine": "elsewhere", "pid": 1}
+    dead.write_text(json.dumps(says | {"began": ""}))
+    os.utime(dead, (1, 1))
+    dead.replace(path)

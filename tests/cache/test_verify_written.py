@@ -1,0 +1,229 @@
+"""A cache that is verified while it is being written: no false damage, whatever the moment."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cache_contents import names
+from fixtures_extract import (
+    call_main,
+    corpus_config,
+    flip_byte,
+    small_flags,
+    small_settings,
+    start_command,
+)
+
+import embedcache.extract as stage_one
+from embedcache.cache import commit, rewrite, seal
+from embedcache.cache import verify as verifying
+from embedcache.cache.claims import Claims
+from embedcache.cache.layout import MANIFEST, marker_path
+from embedcache.cache.verify import verify
+from embedcache.delete import delete
+from embedcache.errors import CacheError
+from embedcache.extract import extract
+from embedcache.extraction import repair, store_base
+from embedcache.merge import merge
+
+SHARD = "train/embeddings/final/c/1/0"
+BEING_WRITTEN = (
+    r"is being written by process \d+|documents are being deleted|not an embedcache|no such cache"
+)
+
+
+def run(corpus: Path, base: Path, out: Path, **more: Any) -> Any:
+    return extract(
+        corpus_config(corpus),
+        base=str(base),
+        out=out,
+        settings=small_settings(codec="int8", taps=("final", "layer_1")),
+        device="cpu",
+        **more,
+    )
+
+
+def at_every_call(
+    monkeypatch: pytest.MonkeyPatch, steps: list[tuple[Any, str]], look: Callable[[], object]
+) -> None:
+    """Have ``look`` done before and after every call of each function."""
+
+    def watched(real: Any) -> Any:
+        def call(*arguments: Any, **more: Any) -> Any:
+            look()
+            result = real(*arguments, **more)
+            look()
+            return result
+
+        return call
+
+    for module, name in steps:
+        monkeypatch.setattr(module, name, watched(getattr(module, name)))
+
+
+def looks_at(out: Path, real: set[str], seen: list[str]) -> Callable[[], None]:
+    """Return a look: a report with no fault but the ``real`` ones, or that it is being written."""
+
+    def look() -> None:
+        try:
+            faults = verify(out, deep=True).faults
+        except CacheError as error:
+            assert re.search(BEING_WRITTEN, str(error)), error
+            seen.append("being written")
+            return
+        assert {fault.file for fault in faults} <= real
+        seen.append("faults" if faults else "sound")
+
+    return look
+
+
+WRITING = [
+    (seal, "publish_seal"),
+    (store_base, "fsync_tree"),
+    (commit, "promote"),
+    (commit.os, "link"),
+    (stage_one, "publish_manifest"),
+    (stage_one, "drop_superseded"),
+    (stage_one, "clear_staging"),
+]
+
+
+def test_during_an_extraction(
+    corpus: Path, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, seen = tmp_path / "cache", []
+    with monkeypatch.context() as patch:
+        at_every_call(patch, WRITING, looks_at(out, set(), seen))
+        run(corpus, tiny_base, out)
+    assert "faults" not in seen
+    assert "sound" in seen
+    assert verify(out, deep=True).writers == ()
+
+
+def test_during_a_repair(
+    copied: Path, corpus: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    damaged = [SHARD, "base/head/weight/c/0/0", "train/tokens/ids/c/0", "sealed.json"]
+    for name in damaged:
+        flip_byte(copied / name)
+    steps = [*WRITING[1:], (repair, "publish_seal"), (repair, "tokenise")]
+    with monkeypatch.context() as patch:
+        at_every_call(patch, steps, looks_at(copied, set(), seen))
+        run(corpus, tiny_base, copied, repair=True)
+    assert set(seen) == {"being written", "sound"}
+    assert verify(copied, deep=True).faults == ()
+
+
+def test_during_a_deletion(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    steps = [(rewrite, "fsync_path"), (rewrite, "make_folder"), (rewrite, "fsync_tree")]
+    with monkeypatch.context() as patch:
+        at_every_call(patch, steps, looks_at(copied, set(), seen))
+        delete(copied, [names(copied, "train")[0]])
+    assert set(seen) == {"being written", "sound"}
+    assert verify(copied, deep=True).faults == ()
+
+
+def test_a_deletion_that_was_killed_is_no_damage_and_says_how_to_go_on(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = names(copied, "train")[0]
+    flushed: list[Path] = []
+
+    def killed(path: Path) -> None:
+        flushed.append(path)
+        if len(flushed) == 3:  # the folder is renamed, and the manifest taken away
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rewrite, "fsync_path", killed)
+        with pytest.raises(KeyboardInterrupt):
+            delete(copied, [name])
+    assert not (copied / MANIFEST).exists()
+    with pytest.raises(CacheError, match=r"or that was stopped.*the same 'embedcache delete'"):
+        verify(copied)
+    delete(copied, [name])
+    assert verify(copied, deep=True).faults == ()
+
+
+def test_a_writer_that_ends_under_the_look_makes_it_look_again(
+    copied: Path, corpus: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first look has read the old manifest; then all is written anew, and nobody writes."""
+    name, looks, read = names(copied, "train")[0], [], verifying._Verifier._read_seal
+
+    def changed(self: Any) -> Any:
+        looks.append(1)
+        if len(looks) == 1:
+            monkeypatch.setattr(verifying._Verifier, "_read_seal", read)
+            delete(copied, [name])
+            monkeypatch.setattr(verifying._Verifier, "_read_seal", changed)
+        return read(self)
+
+    monkeypatch.setattr(verifying._Verifier, "_read_seal", changed)
+    assert verify(copied, deep=True).faults == ()
+    assert len(looks) == 2
+
+
+def test_damage_of_a_cache_that_nobody_writes_is_damage(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flip_byte(copied / SHARD)
+    with Claims(copied), pytest.raises(CacheError, match=rf"is being written .*{SHARD} fails"):
+        verify(copied, deep=True)
+    (fault,) = verify(copied, deep=True).faults
+    assert fault.file == SHARD
+
+
+def test_a_sound_one_that_is_written_says_by_whom(
+    copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (copied / MANIFEST).unlink()
+    marker_path(copied, "train", 0).unlink()
+    with Claims(copied):
+        assert call_main(monkeypatch, "verify", str(copied)) == 0
+    assert f"It is being written by process {os.getpid()} on " in capsys.readouterr().out
+
+
+def test_beside_a_process_that_extracts(corpus: Path, tiny_base: Path, tmp_path: Path) -> None:
+    """As it comes, without steps laid out: every look while it runs is sound or says why not."""
+    out, seen = tmp_path / "cache", []
+    flags = [*small_flags(corpus, tiny_base, out), "--codec", "int8", "--taps", "final,layer_1"]
+    process = start_command(*flags)
+    look = looks_at(out, set(), seen)
+    while process.poll() is None:
+        look()
+    assert process.wait() == 0, process.communicate()
+    process.communicate()
+    look()
+    assert seen[-1] == "sound"
+
+
+def test_a_merged_cache_says_which_parts_to_repair(
+    copied: Path,
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    other = shutil.copytree(copied, tmp_path / "other")
+    every = [name for split in ("train", "dev", "test") for name in names(copied, split)]
+    delete(copied, every[::2])
+    delete(other, every[1::2])
+    merge([copied, other], tmp_path / "both")
+    assert call_main(monkeypatch, "verify", str(tmp_path / "both"), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["parts"] == [[str(corpus)]] * 2
+    flip_byte(tmp_path / "both" / SHARD)
+    assert call_main(monkeypatch, "verify", str(tmp_path / "both"), "--deep") == 1
+    shown = capsys.readouterr().out
+    assert f"It was merged from 2 caches, those of 'embedcache extract {corpus} …'; " in shown
+    assert "'embedcache merge' of all into a new --out" in shown
+    assert "Run the same" not in shown
