@@ -234,8 +234,8 @@ class _Appending:
         if not (self._staged / "zarr.json").is_file():
             return None
         found = read_attributes(self._staged)
-        if found.corpus["onto"] != self._onto:
-            return None  # of what the cache is no more, or what it has by now
+        if found.corpus.get("onto") != self._onto:
+            return None  # of what the cache is no more; one without was begun by one that slept
         if found.corpus["config"] != self._corpus.to_dict():
             raise OutputError(
                 f"an append of {', '.join(found.corpus['config']['sources'])} to {self._out} was "
