@@ -66,22 +66,31 @@ def test_it_mixes_with_no_other(
     assert not (out / ".staging").exists()
 
 
-def test_one_whose_turn_another_has_by_now_is_not_committed(
+@pytest.mark.parametrize(
+    ("module", "name"), [(appending, "require_alike"), (joining, "publish_manifest")]
+)
+def test_one_whose_turn_another_has_by_now_changes_nothing(
     place: Path,  # noqa: F811
     tmp_path: Path,
     pause: Pause,  # noqa: F811
+    module: Any,
+    name: str,
 ) -> None:
-    """That one is still looking at the cache: it must not change under it."""
+    """That one is still looking at the cache; what a third has staged is left alone, too."""
     out = shutil.copytree(place / "whole", tmp_path / "cache")
     more = write_documents(tmp_path / "more", 3, seed=1)
     with ExitStack() as stack:
-        other = Claims(out)
+        other, third = Claims(out), Claims(out)
 
         def meanwhile() -> None:
             stack.enter_context(other)
+            stack.enter_context(third)
             assert other.take(TURN)
+            third.staging.mkdir(parents=True)
+            (third.staging / "staged").touch()
 
-        pause(joining, "publish_manifest", 1, meanwhile)
+        pause(module, name, 1, meanwhile)
         with pytest.raises(OutputError, match="was taken over"):
             added(out, more)
         assert contents(out) == contents(place / "whole")
+        assert (third.staging / "staged").exists()
