@@ -46,6 +46,7 @@ def evaluate_command(
         )
     else:
         from embedcache.base.load import load_base
+        from embedcache.cache.layout import corpora_of
         from embedcache.carryon.store import read_record
         from embedcache.corpus.config import CorpusConfig
         from embedcache.evaluate_live import evaluate_cache_live, evaluate_corpus
@@ -71,7 +72,7 @@ def evaluate_command(
                     limit_documents=None,
                     limit_tokens=None,
                 )
-                for part in trained.get("parts") or [trained]
+                for part in corpora_of(trained)
             ]
             if any(other != text for other in others):
                 raise UsageError(

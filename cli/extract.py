@@ -10,6 +10,7 @@ import typer
 
 from embedcache.units import duration, size
 
+from .append import append_documents
 from .show import TerminalProgress, print_json, print_pairs
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
 
 
 def extract_command(
+    ctx: typer.Context,
     corpus: Annotated[
         list[str],
         typer.Argument(
@@ -87,6 +89,13 @@ def extract_command(
     repair: Annotated[
         bool, typer.Option("--repair", help="Verify the cache first and make anew what is damaged.")
     ] = False,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Add documents to the finished cache OUT; what is not typed is as there.",
+        ),
+    ] = False,
     dry_run: Annotated[
         bool,
         typer.Option(
@@ -104,44 +113,65 @@ def extract_command(
     from embedcache.extract import extract
     from embedcache.extraction.preview import preview
 
+    if repair and append:
+        raise UsageError(
+            "expected --repair or --append, found both. Repair the cache first, by the command "
+            "that made it, then append"
+        )
     if repair and dry_run:
         raise UsageError(
             "expected --repair or --dry-run, found both. What a repair would make anew is what "
             f"this names: embedcache verify {out} --deep"
         )
-    config = CorpusConfig(
-        sources=tuple(corpus),
-        dev_sources=tuple(dev or ()),
-        test_sources=tuple(test or ()),
-        split_file=split_file,
-        dev_fraction=dev_fraction,
-        test_fraction=test_fraction,
-        split_seed=split_seed,
-        text_field=text_field,
-        prompt=_unescape(prompt),
-        completion=_unescape(completion),
-        messages_field=messages_field,
-        dataset_config=dataset_config,
-        dataset_split=dataset_split,
-        encoding=encoding,
-        undecodable=undecodable,
-        context=context,
-        min_tokens=min_tokens,
-        limit_documents=limit_documents,
-        limit_tokens=limit_tokens,
-        max_tokens_per_document=max_tokens_per_document,
-    )
-    # A CPU is fastest while activations stay near its caches, a GPU when it is full.
-    best_batch = 16384 if resolve_device(device).type == "cuda" else 2048
-    settings = ExtractSettings(
-        taps=parse_taps(taps),
-        codec=codec,
-        bits=bits,
-        quality=quality,
-        context=context,
-        block_tokens=block_tokens,
-        batch_tokens=best_batch if batch_tokens is None else batch_tokens,
-    )
+    of_corpus: dict[str, Any] = {
+        "sources": tuple(corpus),
+        "dev_sources": tuple(dev or ()),
+        "test_sources": tuple(test or ()),
+        "split_file": split_file,
+        "dev_fraction": dev_fraction,
+        "test_fraction": test_fraction,
+        "split_seed": split_seed,
+        "text_field": text_field,
+        "prompt": _unescape(prompt),
+        "completion": _unescape(completion),
+        "messages_field": messages_field,
+        "dataset_config": dataset_config,
+        "dataset_split": dataset_split,
+        "encoding": encoding,
+        "undecodable": undecodable,
+        "min_tokens": min_tokens,
+        "limit_documents": limit_documents,
+        "limit_tokens": limit_tokens,
+        "max_tokens_per_document": max_tokens_per_document,
+    }
+    of_settings: dict[str, Any] = {
+        "taps": parse_taps(taps),
+        "codec": codec,
+        "bits": bits,
+        "quality": quality,
+        "context": context,
+        "block_tokens": block_tokens,
+        "batch_tokens": batch_tokens,
+    }
+    if append:
+        append_documents(
+            _typed(ctx, of_corpus),
+            out=out,
+            base=base if _typed(ctx, {"base": base}) else None,
+            revision=revision,
+            settings=_typed(ctx, of_settings),
+            device=device,
+            dtype=dtype,
+            max_quarantined=max_quarantined,
+            dry_run=dry_run,
+            as_json=as_json,
+        )
+        return
+    config = CorpusConfig(**of_corpus, context=context)
+    if batch_tokens is None:
+        # A CPU is fastest while activations stay near its caches, a GPU when it is full.
+        of_settings["batch_tokens"] = 16384 if resolve_device(device).type == "cuda" else 2048
+    settings = ExtractSettings(**of_settings)
     progress = TerminalProgress()
     if dry_run:
         prediction, summary = preview(
@@ -178,7 +208,10 @@ def extract_command(
         [
             ("cache", result.out),
             ("base", result.base),
-            *_corpus_pairs(result.corpus),
+            *_corpus_pairs(
+                result.corpus
+                | {key: getattr(result, key) for key in ("tokens", "sequences", "documents")}
+            ),
             (
                 "blocks",
                 f"{result.blocks} ({result.resumed_blocks} from before, {result.computed_blocks} "
@@ -200,6 +233,17 @@ def extract_command(
     )
     typer.echo("\nThe cache holds the corpus: its token ids, and embeddings text can be read from.")
     typer.echo(f"Next: embedcache train {result.out} --out CARRYON")
+
+
+def _typed(ctx: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
+    """Return those of the settings that were typed, whatever their defaults are."""
+    flags = {"sources": "corpus", "dev_sources": "dev", "test_sources": "test"}
+
+    def is_typed(name: str) -> bool:
+        source = ctx.get_parameter_source(flags.get(name, name))
+        return source is not None and source.name == "COMMANDLINE"
+
+    return {name: value for name, value in settings.items() if is_typed(name)}
 
 
 def _corpus_pairs(summary: dict[str, Any]) -> list[tuple[str, object]]:

@@ -50,6 +50,7 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
         ("complete", "yes" if found["complete"] else "no: run the same extract again to go on"),
         *_base_pairs(found["base"]),
         ("corpus", ", ".join(sources_of(found["corpus"]))),
+        *_appended_pairs(found["appended"]),
         ("taps", ", ".join(settings["taps"])),
         ("codec", f"{settings['codec']} (dev and test: bf16)"),
         ("context", settings["context"]),
@@ -83,6 +84,18 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
         )
     )
     return pairs
+
+
+def _appended_pairs(appended: list[dict[str, Any]]) -> list[tuple[str, object]]:
+    return [
+        (
+            "of it added later",
+            f"{sum(part['documents'].values()):,} documents, "
+            f"{sum(part['tokens'].values()):,} tokens of {', '.join(part['sources'])}"
+            + (f", at {part['at']}" if part["at"] else ""),
+        )
+        for part in appended
+    ]
 
 
 def _array_rows(found: dict[str, Any]) -> list[list[str]]:

@@ -12,7 +12,6 @@ import shutil
 import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +34,17 @@ from embedcache.cache.layout import (
     ATTRIBUTE,
     ROWS,
     SPLITS,
+    corpora_of,
     marker_path,
     shard_name,
     token_chunks,
 )
 from embedcache.cache.manifest import SplitManifest, publish_manifest, split_manifest
 from embedcache.cache.reader import Cache, read_attributes
-from embedcache.cache.records import FileRecord, chunks_crc32c, record_file
+from embedcache.cache.records import FileRecord, chunks_crc32c
 from embedcache.cache.rewrite import begin_rewrite, commit_rewrite, finish_rewrite
-from embedcache.cache.sealed import METADATA, Seal, publish_seal
-from embedcache.cache.sealed_files import (
-    SealedFiles,
-    chunk_counts,
-    chunk_name,
-    write_sealed_ledger,
-)
+from embedcache.cache.sealed import publish_seal
+from embedcache.cache.sealed_files import seal_over
 from embedcache.cache.shard import read_chunk, read_shard, write_chunk, write_shard
 from embedcache.cache.tables import SplitTables
 from embedcache.cache.tokens import SplitTokens
@@ -100,7 +95,7 @@ def delete(
 
 def _delete(cache: Path, documents: Sequence[str], claims: Claims, progress: Progress) -> Deletion:
     """Delete with the cache to itself."""
-    finished = finish_rewrite(cache)
+    finished = (finish_rewrite(cache) or {}).get("deleted")
     if finished is not None:
         progress.say(f"finished deleting {', '.join(finished['documents'])}")
         documents = [name for name in documents if name not in finished["asked"]]
@@ -160,6 +155,7 @@ class _SplitPlan:
             document_S=(np.cumsum(kept_D) - 1)[tables.document_S[kept_S]],
             starts_B=np.concatenate([[0], np.cumsum(kept_S)])[tables.starts_B],
             index_D=tables.index_D[kept_D],
+            fingerprint_DF=tables.fingerprint_DF[kept_D],
             names=tuple(n for n, kept in zip(tables.names, kept_D, strict=True) if kept),
         )
 
@@ -236,12 +232,12 @@ class _Deleter:
         with progress.bar("rewriting", sum(plan.told.blocks.values()), "blocks") as bar:
             for name, split in plan.splits.items():
                 splits[name] = self._split(root, name, split, bar)
-        seal, remove = self._seal(manifest.sealed)
+        seal, remove = seal_over(self._cache, self._staged, manifest.sealed)
         publish_seal(self._staged, seal)
         publish_manifest(self._staged, replace(manifest, splits=splits, sealed=seal))
         about = asdict(plan.told) | {"asked": plan.asked}
         self._claims.require(TURN)
-        commit_rewrite(self._cache, self._claims.staging, remove=remove, about=about)
+        commit_rewrite(self._cache, self._claims.staging, remove=remove, about={"deleted": about})
 
     def _attributes(self) -> dict[str, Any]:
         """Return the root attributes: how much was deleted is added, and no source names it."""
@@ -255,7 +251,7 @@ class _Deleter:
             "sequences": earlier["sequences"] + sum(told.sequences.values()),
             "tokens": earlier["tokens"] + sum(told.tokens.values()),
         }
-        for part in corpus.get("parts", [corpus]):
+        for part in corpora_of(corpus):
             for key in ("sources", "dev_sources", "test_sources"):
                 part["config"][key] = [
                     "(deleted)" if _names_one(source, names) else source
@@ -354,33 +350,6 @@ class _Deleter:
         length, digest = write_shard(path, values, size, CODERS[spec.coder])
         crc32c = chunks_crc32c(path, rows // size)
         return FileRecord(path=record.path, bytes=length, sha256=digest, crc32c=crc32c)
-
-    def _seal(self, old: Seal) -> tuple[Seal, list[str]]:
-        """Return the seal of all that pass 0 wrote as it is now, and the files that are no more."""
-        staged = {
-            path.relative_to(self._staged).as_posix(): path.read_text()
-            for path in self._staged.rglob(METADATA)
-        }
-        metadata, ledgers, gone = old.metadata | staged, dict(old.ledgers), []
-        for split in self._plan.splits:
-            before = SealedFiles(self._cache, split, old)
-            ledgers[before.name] = write_sealed_ledger(
-                self._staged, split, metadata, record=partial(self._sealed, split, before)
-            )
-            after = chunk_counts(split, metadata)
-            gone += [
-                chunk_name(split, array, number)
-                for array, count in before.chunks.items()
-                for number in range(after[array], count)
-            ]
-        return Seal(files=(), metadata=metadata, ledgers=ledgers), gone
-
-    def _sealed(self, split: str, before: SealedFiles, array: str, number: int) -> FileRecord:
-        """Return the record of a chunk: the staged one, or one that stays."""
-        name = chunk_name(split, array, number)
-        if (self._staged / name).is_file():
-            return record_file(self._staged / name, name)
-        return before.record(array, number)
 
 
 def _names_one(source: str, names: set[str]) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 from embedcache.cache.commit import newest_generations
 from embedcache.cache.components import describe_components
 from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, CacheAttributes
-from embedcache.cache.manifest import read_manifest
+from embedcache.cache.manifest import Manifest, read_manifest
 from embedcache.cache.reader import Cache, read_attributes
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import Calibration
@@ -68,6 +68,7 @@ def _describe_cache(path: Path) -> dict[str, Any]:
         "manifest": None if manifest is None else manifest.hash,
         "base": attributes.base,
         "corpus": attributes.corpus,
+        "appended": _appended(attributes, manifest),
         "settings": asdict(attributes.settings),
         "environment": attributes.environment,
         "splits": splits,
@@ -78,6 +79,21 @@ def _describe_cache(path: Path) -> dict[str, Any]:
         "calibration": _calibration(path, attributes),
         "components": _components(path) if complete else None,
     }
+
+
+def _appended(attributes: CacheAttributes, manifest: Manifest | None) -> list[dict[str, Any]]:
+    """Return what was added to the finished cache, and when, where the manifest still says so."""
+    times = {} if manifest is None else manifest.extracted.get("appended", {})
+    return [
+        {
+            "at": times.get(part["onto"]),
+            "sources": part["config"]["sources"],
+            "documents": part["summary"]["documents"],
+            "tokens": part["summary"]["tokens"],
+            "already_there": part["summary"]["already_there"],
+        }
+        for part in attributes.corpus.get("appended", ())
+    ]
 
 
 def _calibration(path: Path, attributes: CacheAttributes) -> dict[str, dict[str, float]] | None:

@@ -51,8 +51,9 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
         parts.append(np.resize(_records(small, files), blocks))
     for name, (dtype, columns) in TABLES.items():
         if name not in LONG:
-            files = [f.relative_to(small).as_posix() for f in small.glob(f"{SPLIT}/{name}/c/*")]
-            parts.append(_records(small, sorted(files)))
+            count = len([*small.glob(f"{SPLIT}/{name}/c/*")])
+            files = [chunk_name(SPLIT, name, number) for number in range(count)]
+            parts.append(_records(small, files))
             continue
         shutil.rmtree(path / SPLIT / name / "c")
         told = np.zeros(-(-lengths[name] // TABLE_CHUNK), FILE)

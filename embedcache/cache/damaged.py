@@ -15,6 +15,14 @@ WAY_OUT = (
 """What a reader's message ends in."""
 
 
+def rewritten(path: Path, fault: str) -> CacheError:
+    """Return the error for a file that is not what it was when its cache was opened."""
+    return CacheError(
+        f"{path} {fault}: documents were added to the cache, or deleted, since it was opened, or "
+        f"the cache is damaged. Open it again. {WAY_OUT}"
+    )
+
+
 @contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Raise ``CacheError`` naming ``path`` for whatever Zarr and its codecs raise in the block.

@@ -6,6 +6,7 @@ zarr.json                          root group; its attributes are a `CacheAttrib
 <split>/tokens/document                   [sequences]        index into documents
 <split>/tokens/blocks                     [blocks + 1]       first sequence of each block
 <split>/documents/{index,name_bytes,name_offsets}            corpus index and UTF-8 name
+<split>/documents/fingerprint             [documents, bytes] see `embedcache.corpus.fingerprint`
 <split>/embeddings/<tap>                  [blocks * R, hidden]  one shard a block
 <split>/scale/<tap>                       [blocks * R]       (int8 only)
 codec/<tap>/{mean,centre,predictor,inverse}   (transform only) see `embedcache.cache.transform`
@@ -40,11 +41,14 @@ SEALED = "sealed.json"
 DEFAULT_BITS = 1.5
 TABLE_CHUNK = 16384
 """Rows of a chunk of the per-sequence and per-document tables."""
+FINGERPRINT_BYTES = 272
+"""Of what a document is known again by."""
 TABLES: dict[str, tuple[str, tuple[int, ...]]] = {
     "tokens/offsets": ("uint64", (2,)),
     "tokens/document": ("uint32", ()),
     "tokens/blocks": ("uint64", ()),
     "documents/index": ("uint64", ()),
+    "documents/fingerprint": ("uint8", (FINGERPRINT_BYTES,)),
     "documents/name_bytes": ("uint8", ()),
     "documents/name_offsets": ("uint64", ()),
 }
@@ -122,8 +126,8 @@ class CacheAttributes:
     """The root attributes: identities and settings, written once, when pass 0 is sealed.
 
     ``base`` and ``corpus`` are the plain dictionaries of their identities (the cache package
-    depends on neither); a merged cache has its caches' corpora as the ``parts`` of its own;
-    ``environment`` is recorded, never enforced.
+    depends on neither); a merged cache has its caches' corpora as the ``parts`` of its own, and
+    what was added to a cache later is ``appended``; ``environment`` is recorded, never enforced.
     """
 
     base: dict[str, Any]
@@ -165,10 +169,14 @@ class CacheAttributes:
             ) from error
 
 
+def corpora_of(corpus: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the corpora that make up a cache's: those merged, else its own; those appended."""
+    return [*(corpus.get("parts") or [corpus]), *corpus.get("appended", ())]
+
+
 def sources_of(corpus: dict[str, Any]) -> list[str]:
-    """Return the sources in a cache's ``corpus``, or in all that were merged."""
-    parts = parts_of(corpus) or (corpus["config"]["sources"],)
-    return [source for part in parts for source in part]
+    """Return the sources in a cache's ``corpus``, of all that make it up."""
+    return [source for part in corpora_of(corpus) for source in part["config"]["sources"]]
 
 
 def parts_of(corpus: dict[str, Any]) -> tuple[tuple[str, ...], ...]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.cache.damaged import WAY_OUT
+from embedcache.cache.damaged import rewritten
 from embedcache.errors import CacheError
 from embedcache.files import fsync_path, make_folder
 
@@ -91,7 +91,7 @@ class Ledger:
     def _hashes(self) -> bytes:
         hashes = self._read(len(self) * self._dtype.itemsize, self._pages * _DIGEST)
         if hashlib.sha256(hashes).hexdigest() != self._seal.sha256:
-            raise self._damaged("holds other page hashes than were written there")
+            raise rewritten(self._path, "holds other page hashes than were written there")
         return hashes
 
     def _read_page(self, number: int) -> Array:
@@ -99,7 +99,7 @@ class Ledger:
         size = self._dtype.itemsize
         data = self._read(number * PAGE * size, rows * size)
         if hashlib.sha256(data).digest() != self._hashes[number * _DIGEST :][:_DIGEST]:
-            raise self._damaged(f"fails the SHA-256 of page {number}")
+            raise rewritten(self._path, f"fails the SHA-256 of page {number}")
         return np.frombuffer(data, self._dtype)
 
     def _read(self, offset: int, length: int) -> bytes:
@@ -107,10 +107,7 @@ class Ledger:
             with self._path.open("rb", buffering=0) as file:
                 return os.pread(file.fileno(), length, offset)
         except FileNotFoundError as error:
-            raise self._damaged("is missing") from error
-
-    def _damaged(self, why: str) -> CacheError:
-        return CacheError(f"{self._path} {why}: the cache is damaged. {WAY_OUT}")
+            raise rewritten(self._path, "is missing") from error
 
 
 def ledger_bytes(rows: int, dtype: np.dtype[Any]) -> int:

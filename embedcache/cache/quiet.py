@@ -30,9 +30,9 @@ def require_quiet(cache: Path, found: object) -> None:
     """Raise ``CacheError`` where a cache is being written, so that ``found`` is no damage yet."""
     if is_rewriting(cache):
         raise CacheError(
-            f"documents are being deleted from {cache}, or a deletion was stopped, and not all of "
-            f"it matches yet ({found}): wait for it, or type the same 'embedcache delete' or "
-            "'embedcache extract' again to finish it, then verify again"
+            f"documents are being deleted from {cache} or added to it, or that was stopped, and "
+            f"not all of it matches yet ({found}): wait for it, or type the same 'embedcache "
+            "delete' or 'embedcache extract' again to finish it, then verify again"
         )
     if writers := writers_of(cache):
         raise CacheError(

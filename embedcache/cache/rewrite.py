@@ -73,10 +73,12 @@ def finish_rewrite(cache: Path) -> dict[str, Any] | None:
             (cache / MANIFEST).replace(folder / _OLD)
         fsync_path(cache)
         names = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
-        for name in [name for name in names if name.as_posix() != MANIFEST]:
+        names.remove(Path(MANIFEST))
+        for name in names:
             make_folder((cache / name).parent)
             (staged / name).replace(cache / name)
-            fsync_path((cache / name).parent)
+        for parent in {cache / name.parent for name in names}:
+            fsync_path(parent)
         for gone in plan["remove"]:
             (cache / gone).unlink(missing_ok=True)
         (staged / MANIFEST).replace(cache / MANIFEST)

@@ -62,6 +62,7 @@ class SplitSealer:
         self._document = Table(group, "tokens/document")
         self._block_starts = Table(group, "tokens/blocks")
         self._index = Table(group, "documents/index")
+        self._fingerprint = Table(group, "documents/fingerprint")
         self._names = Table(group, "documents/name_bytes")
         self._name_offsets = Table(group, "documents/name_offsets")
         self._documents = 0
@@ -70,12 +71,17 @@ class SplitSealer:
         self._name_offsets.extend(np.array([0]))
 
     def append_document(
-        self, index: int, name: str, sequences: Sequence[tuple[Array, Array, Array]]
+        self,
+        index: int,
+        name: str,
+        fingerprint_F: Array,
+        sequences: Sequence[tuple[Array, Array, Array]],
     ) -> None:
         """Append a document's sequences, each (ids [T], loss_mask [T], span [T, 2])."""
         encoded = np.frombuffer(name.encode(), dtype=np.uint8)
         self._name_end += len(encoded)
         self._index.extend(np.array([index]))
+        self._fingerprint.extend(fingerprint_F[None])
         self._names.extend(encoded)
         self._name_offsets.extend(np.array([self._name_end]))
         for ids_T, mask_T, span_T in sequences:
@@ -119,6 +125,7 @@ class SplitSealer:
             self._document,
             self._block_starts,
             self._index,
+            self._fingerprint,
             self._names,
             self._name_offsets,
         ):

@@ -9,11 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 
+from embedcache.cache.damaged import rewritten
 from embedcache.cache.layout import LEDGER, ROWS, SPLITS, TABLES, shard_name
 from embedcache.cache.ledger import Ledger, LedgerSeal, write_ledger
-from embedcache.cache.records import FILE, FileRecord, check_files, packed, record_file, unpacked
+from embedcache.cache.records import FILE, FileRecord, fault_in, packed, record_file, unpacked
 from embedcache.cache.sealed import METADATA, Seal
 from embedcache.errors import CacheError
 
@@ -44,9 +46,18 @@ class SealedFiles:
         row = self.ledger[self._starts[array] + number]
         return unpacked(row, chunk_name(self._split, array, number))
 
+    def record_over(self, staged: Path, array: str, number: int) -> FileRecord:
+        """Return the record that a chunk has once what is ``staged`` is in place."""
+        name = chunk_name(self._split, array, number)
+        if (staged / name).is_file():
+            return record_file(staged / name, name)
+        return self.record(array, number)
+
     def check(self, array: str, number: int) -> None:
         """Raise ``CacheError`` unless a chunk's file is the one that was written."""
-        check_files(self._cache, (self.record(array, number),))
+        record = self.record(array, number)
+        if (fault := fault_in(self._cache, record)) is not None:
+            raise rewritten(self._cache / record.path, fault)
 
     def tokens(self, block: int) -> tuple[FileRecord, ...]:
         """Return the records of a block's ids, loss mask and spans."""
@@ -131,6 +142,29 @@ def seal_tree(root: Path) -> Seal:
     metadata = metadata_in(root)
     ledgers = {sealed_ledger(split): write_sealed_ledger(root, split, metadata) for split in SPLITS}
     return Seal(files=(), metadata=metadata, ledgers=ledgers)
+
+
+def seal_over(cache: Path, staged: Path, old: Seal) -> tuple[Seal, list[str]]:
+    """Write, in ``staged``, the ledgers of what pass 0 wrote as it is once ``staged`` is in place.
+
+    A split of which nothing is staged keeps its own. Returns the seal of it all, and the files that
+    are then of no array.
+    """
+    metadata = old.metadata | metadata_in(staged)
+    ledgers, gone = dict(old.ledgers), []
+    for split in SPLITS:
+        if not (staged / split).is_dir():
+            continue
+        before, after = SealedFiles(cache, split, old), chunk_counts(split, metadata)
+        ledgers[before.name] = write_sealed_ledger(
+            staged, split, metadata, record=partial(before.record_over, staged)
+        )
+        gone += [
+            chunk_name(split, array, number)
+            for array, count in before.chunks.items()
+            for number in range(after[array], count)
+        ]
+    return Seal(files=(), metadata=metadata, ledgers=ledgers), gone
 
 
 def metadata_in(root: Path) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """The tables of a split: which rows are which sequence, of which document.
 
-Axes: S sequences, D documents, B blocks.
+Axes: S sequences, D documents, B blocks, F bytes of a fingerprint.
 """
 
 from __future__ import annotations
@@ -52,17 +52,19 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitTables:
-    """All tables of a split in memory, int64.
+    """All tables of a split in memory; numbers are int64.
 
     ``rows_S2``: first row and row past the last of each sequence, in the split. ``document_S``:
-    its document, a number in ``index_D`` (of the corpus) and ``names``. ``starts_B``: the first
-    sequence of each block and, at the end, the number of sequences.
+    its document, a number in ``index_D`` (of the corpus), ``names`` and ``fingerprint_DF``, bytes
+    by which it is known again. ``starts_B``: the first sequence of each block and, at the end, the
+    number of sequences.
     """
 
     rows_S2: Array
     document_S: Array
     starts_B: Array
     index_D: Array
+    fingerprint_DF: Array
     names: tuple[str, ...]
 
     @classmethod
@@ -73,6 +75,7 @@ class SplitTables:
             document_S=tokens.table("tokens/document").astype(np.int64),
             starts_B=tokens.table("tokens/blocks").astype(np.int64),
             index_D=tokens.table("documents/index").astype(np.int64),
+            fingerprint_DF=tokens.table("documents/fingerprint"),
             names=tuple(tokens.names()),
         )
 
@@ -84,6 +87,7 @@ class SplitTables:
             "tokens/document": self.document_S,
             "tokens/blocks": self.starts_B,
             "documents/index": self.index_D,
+            "documents/fingerprint": self.fingerprint_DF,
             "documents/name_bytes": np.frombuffer(b"".join(encoded), np.uint8),
             "documents/name_offsets": np.cumsum([0, *(len(name) for name in encoded)]),
         }

@@ -92,7 +92,7 @@ def verify(cache: Path, *, deep: bool = False, progress: Progress = SILENT) -> V
     """Find every damaged file of a cache, as `look_at` does, which others may be writing.
 
     Raises ``CacheError`` for what is no cache, one of a newer schema, one of which documents are
-    being deleted, or one in which not all matches while others write: that is no damage yet.
+    being deleted or added, or one in which not all matches while others write: no damage yet.
     """
     while True:
         before = state_of(cache)

@@ -16,7 +16,8 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.cut import Window, cut
 from embedcache.corpus.decode import UndecodableError, encode
 from embedcache.corpus.documents import Document
-from embedcache.corpus.duplicates import DuplicateIndex
+from embedcache.corpus.duplicates import DuplicateIndex, Held
+from embedcache.corpus.fingerprint import Fingerprint, Sketch, digest
 from embedcache.corpus.limits import Budget, Pieces
 from embedcache.corpus.render import Renderer, TokenisedDocument
 from embedcache.corpus.sources import iterate_documents
@@ -53,24 +54,27 @@ class DocumentSequences:
     """0, 1, 2, … in the order of the corpus."""
     name: str
     split: Split
+    fingerprint: Fingerprint
     sequences: list[Sequence]
 
 
 class CorpusReader:
     """Yields a corpus as sequences, document by document; ``summary`` counts along.
 
-    Each iteration reads anew and gives the same. Raises ``CorpusError`` for what cannot be read,
-    and at the end where nothing is left to train on.
+    Each iteration reads anew and gives the same. Documents that are ``held`` already are passed
+    over; others get names and splits as if those had come before. Raises ``CorpusError`` for what
+    cannot be read, and at the end where nothing is left to train on.
     """
 
-    def __init__(self, config: CorpusConfig, tokenizer: Any) -> None:
+    def __init__(self, config: CorpusConfig, tokenizer: Any, held: Iterable[Held] = ()) -> None:
         self.config = config
+        self.held = held
         self.renderer = Renderer(tokenizer, config)
         self.summary = CorpusSummary()
 
     def __iter__(self) -> Iterator[DocumentSequences]:
         self.summary = CorpusSummary()
-        index = DuplicateIndex()
+        index = DuplicateIndex(self.held)
         try:
             yield from _Pass(self.config, self.renderer, self.summary, index).documents()
         finally:
@@ -180,10 +184,19 @@ class _Pass:
         kept = budget.take(window for window in windows if self._keeps(window, document))
         if not kept:
             return None
+        known = digest(document, tokens.data)
+        there = self.index.held_in(known)
+        if there is not None:
+            self.summary.already_there += 1
+            self.summary.elsewhere += given not in (None, there)
+            self.pieces.split = there
+            return None
         split = self.pieces.split if document.part > 1 else None
+        sketch = None
         if split is None:
-            judged = tokens.data if document.own_text is None else _judged(document.own_text)
-            split = self.chooser.choose(judged, given)
+            own = document.own_text
+            sketch = Sketch.of(tokens.data if own is None else _judged(own))
+            split = self.chooser.choose(sketch, given)
         self.pieces.split = split
         self._count(document, name, split, tokens, kept)
         sequences = [
@@ -191,7 +204,7 @@ class _Pass:
             for window in kept
         ]
         self.count += 1
-        return DocumentSequences(self.count - 1, name, split, sequences)
+        return DocumentSequences(self.count - 1, name, split, Fingerprint(known, sketch), sequences)
 
     def _keeps(self, window: Window, document: Document) -> bool:
         if document.kind == "text":
@@ -220,9 +233,10 @@ class _Pass:
         self.summary.corpus_sha256 = self.hash.hexdigest()
 
     def _check_not_empty(self) -> None:
-        if self.summary.documents["train"]:
-            return
         summary = self.summary
+        added = summary.already_there or any(summary.documents.values())
+        if summary.documents["train"] or (self.index.held_groups and added):
+            return
         others = summary.documents["dev"] + summary.documents["test"]
         raise CorpusError(
             f"Expected text to train on, found no training text in {summary.files} files: "

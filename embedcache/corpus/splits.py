@@ -10,6 +10,7 @@ from typing import cast
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
 from embedcache.corpus.duplicates import DuplicateIndex
+from embedcache.corpus.fingerprint import Sketch
 from embedcache.corpus.summary import SPLITS, CorpusSummary, Split
 from embedcache.errors import CorpusError, nearest
 
@@ -61,25 +62,26 @@ class SplitChooser:
         self._dev, self._test = config.fractions
         seed = hashlib.blake2b(str(config.split_seed).encode(), digest_size=8).digest()
         self._start = int.from_bytes(seed, "little")
-        self._groups = 0
+        self._groups = index.held_groups
         self._first: list[Split] = ["train"]
         self._first += ["dev"] if self._dev else []
         self._first += ["test"] if self._test else []
 
-    def choose(self, data: bytes, given: Split | None) -> Split:
-        """Return the split of a document that is judged by ``data``; ``given`` where it is fixed.
+    def choose(self, sketch: Sketch, given: Split | None) -> Split:
+        """Return the split of a document that is judged by its sketch; ``given`` where it is fixed.
 
-        Otherwise a near-duplicate goes where its oldest group went, and the first new groups
+        But a near-duplicate of a document that was held before goes where that is, whatever is
+        given. Otherwise a near-duplicate goes where its oldest group went, and the first new groups
         to train, dev and test, so that none is empty; the others by a sequence that keeps to the
         fractions all along. Counts groups, and near-duplicates in unlike splits.
         """
-        lookup = self._index.find(data)
-        if given is not None:
-            split = given
-        elif lookup.matches:
-            split = cast(Split, lookup.matches[0].split)
+        lookup = self._index.find(sketch)
+        oldest = lookup.matches[0] if lookup.matches else None
+        if oldest is not None and (given is None or oldest.group <= self._index.held_groups):
+            split = oldest.split
+            self._summary.elsewhere += given not in (None, split)
         else:
-            split = self._next()
+            split = self._next() if given is None else given
         if any(match.mixed or match.split != split for match in lookup.matches):
             self._summary.near_duplicates_across_splits += 1
         size = self._index.store(lookup, split)

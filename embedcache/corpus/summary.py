@@ -39,6 +39,11 @@ class CorpusSummary:
     largest_near_duplicate_group: int = 0
     near_duplicates_across_splits: int = 0
     """Documents whose near-duplicate was put in another split, by name or by chance."""
+    already_there: int = 0
+    """Documents passed over because the cache that they were to be added to has them."""
+    elsewhere: int = 0
+    """Documents asked into one split whose like, or they themselves, that cache has in another:
+    there they went, or stayed."""
     corpus_sha256: str = ""
     """Hash of the settings and of each kept document's name, split and rendered bytes."""
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,19 @@ from embedcache.cache.layout import (
 from embedcache.cache.reader import read_attributes
 from embedcache.cache.seal import Sealer
 from embedcache.corpus.config import CorpusConfig
+from embedcache.corpus.duplicates import Held
 from embedcache.corpus.sequences import CorpusReader
 from embedcache.errors import OutputError
 from embedcache.extraction.prediction import require_floor
 from embedcache.progress import Progress
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Earlier:
+    """The finished cache that a corpus is to be added to: its manifest's hash, its documents."""
+
+    manifest: str
+    documents: Iterable[Held]
 
 
 def check_out(out: Path) -> None:
@@ -79,25 +88,29 @@ def seal_corpus(
     staging: Path | None = None,
     holds: Callable[[], bool] = lambda: True,
     check_disk: bool = True,
+    onto: Earlier | None = None,
 ) -> CacheAttributes:
     """Run pass 0 into ``out`` and return its attributes; on any error nothing is left of it.
 
     It is made in ``staging`` and moved into place if this process ``holds`` the turn to do so
     still: one that slept past its claim's expiry leaves it to the process that has it now. A disk
-    that is too small for sure for what is to come is refused, unless not to be looked at.
+    that is too small for sure for what is to come is refused, unless not to be looked at. Only what
+    is new is taken where it is to come ``onto`` another cache.
     """
     staging = (staging or out / STAGING) / "pass0"
     _clear(out)
     try:
         staging.mkdir(parents=True)
         sealer = Sealer(out, staging, settings.block_tokens)
-        reader = tokenise(sealer, corpus, tokenizer, progress)
+        held = () if onto is None else onto.documents
+        reader = tokenise(sealer, corpus, tokenizer, progress, held=held)
         if check_disk:
             tokens = {name: split.tokens for name, split in sealer.splits.items()}
             require_floor(tokens, settings, identity.hidden_size, out)
         attributes = CacheAttributes(
             base=identity.to_dict(),
-            corpus={"config": corpus.to_dict(), "summary": asdict(reader.summary)},
+            corpus={"config": corpus.to_dict(), "summary": asdict(reader.summary)}
+            | ({} if onto is None else {"onto": onto.manifest}),
             settings=settings,
             environment=environment,
         )
@@ -120,14 +133,21 @@ def unseal(out: Path) -> None:
 
 
 def tokenise(
-    sealer: Sealer, corpus: CorpusConfig, tokenizer: Any, progress: Progress
+    sealer: Sealer,
+    corpus: CorpusConfig,
+    tokenizer: Any,
+    progress: Progress,
+    *,
+    held: Iterable[Held] = (),
 ) -> CorpusReader:
     """Write the tokens of a corpus to the sealer's staging folder; the reader has the counts."""
-    reader = CorpusReader(corpus, tokenizer)
+    reader = CorpusReader(corpus, tokenizer, held)
     with progress.bar("tokenising", None, "tok") as bar:
         for document in reader:
             sequences = [(s.ids, s.loss_mask, s.span) for s in document.sequences]
-            sealer.splits[document.split].append_document(document.index, document.name, sequences)
+            sealer.splits[document.split].append_document(
+                document.index, document.name, document.fingerprint.packed(), sequences
+            )
             bar.advance(sum(len(ids) for ids, _, _ in sequences))
     sealer.close()
     return reader

@@ -14,8 +14,8 @@ from embedcache.loss.columns import Columns
 from embedcache.loss.frozen import frozen_head_loss
 
 SHORTLIST_ROWS = {"cpu": 1024, "cuda": 4096}
-"""Positions that share one shortlist. Fewer have fewer labels: fewer columns to compute, but what is
-likely at one position is the label of another less often."""
+"""Positions that share one shortlist. Fewer have fewer labels: fewer columns to compute, but what
+is likely at one position is less often the label of another."""
 
 FLATTENED = 0.35
 """Power of the mean square by which the tail is drawn. A half is best where the mean is known; one

@@ -28,6 +28,13 @@ def check_out(out: Path, request: dict[str, Any]) -> None:
         # Through JSON, as the checkpoint's went: tuples and lists are one.
         old, new = read_request(checkpoint), json.loads(json.dumps(request))
         for key in new:
+            if key == "cache" and old.get(key) != new[key]:
+                raise OutputError(
+                    f"{out} holds a run on another cache (manifest {str(old.get(key))[:12]}, now "
+                    f"{new[key][:12]}), or on this one before documents were added or deleted. "
+                    "Give another --out to train on what it holds now; the old run goes on over a "
+                    "copy of the cache as it was, and over nothing else."
+                )
             if old.get(key) != new[key]:
                 raise OutputError(
                     f"{out} holds a run with another {key}: {_difference(old.get(key), new[key])}. "

@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from fixtures_append import extracted
 from fixtures_extract import corpus_config, small_settings, write_documents
 from tiny import tiny_base_directory
 
@@ -51,3 +52,27 @@ def caches(
 def copied(caches: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the int8 cache that a test may damage."""
     return shutil.copytree(caches["int8"], tmp_path / "cache")
+
+
+@pytest.fixture(scope="session")
+def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Other texts than ``corpus``'s, half of them under the same names."""
+    folder = write_documents(tmp_path_factory.mktemp("more") / "corpus", count=9, seed=1)
+    for number in range(0, 9, 2):
+        (folder / f"{number:03}.txt").rename(folder / f"other-{number}.txt")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def olds(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, corpus: Path
+) -> dict[str, Path]:
+    """Caches as in ``caches`` whose sequences were computed one by one."""
+    root = tmp_path_factory.mktemp("olds")
+    return {codec: extracted(root / codec, tiny_base, corpus, codec=codec) for codec in CODECS}
+
+
+@pytest.fixture
+def old(olds: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the int8 one, to be added to."""
+    return shutil.copytree(olds["int8"], tmp_path / "cache")

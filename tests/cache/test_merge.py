@@ -41,26 +41,17 @@ def extracted(folder: Path, base: Path, out: Path, **changes: Any) -> Path:
 
 
 @pytest.fixture(scope="session")
-def other_corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other texts, half of them under the same names."""
-    folder = write_documents(tmp_path_factory.mktemp("other") / "corpus", count=9, seed=1)
-    for number in range(0, 9, 2):
-        (folder / f"{number:03}.txt").rename(folder / f"other-{number}.txt")
-    return folder
-
-
-@pytest.fixture(scope="session")
 def pairs(
     caches: dict[str, Path],
     tiny_base: Path,
-    other_corpus: Path,
+    more: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Path, Path]]:
     """Two caches for each codec; of ``transform``, one, each without the other's half."""
     root = tmp_path_factory.mktemp("pairs")
     found = {}
     for codec in ("bf16", "int8"):
-        other = extracted(other_corpus, tiny_base, root / codec, codec=codec)
+        other = extracted(more, tiny_base, root / codec, codec=codec)
         found[codec] = caches[codec], other
     halves = [shutil.copytree(caches["transform"], root / half) for half in ("one", "two")]
     every = [name for split in SPLITS for name in names(halves[0], split)]
@@ -158,12 +149,12 @@ def test_train_in_one_and_test_in_another_is_refused_whatever_its_name(
 def test_what_is_not_alike_is_refused(
     caches: dict[str, Path],
     pairs: dict[str, tuple[Path, Path]],
-    other_corpus: Path,
+    more: Path,
     tiny_base: Path,
     tmp_path: Path,
 ) -> None:
-    other = extracted(other_corpus, tiny_base, tmp_path / "other", codec="transform")
-    longer = extracted(other_corpus, tiny_base, tmp_path / "longer", block_tokens=512)
+    other = extracted(more, tiny_base, tmp_path / "other", codec="transform")
+    longer = extracted(more, tiny_base, tmp_path / "longer", block_tokens=512)
     for pair, why in (
         ((caches["transform"], other), "different calibrations"),
         ((caches["int8"], caches["bf16"]), "one codec, found 'int8'"),
@@ -223,11 +214,11 @@ def test_the_command_tells_and_extract_refuses_what_was_merged(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from embedcache import merge
+from embedcache import join, merge
 
 def killed(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
-setattr(merge, sys.argv[1], killed)
+setattr(join if hasattr(join, sys.argv[1]) else merge, sys.argv[1], killed)
 merge.merge([Path(sys.argv[2]), Path(sys.argv[3])], Path(sys.argv[4]))
 """
 

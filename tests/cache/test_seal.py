@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from embedcache.base.load import load_tokenizer
 from embedcache.cache import tables
 from embedcache.cache import tokens as tokens_module
+from embedcache.cache.layout import FINGERPRINT_BYTES
 from embedcache.cache.reader import Cache
 from embedcache.cache.seal import SplitSealer
 from embedcache.cache.tokens import SplitTokens
@@ -25,6 +26,10 @@ BLOCK = 16
 def made(length: int, first: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     ids = np.arange(first, first + length, dtype=np.uint32)
     return ids, ids % 3 > 0, np.stack([ids * 2, ids * 2 + 2], axis=1).astype(np.uint32)
+
+
+def fingerprint(number: int) -> np.ndarray:
+    return np.full(FINGERPRINT_BYTES, number + 1, np.uint8)
 
 
 @settings(max_examples=15, deadline=None)
@@ -40,7 +45,7 @@ def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[li
             for length in document:
                 sequences.append(made(length, count))
                 count += length
-            sealer.append_document(10 + number, f"naïve/{number}", sequences)
+            sealer.append_document(10 + number, f"naïve/{number}", fingerprint(number), sequences)
             expected += [(number, *sequence) for sequence in sequences]
         sealer.close()
         tokens = SplitTokens(Path(folder), "train", BLOCK)
@@ -60,13 +65,15 @@ def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[li
             assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
         assert tokens.totals["tokens"] == count - 1
         assert tokens.totals["documents"] == len(lengths)
+        for number, row_F in enumerate(tokens.table("documents/fingerprint")):
+            assert np.array_equal(row_F, fingerprint(number))
         assert tokens.table("documents/index").tolist() == [10 + n for n in range(len(lengths))]
 
 
 def test_a_sequence_longer_than_a_block_is_refused(tmp_path: Path) -> None:
     sealer = SplitSealer(zarr.create_group(tmp_path / "train", zarr_format=3), BLOCK)
     with pytest.raises(UsageError, match=r"17 tokens .* --block-tokens"):
-        sealer.append_document(0, "a", [made(BLOCK + 1, 1)])
+        sealer.append_document(0, "a", fingerprint(0), [made(BLOCK + 1, 1)])
 
 
 def test_a_finished_cache_holds_what_the_corpus_reader_yields(

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.corpus.duplicates import JUDGED_BYTES, DuplicateIndex, signature
+from embedcache.corpus.duplicates import DuplicateIndex
+from embedcache.corpus.fingerprint import JUDGED_BYTES, Sketch, signature
 
 
 def noise(seed: int, length: int) -> bytes:
@@ -59,7 +60,7 @@ def test_the_estimate_is_unbiased_for_few_stretches() -> None:
 def test_blocks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     data = noise(1, 5000)
     whole = signature(data)
-    monkeypatch.setattr("embedcache.corpus.duplicates.BLOCK", 333)
+    monkeypatch.setattr("embedcache.corpus.fingerprint.BLOCK", 333)
     assert (signature(data) == whole).all()
 
 
@@ -72,14 +73,14 @@ def test_groups_of_edited_copies() -> None:
     index = DuplicateIndex()
     originals = [noise(seed, 3000) for seed in range(100)]
     for data in originals:
-        lookup = index.find(data)
+        lookup = index.find(Sketch.of(data))
         assert not lookup.matches
         assert index.store(lookup, "train") == 1
     found = 0
     for data in originals:
         edited = data[:1500] + b" an edit " + data[1500:2900]
         assert similarity(data, edited) > 0.9
-        found += len(index.find(edited).matches) == 1
+        found += len(index.find(Sketch.of(edited)).matches) == 1
     assert found >= 98
     index.close()
 
@@ -88,7 +89,7 @@ def test_a_shared_template_does_not_join_unlike_documents() -> None:
     index = DuplicateIndex()
     template = noise(0, 1000)
     for seed in range(1, 300):
-        lookup = index.find(template + noise(seed, 1000))
+        lookup = index.find(Sketch.of(template + noise(seed, 1000)))
         assert not lookup.matches
         index.store(lookup, "train")
     index.close()
@@ -98,10 +99,12 @@ def test_the_oldest_group_comes_first() -> None:
     index = DuplicateIndex()
     a = noise(1, 2000)
     b = a[:1900] + noise(2, 100)
-    lookups = [index.find(data) for data in (a, b)]  # before either is stored: two groups
+    lookups = [
+        index.find(Sketch.of(data)) for data in (a, b)
+    ]  # before either is stored: two groups
     for lookup, split in zip(lookups, ("train", "test"), strict=True):
         assert index.store(lookup, split) == 1
-    found = index.find(b)
+    found = index.find(Sketch.of(b))
     assert [match.split for match in found.matches] == ["train", "test"]
     assert index.store(found, "train") == 2
     index.close()

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document, Segment
 from embedcache.corpus.duplicates import DuplicateIndex
+from embedcache.corpus.fingerprint import Sketch
 from embedcache.corpus.splits import SplitChooser, SplitList
 from embedcache.corpus.summary import CorpusSummary
 from embedcache.errors import CorpusError
@@ -24,7 +25,7 @@ def splits(data: list[bytes], **settings: Any) -> tuple[list[str], CorpusSummary
     summary = CorpusSummary()
     index = DuplicateIndex()
     chooser = SplitChooser(CorpusConfig(sources=("a",), **settings), index, summary)
-    found = [chooser.choose(item, None) for item in data]
+    found = [chooser.choose(Sketch.of(item), None) for item in data]
     index.close()
     return [str(split) for split in found], summary
 
@@ -81,7 +82,7 @@ def test_near_duplicates_across_given_splits_are_counted() -> None:
     summary = CorpusSummary()
     index = DuplicateIndex()
     chooser = SplitChooser(CorpusConfig(sources=("a",)), index, summary)
-    data = random.Random(1).randbytes(2000)
+    data = Sketch.of(random.Random(1).randbytes(2000))
     assert chooser.choose(data, "train") == "train"
     assert chooser.choose(data, "test") == "test"
     assert chooser.choose(data, None) == "train"
