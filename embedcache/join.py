@@ -37,6 +37,7 @@ from embedcache.cache.sealed import Seal, publish_seal
 from embedcache.cache.sealed_files import seal_over, seal_tree
 from embedcache.cache.tables import SplitTables
 from embedcache.errors import CacheError
+from embedcache.files import copy_tree
 from embedcache.merge_parts import Part
 from embedcache.progress import Bar, Progress
 
@@ -211,8 +212,7 @@ class _Joiner:
         if self._kept is not None:
             return vouched
         first = self._parts[0].path
-        if (first / name).is_dir():
-            shutil.copytree(first / name, self._built / name)
+        copy_tree(first / name, self._built / name, shutil.copyfile)
         seal = Seal.of(self._built, self._built / name)
         if seal != vouched:
             raise CacheError(
