@@ -31,7 +31,7 @@ from embedcache.disk import writing
 from embedcache.errors import BaseModelError, OutputError, UsageError
 from embedcache.extract import extract
 from embedcache.extraction.plan import Earlier, environment_of, seal_corpus
-from embedcache.files import fsync_path
+from embedcache.files import copy_tree, fsync_path
 from embedcache.join import join
 from embedcache.merge_parts import Part, require_alike
 from embedcache.progress import SILENT, Progress
@@ -250,7 +250,7 @@ class _Appending:
             if (self._out / name).is_dir() and not (self._staged / name).is_dir():
                 partial = self._staged / STAGING / name
                 shutil.rmtree(partial, ignore_errors=True)
-                shutil.copytree(self._out / name, partial, copy_function=os.link)
+                copy_tree(self._out / name, partial, os.link)
                 partial.rename(self._staged / name)
                 fsync_path(self._staged)
 

@@ -7,7 +7,7 @@ import hashlib
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -102,3 +102,14 @@ def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file's bytes as 64 hex digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def copy_tree(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
+    """Copy every file of a folder, if it is there; an error is raised as it is, and at once.
+
+    (`shutil.copytree` gathers them into one that says nothing of a full disk.)
+    """
+    for path in source.rglob("*"):
+        if path.is_file():
+            make_folder((target / path.relative_to(source)).parent)
+            copy(path, target / path.relative_to(source))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.commit import Marker
 from embedcache.cache.layout import (
     ATTRIBUTE,
+    CODEC,
     SPLITS,
     CacheAttributes,
     embedding_shards,
@@ -35,6 +37,7 @@ from embedcache.cache.sealed import Seal, publish_seal
 from embedcache.cache.sealed_files import seal_over, seal_tree
 from embedcache.cache.tables import SplitTables
 from embedcache.errors import CacheError
+from embedcache.files import copy_tree
 from embedcache.merge_parts import Part
 from embedcache.progress import Bar, Progress
 
@@ -106,8 +109,8 @@ class _Joiner:
         manifest = Manifest(
             splits=splits,
             sealed=seal,
-            base=self._shared(was.base),
-            codec=self._shared(was.codec),
+            base=self._folder("base", was.base),
+            codec=self._folder(CODEC, was.codec),
             extracted=self._extracted() | about,
         )
         publish_manifest(built, manifest)
@@ -204,14 +207,18 @@ class _Joiner:
                 "then the same again"
             )
 
-    def _shared(self, seal: Seal) -> Seal:
+    def _folder(self, name: str, vouched: Seal) -> Seal:
         """Copy what all parts have the same of, where it is not in place."""
-        if self._kept is None:
-            for record in seal.files:
-                _copy(self._parts[0].path, record, self._built / record.path)
-            for name, text in seal.metadata.items():
-                (self._built / name).parent.mkdir(parents=True, exist_ok=True)
-                (self._built / name).write_bytes(text.encode())
+        if self._kept is not None:
+            return vouched
+        first = self._parts[0].path
+        copy_tree(first / name, self._built / name, shutil.copyfile)
+        seal = Seal.of(self._built, self._built / name)
+        if seal != vouched:
+            raise CacheError(
+                f"{first / name} is damaged: run 'embedcache verify {first}', then the same "
+                "'embedcache extract' with --repair. Nothing was merged."
+            )
         return seal
 
     def _extracted(self) -> dict[str, Any]:
