@@ -41,6 +41,9 @@ bench: $(SETUP) ## Measure against peers; results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/bench_reader.py
 	$(BIN)/python tests/benchmarks/bench_extract.py
 	$(BIN)/python tests/benchmarks/bench_loss.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt peft
+	$(BIN)/python tests/benchmarks/bench_train.py
+	$(BIN)/python tests/benchmarks/bench_sweep.py
 
 reproduce: $(SETUP) ## The reference protocol (a GPU; FLAGS name the data, see examples/paper)
 	$(BIN)/python examples/paper/reference_protocol.py --out runs/reference $(FLAGS)
