@@ -1,11 +1,11 @@
 """Extraction against the bare transformers forward over the same batches.
 
-Both run over the same blocks of real text, in short rounds by turns, so that a slow moment of the
+Both run over the same blocks of real text, in rounds by turns, so that a slow moment of the
 machine falls on both; the rate is of all rounds' seconds. Ours is everything a run does: forward,
 gathering, encoding, checksums, fsync, commit. The peer is ``model.get_decoder()(input_ids)`` on the
 same padded batches, no logits.
 
-    python tests/benchmarks/bench_extract.py [--tokens 8000] [--rounds 10]
+    python tests/benchmarks/bench_extract.py [--tokens 32000] [--rounds 4]
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--base", default="builtin:smollm2-135m")
     parser.add_argument("--corpus", default="stdlib:")
-    parser.add_argument("--tokens", type=int, default=8_000)
-    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--tokens", type=int, default=32_000)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
