@@ -28,6 +28,9 @@ from embedcache.training.stack import Stack, Work
 
 Patterns = tuple[str, ...]
 
+CPU_STACK_BYTES = 400 << 20
+"""Of what a stack works on, at most, on a CPU."""
+
 PROPOSAL_POSITIONS = 4096
 """Positions whose probabilities say what a shortlist's tail is drawn from."""
 
@@ -44,6 +47,8 @@ class Trainer:
         self._documents: dict[str, Documents] = {}
         self._base_dev: dict[Patterns, float | None] = {}
         self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self._frozen: dict[bool, FrozenInputs] = {}
+        self._proposal_V: torch.Tensor | None = None
 
     def subset(self, split: str, patterns: Patterns) -> Subset | None:
         """Return the documents of a split that match, None for all.
@@ -82,19 +87,25 @@ class Trainer:
                 yield stack[start : start + size]
 
     def _most(self, members: Sequence[Member]) -> int:
-        """Return how many of one shape fit into half of the free memory, by a rough estimate."""
+        """Return how many of one shape to train at once, by a rough estimate of what each takes.
+
+        On a GPU what half of its free memory holds; a CPU is slower where that leaves its caches.
+        """
         config, hidden = members[0].config.carryon, self.cache.attributes.base["hidden_size"]
         tokens = max(self._batch_tokens(member) for member in members)
         values = 12 * hidden + 40 * config.width * config.blocks
         size = 2 if self.device.type == "cuda" else 4
         weights = 24 * CarryOn(config, hidden).parameter_count()
-        return max(1, free_memory(self.device) // 2 // (tokens * values * size + weights))
+        room = free_memory(self.device) // 2
+        if self.device.type == "cpu":
+            room = min(room, CPU_STACK_BYTES)
+        return max(1, room // (tokens * values * size + weights))
 
     def run(self, members: Sequence[Member]) -> None:
         """Train members of one shape and one loss until each is finished or has failed."""
         config = members[0].config
         taps, hidden = config.carryon.taps, self.cache.attributes.base["hidden_size"]
-        inputs = FrozenInputs(self.cache, self.device, tokens=config.carryon.token_input)
+        inputs = self._inputs(config.carryon.token_input)
         sample = self.sample(taps)
         begun: list[tuple[Member, CarryOn]] = []
         for member in members:
@@ -108,9 +119,7 @@ class Trainer:
             return
         proposal_V = None
         if members[0].loss == "shortlist":
-            x_NH = sample["final"]
-            some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), PROPOSAL_POSITIONS)).long()
-            proposal_V = tail_proposal(x_NH[some].to(self.device, inputs.dtype), inputs.head)
+            proposal_V = self._proposal(sample["final"], inputs)
         stack = Stack(
             [model for _, model in begun],
             [member.config for member, _ in begun],
@@ -128,6 +137,20 @@ class Trainer:
         with self.progress.bar("training", total, "tok") as bar:
             bar.advance(sum(member.state.tokens for member, _ in begun))
             _Run(self, inputs, stack, feeds, bar).train()
+
+    def _inputs(self, tokens: bool) -> FrozenInputs:
+        """Return what is used of the base, read once."""
+        if tokens not in self._frozen:
+            self._frozen[tokens] = FrozenInputs(self.cache, self.device, tokens=tokens)
+        return self._frozen[tokens]
+
+    def _proposal(self, x_NH: torch.Tensor, inputs: FrozenInputs) -> torch.Tensor:
+        """Return what shortlists are drawn by, from some positions, computed once."""
+        if self._proposal_V is None:
+            some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), PROPOSAL_POSITIONS)).long()
+            x_NH = x_NH[some].to(self.device, inputs.dtype)
+            self._proposal_V = tail_proposal(x_NH, inputs.head)
+        return self._proposal_V
 
     def score(
         self,
