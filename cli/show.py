@@ -6,9 +6,12 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from embedcache.progress import Progress
 
 
 class TerminalProgress:
@@ -43,6 +46,14 @@ class _TerminalBar:
         if facts:
             self._shown.set_postfix_str(facts, refresh=False)
         self._shown.update(amount)
+
+
+def own_progress() -> Progress:
+    """Return a terminal's progress; only the first of ``torchrun``'s processes shows any."""
+    from embedcache.progress import SILENT
+    from embedcache.training.ranks import is_leader
+
+    return TerminalProgress() if is_leader() else SILENT
 
 
 def print_json(value: Any) -> None:

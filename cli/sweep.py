@@ -8,21 +8,12 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .show import TerminalProgress, print_json, print_table
+from .show import own_progress, print_json, print_table
 
 if TYPE_CHECKING:
-    from embedcache.progress import Progress
     from embedcache.training.config import TrainConfig
 
 SHOWN = 20
-
-
-def own_progress() -> Progress:
-    """Return a terminal's progress; only the first of ``torchrun``'s processes shows any."""
-    from embedcache.progress import SILENT
-    from embedcache.training.ranks import is_leader
-
-    return TerminalProgress() if is_leader() else SILENT
 
 
 def run_sweep(

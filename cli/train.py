@@ -8,8 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from .show import print_json, print_pairs
-from .sweep import own_progress, run_sweep
+from .show import own_progress, print_json, print_pairs
+from .sweep import run_sweep
 
 
 def train_command(

@@ -50,7 +50,10 @@ def train(
     runs = {out: config or TrainConfig()}
     target = local_device(resolve_device(device))
     with joined(target) as ranks:
-        (result,) = _train(_Shared(cache_path, target, progress, ranks), runs)
+        shared = _Shared(cache_path, target, progress, ranks)
+        for out, settings in runs.items():
+            shared.check(out, settings)
+        (result,) = _train(shared, runs)
     if result.failure is not None:
         raise result.failure
     assert result.summary is not None
@@ -176,8 +179,7 @@ class _Shared:
 
 
 def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
-    for out, config in runs.items():
-        shared.check(out, config)
+    for config in runs.values():
         shared.trainer.sample(config.carryon.taps)  # what cannot be trained on leaves nothing
     members: list[Member] = []
     ranks = shared.ranks

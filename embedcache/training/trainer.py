@@ -42,9 +42,12 @@ class Trainer:
         self, cache: Cache, device: torch.device, progress: Progress, ranks: Ranks = ALONE
     ):
         self.cache, self.device, self.progress, self.ranks = cache, device, progress, ranks
-        self._splits = {name: cache.split(name) for name in ("train", "dev") if cache.has(name)}
         self.train = cache.split("train")
+        self._splits = {"train": self.train}
+        if cache.has("dev"):
+            self._splits["dev"] = cache.split("dev")
         self._documents: dict[str, Documents] = {}
+        self._subsets: dict[tuple[str, Patterns], Subset] = {}
         self._base_dev: dict[Patterns, float | None] = {}
         self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         self._frozen: dict[bool, FrozenInputs] = {}
@@ -59,8 +62,11 @@ class Trainer:
             return None
         if split not in self._documents:
             self._documents[split] = Documents(self._splits[split])
-        documents = self._documents[split]
-        return documents.require(patterns) if split == "train" else documents.matching(patterns)
+        if (split, patterns) not in self._subsets:
+            documents = self._documents[split]
+            find = documents.require if split == "train" else documents.matching
+            self._subsets[split, patterns] = find(patterns)
+        return self._subsets[split, patterns]
 
     def epoch_tokens(self, patterns: Patterns) -> int:
         """Return the train tokens of the documents that match; raises ``UsageError`` for none."""
