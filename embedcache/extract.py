@@ -14,6 +14,7 @@ import torch
 
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps
+from embedcache.cache.block_files import block_ledgers
 from embedcache.cache.claims import TURN, Claims
 from embedcache.cache.commit import (
     Marker,
@@ -262,7 +263,7 @@ class _Extraction:
             )
             started = time.perf_counter()
             with progress.bar("calibrating the codec", None, "") as _:
-                calibrations, computed = calibrations_of(
+                calibrations, known = calibrations_of(
                     out,
                     self._splits["train"],
                     forward,
@@ -298,7 +299,9 @@ class _Extraction:
             pipeline = Pipeline(
                 out, self._claims, self._splits, base, forward, encoders, there.quarantine, progress
             )
-            worst, tokens, seconds = pipeline.run(todo, measured.known, computed, generations)
+            for item, batches in measured.known.items():
+                known.setdefault(item, {}).update(batches)
+            worst, tokens, seconds = pipeline.run(todo, known, generations)
             seconds += calibrating + measured.seconds
         if mended is None:
             turn.close()
@@ -323,19 +326,19 @@ class _Extraction:
         }
         if mended is not None or not (out / MANIFEST).is_file():
             self._claims.require(TURN)
-            self._publish(self._manifest(extracted))
+            self._publish(extracted)
         for name in self._splits:
             drop_superseded(out, name)
         if self._claims.holds(TURN):
             clear_staging(out, live)
 
-    def _manifest(self, extracted: dict[str, Any]) -> Manifest:
-        """Return the manifest of the finished cache, its ledgers written."""
+    def _manifest(self, made: Path, extracted: dict[str, Any]) -> Manifest:
+        """Return the manifest of the finished cache; its ledgers are written in ``made``."""
         out, settings = self._out, self._settings
         return Manifest(
             splits={
                 name: split_manifest(
-                    out, name, settings, split.totals, recorded(out, name, split.blocks)
+                    made, name, settings, split.totals, recorded(out, name, split.blocks)
                 )
                 for name, split in self._splits.items()
             },
@@ -345,20 +348,30 @@ class _Extraction:
             extracted=extracted,
         )
 
-    def _publish(self, manifest: Manifest) -> None:
-        """Publish the manifest from staging, where it is gone if this process was taken for dead.
+    def _publish(self, extracted: dict[str, Any]) -> None:
+        """Publish ledgers and manifest from staging, gone if this process was taken for dead.
 
         What others did to the cache meanwhile stands.
         """
-        made = self._claims.staging / "manifest"
+        out, made = self._out, self._claims.staging / "manifest"
         try:
+            manifest = self._manifest(made, extracted)
             publish_manifest(made, manifest)
+            for split, counts in manifest.splits.items():
+                seals = (counts.embeddings, counts.quarantined)
+                for name, seal in zip(block_ledgers(split), seals, strict=True):
+                    self._claims.require(TURN)
+                    make_folder((out / name).parent)
+                    if seal.rows:
+                        (made / name).replace(out / name)
+                    else:
+                        (out / name).unlink(missing_ok=True)
+                    fsync_path((out / name).parent)
             self._claims.require(TURN)
-            for path in sorted(made.iterdir(), key=lambda path: path.name == MANIFEST):
-                path.replace(self._out / path.name)
+            (made / MANIFEST).replace(out / MANIFEST)
         finally:
             shutil.rmtree(made, ignore_errors=True)
-        fsync_path(self._out)
+        fsync_path(out)
 
     def _prepared(self) -> bool:
         """Whether what one process stores for all is there."""

@@ -50,7 +50,7 @@ def write_corpus(folder: Path, documents: int = 24, seed: int = 0) -> Path:
 
 def make_world(root: Path, *, documents: int = 24, **changes: Any) -> World:
     """Make a base, corpus and cache under ``root``; ``changes`` go to settings or the corpus."""
-    arch, tied, taps, codec, dev = (
+    arch, tied, taps, codec, dev, device = (
         changes.pop(name, default)
         for name, default in {
             "arch": "llama",
@@ -58,6 +58,7 @@ def make_world(root: Path, *, documents: int = 24, **changes: Any) -> World:
             "taps": ("final",),
             "codec": "bf16",
             "dev": 0.2,
+            "device": "cpu",
         }.items()
     )
     base = tiny.tiny_base_directory(root / "base", str(arch), bool(tied))
@@ -66,7 +67,7 @@ def make_world(root: Path, *, documents: int = 24, **changes: Any) -> World:
     settings = ExtractSettings(
         context=64, block_tokens=256, batch_tokens=256, taps=taps, codec=codec
     )
-    extract(config, base=str(base), out=root / "cache", settings=settings, device="cpu")
+    extract(config, base=str(base), out=root / "cache", settings=settings, device=device)
     return World(base, corpus, root / "cache")
 
 

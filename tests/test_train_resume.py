@@ -17,7 +17,7 @@ from conftest import World
 from safetensors.torch import load_file
 
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.store import WEIGHTS_FILE
+from embedcache.carryon.store import CONFIG_FILE, WEIGHTS_FILE
 from embedcache.train import train
 from embedcache.training.checkpoint import CHECKPOINT
 from embedcache.training.config import TrainConfig
@@ -152,7 +152,7 @@ def test_killed_at_any_time_again_and_again(world, undisturbed, tmp_path):
     )
     out, draw, kills = tmp_path / "c", random.Random(0), 0
     command = [sys.executable, "-c", slow, str(world.cache_path), str(out)]
-    while kills < 5:
+    while kills < 5 and not (out / CONFIG_FILE).exists():
         run = subprocess.Popen([*command, json.dumps(CONFIG.to_dict())])
         started = time.perf_counter()
         while not (out / CHECKPOINT).exists() and run.poll() is None:

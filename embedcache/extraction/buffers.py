@@ -11,6 +11,9 @@ import torch
 Encoded = dict[str, torch.Tensor]
 """Integers of a block by array path under the split, such as ``embeddings/final``: [R, ...]."""
 
+ALIGNMENT = 64
+"""Bytes at whose multiples a tensor begins in a buffer."""
+
 
 @dataclass(frozen=True, slots=True)
 class Slot:
@@ -22,42 +25,38 @@ class Slot:
 
 
 class HostBuffers:
-    """A ring of pinned buffers, so that copies from a GPU run beside its next forward pass."""
+    """A ring of buffers, pinned where copies from a GPU run beside its next forward pass.
+
+    A buffer is bytes, not tensors: the splits of a cache differ in arrays, dtypes and shapes.
+    """
 
     def __init__(self, device: torch.device, count: int):
         self._cuda = device.type == "cuda"
-        self._to_make = count
-        self._free: queue.Queue[tuple[Encoded, torch.Tensor]] = queue.Queue()
-
-    def _buffer(self, arrays: Encoded, finite_N: torch.Tensor) -> tuple[Encoded, torch.Tensor]:
-        if not self._to_make:
-            return self._free.get()
-        self._to_make -= 1
-        if not self._cuda:
-            return {}, torch.empty(0)
-
-        def like(value: torch.Tensor) -> torch.Tensor:
-            return torch.empty_like(value, device="cpu", pin_memory=True)
-
-        return {name: like(value) for name, value in arrays.items()}, like(finite_N)
+        self._free: queue.Queue[torch.Tensor] = queue.Queue()
+        for _ in range(count):
+            self._free.put(torch.empty(0, dtype=torch.uint8))
 
     def fetch(self, arrays: Encoded, finite_N: torch.Tensor) -> Callable[[], Slot]:
         """Begin the copy to the host; the returned function waits for it. Blocks while full."""
-        buffer = self._buffer(arrays, finite_N)
-
-        def release() -> None:
-            self._free.put(buffer)
-
-        if not self._cuda:
-            return lambda: Slot(arrays, finite_N, release)
-        for name, value in arrays.items():
-            buffer[0][name].copy_(value, non_blocking=True)
-        buffer[1].copy_(finite_N, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
+        values = [*arrays.values(), finite_N]
+        sizes = [-(-value.nbytes // ALIGNMENT) * ALIGNMENT for value in values]
+        buffer = self._free.get()
+        if len(buffer) < sum(sizes):
+            buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._cuda)
+        copies = []
+        for value, room in zip(values, buffer[: sum(sizes)].split(sizes), strict=True):
+            copies.append(room[: value.nbytes].view(value.dtype).view(value.shape))
+            copies[-1].copy_(value, non_blocking=self._cuda)
+        slot = Slot(
+            dict(zip(arrays, copies, strict=False)), copies[-1], lambda: self._free.put(buffer)
+        )
+        copied = torch.cuda.Event() if self._cuda else None
+        if copied is not None:
+            copied.record()
 
         def ready() -> Slot:
-            copied.synchronize()
-            return Slot(*buffer, release)
+            if copied is not None:
+                copied.synchronize()
+            return slot
 
         return ready

@@ -25,6 +25,9 @@ SAMPLE_ROWS = 65_536
 
 ROWS_PER_COMPONENT = 16
 
+BATCHES = 16
+"""Batches that rows are taken from, at least, where there are as many."""
+
 HEAD_ROWS = 4096
 """Rows over which the head's metric, and a quality, are taken."""
 
@@ -39,17 +42,38 @@ HALVINGS = 14
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Rows of one tap: ``x_NH`` on the device, float32; ``ids_N``, and ``targets_N``, the tokens
-    that follow, -1 where that is no target; both on the host."""
+    """Rows of one tap.
+
+    ``x_NH``, float32 and on the device where it is calibrated; on the host: ``ids_N``;
+    ``targets_N``, the tokens that follow, -1 where that is no target; ``part_N``, from which part
+    of the corpus each row is, in rising order.
+    """
 
     x_NH: torch.Tensor
     ids_N: Array
     targets_N: Array
+    part_N: Array
+
+    def to(self, device: torch.device) -> Sample:
+        """Return the sample ready to be calibrated on."""
+        return replace(self, x_NH=self.x_NH.to(device).float())
 
     def rows(self, keep_N: Array) -> Sample:
         """Return the rows that are kept."""
         place = torch.from_numpy(np.flatnonzero(keep_N)).to(self.x_NH.device)
-        return Sample(self.x_NH[place], self.ids_N[keep_N], self.targets_N[keep_N])
+        kept = (values[keep_N] for values in (self.ids_N, self.targets_N, self.part_N))
+        return Sample(self.x_NH[place], *kept)
+
+    def held_out(self) -> Array:
+        """Return which rows are kept from the fit: every fourth part, or a quarter of one part.
+
+        Whole parts, and not rows among the others: neighbours are alike, and would flatter the fit.
+        """
+        part_N = np.unique(self.part_N, return_inverse=True)[1]
+        if part_N[-1] == 0:
+            part_N = np.arange(len(part_N)) * 4 // len(part_N)
+        held_N: Array = part_N % 4 == min(3, part_N[-1])
+        return held_N
 
 
 def calibrate(
@@ -69,10 +93,7 @@ def calibrate(
         bits: coded bits a value to come to, where no quality is given.
         quality: permitted rise of the base's cross-entropy, read from decoded embeddings, in nats.
     """
-    # Runs of rows rather than single ones: neighbours are alike, and would flatter the fit.
-    held_N = np.arange(len(sample.ids_N)) // 256 % 4 == 3
-    if not held_N.any():
-        held_N[len(held_N) // 2 :] = True
+    held_N = sample.held_out()
     fit, held = sample.rows(~held_N), sample.rows(held_N)
     shape = _fit(fit, embedding_VH, head)
     codec = TransformCodec(replace(shape, step=1.0), embedding_VH)
@@ -168,10 +189,11 @@ def coded_bits(y_NH: torch.Tensor, step: float) -> float:
 
 def rise(calibration: Calibration, held: Sample, embedding_VH: torch.Tensor, head: Head) -> float:
     """Return by how much the base's cross-entropy rises from exact to decoded rows, in nats."""
-    keep_N = held.targets_N >= 0
-    keep_N &= np.cumsum(keep_N) <= HEAD_ROWS
-    if not keep_N.any():
+    places = np.flatnonzero(held.targets_N >= 0)
+    if not len(places):
         return math.nan
+    keep_N = np.zeros(len(held.targets_N), bool)
+    keep_N[places[:: -(-len(places) // HEAD_ROWS)]] = True
     some = held.rows(keep_N)
     codec = TransformCodec(calibration, embedding_VH)
     dtype = head.weight_VH.dtype

@@ -1,4 +1,4 @@
-"""Calibrating a cache's codec before its first block: sample blocks, fit each tap, store."""
+"""Calibrating a cache's codec before its first block: sample batches, fit each tap, store."""
 
 from __future__ import annotations
 
@@ -20,15 +20,19 @@ from embedcache.cache.sealed import Seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import Calibration, codecs_of
 from embedcache.errors import CacheError, NumericsError
-from embedcache.extraction.calibrate import ROWS_PER_COMPONENT, SAMPLE_ROWS, Sample, calibrate
+from embedcache.extraction.calibrate import (
+    BATCHES,
+    ROWS_PER_COMPONENT,
+    SAMPLE_ROWS,
+    Sample,
+    calibrate,
+)
 from embedcache.extraction.encoder import finite_rows
 from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.measure import Item
+from embedcache.extraction.spread import Item, Known, SampledBlock, rows_of, spread
 from embedcache.files import fsync_path
 
 Array = np.ndarray[Any, Any]
-Embeddings = dict[str, torch.Tensor]
-
 
 Calibrations = dict[str, Calibration]
 """By tap; empty where the codec needs none."""
@@ -43,13 +47,13 @@ def calibrations_of(
     *,
     fresh: bool,
     again: bool = False,
-) -> tuple[Calibrations, dict[Item, Embeddings]]:
+) -> tuple[Calibrations, Known]:
     """Return the calibration of each tap: the cache's own, or a new one, not yet stored.
 
-    Returns with a new one the blocks that were computed for the sample, on the host: they need not
-    be computed again. ``fresh``: no train block is committed yet; if one is, a lost calibration
-    cannot be made again, and ``CacheError`` is raised. ``again``: make what is there anew; what
-    comes out is held to the old one's seal by `store_calibrations`.
+    Returns with a new one the batches that were computed for the sample: they need not be again.
+    ``fresh``: no train block is committed yet; if one is, a lost calibration cannot be made again,
+    and ``CacheError`` is raised. ``again``: make what is there anew; what comes out is held to the
+    old one's seal by `store_calibrations`.
     """
     if settings.codec != "transform" or not train.blocks:
         return {}, {}
@@ -59,25 +63,20 @@ def calibrations_of(
         raise CacheError(
             f"{cache / CODEC} is missing, and blocks were coded with it: extract into a new folder"
         )
-    computed, rows = {}, []
-    for block in _sampled_blocks(train.blocks, settings.block_tokens, base.identity.hidden_size):
-        ids_N, rows_S2, _ = train.read(block)
-        x_NH = forward(ids_N, rows_S2)
-        rows.append(_usable(ids_N, train.used(block)[1], rows_S2, finite_rows(x_NH).cpu().numpy()))
-        computed["train", block] = {tap: x.cpu() for tap, x in x_NH.items()}
+    samples, known = _samples(train, forward, base, settings)
     embedding_VH = embedding_of(base)
     bits = None if settings.quality is not None else settings.bits or DEFAULT_BITS
     found: Calibrations = {}
     for tap in sorted(settings.taps, key=lambda tap: tap != FINAL):
         found[tap] = calibrate(
-            _sample(tap, list(computed.values()), rows, base.device),
+            samples[tap].to(base.device),
             embedding_VH,
             head=base.head if tap == FINAL else None,
             bits=bits,
             quality=settings.quality if tap == FINAL else None,
         )
         bits = found[tap].measured["bits"] if bits is None else bits
-    return found, computed
+    return found, known
 
 
 def codecs_by_split(
@@ -141,45 +140,57 @@ def store_calibrations(
     fsync_path(cache)
 
 
-def _sampled_blocks(blocks: int, block_tokens: int, hidden: int) -> list[int]:
-    """Return the blocks to sample, spread over the split."""
-    wanted = max(SAMPLE_ROWS, ROWS_PER_COMPONENT * hidden)
-    count = min(blocks, -(-wanted // block_tokens))
-    return sorted({blocks * i // count for i in range(count)})
+def _samples(
+    train: SplitTokens, forward: BlockForward, base: Base, settings: ExtractSettings
+) -> tuple[dict[str, Sample], Known]:
+    """Compute batches spread over train; return rows of each tap, on the host, and the batches.
+
+    Few rows of many batches rather than many of few: a corpus differs from place to place.
+    """
+    wanted = max(SAMPLE_ROWS, ROWS_PER_COMPONENT * base.identity.hidden_size)
+    items = [("train", block) for block in range(train.blocks)]
+    blocks: dict[Item, SampledBlock] = {}
+    known: Known = {}
+    x_PNH: dict[str, list[torch.Tensor]] = {tap: [] for tap in settings.taps}
+    parts: list[tuple[Array, Array]] = []
+    for item, number in spread({"train": train}, items, forward, blocks):
+        rows_B2 = blocks[item].rows(number)
+        x_BTH = forward.batch(blocks[item].ids_N, rows_B2)
+        known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
+        finite_N = finite_rows({tap: rows_of(x, rows_B2) for tap, x in x_BTH.items()}).cpu().numpy()
+        ids_N, targets_N, keep_N = _usable(*train.used(item[1]), rows_B2, finite_N)
+        keep_N = keep_N[:: -(-len(keep_N) * BATCHES // wanted) or 1]
+        parts.append((ids_N[keep_N], targets_N[keep_N]))
+        for tap, x in x_BTH.items():
+            place = torch.from_numpy(keep_N).to(x.device)
+            x_PNH[tap].append(rows_of(x, rows_B2)[place].cpu())
+        if sum(len(ids_N) for ids_N, _ in parts) >= wanted:
+            break
+    ids_N, targets_N = (np.concatenate(part) for part in zip(*parts, strict=True))
+    if len(ids_N) < 2:
+        raise NumericsError(
+            "the sampled train embeddings hold no finite sequence to calibrate on: the base "
+            "overflows. Try --dtype float32 or bfloat16 and another --out."
+        )
+    part_N = np.repeat(np.arange(len(parts)), [len(ids_N) for ids_N, _ in parts])
+    samples = {tap: Sample(torch.cat(x), ids_N, targets_N, part_N) for tap, x in x_PNH.items()}
+    return samples, known
 
 
 def _usable(
-    ids_N: Array, loss_mask_N: Array, rows_S2: Array, finite_N: Array
+    ids_N: Array, loss_mask_N: Array, rows_B2: Array, finite_N: Array
 ) -> tuple[Array, Array, Array]:
-    """Return (row numbers, ids, targets) of a block's finite sequences; target -1 is none."""
-    kept, targets = [], np.full(len(ids_N), -1, np.int64)
-    for first, stop in rows_S2.tolist():
-        if finite_N[first:stop].all():
-            kept.append(np.arange(first, stop))
-            following = slice(first + 1, stop)
-            targets[first : stop - 1] = np.where(loss_mask_N[following], ids_N[following], -1)
-    if not kept:
-        return np.empty(0, np.int64), ids_N[:0], targets[:0]
-    place = np.concatenate(kept)
-    return place, ids_N[place], targets[place]
+    """Return ids, targets (-1 is none) and places of finite sequences, of a batch's rows.
 
-
-def _sample(
-    tap: str,
-    computed: list[Embeddings],
-    rows: list[tuple[Array, Array, Array]],
-    device: torch.device,
-) -> Sample:
-    x_NH = torch.cat(
-        [
-            x[tap][torch.from_numpy(place)].to(device).float()
-            for x, (place, _, _) in zip(computed, rows, strict=True)
-        ]
-    )
-    if len(x_NH) < 2:
-        raise NumericsError(
-            f"the sampled train embeddings of tap {tap} hold no finite sequence to calibrate on: "
-            "the base overflows. Try --dtype float32 or bfloat16 and another --out."
-        )
-    ids, targets = (np.concatenate([row[i] for row in rows]) for i in (1, 2))
-    return Sample(x_NH, ids, targets)
+    ``ids_N`` and ``loss_mask_N`` are of its block, ``finite_N`` of its rows.
+    """
+    ids, targets, keep, start = [], [], [], 0
+    for first, stop in rows_B2.tolist():
+        ids.append(ids_N[first:stop])
+        following = slice(first + 1, stop)
+        targets.append(np.append(np.where(loss_mask_N[following], ids_N[following], -1), -1))
+        places = np.arange(start, start + stop - first)
+        if finite_N[places].all():
+            keep.append(places)
+        start += stop - first
+    return np.concatenate(ids), np.concatenate(targets), np.concatenate([*keep, np.empty(0, int)])

@@ -10,7 +10,7 @@ from embedcache.cache import claims as timing
 from embedcache.cache.claims import Claims, claim_of
 from embedcache.cache.commit import Marker
 from embedcache.cache.layout import marker_path
-from embedcache.extraction.measure import Item
+from embedcache.extraction.spread import Item
 
 
 class Deal:

@@ -1,8 +1,5 @@
 """A few batches of the blocks to come: computed, timed and encoded.
 
-They are batches of the run itself (which sequences are computed together is a function of the
-block), so a run takes over what was computed here and nothing is computed twice.
-
 Axes: B sequences of a batch, T time, N rows, S sequences of a block, H hidden.
 """
 
@@ -10,7 +7,6 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,11 +22,10 @@ from embedcache.cache.layout import ExtractSettings
 from embedcache.cache.shard import write_shard
 from embedcache.cache.tokens import SplitTokens
 from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.spread import Item, Known, SampledBlock, rows_of, spread
 from embedcache.progress import Progress
 
 Array = np.ndarray[Any, Any]
-Item = tuple[str, int]
-"""A split and the number of one of its blocks."""
 
 ENOUGH_TOKENS = 2048
 ENOUGH_BATCHES = 4
@@ -38,9 +33,6 @@ ENOUGH_SECONDS = 15.0
 """No further batch is measured after so long, once there are enough tokens."""
 ENCODED_ROWS = 2048
 """Rows that are encoded of each batch, at most."""
-TRIES = 64
-PLASTIC = (0.7548776662466927, 0.5698402909980532)
-"""Steps of the evenest sequence of points in a square (Roberts' R2): block by place in it."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,7 +48,7 @@ class Encoded:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Measured:
-    """What the sample took. ``known`` is x_BTH by tap, on the host, of each batch computed."""
+    """What the sample took. ``known``: the batches that were computed."""
 
     tokens: int = 0
     seconds: float = 0.0
@@ -67,21 +59,7 @@ class Measured:
     """Mean length of the sampled blocks' sequences."""
     encoded: dict[str, Encoded] = field(default_factory=dict)
     """By split."""
-    known: dict[Item, dict[int, dict[str, torch.Tensor]]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Block:
-    """A block that is sampled."""
-
-    ids_N: Array
-    rows_S2: Array
-    batches: list[list[int]]
-
-    def padded(self, batch: list[int]) -> int:
-        """Return the tokens of a batch, padding included."""
-        lengths = self.rows_S2[batch, 1] - self.rows_S2[batch, 0]
-        return len(batch) * int(lengths[0])
+    known: Known = field(default_factory=dict)
 
 
 def measure(
@@ -101,15 +79,15 @@ def measure(
     if not todo:
         return Measured()
     began = time.perf_counter()
-    blocks: dict[Item, _Block] = {}
-    known: dict[Item, dict[int, dict[str, torch.Tensor]]] = {}
+    blocks: dict[Item, SampledBlock] = {}
+    known: Known = {}
     sample: dict[str, list[torch.Tensor]] = {tap: [] for tap in settings.taps}
     ids: list[Array] = []
     count, tokens, padded, seconds = 0, 0, 0, 0.0
     with progress.bar("measuring", None, "tok") as bar:
-        for item, number in _spread(splits, todo, forward, blocks):
+        for item, number in spread(splits, todo, forward, blocks):
             block = blocks[item]
-            rows_B2 = block.rows_S2[block.batches[number]]
+            rows_B2 = block.rows(number)
             if not count:
                 _warm_up(base, forward, block.ids_N, rows_B2)
             started = time.perf_counter()
@@ -118,10 +96,10 @@ def measure(
             seconds += time.perf_counter() - started
             known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
             for tap, x in known[item][number].items():
-                sample[tap].append(_rows(x, rows_B2)[:ENCODED_ROWS])
+                sample[tap].append(rows_of(x, rows_B2)[:ENCODED_ROWS])
             ids.append(_ids(block.ids_N, rows_B2)[:ENCODED_ROWS])
             count += 1
-            padded += block.padded(block.batches[number])
+            padded += block.padded(number)
             tokens += int((rows_B2[:, 1] - rows_B2[:, 0]).sum())
             bar.advance(int((rows_B2[:, 1] - rows_B2[:, 0]).sum()))
             if tokens >= ENOUGH_TOKENS and (count >= ENOUGH_BATCHES or seconds > ENOUGH_SECONDS):
@@ -129,7 +107,7 @@ def measure(
         x_NH = {tap: torch.cat(parts) for tap, parts in sample.items()}
         encoded = _encode_all(x_NH, np.concatenate(ids), {*dict(todo)}, codecs, settings)
     rows = sum(int((block.rows_S2[:, 1] - block.rows_S2[:, 0]).sum()) for block in blocks.values())
-    whole = sum(block.padded(batch) for block in blocks.values() for batch in block.batches)
+    whole = sum(b.padded(number) for b in blocks.values() for number in range(len(b.batches)))
     return Measured(
         tokens=tokens,
         seconds=time.perf_counter() - began,
@@ -138,29 +116,6 @@ def measure(
         encoded=encoded,
         known=known,
     )
-
-
-def _spread(
-    splits: dict[str, SplitTokens],
-    todo: list[Item],
-    forward: BlockForward,
-    blocks: dict[Item, _Block],
-) -> Iterator[tuple[Item, int]]:
-    """Yield (block, number of a batch in it), none twice, reading the blocks on the way."""
-    seen: set[tuple[Item, int]] = set()
-    for step in range(TRIES):
-        across, within = ((0.5 + step * plastic) % 1 for plastic in PLASTIC)
-        item = todo[int(across * len(todo))]
-        if item not in blocks:
-            ids_N, rows_S2, _ = splits[item[0]].read(item[1])
-            blocks[item] = _Block(ids_N, rows_S2, forward.batches(rows_S2))
-        count = len(blocks[item].batches)
-        for place in range(count):
-            number = (int(within * count) + place) % count
-            if (item, number) not in seen:
-                seen.add((item, number))
-                yield item, number
-                break
 
 
 def _warm_up(base: Base, forward: BlockForward, ids_N: Array, rows_B2: Array) -> None:
@@ -175,11 +130,6 @@ def _warm_up(base: Base, forward: BlockForward, ids_N: Array, rows_B2: Array) ->
 def _wait(base: Base) -> None:
     if base.device.type == "cuda":
         torch.cuda.synchronize(base.device)
-
-
-def _rows(x_BTH: torch.Tensor, rows_B2: Array) -> torch.Tensor:
-    """Return x_NH of the tokens of a batch, padding left out."""
-    return torch.cat([x[: stop - first] for x, (first, stop) in zip(x_BTH, rows_B2, strict=True)])
 
 
 def _ids(ids_N: Array, rows_B2: Array) -> Array:

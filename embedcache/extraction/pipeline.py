@@ -18,13 +18,12 @@ from embedcache.cache.commit import BlockWriter, Marker
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.tokens import SplitTokens
 from embedcache.extraction.buffers import HostBuffers, Slot
-from embedcache.extraction.calibrate_cache import Embeddings
 from embedcache.extraction.deal import Deal
 from embedcache.extraction.encoder import BlockEncoder
 from embedcache.extraction.forward import CHECK_EVERY, BlockForward
-from embedcache.extraction.measure import Item
 from embedcache.extraction.preflight import encoder_threads, tokens_to_go
 from embedcache.extraction.quarantine import Quarantine
+from embedcache.extraction.spread import Item, Known
 from embedcache.progress import Bar, Progress
 
 Array = np.ndarray[Any, Any]
@@ -58,16 +57,14 @@ class Pipeline:
     def run(
         self,
         todo: list[Item],
-        known: dict[Item, dict[int, Embeddings]],
-        computed: dict[Item, Embeddings],
+        known: Known,
         generations: dict[str, dict[int, int]],
     ) -> tuple[float, int, float]:
         """Have the blocks ``todo`` committed, here or by others.
 
         Args:
             todo: the blocks, in the order in which they are computed.
-            known: what is known of blocks from measuring, by batch.
-            computed: blocks that are known whole, from calibrating.
+            known: what is known of blocks from calibrating and measuring.
             generations: of the markers to make, where they are not the first of their block.
 
         Returns:
@@ -98,9 +95,7 @@ class Pipeline:
                             self._note(entry, bar)
                         continue
                     (name, block), ids_N, rows_S2, first = entry
-                    part = known.pop((name, block), {})
-                    x_NH = computed.pop((name, block), None) or forward(ids_N, rows_S2, part)
-                    x_NH = {tap: x.to(base.device) for tap, x in x_NH.items()}
+                    x_NH = forward(ids_N, rows_S2, known.pop((name, block), {}))
                     if number % CHECK_EVERY == 0:
                         sample = 2 if number == 0 else 1
                         worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))

@@ -19,8 +19,9 @@ from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.usage import used_bytes
 from embedcache.extraction.forward import CHECK_EVERY
-from embedcache.extraction.measure import Encoded, Item, Measured
+from embedcache.extraction.measure import Encoded, Measured
 from embedcache.extraction.prediction import Prediction, free_disk
+from embedcache.extraction.spread import Item
 
 EXTRACTED = (
     "self_check",

@@ -71,6 +71,8 @@ def restore_metadata(out: Path) -> None:
     if not any((out / name).is_file() for name in (METADATA, MANIFEST, SEALED)):
         raise CacheError(f"{out} holds no cache to repair: run 'embedcache extract' without it")
     for name, text in _vouched(out)[1].metadata.items():
+        for partial in (out / name).parent.glob(f".{METADATA}.*.partial"):
+            partial.unlink()  # of a repair that was stopped as it published one
         if metadata_fault(out / name, text) is not None:
             publish_bytes(out / name, text.encode())
 

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from embedcache.carryon.store import CONFIG_FILE
+from embedcache.carryon.store import CONFIG_FILE, WEIGHTS_FILE
 from embedcache.errors import OutputError
 from embedcache.files import LOCK
 from embedcache.training.checkpoint import CHECKPOINT, read_request
 from embedcache.training.metrics import METRICS_FILE
+from embedcache.training.report import CARD_FILE, PLOT_FILE
+
+PUBLISHED = (CHECKPOINT, METRICS_FILE, PLOT_FILE, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE)
+"""What a run publishes in its folder, whole each time."""
 
 
 def check_out(out: Path, request: dict[str, Any]) -> None:
@@ -56,7 +60,7 @@ def check_out(out: Path, request: dict[str, Any]) -> None:
 def is_partial(path: Path) -> bool:
     """Whether a file is what a killed run was about to publish."""
     return path.name.endswith(".partial") and path.name.startswith(
-        (f".{CHECKPOINT}.", f".{METRICS_FILE}.")
+        tuple(f".{name}." for name in PUBLISHED)
     )
 
 

@@ -49,12 +49,15 @@ def bits_a_value(cache: Path) -> float:
     return 8 * size / (found["splits"]["train"]["tokens"] * found["base"]["hidden_size"])
 
 
-def score(cache: Path, lossless: Path, out: Path, seed: int, lr: str) -> float:
-    """Train on a cache; return the test cross-entropy, read from the lossless one."""
-    flags = [*TRAIN, "--lr", lr, "--seed", str(seed), "--patience", "4"]
-    trained = embedcache("train", str(cache), "--out", str(out), *flags)
-    rows = embedcache("eval", trained["out"], str(lossless))["rows"]
-    return float(rows[0]["cross_entropy"])
+def scores(cache: Path, lossless: Path, out: Path, seeds: range, lr: str) -> list[float]:
+    """Train on a cache with each seed, stacked; return the losses on the lossless one's test."""
+    out.mkdir(parents=True, exist_ok=True)
+    sweep = out / "seeds.toml"
+    sweep.write_text(f"[grid]\nseed = {list(seeds)}\n")
+    flags = [*TRAIN, "--lr", lr, "--patience", "4", "--sweep", str(sweep)]
+    embedcache("train", str(cache), "--out", str(out), *flags)
+    found = [embedcache("eval", str(out / f"seed={seed}"), str(lossless)) for seed in seeds]
+    return [float(one["rows"][0]["cross_entropy"]) for one in found]
 
 
 def rise(coded: list[float], exact: list[float]) -> dict[str, Any]:
@@ -75,13 +78,11 @@ def measure(name: str, source: str, flags: list[str], lr: str, options: argparse
     rows = json.loads(results.read_text()) if results.is_file() else []
     exact: list[float] = []
     lossless = out / f"{name}.{LOSSLESS}.cache"
-    for codec, codec_flags in CODECS.items():
+    for codec in options.codecs:
         cache = out / f"{name}.{codec.replace(', ', '-').replace(' ', '')}.cache"
-        extract(source, cache, base=options.base, flags=[*flags, *codec_flags])
+        extract(source, cache, base=options.base, flags=[*flags, *CODECS[codec]])
         folder = cache.with_suffix(".carryons")
-        found = [
-            score(cache, lossless, folder / str(seed), seed, lr) for seed in range(options.seeds)
-        ]
+        found = scores(cache, lossless, folder, range(options.seeds), lr)
         exact = found if codec == LOSSLESS else exact
         row = {
             "corpus": name,
@@ -105,7 +106,9 @@ def main() -> None:
     parser.add_argument("--gsm8k-train", type=Path)
     parser.add_argument("--gsm8k-test", type=Path)
     parser.add_argument("--seeds", type=int, default=5, choices=range(1, 11))
+    parser.add_argument("--codecs", nargs="+", default=list(CODECS), choices=CODECS)
     options = parser.parse_args()
+    options.codecs = list(dict.fromkeys([LOSSLESS, *options.codecs]))
     options.out.mkdir(parents=True, exist_ok=True)
     split = ["--split-file", options.split_file] if options.split_file else []
     measure("stdlib", options.stdlib, split, "2e-3", options)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import zarr
+from conftest import write_corpus
 from fixtures_extract import corpus_config, small_settings
 
 from embedcache.base.head import Head
@@ -18,8 +21,10 @@ from embedcache.cache.reader import Cache
 from embedcache.cache.transform import Calibration, TransformCodec
 from embedcache.errors import CacheError, UsageError
 from embedcache.extract import extract
-from embedcache.extraction import calibrate as calibrate_module
+from embedcache.extraction import calibrate_cache
 from embedcache.extraction.calibrate import Sample, calibrate, coded_bits, rise
+from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.pipeline import Pipeline
 
 H, V, N = 24, 50, 4096
 
@@ -39,7 +44,7 @@ def sample(embedding_VH: torch.Tensor) -> Sample:
     p_NV = (0.3 * x_NH @ embedding_VH.float().T).softmax(dim=-1)
     targets_N = torch.multinomial(p_NV, 1, generator=draw).squeeze(1)
     targets_N[::7] = -1
-    return Sample(x_NH, ids_N.numpy(), targets_N.numpy())
+    return Sample(x_NH, ids_N.numpy(), targets_N.numpy(), np.arange(N) // 256)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +94,7 @@ def test_a_batch_decodes_as_its_rows(sample, embedding_VH, head) -> None:
 def test_what_the_token_tells_is_not_paid_for(sample, embedding_VH, head) -> None:
     """Shuffled ids tell nothing: at the same error the rate must be much higher."""
     found = calibrate(sample, embedding_VH, head=head, bits=2.0)
-    shuffled = Sample(sample.x_NH, np.roll(sample.ids_N, 1), sample.targets_N)
+    shuffled = replace(sample, ids_N=np.roll(sample.ids_N, 1))
     other = calibrate(shuffled, embedding_VH, head=head, bits=2.0)
 
     def error(calibration: Calibration, rows: Sample) -> float:
@@ -187,21 +192,33 @@ def test_a_lost_calibration_is_not_made_again_under_coded_blocks(
         )
 
 
-def test_blocks_of_the_sample_are_not_computed_twice(
-    tiny_base, corpus, tmp_path: Path, monkeypatch
+def test_batches_of_the_sample_are_not_computed_twice(
+    tiny_base, tmp_path: Path, monkeypatch
 ) -> None:
-    from embedcache.extraction.forward import BlockForward
+    computed: list[bytes] = []
+    begun: list[int] = []
+    batch, run = BlockForward.batch, Pipeline.run
 
-    calls = []
-    real = BlockForward.__call__
+    def noted(self, ids_N, rows_B2):
+        computed.append(b"".join(ids_N[a:b].tobytes() for a, b in rows_B2.tolist()))
+        return batch(self, ids_N, rows_B2)
+
+    monkeypatch.setattr(BlockForward, "batch", noted)
     monkeypatch.setattr(
-        BlockForward, "__call__", lambda self, *given: (calls.append(1), real(self, *given))[1]
+        Pipeline, "run", lambda self, *given: (begun.append(len(computed)), run(self, *given))[1]
     )
-    settings = small_settings(codec="transform")
-    summary = extract(
-        corpus_config(corpus), base=str(tiny_base), out=tmp_path / "c", settings=settings
+    settings = small_settings(codec="transform", batch_tokens=128)
+    extract(
+        corpus_config(write_corpus(tmp_path / "many", 200)),
+        base=str(tiny_base),
+        out=tmp_path / "c",
+        settings=settings,
+        device="cpu",
     )
-    assert len(calls) == summary.blocks
+    before, after = set(computed[: begun[0]]), computed[begun[0] :]
+    assert len(before) > 4
+    assert after
+    assert not before.intersection(after)
 
 
 def test_a_second_run_writes_the_same_bytes(tiny_base, corpus, caches, tmp_path: Path) -> None:
@@ -231,13 +248,43 @@ def test_settings_that_cannot_be(changes, message) -> None:
         ExtractSettings(**changes)
 
 
-def test_the_sample_covers_every_component() -> None:
-    from embedcache.extraction.calibrate_cache import _sampled_blocks
+@pytest.mark.parametrize(("rows", "parts"), [(1024, 16), (4096, 16)])
+def test_the_sample_is_some_rows_of_many_places(
+    tiny_base, tmp_path: Path, monkeypatch, rows, parts
+) -> None:
+    """Sixteen batches or more are looked at, however few rows are wanted; else the whole split."""
+    samples: list[Sample] = []
+    real = calibrate_cache.calibrate
 
-    assert len(_sampled_blocks(1000, 16384, 576)) == calibrate_module.SAMPLE_ROWS // 16384
-    assert len(_sampled_blocks(1000, 16384, 5120)) == 5
-    assert _sampled_blocks(3, 16384, 576) == [0, 1, 2]
-    assert max(_sampled_blocks(1000, 16384, 576)) >= 700
+    def noted(sample, *given, **more):
+        samples.append(sample)
+        return real(sample, *given, **more)
+
+    monkeypatch.setattr(calibrate_cache, "calibrate", noted)
+    monkeypatch.setattr(calibrate_cache, "SAMPLE_ROWS", rows)
+    settings = small_settings(codec="transform", batch_tokens=64, block_tokens=128)
+    extract(
+        corpus_config(write_corpus(tmp_path / "many", 200)),
+        base=str(tiny_base),
+        out=tmp_path / "c",
+        settings=settings,
+        device="cpu",
+    )
+    (sample,) = samples
+    train = Cache(tmp_path / "c").split("train")
+    exact = {
+        (int(token), int(following))
+        for number in range(train.manifest.blocks)
+        for token, following in pairwise(train.tokens(number)[0])
+    }
+    wanted = sample.targets_N >= 0
+    pairs = zip(sample.ids_N[wanted].tolist(), sample.targets_N[wanted].tolist(), strict=True)
+    assert set(pairs) <= exact
+    assert len(set(sample.part_N.tolist())) >= parts
+    assert len(sample.ids_N) <= rows + 64
+    held_N = sample.held_out()
+    assert 0.1 < held_N.mean() < 0.4
+    assert not set(sample.part_N[held_N].tolist()) & set(sample.part_N[~held_N].tolist())
 
 
 def test_rows_that_are_not_used_cost_nothing(sample, embedding_VH, head) -> None:
@@ -269,7 +316,7 @@ def test_a_block_s_unused_rows_are_stored_as_zeros(caches) -> None:
 def test_rows_that_are_all_alike_are_coded(embedding_VH, head) -> None:
     """Nothing varies: no division by a deviation of zero."""
     ids_N, none_N = np.full(64, 7), np.full(64, -1)
-    alike = Sample(torch.ones(64, H), ids_N, none_N)
+    alike = Sample(torch.ones(64, H), ids_N, none_N, np.arange(64) // 8)
     found = calibrate(alike, embedding_VH, head=head, bits=1.5)
     assert "rise" not in found.measured
     codec = TransformCodec(found, embedding_VH)
