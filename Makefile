@@ -41,6 +41,7 @@ bench: $(SETUP) ## Measure against peers; results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/bench_reader.py
 	$(BIN)/python tests/benchmarks/bench_extract.py
 	$(BIN)/python tests/benchmarks/bench_loss.py
+	$(BIN)/python tests/benchmarks/bench_calibrate.py --shapes SmolLM2
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt peft
 	$(BIN)/python tests/benchmarks/bench_train.py
 	$(BIN)/python tests/benchmarks/bench_sweep.py

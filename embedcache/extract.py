@@ -2,59 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-import time
-from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
+from embedcache.base.load import load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps
-from embedcache.cache.block_files import block_ledgers
 from embedcache.cache.claims import TURN, Claims
-from embedcache.cache.commit import (
-    Marker,
-    clear_staging,
-    drop_superseded,
-    newest_generations,
-    recover,
-)
 from embedcache.cache.layout import (
-    CODEC,
     MANIFEST,
-    SPLITS,
     ExtractSettings,
 )
-from embedcache.cache.manifest import (
-    Manifest,
-    publish_manifest,
-    read_manifest,
-    split_manifest,
-)
 from embedcache.cache.rewrite import finish_rewrite
-from embedcache.cache.sealed import Seal, read_seal
-from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.usage import used_bytes
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.disk import writing
-from embedcache.errors import OutputError
-from embedcache.extraction.calibrate_cache import (
-    Calibrations,
-    calibration_bytes,
-    calibrations_of,
-    codecs_by_split,
-    store_calibrations,
-)
-from embedcache.extraction.committed import Committed, recorded
-from embedcache.extraction.encoder import BlockEncoder
-from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.measure import Measured, measure
-from embedcache.extraction.pipeline import Pipeline
 from embedcache.extraction.plan import (
     check_out,
     environment_of,
@@ -62,41 +23,12 @@ from embedcache.extraction.plan import (
     sealed_attributes,
     unseal,
 )
-from embedcache.extraction.prediction import RoomError, require_room
-from embedcache.extraction.preflight import blocks_to_go, predict
-from embedcache.extraction.quarantine import Quarantine
-from embedcache.extraction.repair import Mended, mend, restore_metadata
-from embedcache.extraction.store_base import store_base
-from embedcache.files import fsync_path, make_folder
+from embedcache.extraction.prediction import RoomError
+from embedcache.extraction.repair import mend, restore_metadata
+from embedcache.extraction.run import Extraction, ExtractSummary
 from embedcache.progress import SILENT, Progress
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractSummary:
-    """What an extraction did. Speeds count this run's blocks only; bytes are of the whole cache.
-
-    Of ``blocks``, ``resumed_blocks`` were there when it began, ``computed_blocks`` it made itself,
-    and ``others_blocks`` were made meanwhile by other processes.
-    """
-
-    out: str
-    base: str
-    documents: dict[str, int]
-    sequences: dict[str, int]
-    tokens: dict[str, int]
-    bytes: int
-    bytes_per_token: float
-    predicted_bytes: int
-    predicted_seconds: float
-    blocks: int
-    resumed_blocks: int
-    computed_blocks: int
-    others_blocks: int
-    quarantined: int
-    self_check: float
-    seconds: float
-    tokens_per_second: float
-    corpus: dict[str, Any]
+__all__ = ["ExtractSummary", "extract"]
 
 
 def extract(
@@ -174,7 +106,7 @@ def extract(
                 mended = mend(
                     out, corpus, lambda: load_tokenizer(base, revision=revision), settings, progress
                 )
-            run = _Extraction(out, claims, summary, settings, target, max_quarantined, progress)
+            run = Extraction(out, claims, summary, settings, target, max_quarantined, progress)
             if mended is not None or not (out / MANIFEST).is_file():
                 try:
                     run.compute(
@@ -192,227 +124,3 @@ def extract(
                 out.rmdir()
         raise
     return run.summary(identity.name)
-
-
-class _Extraction:
-    """One run over the blocks that have no marker yet."""
-
-    def __init__(
-        self,
-        out: Path,
-        claims: Claims,
-        corpus_summary: dict[str, Any],
-        settings: ExtractSettings,
-        device: torch.device,
-        max_quarantined: float,
-        progress: Progress,
-    ):
-        self._out = out
-        self._claims = claims
-        self._device = device
-        self._corpus_summary = corpus_summary
-        self._settings = settings
-        self._progress = progress
-        self._splits = {name: SplitTokens(out, name, settings.block_tokens) for name in SPLITS}
-        self.tokens = {name: split.totals["tokens"] for name, split in self._splits.items()}
-        self._max_quarantined = max_quarantined
-        self._resumed = self._computed = self._others = 0
-
-    def compute(
-        self, load: Callable[[], Base], turn: ExitStack, mended: Mended | None = None
-    ) -> None:
-        """Have every block without a sound marker computed, and the manifest published.
-
-        ``turn`` holds this process's turn to do what one does for all; it is given up in between,
-        but for a repair, which is alone.
-        """
-        out, progress = self._out, self._progress
-        live = self._live()
-        self._claims.require(TURN)
-        # Before recovery: a marker that is withdrawn is made again in its place, one of a damaged
-        # block is followed, and any that comes from now on is another process's.
-        newest = {name: newest_generations(out, name) for name in self._splits}
-        there = self._count(self._recover(live) if mended is None else mended.sound())
-        clear_staging(out, live)
-        make_folder(self._claims.staging)
-        self._resumed = there.blocks
-        there.quarantine.check()
-        todo = blocks_to_go(self._splits, there.done)
-        generations = {
-            name: {b: at + (mended is not None) for b, at in found.items() if b not in done}
-            for (name, found), done in zip(newest.items(), there.done.values(), strict=True)
-        }
-        if self._resumed:
-            progress.say(f"resuming: {self._resumed} blocks are there, {len(todo)} to go")
-        worst, tokens, seconds = 0.0, 0, 0.0
-        calibrations: Calibrations = {}
-        base, measured = None, Measured()
-        again = mended is not None and mended.base
-        damaged_codec = None if mended is None else mended.codec
-        prepared = mended is None and self._prepared()
-        if prepared:
-            turn.close()
-        if todo or again or damaged_codec or not (out / "base").is_dir():
-            with progress.bar("loading the base", None, "") as _:
-                base = load()
-            forward = BlockForward(
-                base,
-                self._settings.taps,
-                block_tokens=self._settings.block_tokens,
-                batch_tokens=self._settings.batch_tokens,
-            )
-            started = time.perf_counter()
-            with progress.bar("calibrating the codec", None, "") as _:
-                calibrations, known = calibrations_of(
-                    out,
-                    self._splits["train"],
-                    forward,
-                    base,
-                    self._settings,
-                    fresh=not there.done["train"],
-                    again=damaged_codec is not None,
-                )
-            calibrating = time.perf_counter() - started
-            codecs = codecs_by_split(self._settings, calibrations, base)
-            measured = measure(base, forward, self._splits, todo, self._settings, codecs, progress)
-        predicted = predict(
-            out,
-            self._splits,
-            todo,
-            measured,
-            base=base,
-            device=self._device,
-            codec_bytes=calibration_bytes(out, calibrations),
-        )
-        if base is not None:
-            progress.say(str(predicted))
-            require_room(predicted, out)
-            if not prepared:
-                self._claims.require(TURN)
-            store_base(out, base, self._claims.staging, again=again)
-            store_calibrations(out, calibrations, self._claims.staging, expected=damaged_codec)
-            if mended is None:
-                turn.close()
-            encoders = {
-                name: BlockEncoder(name, self._settings, codecs[name]) for name in dict(todo)
-            }
-            pipeline = Pipeline(
-                out, self._claims, self._splits, base, forward, encoders, there.quarantine, progress
-            )
-            for item, batches in measured.known.items():
-                known.setdefault(item, {}).update(batches)
-            worst, tokens, seconds = pipeline.run(todo, known, generations)
-            seconds += calibrating + measured.seconds
-        if mended is None:
-            turn.close()
-            turn.enter_context(self._claims.turn(progress))
-        live = self._live()
-        made = self._count(self._recover(live))
-        if left := blocks_to_go(self._splits, made.done):
-            raise OutputError(
-                f"{len(left)} blocks of {out} were committed and their files are gone: type the "
-                "same again to compute them anew"
-            )
-        self._computed = made.own
-        self._others = made.blocks - self._resumed - self._computed
-        made.quarantine.check(finished=True)
-        extracted = (mended and mended.extracted) or {
-            "self_check": worst,
-            "tokens": tokens,
-            "seconds": round(seconds, 3),
-            "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-            "predicted_bytes": predicted.bytes,
-            "predicted_seconds": predicted.seconds,
-        }
-        if mended is not None or not (out / MANIFEST).is_file():
-            self._claims.require(TURN)
-            self._publish(extracted)
-        for name in self._splits:
-            drop_superseded(out, name)
-        if self._claims.holds(TURN):
-            clear_staging(out, live)
-
-    def _manifest(self, made: Path, extracted: dict[str, Any]) -> Manifest:
-        """Return the manifest of the finished cache; its ledgers are written in ``made``."""
-        out, settings = self._out, self._settings
-        return Manifest(
-            splits={
-                name: split_manifest(
-                    made, name, settings, split.totals, recorded(out, name, split.blocks)
-                )
-                for name, split in self._splits.items()
-            },
-            sealed=read_seal(out),
-            base=Seal.of(out, out / "base"),
-            codec=Seal.of(out, out / CODEC),
-            extracted=extracted,
-        )
-
-    def _publish(self, extracted: dict[str, Any]) -> None:
-        """Publish ledgers and manifest from staging, gone if this process was taken for dead.
-
-        What others did to the cache meanwhile stands.
-        """
-        out, made = self._out, self._claims.staging / "manifest"
-        try:
-            manifest = self._manifest(made, extracted)
-            publish_manifest(made, manifest)
-            for split, counts in manifest.splits.items():
-                seals = (counts.embeddings, counts.quarantined)
-                for name, seal in zip(block_ledgers(split), seals, strict=True):
-                    self._claims.require(TURN)
-                    make_folder((out / name).parent)
-                    if seal.rows:
-                        (made / name).replace(out / name)
-                    else:
-                        (out / name).unlink(missing_ok=True)
-                    fsync_path((out / name).parent)
-            self._claims.require(TURN)
-            (made / MANIFEST).replace(out / MANIFEST)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-        fsync_path(out)
-
-    def _prepared(self) -> bool:
-        """Whether what one process stores for all is there."""
-        coded = self._settings.codec != "transform" or not self._splits["train"].blocks
-        return (self._out / "base").is_dir() and (coded or (self._out / CODEC).is_dir())
-
-    def _live(self) -> set[str]:
-        """Return the attempts of the other processes that are alive."""
-        return {holder.attempt for holder in self._claims.others()}
-
-    def _recover(self, live: set[str]) -> Iterator[Marker]:
-        for name, split in self._splits.items():
-            yield from recover(self._out, name, split.blocks, live)
-
-    def _count(self, markers: Iterable[Marker]) -> Committed:
-        quarantine = Quarantine(self._splits, self._max_quarantined)
-        return Committed(quarantine, self._claims.attempt).count(markers)
-
-    def summary(self, base: str) -> ExtractSummary:
-        """Return the counts and sizes of the finished cache."""
-        manifest = read_manifest(self._out)
-        size = used_bytes(self._out)
-        head = sum(p.stat().st_size for p in (self._out / "base").rglob("*") if p.is_file())
-        tokens = sum(self.tokens.values())
-        return ExtractSummary(
-            out=str(self._out),
-            base=base,
-            documents={name: split.documents for name, split in manifest.splits.items()},
-            sequences={name: split.sequences for name, split in manifest.splits.items()},
-            tokens=self.tokens,
-            bytes=size,
-            bytes_per_token=round((size - head) / tokens, 1),
-            predicted_bytes=manifest.extracted["predicted_bytes"],
-            predicted_seconds=manifest.extracted["predicted_seconds"],
-            blocks=sum(split.blocks for split in manifest.splits.values()),
-            resumed_blocks=self._resumed,
-            computed_blocks=self._computed,
-            others_blocks=self._others,
-            quarantined=sum(split.quarantined.rows for split in manifest.splits.values()),
-            self_check=manifest.extracted["self_check"],
-            seconds=manifest.extracted["seconds"],
-            tokens_per_second=manifest.extracted["tokens_per_second"],
-            corpus=self._corpus_summary,
-        )

@@ -20,11 +20,11 @@ from fixtures_extract import (
 )
 from tiny import tiny_base_directory
 
-import embedcache.extract as stage_one
 from embedcache.cache import commit, seal
 from embedcache.errors import CacheError, EmbedcacheError
 from embedcache.extract import extract
 from embedcache.extraction import plan, store_base
+from embedcache.extraction import run as stage_one
 
 
 class KilledError(BaseException):

@@ -24,10 +24,11 @@ from fixtures_extract import (
 )
 from tiny import tiny_base_directory
 
-import embedcache.extract as stage_one
+import embedcache.extract
 from embedcache.cache.claims import Claims, claim_of
 from embedcache.errors import OutputError
 from embedcache.extract import ExtractSummary, extract
+from embedcache.extraction import run as stage_one
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.measure import Measured
 
@@ -141,7 +142,7 @@ def test_a_writer_that_comes_late_leaves_all_as_it_is(
     def load_base(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(stage_one, "load_base", load_base)
+    monkeypatch.setattr(embedcache.extract, "load_base", load_base)
     before = comparable_tree(place / "alone")
     summary = run(place, place / "alone")
     assert (summary.computed_blocks, summary.others_blocks) == (0, 0)

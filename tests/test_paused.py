@@ -25,7 +25,7 @@ from fixtures_extract import (
 from tiny import tiny_base_directory
 
 import embedcache.delete as deleting
-import embedcache.extract as stage_one
+import embedcache.extract
 from embedcache.cache import claims, commit, rewrite, seal
 from embedcache.cache.claims import TURN, Claims
 from embedcache.cache.layout import SPLITS, STAGING
@@ -34,6 +34,7 @@ from embedcache.delete import delete
 from embedcache.errors import OutputError
 from embedcache.extract import extract
 from embedcache.extraction import pipeline, plan, repair, store_base
+from embedcache.extraction import run as stage_one
 
 DELETED = "000.txt"
 
@@ -190,7 +191,7 @@ def test_one_that_sleeps_wakes_up_after_its_follower_died(
 
     def meanwhile() -> None:
         with pytest.MonkeyPatch.context() as patch, suppress(KilledError):
-            patch.setattr(stage_one, "load_base", killed)
+            patch.setattr(embedcache.extract, "load_base", killed)
             run(place, out)
 
     def killed(*_: object, **__: object) -> None:

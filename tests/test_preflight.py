@@ -13,11 +13,11 @@ import torch
 from fixtures_extract import comparable_tree, corpus_config, small_settings, write_documents
 from tiny import tiny_base_directory
 
-import embedcache.extract as stage_one
 from embedcache.cache.layout import ExtractSettings
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import OutputError
 from embedcache.extract import extract
+from embedcache.extraction import run as stage_one
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.measure import Measured
 from embedcache.extraction.preview import preview

@@ -23,7 +23,6 @@ from fixtures_extract import (
 from ledgers import blocks_of, files_of, publish_blocks, quarantined
 from tiny import tiny_base_directory
 
-import embedcache.extract as stage_one
 from embedcache.cache import commit
 from embedcache.cache.codecs import ARRAYS, ArraySpec
 from embedcache.cache.layout import MANIFEST, SEALED, SPLITS, STAGING, marker_path
@@ -33,6 +32,7 @@ from embedcache.cache.verify import verify
 from embedcache.errors import CacheError, CorpusError, EmbedcacheError, OutputError
 from embedcache.extract import extract
 from embedcache.extraction import repair, store_base
+from embedcache.extraction import run as stage_one
 from embedcache.extraction.forward import BlockForward
 from embedcache.files import hash_file
 

@@ -31,6 +31,9 @@ BATCHES = 16
 HEAD_ROWS = 4096
 """Rows over which the head's metric, and a quality, are taken."""
 
+HEAD_TILE = 16_384
+"""Tokens of the head that are held in float32 at a time."""
+
 ISOTROPIC = 0.1
 """Share of plain error in the metric: what the head cannot see, the branch still reads."""
 
@@ -162,16 +165,21 @@ def _metric(fit: Sample, head: Head | None) -> torch.Tensor:
     identity = torch.eye(H, dtype=torch.float64, device=fit.x_NH.device)
     if head is None:
         return identity
-    weight_VH = head.weight_VH.float()
     x_NH = fit.x_NH[:: max(1, len(fit.x_NH) // HEAD_ROWS)]
-    p_V = torch.zeros(len(weight_VH), device=x_NH.device)
-    outer_HH = torch.zeros_like(identity)
+    V = len(head.weight_VH)
+    p_V = torch.zeros(V, device=x_NH.device)
+    fisher_HH = torch.zeros_like(identity)
+    tiles = [slice(start, start + HEAD_TILE) for start in range(0, V, HEAD_TILE)]
     for rows_NH in x_NH.split(512):
         p_NV = head(rows_NH.to(head.weight_VH.dtype)).float().softmax(dim=-1)
         p_V += p_NV.sum(dim=0)
-        seen_NH = (p_NV @ weight_VH).double()
-        outer_HH += seen_NH.T @ seen_NH
-    fisher_HH = ((weight_VH.T * p_V) @ weight_VH).double() - outer_HH
+        seen_NH = torch.zeros_like(rows_NH)
+        for tile in tiles:
+            seen_NH.addmm_(p_NV[:, tile], head.weight_VH[tile].float())
+        fisher_HH -= (seen_NH.T @ seen_NH).double()
+    for tile in tiles:
+        weight_CH = head.weight_VH[tile].float()
+        fisher_HH += ((weight_CH.T * p_V[tile]) @ weight_CH).double()
     return fisher_HH / fisher_HH.diagonal().mean() + ISOTROPIC * identity
 
 

@@ -13,7 +13,7 @@ from embedcache.loss.chunks import plan_chunks
 from embedcache.loss.columns import Columns
 from embedcache.loss.frozen import frozen_head_loss
 
-SHORTLIST_ROWS = {"cpu": 1024, "cuda": 4096}
+SHORTLIST_ROWS = {"cpu": 1024, "cuda": 16_384}
 """Positions that share one shortlist. Fewer have fewer labels: fewer columns to compute, but what
 is likely at one position is less often the label of another."""
 

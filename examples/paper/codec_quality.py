@@ -25,9 +25,9 @@ LOSSLESS = "bf16"
 CODECS = {
     LOSSLESS: [],
     "int8": ["--codec", "int8"],
-    "transform, 2.9 bits": ["--codec", "transform", "--bits", "2.9"],
-    "transform, 1.45 bits": ["--codec", "transform", "--bits", "1.45"],
-    "transform, 0.95 bits": ["--codec", "transform", "--bits", "0.95"],
+    "transform, 2.95 bits": ["--codec", "transform", "--bits", "2.95"],
+    "transform, 1.47 bits": ["--codec", "transform", "--bits", "1.47"],
+    "transform, 0.98 bits": ["--codec", "transform", "--bits", "0.98"],
 }
 """Budgets a little under 3, 1.5 and 1 bits: the calibration itself is counted, too."""
 

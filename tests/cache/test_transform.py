@@ -21,6 +21,7 @@ from embedcache.cache.reader import Cache
 from embedcache.cache.transform import Calibration, TransformCodec
 from embedcache.errors import CacheError, UsageError
 from embedcache.extract import extract
+from embedcache.extraction import calibrate as calibrate_module
 from embedcache.extraction import calibrate_cache
 from embedcache.extraction.calibrate import Sample, calibrate, coded_bits, rise
 from embedcache.extraction.forward import BlockForward
@@ -127,6 +128,21 @@ def test_the_head_s_metric_lowers_the_rise(sample, embedding_VH) -> None:
     plain = calibrate(sample, embedding_VH, head=None, bits=1.5)
     plain_rise = rise(plain, sample, embedding_VH, head)
     assert rise(seen, sample, embedding_VH, head) < 0.8 * plain_rise
+
+
+def test_the_metric_is_the_fisher_information_of_the_logits(sample, head, monkeypatch) -> None:
+    """Against its definition, row by row in float64; over several tiles of the head."""
+    monkeypatch.setattr(calibrate_module, "HEAD_TILE", 16)
+    some = sample.rows(np.arange(N) < 600)
+    W_VH = head.weight_VH.double()
+    expected_HH = torch.zeros(H, H, dtype=torch.float64)
+    for x_H in some.x_NH.double():
+        p_V = (W_VH @ x_H).softmax(dim=0)
+        expected_HH += W_VH.T @ (p_V.diag() - p_V[:, None] * p_V) @ W_VH
+    expected_HH /= expected_HH.diagonal().mean()
+    expected_HH += calibrate_module.ISOTROPIC * torch.eye(H)
+    found_HH = calibrate_module._metric(some, head)
+    torch.testing.assert_close(found_HH, expected_HH, rtol=1e-4, atol=1e-5)
 
 
 def test_a_quality_is_kept_with_the_coarsest_step(sample, embedding_VH, head) -> None:

@@ -21,7 +21,6 @@ from fixtures_extract import (
     start_command,
 )
 
-import embedcache.extract as stage_one
 from embedcache.cache import commit, rewrite, seal
 from embedcache.cache import verify as verifying
 from embedcache.cache.claims import Claims
@@ -31,6 +30,7 @@ from embedcache.delete import delete
 from embedcache.errors import CacheError
 from embedcache.extract import extract
 from embedcache.extraction import repair, store_base
+from embedcache.extraction import run as stage_one
 from embedcache.merge import merge
 
 SHARD = "train/embeddings/final/c/1/0"
