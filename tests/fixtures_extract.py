@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,27 +46,16 @@ def small_flags(corpus: Path, base: Path, out: Path) -> list[str]:
     return [*paths, *sizes, "--dev-fraction", "0.2", "--test-fraction", "0.2"]
 
 
-SLOWED = """
-import time
-from embedcache.cache.commit import BlockWriter
-from embedcache_cli.app import main
-commit = BlockWriter.commit
-BlockWriter.commit = lambda *given, **more: (time.sleep({}), commit(*given, **more))[1]
-main()
-"""
-
-
-def start_command(
-    *arguments: str, environment: dict[str, str] | None = None, seconds_a_block: float = 0
-) -> Any:
-    """Start ``python -m embedcache_cli`` as a process of its own, each block held up or not."""
-    slowed = ["-c", SLOWED.format(seconds_a_block)]
+def start_command(*arguments: str, environment: dict[str, str] | None = None) -> Any:
+    """Start ``python -m embedcache_cli`` as a process of its own."""
     return subprocess.Popen(
-        [sys.executable, *(slowed if seconds_a_block else ["-m", "embedcache_cli"]), *arguments],
+        [sys.executable, "-m", "embedcache_cli", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, **(environment or {})},
+        # A shell's background jobs ignore it, and so would what is started from them.
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
     )
 
 

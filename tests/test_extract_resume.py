@@ -105,7 +105,7 @@ def test_killed_it_resumes_to_the_same_bytes(
 def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     flags = small_flags(long_place / "corpus", long_place / "base", out)
-    process = start_command(*flags, "--json", seconds_a_block=0.05)
+    process = start_command(*flags, "--json")
     wait_for(lambda: markers(out) >= 3, process)
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=30)
