@@ -47,6 +47,17 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
+def training_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of products in training: bfloat16 where the device has units for it.
+
+    Of CPUs, those with AMX: without it bfloat16 is no faster than float32, or slower. Weights,
+    their gradients and the optimiser are float32 everywhere.
+    """
+    if device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
+        return torch.float32
+    return torch.bfloat16
+
+
 def free_memory(device: torch.device) -> int:
     """Return the bytes of memory that a device has free; of the machine for the CPU."""
     if device.type == "cuda":

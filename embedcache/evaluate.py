@@ -20,7 +20,7 @@ from embedcache.cache.loader import Batch, BatchLoader
 from embedcache.cache.reader import Cache
 from embedcache.carryon.model import CarryOn, segment_mask
 from embedcache.carryon.store import load_carryon
-from embedcache.device import any_shape_attention, resolve_device
+from embedcache.device import any_shape_attention, resolve_device, resolve_dtype
 from embedcache.errors import CacheError
 from embedcache.loss import cross_entropy
 from embedcache.progress import SILENT, Progress
@@ -66,10 +66,21 @@ class Difference:
 
 
 class FrozenInputs:
-    """What stage two uses of the base: its head and token embedding, on one device."""
+    """What stage two uses of the base: its head and token embedding, on one device.
 
-    def __init__(self, cache: Cache, device: torch.device, *, tokens: bool):
-        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    ``dtype`` is theirs, and that of a carry-on's products; by default that of exact figures:
+    float32 on a CPU, and bfloat16, as the base itself runs, on a GPU.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        device: torch.device,
+        *,
+        tokens: bool,
+        dtype: torch.dtype | None = None,
+    ):
+        dtype = dtype or resolve_dtype("auto", device)
         weight = cache.base_array("head/weight")
         if weight is None:
             raise CacheError(f"{cache.path} holds no head: its 'base' is missing. Extract again.")
@@ -93,7 +104,8 @@ class FrozenInputs:
 
     def delta(self, model: CarryOn, batch: Batch) -> torch.Tensor:
         """Return the carry-on's delta_BTH on a batch, in its own precision."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
+        low = self.dtype == torch.bfloat16
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             delta_BTH: torch.Tensor = model(
                 {tap: x.to(self.dtype) for tap, x in batch.x_BTH.items()},
                 positions_BT=batch.positions_BT,

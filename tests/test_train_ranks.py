@@ -17,6 +17,7 @@ from embedcache.cache.sample import sample_embeddings
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import load_carryon
+from embedcache.device import training_dtype
 from embedcache.evaluate import FrozenInputs, evaluate
 from embedcache.loss import cross_entropy
 from embedcache.train import train
@@ -61,7 +62,8 @@ def reference(world: World, ranks: int) -> CarryOn:
     """Train by hand: each step is over the batches of all processes, weighted by their targets."""
     cache = world.cache()
     split = cache.split("train")
-    inputs = FrozenInputs(cache, torch.device("cpu"), tokens=False)
+    cpu = torch.device("cpu")
+    inputs = FrozenInputs(cache, cpu, tokens=False, dtype=training_dtype(cpu))
     torch.manual_seed(CONFIG.seed)
     model = CarryOn(CONFIG.carryon, cache.attributes.base["hidden_size"])
     model.calibrate(sample_embeddings(split, ("final",)))

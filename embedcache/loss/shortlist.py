@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from embedcache.base.head import Head
 from embedcache.loss.chunks import plan_chunks
 from embedcache.loss.columns import Columns
 from embedcache.loss.frozen import frozen_head_loss
 
-SHORTLIST_ROWS = {"cpu": 1024, "cuda": 16_384}
+SHORTLIST_ROWS = {"cpu": 2048, "cuda": 16_384}
 """Positions that share one shortlist. Fewer have fewer labels: fewer columns to compute, but what
 is likely at one position is less often the label of another."""
+
+COLUMNS = 256
+"""The columns of a shortlist are a multiple of this."""
 
 FLATTENED = 0.35
 """Power of the mean square by which the tail is drawn. A half is best where the mean is known; one
@@ -35,7 +39,7 @@ class Shortlist:
     depend on (seed, step) alone, for one type of device.
     """
 
-    def __init__(self, head: Head, proposal_V: Tensor, *, samples: int = 1024, seed: int = 0):
+    def __init__(self, head: Head, proposal_V: Tensor, *, samples: int = 2048, seed: int = 0):
         self._head = head
         self._proposal_V = proposal_V
         self._samples = samples
@@ -72,8 +76,12 @@ class Shortlist:
         chosen = (uniform_V < chance_V).nonzero().squeeze(1)
         index_V = torch.empty(len(chance_V), dtype=torch.long, device=chosen.device)
         index_V[chosen] = torch.arange(len(chosen), device=chosen.device)
+        # Columns of no weight: products of one shape are planned once, of each new one anew.
+        padding = (0, -len(chosen) % COLUMNS)
+        log_weight_C = F.pad(-chance_V[chosen].log(), padding, value=-torch.inf)
+        chosen = F.pad(chosen, padding)
         bias = None if head.bias_V is None else head.bias_V[chosen]
-        return Columns(head.weight_VH[chosen], bias, -chance_V[chosen].log()), index_V
+        return Columns(head.weight_VH[chosen], bias, log_weight_C), index_V
 
 
 def tail_proposal(x_NH: Tensor, head: Head) -> Tensor:

@@ -46,7 +46,7 @@ class TrainConfig:
     beta2: float = 0.99
     clip: float = 1.0
     loss: str = "auto"
-    samples: int = 1024
+    samples: int = 2048
     patience: int = 2
     seed: int = 0
     order_seed: int | None = None

@@ -14,7 +14,7 @@ from embedcache.cache.reader import Cache
 from embedcache.cache.sample import sample_embeddings
 from embedcache.cache.subset import Documents, Subset
 from embedcache.carryon.model import CarryOn
-from embedcache.device import free_memory
+from embedcache.device import free_memory, resolve_dtype, training_dtype
 from embedcache.disk import writing
 from embedcache.errors import EmbedcacheError
 from embedcache.evaluate import EVAL_TOKENS, FrozenInputs
@@ -50,7 +50,7 @@ class Trainer:
         self._subsets: dict[tuple[str, Patterns], Subset] = {}
         self._base_dev: dict[Patterns, float | None] = {}
         self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-        self._frozen: dict[bool, FrozenInputs] = {}
+        self._frozen: dict[tuple[bool, torch.dtype], FrozenInputs] = {}
         self._proposal_V: torch.Tensor | None = None
 
     def subset(self, split: str, patterns: Patterns) -> Subset | None:
@@ -129,7 +129,7 @@ class Trainer:
         stack = Stack(
             [model for _, model in begun],
             [member.config for member, _ in begun],
-            inputs,
+            self._inputs(config.carryon.token_input, training_dtype(self.device)),
             proposal_V,
             self.ranks,
         )
@@ -144,11 +144,13 @@ class Trainer:
             bar.advance(sum(member.state.tokens for member, _ in begun))
             _Run(self, inputs, stack, feeds, bar).train()
 
-    def _inputs(self, tokens: bool) -> FrozenInputs:
-        """Return what is used of the base, read once."""
-        if tokens not in self._frozen:
-            self._frozen[tokens] = FrozenInputs(self.cache, self.device, tokens=tokens)
-        return self._frozen[tokens]
+    def _inputs(self, tokens: bool, dtype: torch.dtype | None = None) -> FrozenInputs:
+        """Return what is used of the base, read once for a dtype; by default that of scoring."""
+        dtype = dtype or resolve_dtype("auto", self.device)
+        if (tokens, dtype) not in self._frozen:
+            found = FrozenInputs(self.cache, self.device, tokens=tokens, dtype=dtype)
+            self._frozen[tokens, dtype] = found
+        return self._frozen[tokens, dtype]
 
     def _proposal(self, x_NH: torch.Tensor, inputs: FrozenInputs) -> torch.Tensor:
         """Return what shortlists are drawn by, from some positions, computed once."""
