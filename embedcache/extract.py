@@ -8,10 +8,7 @@ from pathlib import Path
 from embedcache.base.load import load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps
 from embedcache.cache.claims import TURN, Claims
-from embedcache.cache.layout import (
-    MANIFEST,
-    ExtractSettings,
-)
+from embedcache.cache.layout import MANIFEST, ExtractSettings
 from embedcache.cache.rewrite import finish_rewrite
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device, resolve_dtype

@@ -176,7 +176,7 @@ def _metric(fit: Sample, head: Head | None) -> torch.Tensor:
         seen_NH = torch.zeros_like(rows_NH)
         for tile in tiles:
             seen_NH.addmm_(p_NV[:, tile], head.weight_VH[tile].float())
-        fisher_HH -= (seen_NH.T @ seen_NH).double()
+        fisher_HH -= seen_NH.double().T @ seen_NH.double()
     for tile in tiles:
         weight_CH = head.weight_VH[tile].float()
         fisher_HH += ((weight_CH.T * p_V[tile]) @ weight_CH).double()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from embedcache.extraction.calibrate import (
 )
 from embedcache.extraction.encoder import finite_rows
 from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.spread import Item, Known, SampledBlock, rows_of, spread
+from embedcache.extraction.spread import Item, Known, SampledBlock, ids_of, rows_of, spread
 from embedcache.files import fsync_path
 
 Array = np.ndarray[Any, Any]
@@ -157,13 +158,13 @@ def _samples(
         rows_B2 = blocks[item].rows(number)
         x_BTH = forward.batch(blocks[item].ids_N, rows_B2)
         known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
-        finite_N = finite_rows({tap: rows_of(x, rows_B2) for tap, x in x_BTH.items()}).cpu().numpy()
-        ids_N, targets_N, keep_N = _usable(*train.used(item[1]), rows_B2, finite_N)
-        keep_N = keep_N[:: -(-len(keep_N) * BATCHES // wanted) or 1]
+        x_NH = {tap: rows_of(x, rows_B2) for tap, x in x_BTH.items()}
+        ids_N = ids_of(blocks[item].ids_N, rows_B2)
+        targets_N, keep_N = _usable(*train.used(item[1]), rows_B2, finite_rows(x_NH).cpu().numpy())
+        keep_N = keep_N[:: max(1, math.ceil(len(keep_N) * BATCHES / wanted))]
         parts.append((ids_N[keep_N], targets_N[keep_N]))
-        for tap, x in x_BTH.items():
-            place = torch.from_numpy(keep_N).to(x.device)
-            x_PNH[tap].append(rows_of(x, rows_B2)[place].cpu())
+        for tap, x in x_NH.items():
+            x_PNH[tap].append(x[torch.from_numpy(keep_N).to(x.device)].cpu())
         if sum(len(ids_N) for ids_N, _ in parts) >= wanted:
             break
     ids_N, targets_N = (np.concatenate(part) for part in zip(*parts, strict=True))
@@ -179,18 +180,17 @@ def _samples(
 
 def _usable(
     ids_N: Array, loss_mask_N: Array, rows_B2: Array, finite_N: Array
-) -> tuple[Array, Array, Array]:
-    """Return ids, targets (-1 is none) and places of finite sequences, of a batch's rows.
+) -> tuple[Array, Array]:
+    """Return targets (-1 is none) of a batch's rows, and the places of finite sequences.
 
     ``ids_N`` and ``loss_mask_N`` are of its block, ``finite_N`` of its rows.
     """
-    ids, targets, keep, start = [], [], [], 0
+    targets, keep, start = [], [np.empty(0, np.int64)], 0
     for first, stop in rows_B2.tolist():
-        ids.append(ids_N[first:stop])
         following = slice(first + 1, stop)
         targets.append(np.append(np.where(loss_mask_N[following], ids_N[following], -1), -1))
         places = np.arange(start, start + stop - first)
         if finite_N[places].all():
             keep.append(places)
         start += stop - first
-    return np.concatenate(ids), np.concatenate(targets), np.concatenate([*keep, np.empty(0, int)])
+    return np.concatenate(targets), np.concatenate(keep)

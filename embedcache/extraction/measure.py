@@ -22,7 +22,7 @@ from embedcache.cache.layout import ExtractSettings
 from embedcache.cache.shard import write_shard
 from embedcache.cache.tokens import SplitTokens
 from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.spread import Item, Known, SampledBlock, rows_of, spread
+from embedcache.extraction.spread import Item, Known, SampledBlock, ids_of, rows_of, spread
 from embedcache.progress import Progress
 
 Array = np.ndarray[Any, Any]
@@ -97,7 +97,7 @@ def measure(
             known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
             for tap, x in known[item][number].items():
                 sample[tap].append(rows_of(x, rows_B2)[:ENCODED_ROWS])
-            ids.append(_ids(block.ids_N, rows_B2)[:ENCODED_ROWS])
+            ids.append(ids_of(block.ids_N, rows_B2)[:ENCODED_ROWS])
             count += 1
             padded += block.padded(number)
             tokens += int((rows_B2[:, 1] - rows_B2[:, 0]).sum())
@@ -130,11 +130,6 @@ def _warm_up(base: Base, forward: BlockForward, ids_N: Array, rows_B2: Array) ->
 def _wait(base: Base) -> None:
     if base.device.type == "cuda":
         torch.cuda.synchronize(base.device)
-
-
-def _ids(ids_N: Array, rows_B2: Array) -> Array:
-    """Return the ids of the tokens of a batch."""
-    return np.concatenate([ids_N[first:stop] for first, stop in rows_B2.tolist()])
 
 
 def _encode_all(

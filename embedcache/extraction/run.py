@@ -22,18 +22,8 @@ from embedcache.cache.commit import (
     newest_generations,
     recover,
 )
-from embedcache.cache.layout import (
-    CODEC,
-    MANIFEST,
-    SPLITS,
-    ExtractSettings,
-)
-from embedcache.cache.manifest import (
-    Manifest,
-    publish_manifest,
-    read_manifest,
-    split_manifest,
-)
+from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, ExtractSettings
+from embedcache.cache.manifest import Manifest, publish_manifest, read_manifest, split_manifest
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.usage import used_bytes

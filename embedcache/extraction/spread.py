@@ -73,3 +73,8 @@ def spread(
 def rows_of(x_BTH: torch.Tensor, rows_B2: Array) -> torch.Tensor:
     """Return x_NH of the tokens of a batch, padding left out."""
     return torch.cat([x[: stop - first] for x, (first, stop) in zip(x_BTH, rows_B2, strict=True)])
+
+
+def ids_of(ids_N: Array, rows_B2: Array) -> Array:
+    """Return the ids of the tokens of a batch, given those of its block."""
+    return np.concatenate([ids_N[first:stop] for first, stop in rows_B2.tolist()])

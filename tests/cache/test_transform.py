@@ -208,6 +208,17 @@ def test_a_lost_calibration_is_not_made_again_under_coded_blocks(
         )
 
 
+def extract_many(tiny_base: Path, place: Path, **sizes: int) -> None:
+    """Extract 200 documents into ``place``/c."""
+    extract(
+        corpus_config(write_corpus(place / "many", 200)),
+        base=str(tiny_base),
+        out=place / "c",
+        settings=small_settings(codec="transform", **sizes),
+        device="cpu",
+    )
+
+
 def test_batches_of_the_sample_are_not_computed_twice(
     tiny_base, tmp_path: Path, monkeypatch
 ) -> None:
@@ -223,14 +234,7 @@ def test_batches_of_the_sample_are_not_computed_twice(
     monkeypatch.setattr(
         Pipeline, "run", lambda self, *given: (begun.append(len(computed)), run(self, *given))[1]
     )
-    settings = small_settings(codec="transform", batch_tokens=128)
-    extract(
-        corpus_config(write_corpus(tmp_path / "many", 200)),
-        base=str(tiny_base),
-        out=tmp_path / "c",
-        settings=settings,
-        device="cpu",
-    )
+    extract_many(tiny_base, tmp_path, batch_tokens=128)
     before, after = set(computed[: begun[0]]), computed[begun[0] :]
     assert len(before) > 4
     assert after
@@ -278,14 +282,7 @@ def test_the_sample_is_some_rows_of_many_places(
 
     monkeypatch.setattr(calibrate_cache, "calibrate", noted)
     monkeypatch.setattr(calibrate_cache, "SAMPLE_ROWS", rows)
-    settings = small_settings(codec="transform", batch_tokens=64, block_tokens=128)
-    extract(
-        corpus_config(write_corpus(tmp_path / "many", 200)),
-        base=str(tiny_base),
-        out=tmp_path / "c",
-        settings=settings,
-        device="cpu",
-    )
+    extract_many(tiny_base, tmp_path, batch_tokens=64, block_tokens=128)
     (sample,) = samples
     train = Cache(tmp_path / "c").split("train")
     exact = {
