@@ -268,9 +268,11 @@ def test_settings_that_cannot_be(changes, message) -> None:
         ExtractSettings(**changes)
 
 
-@pytest.mark.parametrize(("rows", "parts"), [(1024, 16), (4096, 16)])
+@pytest.mark.parametrize(
+    ("rows", "parts", "batch_tokens"), [(1024, 16, 64), (4096, 16, 64), (1024, 16, 128)]
+)
 def test_the_sample_is_some_rows_of_many_places(
-    tiny_base, tmp_path: Path, monkeypatch, rows, parts
+    tiny_base, tmp_path: Path, monkeypatch, rows, parts, batch_tokens
 ) -> None:
     """Sixteen batches or more are looked at, however few rows are wanted; else the whole split."""
     samples: list[Sample] = []
@@ -282,7 +284,7 @@ def test_the_sample_is_some_rows_of_many_places(
 
     monkeypatch.setattr(calibrate_cache, "calibrate", noted)
     monkeypatch.setattr(calibrate_cache, "SAMPLE_ROWS", rows)
-    extract_many(tiny_base, tmp_path, batch_tokens=64, block_tokens=128)
+    extract_many(tiny_base, tmp_path, batch_tokens=batch_tokens, block_tokens=128)
     (sample,) = samples
     train = Cache(tmp_path / "c").split("train")
     exact = {
