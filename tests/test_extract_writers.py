@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import random
+import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -147,6 +148,19 @@ def test_a_writer_that_comes_late_leaves_all_as_it_is(
     summary = run(place, place / "alone")
     assert (summary.computed_blocks, summary.others_blocks) == (0, 0)
     assert comparable_tree(place / "alone") == before
+
+
+def test_a_writer_that_comes_late_clears_up_after_one_killed_at_the_end(
+    place: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "killed"
+    shutil.copytree(place / "alone", out)
+    left = out / ".staging" / "0123abcd" / "manifest" / "manifest.json"
+    left.parent.mkdir(parents=True)
+    left.write_text("{}")
+    run(place, out)
+    assert not left.parents[2].exists()
+    assert comparable_tree(out) == comparable_tree(place / "alone")
 
 
 def test_repair_refuses_while_another_writes(place: Path, tmp_path: Path) -> None:

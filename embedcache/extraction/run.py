@@ -189,8 +189,7 @@ class Extraction:
         if mended is None:
             turn.close()
             turn.enter_context(self._claims.turn(progress))
-        live = self._live()
-        made = self._count(self._recover(live))
+        made = self._count(self._recover(self._live()))
         if left := blocks_to_go(self._splits, made.done):
             raise OutputError(
                 f"{len(left)} blocks of {out} were committed and their files are gone: type the "
@@ -210,10 +209,14 @@ class Extraction:
         if mended is not None or not (out / MANIFEST).is_file():
             self._claims.require(TURN)
             self._publish(extracted)
+
+    def tidy(self) -> None:
+        """Remove what a finished cache has no use for: replaced blocks, what the dead staged."""
+        live = self._live()
         for name in self._splits:
-            drop_superseded(out, name)
+            drop_superseded(self._out, name)
         if self._claims.holds(TURN):
-            clear_staging(out, live)
+            clear_staging(self._out, live)
 
     def _manifest(self, made: Path, extracted: dict[str, Any]) -> Manifest:
         """Return the manifest of the finished cache; its ledgers are written in ``made``."""
