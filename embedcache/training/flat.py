@@ -6,84 +6,120 @@ Axes: K carry-ons, P weights of one. A row holds the matrices first, then the ve
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from embedcache.carryon.model import CarryOn
 from embedcache.training.config import TrainConfig
+from embedcache.training.states import EXACT, States
 
 
 class FlatAdamW:
     """AdamW with weight decay on matrices only, every carry-on of a stack for itself.
 
-    The stack's parameters become views of ``values_KP``, and their gradients are gathered in
-    ``gradient_KP``, so that a carry-on's is clipped, checked or summed over processes at once.
+    The stack's parameters become views of ``values_KP``, and their gradients of ``gradient_KP``,
+    so that a carry-on's is clipped, checked or summed over processes at once. The optimiser works
+    on float32 weights: on the values themselves, or where those are bfloat16, or its states are
+    kept in host memory, on exact ones of its own.
     """
 
-    def __init__(self, stack: CarryOn, configs: Sequence[TrainConfig]):
+    def __init__(
+        self,
+        stack: CarryOn,
+        configs: Sequence[TrainConfig],
+        *,
+        dtype: torch.dtype = torch.float32,
+        offload: bool = False,
+    ):
+        """Take over a stack's weights, in ``dtype``; with ``offload`` keep states on the host."""
         parameters = sorted(stack.parameters(), key=lambda parameter: -min(parameter.ndim, 3))
         sizes = [parameter[0].numel() for parameter in parameters]
         matrices = sum(s for p, s in zip(parameters, sizes, strict=True) if p.ndim > 2)
-        first = parameters[0]
-        self.values_KP = torch.empty(len(configs), sum(sizes), device=first.device)
+        device = parameters[0].device
+        exact_KP = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
+        self.values_KP = exact_KP.to(dtype)
         self.gradient_KP = torch.zeros_like(self.values_KP)
-        self._parameters, self._gradients = parameters, []
         start = 0
         for parameter, size in zip(parameters, sizes, strict=True):
             part = slice(start, start + size)
-            self.values_KP[:, part] = parameter.detach().flatten(1)
             parameter.data = self.values_KP[:, part].view(parameter.shape)
-            self._gradients.append(self.gradient_KP[:, part].view(parameter.shape))
+            gradient = self.gradient_KP[:, part].view(parameter.shape)
+            parameter.register_post_accumulate_grad_hook(partial(_move, gradient))
             start += size
-        self._parts = (slice(0, matrices), slice(matrices, start))
-        groups = [
-            {
-                "params": [self.values_KP[k, part]],
-                "weight_decay": config.weight_decay if part is self._parts[0] else 0.0,
-                "betas": (0.9, config.beta2),
-            }
-            for k, config in enumerate(configs)
-            for part in self._parts
-        ]
-        self._clip_K = torch.tensor([config.clip for config in configs], device=first.device)
-        self._adamw = torch.optim.AdamW(groups, fused=True)
+        self._states = States(exact_KP, self.values_KP, offload=offload)
+        self._parts = [slice(0, matrices), slice(matrices, start)]
+        self._configs = list(configs)
+        self._steps = [0] * len(configs)
+        self._clip_K = torch.tensor([config.clip for config in configs], device=device)
 
-    def differentiate(self, loss: Tensor) -> None:
-        """Set the gradients to those of ``loss``."""
-        torch._foreach_copy_(self._gradients, torch.autograd.grad(loss, self._parameters))
+    def differentiate(self, loss: Tensor, *, more: bool = False) -> None:
+        """Set the gradients to those of ``loss``; add them to what is there where there is more."""
+        if not more:
+            self.gradient_KP.zero_()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(self) -> Tensor:
         """Scale each carry-on's gradient to its largest norm; return norm_K before that."""
-        norm_K = self.gradient_KP.norm(dim=1)
+        norm_K = self.gradient_KP.norm(dim=1, dtype=torch.float32)
         self.gradient_KP *= (self._clip_K / (norm_K + 1e-6)).clamp_max(1.0)[:, None]
         return norm_K
 
+    @torch.no_grad()
     def step(self, rates: Sequence[float | None]) -> None:
         """Take one step at each carry-on's learning rate; None leaves that one as it is."""
-        for index, group in enumerate(self._adamw.param_groups):
-            k, part = index // 2, self._parts[index % 2]
-            rate = rates[k]
-            group["params"][0].grad = None if rate is None else self.gradient_KP[k, part]
-            group["lr"] = 0.0 if rate is None else rate
-        self._adamw.step()
+        moved = [k for k, rate in enumerate(rates) if rate is not None]
+        for k in moved:
+            self._steps[k] += 1
+        spans = [(k, part) for k in moved for part in self._parts]
+        for k, part, exact, mean, square in self._states.over(spans):
+            config, rate = self._configs[k], rates[k]
+            assert rate is not None
+            adamw(
+                [exact],
+                [self.gradient_KP[k, part].to(exact.dtype)],
+                [mean],
+                [square],
+                [],
+                [torch.tensor(float(self._steps[k] - 1), device=exact.device)],
+                fused=True,
+                amsgrad=False,
+                beta1=0.9,
+                beta2=config.beta2,
+                lr=rate,
+                weight_decay=config.weight_decay if part.start < self._parts[0].stop else 0.0,
+                eps=1e-8,
+                maximize=False,
+            )
+            if not self._states.in_place:
+                self.values_KP[k, part] = exact
 
     def moments(self, index: int) -> dict[str, Tensor]:
         """Return what AdamW keeps of one carry-on, by name; empty before its first step."""
-        found: dict[str, Tensor] = {}
-        for number, group in enumerate(self._adamw.param_groups[2 * index : 2 * index + 2]):
-            state = self._adamw.state.get(group["params"][0], {})
-            found |= {f"{number}.{name}": value for name, value in state.items()}
-        return found
+        if not self._steps[index]:
+            return {}
+        return self._states.row(index) | {"step": torch.tensor(self._steps[index])}
 
     def restore(self, index: int, moments: dict[str, Tensor]) -> None:
-        """Take back what `moments` returned."""
-        for number, group in enumerate(self._adamw.param_groups[2 * index : 2 * index + 2]):
-            values = group["params"][0]
-            state = {
-                name.removeprefix(f"{number}."): value.to(values.device, copy=True)
-                for name, value in moments.items()
-                if name.startswith(f"{number}.")
-            }
-            if state:
-                self._adamw.state[values] = state
+        """Take back what `moments` returned.
+
+        Exact weights that it lacks are the values: those were exact.
+        """
+        if not moments:
+            return
+        self._steps[index] = int(moments["step"])
+        row = self._states.row(index)
+        for name, value in row.items():
+            if name in moments:
+                value.copy_(moments[name])
+        if EXACT in moments:
+            self.values_KP[index] = row[EXACT] if EXACT in row else moments[EXACT]
+
+
+def _move(gradient: Tensor, parameter: Tensor) -> None:
+    """Add a parameter's gradient to where it belongs at once, so that few exist twice."""
+    assert parameter.grad is not None
+    gradient.add_(parameter.grad)
+    parameter.grad = None

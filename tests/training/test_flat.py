@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn
 from embedcache.training.config import TrainConfig
+from embedcache.training import states
 from embedcache.training.flat import FlatAdamW
 
 CONFIGS = [
@@ -34,14 +36,17 @@ def gradients(model: CarryOn, step: int, k: int) -> dict[str, torch.Tensor]:
     }
 
 
-def differentiate(stack: CarryOn, flat: FlatAdamW, wanted: list[dict[str, torch.Tensor]]) -> None:
-    """Take a loss whose gradients are these, by carry-on and name."""
-    loss = sum(
+def loss_of(stack: CarryOn, wanted: list[dict[str, torch.Tensor]]) -> torch.Tensor:
+    """Return a loss whose gradients are these, by carry-on and name."""
+    return sum(
         (parameter[k] * found[name]).sum()
         for k, found in enumerate(wanted)
         for name, parameter in stack.named_parameters()
     )
-    flat.differentiate(loss)
+
+
+def differentiate(stack: CarryOn, flat: FlatAdamW, wanted: list[dict[str, torch.Tensor]]) -> None:
+    flat.differentiate(loss_of(stack, wanted))
 
 
 def stepped(stack: CarryOn, flat: FlatAdamW, alone: list[CarryOn], step: int, rates) -> list[float]:
@@ -111,3 +116,69 @@ def test_moments_go_on_in_another_stack():
             torch.equal(half.member(new)[name], whole.member(old)[name])
             for name, _ in half.named_parameters()
         )
+
+
+@pytest.mark.parametrize("chunk", [1000, 1 << 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_on_the_host_come_to_the_same(monkeypatch, chunk, dtype):
+    monkeypatch.setattr(states, "CHUNK", chunk)
+    alone = models()
+    here, there = CarryOn.stack(alone), CarryOn.stack(alone)
+    resident = FlatAdamW(here, CONFIGS, dtype=dtype)
+    offloaded = FlatAdamW(there, CONFIGS, dtype=dtype, offload=True)
+    for step in range(4):
+        rates = [config.lr if step != 2 or k else None for k, config in enumerate(CONFIGS)]
+        before = resident.values_KP.clone()
+        stepped(here, resident, alone, step, rates)
+        stepped(there, offloaded, alone, step, rates)
+        assert torch.equal(resident.values_KP, offloaded.values_KP)
+        assert torch.equal(before[0], resident.values_KP[0]) == (step == 2)
+        for k in range(3):
+            kept, held = resident.moments(k), offloaded.moments(k)
+            assert all(torch.equal(value, held[name]) for name, value in kept.items())
+            assert torch.equal(held["exact"].to(dtype), offloaded.values_KP[k])
+
+
+def test_bfloat16_values_follow_exact_weights():
+    """Steps too small for a bfloat16 to move by add up, as they do in float32."""
+    alone = models()
+    low, wide = CarryOn.stack(alone), CarryOn.stack(alone)
+    short = FlatAdamW(low, CONFIGS, dtype=torch.bfloat16)
+    full = FlatAdamW(wide, CONFIGS)
+    for step in range(30):
+        for stack, flat in ((low, short), (wide, full)):
+            stepped(stack, flat, alone, step % 3, [1e-5] * 3)
+    assert short.values_KP.dtype == short.gradient_KP.dtype == torch.bfloat16
+    moved = full.values_KP - FlatAdamW(CarryOn.stack(alone), CONFIGS).values_KP
+    error = torch.stack([short.moments(k)["exact"] for k in range(3)]) - full.values_KP
+    assert error.norm() < 0.01 * moved.norm()
+    assert torch.equal(short.values_KP[1], short.moments(1)["exact"].to(torch.bfloat16))
+
+
+def test_moments_of_one_precision_go_on_in_the_other():
+    alone = models()
+    first, second = CarryOn.stack(alone), CarryOn.stack(alone)
+    wide = FlatAdamW(first, CONFIGS)
+    stepped(first, wide, alone, 0, [0.01] * 3)
+    for k, model in enumerate(alone):
+        model.load_state_dict(first.member(k))
+    low = FlatAdamW(CarryOn.stack(alone), CONFIGS, dtype=torch.bfloat16, offload=True)
+    back = FlatAdamW(CarryOn.stack(models()), CONFIGS)
+    for k in range(3):
+        low.restore(k, wide.moments(k))
+        assert torch.equal(low.moments(k)["exact"], wide.values_KP[k])
+        back.restore(k, low.moments(k))
+    assert torch.equal(back.values_KP, wide.values_KP)
+
+
+def test_gradients_of_parts_add_up():
+    alone = models()
+    whole, parts = CarryOn.stack(alone), CarryOn.stack(alone)
+    flat, added = FlatAdamW(whole, CONFIGS), FlatAdamW(parts, CONFIGS)
+    some, others = ([gradients(model, step, k) for k, model in enumerate(alone)] for step in (0, 1))
+    both = [{name: a[name] + b[name] for name in a} for a, b in zip(some, others, strict=True)]
+    differentiate(parts, added, others)
+    differentiate(parts, added, some)  # what was there before is gone
+    added.differentiate(loss_of(parts, others), more=True)
+    differentiate(whole, flat, both)
+    assert torch.equal(flat.gradient_KP, added.gradient_KP)
