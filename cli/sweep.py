@@ -22,6 +22,7 @@ def run_sweep(
     runs: dict[str, TrainConfig],
     device: str,
     *,
+    memory: int | None,
     dry_run: bool,
     as_json: bool,
 ) -> None:
@@ -48,6 +49,7 @@ def run_sweep(
         cache,
         runs={out / name: config for name, config in runs.items()},
         device=device,
+        memory=memory,
         progress=own_progress(),
     )
     failed = [result for result in results if result.failure is not None]

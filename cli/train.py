@@ -47,6 +47,10 @@ def train_command(
         typer.Option(help="TOML or YAML file of many runs ([grid], [[runs]]): all into OUT."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    memory: Annotated[
+        str | None,
+        typer.Option(help="Bytes of the device to keep within, such as 1GB [all that is free]."),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check everything, print the plan, train nothing.")
     ] = False,
@@ -59,7 +63,9 @@ def train_command(
     from embedcache.training.config import TrainConfig, read_settings
     from embedcache.training.ranks import is_leader
     from embedcache.training.sweep import merged, read_sweep
+    from embedcache.units import bytes_of
 
+    budget = None if memory is None else bytes_of(memory)
     settings: dict[str, Any] = {} if config is None else read_settings(config)
     carryon = {
         "width": width,
@@ -87,17 +93,20 @@ def train_command(
                 f"--sweep {sweep} and --config {config} both give settings: write those of "
                 f"{config} at the top of {sweep}"
             )
-        run_sweep(cache, out, read_sweep(sweep, flags), device, dry_run=dry_run, as_json=as_json)
+        runs = read_sweep(sweep, flags)
+        run_sweep(cache, out, runs, device, memory=budget, dry_run=dry_run, as_json=as_json)
         return
     request = TrainConfig.from_dict(merged(settings, flags))
     if dry_run:
-        plan = preview(cache, out=out, config=request, device=device)
+        plan = preview(cache, out=out, config=request, device=device, memory=budget)
         if as_json:
             print_json(asdict(plan))
         else:
             print_pairs(list(asdict(plan).items()))
         return
-    result = train(cache, out=out, config=request, device=device, progress=own_progress())
+    result = train(
+        cache, out=out, config=request, device=device, memory=budget, progress=own_progress()
+    )
     if not is_leader():
         return
     if as_json:

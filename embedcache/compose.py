@@ -109,7 +109,7 @@ class Composed:
                 {FINAL: x_BTH, **self._recorder.taps},
                 positions_BT=_positions(kwargs.get("position_ids"), x_BTH, past),
                 tokens_BTH=self._tokens(ids_BT),
-                mask_BTS=_mask(mask_BS, x_BTH, past),
+                where=_mask(mask_BS, x_BTH, past),
                 update=None if cache is None else self._update_of(cache),
             )
         self.delta_BTH = delta_BTH.to(x_BTH.dtype)

@@ -47,6 +47,10 @@ class NumericsError(EmbedcacheError):
     """Numbers that cannot be trusted: not finite, or batched results unlike unbatched ones."""
 
 
+class DeviceMemoryError(EmbedcacheError):
+    """What is asked for does not fit into the device's memory, or into the budget given."""
+
+
 class CarryOnError(EmbedcacheError):
     """A carry-on directory that is missing, unfinished, damaged or of a newer schema."""
 

@@ -16,9 +16,11 @@ import torch
 
 from embedcache.base.head import Head
 from embedcache.base.identity import BaseIdentity
-from embedcache.cache.loader import Batch, BatchLoader
+from embedcache.cache.batch import Batch
+from embedcache.cache.loader import BatchLoader
 from embedcache.cache.reader import Cache
-from embedcache.carryon.model import CarryOn, segment_mask
+from embedcache.carryon.attention import Spans, segment_mask
+from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import load_carryon
 from embedcache.device import any_shape_attention, resolve_device, resolve_dtype
 from embedcache.errors import CacheError
@@ -69,7 +71,8 @@ class FrozenInputs:
     """What stage two uses of the base: its head and token embedding, on one device.
 
     ``dtype`` is theirs, and that of a carry-on's products; by default that of exact figures:
-    float32 on a CPU, and bfloat16, as the base itself runs, on a GPU.
+    float32 on a CPU, and bfloat16, as the base itself runs, on a GPU. With ``host_head`` they stay
+    in host memory.
     """
 
     def __init__(
@@ -79,38 +82,52 @@ class FrozenInputs:
         *,
         tokens: bool,
         dtype: torch.dtype | None = None,
+        host_head: bool = False,
     ):
         dtype = dtype or resolve_dtype("auto", device)
+        pinned = host_head and device.type == "cuda"
+        home = torch.device("cpu") if host_head else device
+
+        def placed(value: torch.Tensor) -> torch.Tensor:
+            value = value.to(home, dtype)
+            return value.pin_memory() if pinned else value
+
         weight = cache.base_array("head/weight")
         if weight is None:
             raise CacheError(f"{cache.path} holds no head: its 'base' is missing. Extract again.")
         bias = cache.base_array("head/bias")
         self.head = Head.from_parts(
-            weight.to(device, dtype),
-            None if bias is None else bias.to(device, dtype),
+            placed(weight),
+            None if bias is None else placed(bias),
             cache.head_settings(),
         )
         self._embedding_VH: torch.Tensor | None = None
         if tokens:
             embedding = cache.base_array("token_embedding/weight")
-            self._embedding_VH = (
-                self.head.weight_VH if embedding is None else embedding.to(device, dtype)
-            )
+            self._embedding_VH = self.head.weight_VH if embedding is None else placed(embedding)
         self.device, self.dtype = device, dtype
+        self._longest = cache.attributes.settings.context
 
     def tokens_BTH(self, ids_BT: torch.Tensor) -> torch.Tensor | None:
         """Return the base's token embedding of ids, where the carry-on reads them."""
-        return None if self._embedding_VH is None else self._embedding_VH[ids_BT]
+        if self._embedding_VH is None:
+            return None
+        return self._embedding_VH[ids_BT.to(self._embedding_VH.device)].to(self.device)
 
     def delta(self, model: CarryOn, batch: Batch) -> torch.Tensor:
         """Return the carry-on's delta_BTH on a batch, in its own precision."""
         low = self.dtype == torch.bfloat16
+        where: torch.Tensor | Spans | None = None
+        if batch.starts_M is not None:
+            where = Spans(batch.starts_M, self._longest)
+        elif batch.packed:
+            where = segment_mask(batch.segments_BT)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
             delta_BTH: torch.Tensor = model(
                 {tap: x.to(self.dtype) for tap, x in batch.x_BTH.items()},
                 positions_BT=batch.positions_BT,
                 tokens_BTH=self.tokens_BTH(batch.ids_BT),
-                mask_BTS=segment_mask(batch.segments_BT) if batch.packed else None,
+                where=where,
             )
         return delta_BTH
 

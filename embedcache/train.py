@@ -20,6 +20,7 @@ from embedcache.progress import SILENT, Progress
 from embedcache.training.config import TrainConfig
 from embedcache.training.member import Member, TrainSummary
 from embedcache.training.output import check_out
+from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE, Ranks, joined, local_device
 from embedcache.training.trainer import Trainer
 
@@ -32,6 +33,7 @@ def train(
     out: Path,
     config: TrainConfig | None = None,
     device: str = "auto",
+    memory: int | None = None,
     progress: Progress = SILENT,
 ) -> TrainSummary:
     """Train a carry-on on a cache's train split into the folder ``out``.
@@ -41,16 +43,21 @@ def train(
 
     Under ``torchrun``, every process takes a share of each step's tokens (data-parallel).
 
+    ``memory`` is a budget in bytes: how a step is computed is chosen so that it takes no more of
+    the device, all included. What is learned stays the same up to rounding (and the draws of a
+    shortlist); on CUDA the allocator is held to it.
+
     Raises:
         UsageError: for settings that cannot be.
         CacheError: if the cache is incomplete, damaged or lacks a tap.
         OutputError: if ``out`` holds something else, or a finished carry-on.
         NumericsError: if the loss or gradient is not finite; the last good state is kept.
+        DeviceMemoryError: if the budget holds no sequence, or the device runs out of memory.
     """
     runs = {out: config or TrainConfig()}
     target = local_device(resolve_device(device))
     with joined(target) as ranks:
-        shared = _Shared(cache_path, target, progress, ranks)
+        shared = _Shared(cache_path, target, progress, ranks, memory)
         for out, settings in runs.items():
             shared.check(out, settings)
         (result,) = _train(shared, runs)
@@ -75,6 +82,7 @@ def sweep(
     *,
     runs: dict[Path, TrainConfig],
     device: str = "auto",
+    memory: int | None = None,
     progress: Progress = SILENT,
 ) -> list[SweepResult]:
     """Train several carry-ons, by folder, on one cache: each comes to what `train` alone makes.
@@ -88,7 +96,7 @@ def sweep(
     anything is written.
     """
     target = local_device(resolve_device(device))
-    shared = _Shared(cache_path, target, progress)
+    shared = _Shared(cache_path, target, progress, memory=memory)
     with joined(target) as ranks:
         done = {out: shared.finished(out, config) for out, config in runs.items()}
         todo = [out for out in runs if done[out] is None]
@@ -115,27 +123,35 @@ class TrainPlan:
     steps: int
     loss: str
     device: str
+    memory: str | None
 
 
-def preview(cache_path: Path, *, out: Path, config: TrainConfig, device: str = "auto") -> TrainPlan:
+def preview(
+    cache_path: Path,
+    *,
+    out: Path,
+    config: TrainConfig,
+    device: str = "auto",
+    memory: int | None = None,
+) -> TrainPlan:
     """Make every check that `train` makes before it writes; return the plan."""
     shared = _Shared(cache_path, resolve_device(device), SILENT)
     shared.check(out, config)
-    cache, trainer = shared.cache, shared.trainer
-    tokens, dev_tokens = trainer.epoch_tokens(config.documents), 0
-    if cache.has("dev"):
-        dev = trainer.subset("dev", config.documents)
-        dev_tokens = cache.split("dev").manifest.tokens if dev is None else dev.tokens
+    loss, plan = _loss_name(config, shared.device), None
+    if memory is not None:
+        plan = plan_memory(shared.materials, [config], loss, memory)
+    tokens = shared.materials.tokens("train", config.documents)
     step = config.steps_tokens(tokens)
     return TrainPlan(
         out=str(out),
-        parameters=CarryOn(config.carryon, cache.attributes.base["hidden_size"]).parameter_count(),
+        parameters=CarryOn(config.carryon, shared.materials.hidden).parameter_count(),
         train_tokens=tokens,
-        dev_tokens=dev_tokens,
+        dev_tokens=shared.materials.tokens("dev", config.documents),
         tokens_per_step=step,
         steps=config.epochs * -(-tokens // step),
-        loss=_loss_name(config, shared.device),
+        loss=loss,
         device=str(shared.device),
+        memory=None if plan is None else str(plan),
     )
 
 
@@ -143,13 +159,19 @@ class _Shared:
     """An open cache and what is checked before anything is written."""
 
     def __init__(
-        self, cache_path: Path, device: torch.device, progress: Progress, ranks: Ranks = ALONE
+        self,
+        cache_path: Path,
+        device: torch.device,
+        progress: Progress,
+        ranks: Ranks = ALONE,
+        memory: int | None = None,
     ):
         self.cache = Cache(cache_path)
         self.device = device
         self.progress = progress
         self.ranks = ranks
-        self.trainer = Trainer(self.cache, self.device, progress, ranks)
+        self.trainer = Trainer(self.cache, self.device, progress, ranks, memory)
+        self.materials = self.trainer.materials
 
     def request(self, config: TrainConfig) -> dict[str, Any]:
         """Return what a checkpoint must have been made for, to be gone on from."""
@@ -163,7 +185,7 @@ class _Shared:
     def check(self, out: Path, config: TrainConfig) -> None:
         """Raise for a tap or documents that are not there, or a folder that holds something."""
         self.cache.require_taps(config.carryon.taps)
-        self.trainer.epoch_tokens(config.documents)
+        self.materials.tokens("train", config.documents)
         check_out(out, self.request(config))
 
     def finished(self, out: Path, config: TrainConfig) -> TrainSummary | None:
@@ -180,9 +202,21 @@ class _Shared:
 
 def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
     for config in runs.values():
-        shared.trainer.sample(config.carryon.taps)  # what cannot be trained on leaves nothing
-    members: list[Member] = []
+        shared.materials.sample(config.carryon.taps)  # what cannot be trained on leaves nothing
     ranks = shared.ranks
+    members = [
+        Member(
+            out,
+            config,
+            loss=_loss_name(config, shared.device),
+            tokens=shared.materials.tokens("train", config.documents),
+            request=shared.request(config),
+            progress=shared.progress,
+            writes=ranks.leads,
+        )
+        for out, config in runs.items()
+    ]
+    planned = [(stack, shared.trainer.plan(stack)) for stack in shared.trainer.stacks(members)]
     ranks.wait()  # none writes before all have checked
     with ExitStack() as locks:
         for out, config in runs.items():
@@ -190,20 +224,9 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
                 with writing(out):
                     locks.enter_context(writer_lock(out))
                 check_out(out, shared.request(config))  # it may have changed meanwhile
-            members.append(
-                Member(
-                    out,
-                    config,
-                    loss=_loss_name(config, shared.device),
-                    tokens=shared.trainer.epoch_tokens(config.documents),
-                    request=shared.request(config),
-                    progress=shared.progress,
-                    writes=ranks.leads,
-                )
-            )
         ranks.wait()  # the folders are there
-        for stack in shared.trainer.stacks(members):
-            shared.trainer.run(stack)
+        for stack, plan in planned:
+            shared.trainer.run(stack, plan)
         for member in members:
             if member.summary is not None and ranks.leads:
                 with writing(member.out):

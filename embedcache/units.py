@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
+from embedcache.errors import UsageError
+
 
 def size(count: float) -> str:
     """Return bytes for a human.
@@ -14,6 +18,21 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def bytes_of(text: str) -> int:
+    """Return the bytes that a size such as ``1GB`` or ``0.95 GB`` stands for.
+
+    >>> bytes_of("1GB"), bytes_of("0.5 mb"), bytes_of("800000")
+    (1000000000, 500000, 800000)
+
+    Raises ``UsageError`` for anything else.
+    """
+    units = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
+    match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in units:
+        raise UsageError(f"a size is a number and a unit, such as 1GB or 800MB; found '{text}'")
+    return int(float(match[1]) * units[match[2]])
 
 
 def duration(seconds: float) -> str:

@@ -7,7 +7,7 @@ import torch
 
 from embedcache.device import training_dtype
 from embedcache.train import train
-from embedcache.training import trainer
+from embedcache.training import materials
 from embedcache.training.config import TrainConfig
 from embedcache.training.stack import Stack
 
@@ -30,15 +30,15 @@ def test_a_cpu_trains_in_bfloat16_where_it_has_units_for_it(monkeypatch, capabil
 def test_precision_is_of_products_alone(world, tmp_path, monkeypatch, loss):
     """Weights stay float32, dev is scored in float32, and both come to about the same."""
     seen, best = set(), []
-    gradients = Stack.gradients
+    differentiate = Stack.differentiate
 
-    def noted(self, work):
+    def noted(self, work, **more):
         seen.add((self._inputs.dtype, self.optimizer.values_KP.dtype))
-        return gradients(self, work)
+        return differentiate(self, work, **more)
 
-    monkeypatch.setattr(Stack, "gradients", noted)
+    monkeypatch.setattr(Stack, "differentiate", noted)
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(trainer, "training_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(materials, "training_dtype", lambda device, dtype=dtype: dtype)
         config = TrainConfig(epochs=2, loss=loss)
         summary = train(world.cache_path, out=tmp_path / str(dtype), config=config, device="cpu")
         best.append((summary.base_dev, summary.best_dev))

@@ -58,9 +58,11 @@ def placed(folder: Path, configs: dict[str, TrainConfig]) -> dict[Path, TrainCon
 def test_a_sweep_is_the_loop_over_its_runs(world: World, tmp_path, loss, monkeypatch):
     runs = {name: replace(config, loss=loss) for name, config in MANY.items()}
     sizes = []
-    take = Stack.gradients
+    take = Stack.differentiate
     monkeypatch.setattr(
-        Stack, "gradients", lambda self, work: (sizes.append(len(work)), take(self, work))[1]
+        Stack,
+        "differentiate",
+        lambda self, work, **more: (sizes.append(len(work)), take(self, work, **more))[1],
     )
     found = sweep(world.cache_path, runs=placed(tmp_path / "all", runs), device="cpu")
     assert max(sizes) == 7  # all but the one of another shape

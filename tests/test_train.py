@@ -143,7 +143,7 @@ def test_early_stopping_keeps_the_best_epoch(world, tmp_path, monkeypatch):
     scores = iter([5.0, 4.0, 3.0, 3.5, 3.6, 1.0])
     kept: dict[int, torch.Tensor | None] = {}
 
-    def scored(self: Trainer, patterns, taps, inputs, stack, *_) -> list[DevLoss]:
+    def scored(self: Trainer, member, stack, *_) -> list[DevLoss]:
         kept[len(kept)] = None if stack is None else stack.branch.weight.detach()[0].clone()
         return [DevLoss(next(scores))]
 
@@ -185,7 +185,7 @@ def test_a_diverging_run_stops_and_keeps_finite_weights(world, tmp_path):
 
 def test_a_dev_score_that_is_no_number_stops_the_run(world, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        Trainer, "score", lambda *given: [DevLoss(math.nan if given[4] else 5.0, None)]
+        Trainer, "score", lambda *given: [DevLoss(math.nan if given[2] else 5.0, None)]
     )
     with pytest.raises(NumericsError, match="dev"):
         train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")

@@ -35,7 +35,7 @@ import embedcache.files as files
 import embedcache.train as t
 import embedcache.training.checkpoint as checkpoint
 import embedcache.training.member as member
-import embedcache.training.trainer as trainer
+import embedcache.training.loop as loop
 from embedcache.training.config import TrainConfig
 
 member.CHECKPOINT_SECONDS = 0.0
@@ -146,8 +146,8 @@ def test_the_comparison_can_fail(world, undisturbed, tmp_path):
 @pytest.mark.slow
 def test_killed_at_any_time_again_and_again(world, undisturbed, tmp_path):
     slow = DRIVER.split("def die")[0] + (
-        "import time; step = trainer._Run._step\n"
-        "trainer._Run._step = lambda *given: (time.sleep(0.05), step(*given))[1]\n"
+        "import time; step = loop.Loop._step\n"
+        "loop.Loop._step = lambda *given: (time.sleep(0.05), step(*given))[1]\n"
         "t.train(Path(cache), out=out, config=config, device='cpu')\n"
     )
     out, draw, kills = tmp_path / "c", random.Random(0), 0

@@ -6,57 +6,23 @@ Blocks are read and decoded on threads, ahead of the trainer: those of two windo
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from embedcache.cache.codecs import ArraySpec
+from embedcache.cache.batch import Batch, Counts, Drawn
 from embedcache.cache.order import BatchOrder
+from embedcache.cache.packing import Packed, counted, cut_parts, length, pack
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
 from embedcache.cache.subset import Subset
 
 Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """Sequences packed into rows; a row holds one or more whole sequences, then padding.
-
-    On the loader's device: ``x_BTH``, bfloat16 by tap, zero on padding; ``ids_BT``;
-    ``positions_BT`` (from 0 in each sequence); ``segments_BT`` (-1 on padding; attention never
-    crosses a segment); ``wanted_N``, the flat positions, in [0, B*T), whose next token is a target;
-    ``targets_N``, those tokens. On the host, of the same N: ``documents_N`` and ``places_N2``, the
-    wanted position's sequence in the split and position in it. ``sequences``: numbers of the
-    sequences in the split. ``tokens``: tokens, padding left out. ``packed``: whether any row holds
-    more than one sequence; else plain causal attention crosses none.
-    """
-
-    x_BTH: dict[str, torch.Tensor]
-    ids_BT: torch.Tensor
-    positions_BT: torch.Tensor
-    segments_BT: torch.Tensor
-    wanted_N: torch.Tensor
-    targets_N: torch.Tensor
-    documents_N: Array
-    places_N2: Array
-    sequences: tuple[int, ...]
-    tokens: int
-    packed: bool
-
-    def tensors(self) -> list[torch.Tensor]:
-        """Return all that lies on the device."""
-        names = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N")
-        return [*self.x_BTH.values(), *(getattr(self, name) for name in names)]
-
-    def at_wanted(self, value_BTH: torch.Tensor) -> torch.Tensor:
-        """Return the rows [N, H] of a [B, T, H] tensor whose next token is a target."""
-        return value_BTH.flatten(0, 1).index_select(0, self.wanted_N)
 
 
 class BatchLoader:
@@ -68,6 +34,9 @@ class BatchLoader:
     none waits for another's gradient: up to ``ranks`` - 1 at the end of an epoch are left out (the
     next epoch's are others). Without shuffling, for scoring, nothing is left out, and ranks may
     differ by one.
+
+    ``one_row`` puts a batch's sequences one behind the other, in a row of fixed length.
+    ``part_tokens`` cuts batches into parts of at most so many tokens, of whole sequences.
     """
 
     def __init__(
@@ -82,8 +51,15 @@ class BatchLoader:
         subset: Subset | None = None,
         rank: int = 0,
         ranks: int = 1,
+        one_row: bool = False,
+        part_tokens: int | None = None,
+        ahead: int = 2,
     ):
+        """Open it; ``ahead`` batches, or parts, are made before they are asked for."""
         self._split = split
+        self._part_tokens = part_tokens or batch_tokens
+        self._row_tokens = self._part_tokens if one_row else None
+        self._ahead = ahead
         self._order = BatchOrder(
             split,
             batch_tokens=batch_tokens,
@@ -97,17 +73,21 @@ class BatchLoader:
         self._device = device or torch.device("cpu")
         self._threads = min(8, os.cpu_count() or 1)
 
-    def epoch(self, epoch: int, *, skip: int = 0) -> Iterator[Batch]:
+    def epoch(
+        self, epoch: int, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None
+    ) -> Generator[Batch]:
         """Yield this rank's batches of an epoch, from its batch number ``skip`` on.
 
         ``skip`` counts the batches of all ranks together, so a run goes on with another number of
         them. Skipped batches are never read: only their lengths are. Batches are made on a thread;
-        on CUDA they are copied and decoded there on a stream of their own.
+        on CUDA they are copied and decoded there on a stream of their own. ``draw`` is called there
+        with each; what it returns comes along as ``drawn``.
         """
+        made = self._made(epoch, skip, draw or _nothing)
         if self._device.type != "cuda":
-            yield from prefetch(self._batches(epoch, skip))
+            yield from prefetch(made, self._ahead)
             return
-        with closing(prefetch(self._on_stream(epoch, skip))) as batches:
+        with closing(prefetch(self._on_stream(made), self._ahead)) as batches:
             for batch, copied in batches:
                 stream = torch.cuda.current_stream(self._device)
                 stream.wait_event(copied)
@@ -115,9 +95,13 @@ class BatchLoader:
                     tensor.record_stream(stream)
                 yield batch
 
-    def _on_stream(self, epoch: int, skip: int) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+    def _made(self, epoch: int, skip: int, draw: Callable[[Batch], Drawn]) -> Iterator[Batch]:
+        for batch in self._batches(epoch, skip):
+            yield replace(batch, drawn=draw(batch))
+
+    def _on_stream(self, made: Iterator[Batch]) -> Iterator[tuple[Batch, torch.cuda.Event]]:
         with torch.cuda.stream(torch.cuda.Stream(self._device)):
-            for batch in self._batches(epoch, skip):
+            for batch in made:
                 copied = torch.cuda.Event()
                 copied.record()
                 yield batch, copied
@@ -143,9 +127,19 @@ class BatchLoader:
     ) -> Iterator[Batch]:
         for items in batches:
             places = [(futures[block].result(), place) for block, place, _ in items.tolist()]
-            yield self._decoded(pack(places, self._taps, self._split.specs, self._device))
+            whole = counted(places)
+            parts = cut_parts([length(*place) for place in places], self._part_tokens)
+            for part in parts:
+                packed = pack(
+                    [places[index] for index in part],
+                    self._taps,
+                    self._split.specs,
+                    self._device,
+                    row_tokens=self._row_tokens,
+                )
+                yield self._decoded(packed, whole, last=part is parts[-1])
 
-    def _decoded(self, packed: Packed) -> Batch:
+    def _decoded(self, packed: Packed, whole: Counts, *, last: bool) -> Batch:
         """Copy a batch to the device and decode its embeddings there."""
 
         def moved(values: Array) -> torch.Tensor:
@@ -172,101 +166,11 @@ class BatchLoader:
             packed.sequences,
             packed.tokens,
             packed.packed,
+            None if packed.starts_M is None else moved(packed.starts_M),
+            whole,
+            last,
         )
 
 
-def pack_rows(lengths: list[int]) -> list[list[int]]:
-    """Pack sequences into rows no longer than the longest one (first fit, longest first).
-
-    >>> pack_rows([5, 3, 2, 4])
-    [[0], [3], [1, 2]]
-    """
-    width = max(lengths)
-    rows: list[list[int]] = []
-    free: list[int] = []
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        row = next((r for r, space in enumerate(free) if space >= lengths[index]), None)
-        if row is None:
-            rows.append([])
-            free.append(width)
-            row = len(rows) - 1
-        rows[row].append(index)
-        free[row] -= lengths[index]
-    return rows
-
-
-@dataclass(frozen=True, slots=True)
-class Packed:
-    """A batch on the host, its embeddings still integers, undefined on padding; see `Batch`."""
-
-    arrays: dict[str, dict[str, torch.Tensor]]
-    ids_BT: Array
-    positions_BT: Array
-    segments_BT: Array
-    wanted_N: Array
-    targets_N: Array
-    documents_N: Array
-    places_N2: Array
-    sequences: tuple[int, ...]
-    tokens: int
-    packed: bool
-
-
-def pack(
-    items: list[tuple[StoredBlock, int]],
-    taps: tuple[str, ...],
-    specs: tuple[ArraySpec, ...],
-    device: torch.device,
-) -> Packed:
-    """Pack (block, place in the block) items; the integers into pinned memory for CUDA."""
-    spans = [(int(a), int(b)) for a, b in (block.rows_S2[i] for block, i in items)]
-    lengths = [stop - first for first, stop in spans]
-    rows = pack_rows(lengths)
-    B, T = len(rows), max(lengths)
-    ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
-    segments = np.full((B, T), -1, np.int64)
-    arrays = {
-        tap: {
-            spec.group: torch.empty(
-                (B, T, *items[0][0].arrays[tap][spec.group].shape[1:]),
-                dtype=getattr(torch, spec.dtype),
-                pin_memory=device.type == "cuda",
-            )
-            for spec in specs
-        }
-        for tap in taps
-    }
-    views = [(tap, group, a.numpy()) for tap in taps for group, a in arrays[tap].items()]
-    wanted: list[Array] = []
-    targets: list[Array] = []
-    documents: list[Array] = []
-    sources: list[Array] = []
-    for b, row in enumerate(rows):
-        start = 0
-        for index in row:
-            (block, i), (first, last) = items[index], spans[index]
-            stop = start + lengths[index]
-            ids[b, start:stop] = block.ids_N[first:last]
-            positions[b, start:stop] = np.arange(lengths[index])
-            segments[b, start:stop] = index
-            for tap, group, view in views:
-                view[b, start:stop] = block.arrays[tap][group][first:last]
-            places = np.flatnonzero(block.loss_mask_N[first + 1 : last])
-            wanted.append(b * T + start + places)
-            targets.append(block.ids_N[first + 1 : last][places])
-            documents.append(np.full(len(places), block.document_S[i]))
-            sources.append(np.stack([np.full(len(places), block.sequence_S[i]), places], axis=1))
-            start = stop
-    return Packed(
-        arrays,
-        ids,
-        positions,
-        segments,
-        np.concatenate(wanted),
-        np.concatenate(targets),
-        np.concatenate(documents),
-        np.concatenate(sources),
-        tuple(int(block.sequence_S[i]) for block, i in items),
-        sum(lengths),
-        any(len(row) > 1 for row in rows),
-    )
+def _nothing(batch: Batch) -> Drawn:
+    return ()

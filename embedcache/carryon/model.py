@@ -21,7 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+from embedcache.carryon.attention import Spans, attend
 from embedcache.carryon.config import CarryOnConfig
 
 KeyValueUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -35,6 +37,8 @@ class CarryOn(nn.Module):
         super().__init__()
         self.config = config
         self.hidden = hidden
+        self.recompute = False
+        """Whether training computes a block again for its gradient, rather than keep it."""
         inputs = len(config.taps) + config.token_input
         # Set from a sample of train by `calibrate`, stored with the weights.
         self.mean_PH: Tensor
@@ -59,7 +63,7 @@ class CarryOn(nn.Module):
         *,
         positions_BT: Tensor,
         tokens_BTH: Tensor | None = None,
-        mask_BTS: Tensor | None = None,
+        where: Tensor | Spans | None = None,
         update: KeyValueUpdate | None = None,
     ) -> Tensor:
         """Return delta_(K)BTH = g ⊙ f.
@@ -71,7 +75,8 @@ class CarryOn(nn.Module):
             x_BTH: embeddings by tap; every tap of the configuration must be there.
             positions_BT: position of each token in its sequence, from 0 (RoPE).
             tokens_BTH: the base's token embedding of the ids, where ``token_input`` is set.
-            mask_BTS: True where a query may see a key; None means plain causal attention.
+            where: mask_BTS, True where a query may see a key, or the `Spans` of one long row; None
+                means plain causal attention.
             update: stores keys and values of earlier calls, for generation; not of a stack.
         """
         # The residual stream keeps the weights' precision, also where products are taken in less.
@@ -86,10 +91,13 @@ class CarryOn(nn.Module):
             if tokens_BTH is None:
                 raise ValueError("this carry-on reads token ids: pass tokens_BTH")
             parts.append(_unit_rms(tokens_BTH.to(dtype)))
-        h_BTR = self.project(torch.cat(parts, dim=-1)).to(dtype)
+        h_BTR = self.project(torch.cat(parts, dim=-1).to(dtype)).to(dtype)
         rotary = rotary_angles(positions_BT, self.config.head_width)
         for block in self.blocks:
-            h_BTR = block(h_BTR, rotary, mask_BTS, update)
+            if self.recompute and torch.is_grad_enabled():
+                h_BTR = checkpoint(block, h_BTR, rotary, where, update, use_reentrant=False)
+            else:
+                h_BTR = block(h_BTR, rotary, where, update)
         h_BTR = self.norm(h_BTR)
         delta_BTH: Tensor = self.branch(h_BTR)
         if self.gate is not None:
@@ -180,7 +188,7 @@ class _Block(nn.Module):
         self,
         h_BTR: Tensor,
         rotary: tuple[Tensor, Tensor],
-        mask_BTS: Tensor | None,
+        where: Tensor | Spans | None,
         update: KeyValueUpdate | None,
     ) -> Tensor:
         qkv = self.qkv(self.norm_attention(h_BTR)).unflatten(-1, (3, -1, self.head_width))
@@ -188,26 +196,10 @@ class _Block(nn.Module):
         q_BNTD, k_BNTD = rotate(q_BNTD, rotary), rotate(k_BNTD, rotary)
         if update is not None:
             k_BNTD, v_BNTD = update(self.index, k_BNTD, v_BNTD)
-        attended_BNTD = _attend(q_BNTD, k_BNTD, v_BNTD, mask_BTS)
+        attended_BNTD = attend(q_BNTD, k_BNTD, v_BNTD, where)
         h_BTR = h_BTR + self.out(attended_BNTD.transpose(-3, -2).flatten(-2))
         mlp: Tensor = self.down(F.gelu(self.up(self.norm_mlp(h_BTR))))
         return h_BTR + mlp
-
-
-def _attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, mask_BTS: Tensor | None) -> Tensor:
-    """Return attended_(K)BNTD. A stack's K joins the axis that the mask does not tell apart."""
-    if q_BNTD.ndim == 4:
-        mask = None if mask_BTS is None else mask_BTS[:, None]
-        return F.scaled_dot_product_attention(
-            q_BNTD, k_BNTD, v_BNTD, attn_mask=mask, is_causal=mask is None
-        )
-    K, B = q_BNTD.shape[:2]
-    if mask_BTS is not None and mask_BTS.ndim == 3:
-        q, k, v = (part.transpose(0, 1).flatten(1, 2) for part in (q_BNTD, k_BNTD, v_BNTD))
-        return _attend(q, k, v, mask_BTS).unflatten(1, (K, -1)).transpose(0, 1)
-    q, k, v = (part.flatten(0, 1) for part in (q_BNTD, k_BNTD, v_BNTD))
-    mask = None if mask_BTS is None else mask_BTS.flatten(0, 1)
-    return _attend(q, k, v, mask).unflatten(0, (K, B))
 
 
 def bridge(x_BTH: Tensor, bits: int) -> Tensor:
@@ -247,10 +239,3 @@ def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = (part.to(x_BNTD.dtype) for part in rotary)
     first, second = x_BNTD.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
-
-
-def segment_mask(segments_BT: Tensor) -> Tensor:
-    """Return mask_(K)BTS: causal, and never across segments; padding (-1) sees only its like."""
-    T = segments_BT.shape[-1]
-    causal = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
-    return causal & (segments_BT[..., :, None] == segments_BT[..., None, :])

@@ -14,13 +14,15 @@ call `frozen`, which walks the `tiles` of a head (on the device, or streamed fro
 from embedcache.loss.chunks import Chunks, plan_chunks
 from embedcache.loss.columns import Columns
 from embedcache.loss.exact import cross_entropy
-from embedcache.loss.shortlist import Shortlist, tail_proposal
+from embedcache.loss.shortlist import Listed, Shortlist, estimate, tail_proposal
 
 __all__ = [
     "Chunks",
     "Columns",
+    "Listed",
     "Shortlist",
     "cross_entropy",
+    "estimate",
     "plan_chunks",
     "tail_proposal",
 ]

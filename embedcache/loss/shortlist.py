@@ -5,6 +5,9 @@ Axes: N positions, G carry-ons that see them, H hidden, V vocabulary, C columns 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +32,15 @@ EXPLORED = 0.1
 """Share of the tail's draws that no probability steers, for what the base thought impossible."""
 
 
+class Listed(NamedTuple):
+    """A shortlist for N positions: `Columns`, and the place of each label among them."""
+
+    weight_CH: Tensor
+    bias_C: Tensor | None
+    log_weight_C: Tensor
+    index_N: Tensor
+
+
 class Shortlist:
     """A softmax over the labels of some positions and a sampled tail, which stands for the rest.
 
@@ -37,6 +49,8 @@ class Shortlist:
     that the softmax divides by is unbiased, with a variance as small as one draw for all positions
     allows; its logarithm, and so the loss, is biased low by about half the relative variance. Draws
     depend on (seed, step) alone, for one type of device.
+
+    Head and proposal may both be in host memory: then only a shortlist's rows go to the device.
     """
 
     def __init__(self, head: Head, proposal_V: Tensor, *, samples: int = 2048, seed: int = 0):
@@ -54,25 +68,39 @@ class Shortlist:
             targets_N: token ids in [0, V).
             step: numbers the draws.
         """
-        draw = torch.Generator(targets_N.device).manual_seed(self._seed * 1_000_003 + step)
-        losses = []
-        for targets, x_GnH in zip(
-            targets_N.split(self._rows), x_GNH.split(self._rows, dim=1), strict=True
-        ):
-            columns, index_V = self.columns(targets, draw)
-            index = index_V[targets].repeat(len(x_GnH))
-            loss = frozen_head_loss(x_GnH.flatten(0, 1), columns, self._head, index)
-            losses.append(loss.view(x_GnH.shape[:2]))
-        return torch.cat(losses, dim=1)
+        return estimate(x_GNH, self.draw(targets_N, self.generator(step)), self._head)
 
-    def columns(self, targets_N: Tensor, draw: torch.Generator) -> tuple[Columns, Tensor]:
+    def generator(self, step: int) -> torch.Generator:
+        """Return what a step's shortlists are drawn with, one behind the other."""
+        generator = torch.Generator(self._proposal_V.device)
+        return generator.manual_seed(self._seed * 1_000_003 + step)
+
+    def draw(self, targets_N: Tensor, generator: torch.Generator) -> list[Listed]:
+        """Return a shortlist for every so many positions, on the targets' device."""
+        device = targets_N.device
+        listed = []
+        for targets in targets_N.to(self._proposal_V.device).split(self._rows):
+            columns, index_V = self.columns(targets, generator)
+            bias = columns.bias_C
+            assert columns.log_weight_C is not None
+            listed.append(
+                Listed(
+                    _moved(columns.weight_CH, device),
+                    None if bias is None else _moved(bias, device),
+                    _moved(columns.log_weight_C, device),
+                    _moved(index_V[targets], device),
+                )
+            )
+        return listed
+
+    def columns(self, targets_N: Tensor, generator: torch.Generator) -> tuple[Columns, Tensor]:
         """Return the columns for some positions and, by token id, the place of each among them."""
         head = self._head
         chance_V = self._proposal_V.clone()
         chance_V[targets_N] = 0
         chance_V = (chance_V * (self._samples / chance_V.sum())).clamp_max_(1)
         chance_V[targets_N] = 1
-        uniform_V = torch.rand(len(chance_V), generator=draw, device=chance_V.device)
+        uniform_V = torch.rand(len(chance_V), generator=generator, device=chance_V.device)
         chosen = (uniform_V < chance_V).nonzero().squeeze(1)
         index_V = torch.empty(len(chance_V), dtype=torch.long, device=chosen.device)
         index_V[chosen] = torch.arange(len(chosen), device=chosen.device)
@@ -82,6 +110,31 @@ class Shortlist:
         chosen = F.pad(chosen, padding)
         bias = None if head.bias_V is None else head.bias_V[chosen]
         return Columns(head.weight_VH[chosen], bias, log_weight_C), index_V
+
+
+def estimate(
+    x_GNH: Tensor, listed: Sequence[Listed], head: Head, *, logit_bytes: int | None = None
+) -> Tensor:
+    """Return the cross-entropy over shortlists that lie on x's device, float32 [G, N], in nats.
+
+    ``logit_bytes`` of logits exist at a time, by default as many as `plan_chunks` thinks good.
+    """
+    losses = []
+    sizes = [len(one.index_N) for one in listed]
+    for one, x_GnH in zip(listed, x_GNH.split(sizes, dim=1), strict=True):
+        columns = Columns(one.weight_CH, one.bias_C, one.log_weight_C)
+        x_NH, index_N = x_GnH.flatten(0, 1), one.index_N.repeat(len(x_GnH))
+        C, dtype = len(one.weight_CH), one.weight_CH.dtype
+        chunks = plan_chunks(len(x_NH), C, dtype, x_NH.device, budget=logit_bytes)
+        loss_N = frozen_head_loss(x_NH, columns, head, index_N, chunks=chunks)
+        losses.append(loss_N.view(x_GnH.shape[:2]))
+    return torch.cat(losses, dim=1)
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    if value.device == device:
+        return value
+    return value.pin_memory().to(device, non_blocking=True)
 
 
 def tail_proposal(x_NH: Tensor, head: Head) -> Tensor:

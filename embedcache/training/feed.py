@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-from embedcache.cache.loader import Batch, BatchLoader
+import torch
+
+from embedcache.cache.batch import Batch
+from embedcache.cache.loader import BatchLoader
+from embedcache.loss import Listed, Shortlist
 from embedcache.training.member import Member
 
 
 class Feed:
     """One order of batches, and the members that are at the same place in it.
 
-    ``batch`` is the one that is due, None before `advance` and after the step that used it.
+    ``batch`` is the one that is due, or the part of it that is, None before `advance` and after the
+    step that used it. With a shortlist, its columns come along.
     """
 
-    def __init__(self, loader: BatchLoader, members: list[Member]):
+    def __init__(
+        self, loader: BatchLoader, members: list[Member], shortlist: Shortlist | None = None
+    ):
         self.members = members
+        self.shortlist = shortlist
         self.batch: Batch | None = None
         self._loader = loader
         self._epoch: Iterator[Batch] | None = None
@@ -25,8 +33,33 @@ class Feed:
         if self.batch is None:
             if self._epoch is None:
                 state = self.members[0].state
-                self._epoch = self._loader.epoch(state.epoch, skip=state.position)
+                self._epoch = self._loader.epoch(
+                    state.epoch, skip=state.position, draw=self._drawing(state.step)
+                )
             self.batch = next(self._epoch, None)
             if self.batch is None:
                 self._epoch = None
         return self.batch is not None
+
+    def next_part(self) -> None:
+        """Have the next part of the batch due; one without tokens where there is none."""
+        assert self.batch is not None
+        assert self._epoch is not None
+        self.batch = self.batch.without_tokens() if self.batch.last else next(self._epoch)
+
+    def _drawing(self, step: int) -> Callable[[Batch], list[Listed]] | None:
+        """Return what draws the shortlists of batches from a step on, part by part."""
+        shortlist = self.shortlist
+        if shortlist is None:
+            return None
+        generator: torch.Generator | None = None
+
+        def draw(batch: Batch) -> list[Listed]:
+            nonlocal generator, step
+            generator = generator or shortlist.generator(step)
+            listed = shortlist.draw(batch.targets_N, generator)
+            if batch.last:
+                generator, step = None, step + 1
+            return listed
+
+        return draw

@@ -59,7 +59,7 @@ class FlatAdamW:
         """Set the gradients to those of ``loss``; add them to what is there where there is more."""
         if not more:
             self.gradient_KP.zero_()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def clip(self) -> Tensor:
         """Scale each carry-on's gradient to its largest norm; return norm_K before that."""

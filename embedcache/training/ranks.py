@@ -11,6 +11,8 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from embedcache.cache.batch import Counts
+
 Value = TypeVar("Value")
 
 
@@ -32,12 +34,12 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def totals(self, counts: list[tuple[int, int]], device: torch.device) -> list[tuple[int, int]]:
-        """Return the sums of such pairs over all processes."""
+    def totals(self, counts: list[Counts], device: torch.device) -> list[Counts]:
+        """Return the sums of such counts over all processes."""
         if self.count == 1:
             return counts
         summed = self.sum(torch.tensor(counts, device=device))
-        return [(first, second) for first, second in summed.tolist()]
+        return [Counts(*sums) for sums in summed.tolist()]
 
     def wait(self) -> None:
         """Go on when all processes are here."""

@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from embedcache.cache.loader import Batch
+from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import any_shape_attention
 from embedcache.evaluate import FrozenInputs
 from embedcache.loss import Shortlist, cross_entropy
 from embedcache.training.ranks import ALONE, Ranks
+from embedcache.training.recipe import PLAIN, Recipe
 
 
 class DevLoss(NamedTuple):
@@ -35,6 +36,7 @@ def dev_losses(
     shortlist: Shortlist | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
     ranks: Ranks = ALONE,
+    recipe: Recipe = PLAIN,
 ) -> list[DevLoss]:
     """Return the loss of each of K carry-ons in one pass over batches that hold some target.
 
@@ -52,7 +54,8 @@ def dev_losses(
             delta_KNH = inputs.delta(stack, batch).flatten(1, 2).index_select(1, batch.wanted_N)
             y_KNH = y_KNH + delta_KNH.to(inputs.dtype)
         for k, y_NH in enumerate(y_KNH):
-            loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N)
+            chunks = recipe.chunks(inputs.head, batch.targets_N)
+            loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)
             exact_K[k] += loss_N.double().sum().cpu()
         if shortlist is not None:
             loss_KN = shortlist.cross_entropy(y_KNH, batch.targets_N, step=step)

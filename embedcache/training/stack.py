@@ -8,34 +8,34 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
+from typing import cast
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from embedcache.cache.loader import Batch
+from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import any_shape_attention
 from embedcache.evaluate import FrozenInputs
-from embedcache.loss import Shortlist, cross_entropy
+from embedcache.loss import Listed, cross_entropy, estimate
 from embedcache.training.config import TrainConfig
 from embedcache.training.flat import FlatAdamW
 from embedcache.training.ranks import ALONE, Ranks
+from embedcache.training.recipe import PLAIN, Recipe
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One step of one carry-on: batch, learning rate, and what a shortlist's draw depends on.
+    """One step of one carry-on, or a part of it: what it sees, and its learning rate.
 
-    ``tokens`` and ``targets`` are of the batches of all processes.
+    ``tokens`` and ``targets`` are of the whole step, and of all processes.
     """
 
     batch: Batch
     tokens: int
     targets: int
     rate: float
-    step: int
-    samples: int
-    order: int
 
 
 class Stack:
@@ -46,16 +46,16 @@ class Stack:
         models: Sequence[CarryOn],
         configs: Sequence[TrainConfig],
         inputs: FrozenInputs,
-        proposal_V: Tensor | None,
+        recipe: Recipe = PLAIN,
         ranks: Ranks = ALONE,
     ):
-        """Stack ``models``; with a proposal, the loss is over shortlists drawn by it."""
         self.model = CarryOn.stack(models).to(inputs.device)
+        self.model.recompute = recipe.recompute
         self._configs = list(configs)
         self._inputs = inputs
-        self._proposal_V = proposal_V
+        self._recipe = recipe
         self._ranks = ranks
-        self.optimizer = FlatAdamW(self.model, configs)
+        self.optimizer = FlatAdamW(self.model, configs, dtype=recipe.dtype, offload=recipe.offload)
 
     def keep(self, rows: Sequence[int]) -> Stack:
         """Return a stack of these carry-ons alone, at the state that they are in."""
@@ -63,7 +63,7 @@ class Stack:
             [self.alone(k) for k in rows],
             [self._configs[k] for k in rows],
             self._inputs,
-            self._proposal_V,
+            self._recipe,
             self._ranks,
         )
         for new, old in enumerate(rows):
@@ -77,19 +77,22 @@ class Stack:
         return model
 
     @any_shape_attention()
-    def gradients(self, work: Sequence[Work]) -> tuple[list[float], list[float]]:
-        """Take the gradients of one step of every carry-on; return losses and gradient norms.
+    def differentiate(self, work: Sequence[Work], *, more: bool = False) -> Tensor:
+        """Take the gradients of a step of every carry-on, or add those of one more part of it.
 
-        Both are of the mean over the targets of all processes. Work on the same batch must lie side
-        by side. A batch without a target has a loss of 0.
+        Work on the same batch must lie side by side. Returns what this adds to the losses, loss_K:
+        means over the targets of the whole step. Without a target a loss is 0.
         """
         loss_K = torch.cat(self._losses(work))
-        if self._ranks.count > 1:
-            shares = [len(one.batch.targets_N) / max(1, one.targets) for one in work]
-            loss_K = loss_K * torch.tensor(shares, device=loss_K.device)
-        self.optimizer.differentiate(loss_K.sum())
+        targets = [max(1, one.targets) for one in work]
+        loss_K = loss_K / torch.tensor(targets, device=loss_K.device)
+        self.optimizer.differentiate(loss_K.sum(), more=more)
+        return loss_K.detach()
+
+    def gather(self, loss_K: Tensor) -> tuple[list[float], list[float]]:
+        """Sum gradients and losses over all processes, and clip; return losses and norms."""
         self._ranks.sum(self.optimizer.gradient_KP)
-        loss_K = self._ranks.sum(loss_K.detach())
+        loss_K = self._ranks.sum(loss_K)
         norm_K = self.optimizer.clip()
         return loss_K.tolist(), norm_K.tolist()
 
@@ -98,7 +101,7 @@ class Stack:
         self.optimizer.step([one.rate if one.targets else None for one in work])
 
     def _losses(self, work: Sequence[Work]) -> list[Tensor]:
-        """Return the mean losses loss_G of each run of carry-ons that see one batch."""
+        """Return the sums of losses loss_G of each run of carry-ons that see one batch."""
         groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.batch))]
         inputs, losses, first = self._inputs, [], 0
         together = groups[0][0].batch if len(groups) == 1 else stacked_batch(work)
@@ -110,26 +113,20 @@ class Stack:
             delta_GNH = delta_GBTH.flatten(1, 2).index_select(1, batch.wanted_N).to(inputs.dtype)
             x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
             if len(batch.targets_N):
-                losses.append(self._loss(x_NH + delta_GNH, group[0]).mean(dim=1))
+                losses.append(self._loss(x_NH + delta_GNH, batch).sum(dim=1))
             else:
                 losses.append(delta_GNH.sum(dim=(1, 2)).float())
             first += G
         return losses
 
-    def _loss(self, y_GNH: Tensor, one: Work) -> Tensor:
-        """Return loss_GN of embeddings after the carry-ons; draws depend on the step alone."""
-        batch, head = one.batch, self._inputs.head
-        shortlist = self.shortlist(one.samples, one.order)
-        if shortlist is not None:
-            return shortlist.cross_entropy(y_GNH, batch.targets_N, step=one.step)
-        targets = batch.targets_N.repeat(len(y_GNH))
-        return cross_entropy(y_GNH.flatten(0, 1), head, targets).view(y_GNH.shape[:2])
-
-    def shortlist(self, samples: int, seed: int) -> Shortlist | None:
-        """Return the estimator that is trained with; None where the loss is exact."""
-        if self._proposal_V is None:
-            return None
-        return Shortlist(self._inputs.head, self._proposal_V, samples=samples, seed=seed)
+    def _loss(self, y_GNH: Tensor, batch: Batch) -> Tensor:
+        """Return loss_GN of embeddings after the carry-ons; by shortlists where some were drawn."""
+        head, listed = self._inputs.head, cast("Sequence[Listed]", batch.drawn)
+        if listed:
+            return estimate(y_GNH, listed, head, logit_bytes=self._recipe.logit_bytes)
+        y_NH, targets_N = y_GNH.flatten(0, 1), batch.targets_N.repeat(len(y_GNH))
+        chunks = self._recipe.chunks(head, targets_N)
+        return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GNH.shape[:2])
 
 
 def stacked_batch(work: Sequence[Work]) -> Batch:
@@ -154,4 +151,14 @@ def stacked_batch(work: Sequence[Work]) -> Batch:
         ids_BT=stacked([batch.ids_BT for batch in batches], 0),
         positions_BT=stacked([batch.positions_BT for batch in batches], 0),
         segments_BT=stacked([batch.segments_BT for batch in batches], -1),
+        starts_M=_stacked_starts(batches, T),
     )
+
+
+def _stacked_starts(batches: Sequence[Batch], T: int) -> Tensor | None:
+    """Return starts_KM of batches of one row; what pads a row is a sequence of its own."""
+    starts = [batch.starts_M for batch in batches if batch.starts_M is not None]
+    if not starts:
+        return None
+    most = 1 + max(len(starts_M) for starts_M in starts)
+    return torch.stack([F.pad(starts_M, (0, most - len(starts_M)), value=T) for starts_M in starts])

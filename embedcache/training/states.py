@@ -21,7 +21,7 @@ SLOTS = 3
 class Window(NamedTuple):
     """The states of some weights of one carry-on, on the device, to be changed in place."""
 
-    index: int
+    row: int
     part: slice
     exact: Tensor
     mean: Tensor

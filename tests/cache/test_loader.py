@@ -13,11 +13,14 @@ import pytest
 import torch
 
 from embedcache.cache import order as order_module
-from embedcache.cache.loader import Batch, BatchLoader, pack_rows
+from embedcache.cache.batch import Batch
+from embedcache.cache.loader import BatchLoader
+from embedcache.cache.packing import pack_rows
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.reader import StoredBlock
+from embedcache.carryon.attention import segment_mask
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn, segment_mask
+from embedcache.carryon.model import CarryOn
 from embedcache.errors import UsageError
 
 
@@ -177,7 +180,7 @@ def test_the_branch_sees_each_sequence_alone(split):
             delta = model(
                 {"final": batch.x_BTH["final"].float()},
                 positions_BT=batch.positions_BT,
-                mask_BTS=segment_mask(batch.segments_BT),
+                where=segment_mask(batch.segments_BT),
             )
             shared += len(batch.sequences) - len(batch.ids_BT)
             for segment, sequence in enumerate(batch.sequences):

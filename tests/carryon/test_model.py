@@ -3,8 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from embedcache.carryon.attention import segment_mask
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn, bridge, rotary_angles, rotate, segment_mask
+from embedcache.carryon.model import CarryOn, bridge, rotary_angles, rotate
 
 H = 16
 
@@ -94,7 +95,7 @@ def test_segments_do_not_see_each_other():
     model, x = trained(), inputs(1, 7)
     at = torch.tensor([[0, 1, 2, 0, 1, 0, 0]])
     segments = torch.tensor([[0, 0, 0, 1, 1, -1, -1]])
-    packed = model(x, positions_BT=at, mask_BTS=segment_mask(segments))
+    packed = model(x, positions_BT=at, where=segment_mask(segments))
     for first, stop in ((0, 3), (3, 5)):
         alone = model({"final": x["final"][:, first:stop]}, positions_BT=positions(1, stop - first))
         torch.testing.assert_close(packed[:, first:stop], alone)
@@ -190,7 +191,7 @@ def test_a_stack_is_its_carry_ons_one_by_one(kind, shared, masked):
     at = torch.randint(50, (*lead, T), generator=draw)
     upstream = torch.randn(K, B, T, H, generator=draw)
 
-    found = stack(x, positions_BT=at, tokens_BTH=tokens, mask_BTS=mask)
+    found = stack(x, positions_BT=at, tokens_BTH=tokens, where=mask)
     (found * upstream).sum().backward()
 
     def of(value, k):
@@ -201,7 +202,7 @@ def test_a_stack_is_its_carry_ons_one_by_one(kind, shared, masked):
             {tap: of(value, k) for tap, value in x.items()},
             positions_BT=of(at, k),
             tokens_BTH=of(tokens, k),
-            mask_BTS=of(mask, k),
+            where=of(mask, k),
         )
         (expected * upstream[k]).sum().backward()
         torch.testing.assert_close(found[k], expected, rtol=1e-5, atol=1e-6)

@@ -7,8 +7,8 @@ import torch
 
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn
-from embedcache.training.config import TrainConfig
 from embedcache.training import states
+from embedcache.training.config import TrainConfig
 from embedcache.training.flat import FlatAdamW
 
 CONFIGS = [
@@ -157,7 +157,7 @@ def test_bfloat16_values_follow_exact_weights():
 
 def test_moments_of_one_precision_go_on_in_the_other():
     alone = models()
-    first, second = CarryOn.stack(alone), CarryOn.stack(alone)
+    first, _second = CarryOn.stack(alone), CarryOn.stack(alone)
     wide = FlatAdamW(first, CONFIGS)
     stepped(first, wide, alone, 0, [0.01] * 3)
     for k, model in enumerate(alone):

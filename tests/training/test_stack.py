@@ -6,8 +6,9 @@ import torch
 from conftest import World
 
 from embedcache.cache.loader import BatchLoader
+from embedcache.carryon.attention import segment_mask
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn, segment_mask
+from embedcache.carryon.model import CarryOn
 from embedcache.evaluate import FrozenInputs
 from embedcache.training.stack import Work, stacked_batch
 
@@ -32,7 +33,7 @@ def test_rows_of_one_sequence_each_need_no_mask(world: World) -> None:
             masked = carryon(
                 {"final": batch.x_BTH["final"].float()},
                 positions_BT=batch.positions_BT,
-                mask_BTS=segment_mask(batch.segments_BT),
+                where=segment_mask(batch.segments_BT),
             )
             torch.testing.assert_close(
                 batch.at_wanted(inputs.delta(carryon, batch)),
@@ -51,7 +52,7 @@ def test_padding_to_the_largest_batch_changes_nobody(world: World) -> None:
     ]
     many = BatchLoader(split, batch_tokens=256, taps=("final",)).epoch(0)
     batches.insert(1, next(batch for batch in many if batch.packed))
-    work = [Work(batch=b, tokens=0, targets=0, rate=0, step=0, samples=1, order=0) for b in batches]
+    work = [Work(batch=b, tokens=0, targets=0, rate=0) for b in batches]
     inputs = FrozenInputs(world.cache(), torch.device("cpu"), tokens=False)
     carryon = model(world)
     together = stacked_batch(work)

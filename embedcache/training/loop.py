@@ -1,0 +1,152 @@
+"""The loop of training: step by step, epoch by epoch."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+
+from embedcache.cache.batch import Batch, Counts
+from embedcache.carryon.model import CarryOn
+from embedcache.disk import writing
+from embedcache.errors import EmbedcacheError
+from embedcache.progress import Bar
+from embedcache.training.feed import Feed
+from embedcache.training.member import Member
+from embedcache.training.ranks import Ranks
+from embedcache.training.scoring import DevLoss
+from embedcache.training.stack import Stack, Work
+
+
+class Loop:
+    """Steps a stack until each of its carry-ons is finished or has failed.
+
+    The stack's rows are the feeds' members, in order. ``score`` returns the dev losses of the
+    members of a feed, stacked; ``finish`` publishes a member.
+    """
+
+    def __init__(
+        self,
+        stack: Stack,
+        feeds: list[Feed],
+        bar: Bar,
+        *,
+        ranks: Ranks,
+        device: torch.device,
+        score: Callable[[Feed, CarryOn], list[DevLoss] | None],
+        finish: Callable[[Member], None],
+    ):
+        self._stack, self._feeds, self._bar = stack, feeds, bar
+        self._ranks, self._device = ranks, device
+        self._score, self._finish = score, finish
+
+    def train(self) -> None:
+        """Step until no member is left."""
+        self._let_go()
+        while self._feeds:
+            started = time.perf_counter()
+            ended = [feed for feed in self._feeds if not feed.advance()]
+            if ended:
+                for feed in ended:
+                    self._end_epoch(feed)
+            else:
+                self._step(started)
+            self._let_go()
+
+    def _rows(self) -> list[tuple[int, Member]]:
+        return list(enumerate(member for feed in self._feeds for member in feed.members))
+
+    def _step(self, started: float) -> None:
+        here = [batch.whole for batch in self._batches()]
+        everywhere = self._ranks.totals(here, self._device)
+        work = self._work(everywhere)
+        loss_K = self._stack.differentiate(work)
+        while not all(batch.last for batch in self._batches()):
+            for feed in self._feeds:
+                feed.next_part()
+            loss_K += self._stack.differentiate(self._work(everywhere), more=True)
+        losses, norms = self._stack.gather(loss_K)
+        for (index, member), loss, norm in zip(self._rows(), losses, norms, strict=True):
+            with failing(member):
+                try:
+                    member.require_finite(loss, norm)
+                except EmbedcacheError:
+                    member.save(self._stack, index)
+                    raise
+        self._stack.step(work)
+        seconds = time.perf_counter() - started
+        for (index, member), one, loss, norm in zip(self._rows(), work, losses, norms, strict=True):
+            if member.failure is not None:
+                continue
+            with failing(member):
+                member.count(
+                    loss=loss,
+                    norm=norm,
+                    rate=one.rate,
+                    tokens=one.tokens,
+                    targets=one.targets,
+                    batches=self._ranks.count,
+                    seconds=seconds,
+                )
+                member.save_if_due(self._stack, index)
+            self._bar.advance(one.tokens, f"loss {member.train_loss:.4f}")
+        for feed in self._feeds:
+            feed.batch = None
+
+    def _batches(self) -> list[Batch]:
+        return [feed.batch for feed in self._feeds if feed.batch is not None]
+
+    def _work(self, everywhere: Sequence[Counts]) -> list[Work]:
+        """Return what each member does with the batch, or the part, that is due."""
+        return [
+            Work(
+                batch=batch,
+                tokens=counts.tokens,
+                targets=counts.targets,
+                rate=member.rate(counts.tokens),
+            )
+            for feed, batch, counts in zip(self._feeds, self._batches(), everywhere, strict=True)
+            for member in feed.members
+        ]
+
+    def _end_epoch(self, feed: Feed) -> None:
+        """Score dev and save."""
+        rows = [(index, member) for index, member in self._rows() if member in feed.members]
+        stack = self._stack.model
+        if len(self._feeds) > 1:
+            stack = CarryOn.stack([self._stack.alone(index) for index, _ in rows])
+        scores = self._score(feed, stack.to(self._device))
+        for number, (index, member) in enumerate(rows):
+            with failing(member):
+                dev = None if scores is None else scores[number]
+                member.end_epoch(dev, self._stack.model.member(index))
+                member.save(self._stack, index)
+
+    def _let_go(self) -> None:
+        """Let those leave the stack that are finished or have failed."""
+        left = []
+        for index, member in self._rows():
+            if member.failure is None and member.done:
+                with failing(member):
+                    self._finish(member)
+            elif member.failure is None:
+                left.append((index, member))
+        staying = [member for _, member in left]
+        if len(left) < len(self._rows()):
+            for feed in self._feeds:
+                feed.members = [member for member in feed.members if member in staying]
+            self._feeds = [feed for feed in self._feeds if feed.members]
+            if left:
+                self._stack = self._stack.keep([index for index, _ in left])
+
+
+@contextmanager
+def failing(member: Member) -> Iterator[None]:
+    """Take an error as the end of one member, not of those beside it."""
+    try:
+        with writing(member.out):
+            yield
+    except (EmbedcacheError, OSError) as error:
+        member.failure = error

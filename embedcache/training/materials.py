@@ -1,0 +1,135 @@
+"""What all that is trained on one cache shares: its splits, and what is used of the base."""
+
+from __future__ import annotations
+
+import torch
+
+from embedcache.cache.loader import BatchLoader
+from embedcache.cache.reader import Cache
+from embedcache.cache.sample import sample_embeddings
+from embedcache.cache.subset import Documents, Subset
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.device import resolve_dtype, training_dtype
+from embedcache.evaluate import EVAL_TOKENS, FrozenInputs
+from embedcache.loss import Shortlist, tail_proposal
+from embedcache.training.config import TrainConfig
+from embedcache.training.ranks import Ranks
+from embedcache.training.recipe import Recipe
+
+Patterns = tuple[str, ...]
+
+PROPOSAL_POSITIONS = 4096
+"""Positions whose probabilities say what a shortlist's tail is drawn from."""
+HOST_PROPOSAL_POSITIONS = 1024
+"""As many where a CPU computes them for a GPU."""
+
+
+class Materials:
+    """Reads each thing of a cache once, when it is first asked for."""
+
+    def __init__(self, cache: Cache, device: torch.device, ranks: Ranks):
+        self.cache, self.device, self.ranks = cache, device, ranks
+        self.hidden: int = cache.attributes.base["hidden_size"]
+        self.train = cache.split("train")
+        self._splits = {"train": self.train}
+        if cache.has("dev"):
+            self._splits["dev"] = cache.split("dev")
+        self._documents: dict[str, Documents] = {}
+        self._subsets: dict[tuple[str, Patterns], Subset] = {}
+        self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self._frozen: dict[tuple[bool, torch.dtype, bool], FrozenInputs] = {}
+        self._proposal_V: torch.Tensor | None = None
+
+    def subset(self, split: str, patterns: Patterns) -> Subset | None:
+        """Return the documents of a split that match, None for all.
+
+        Raises ``UsageError`` where none of train does; dev may be empty.
+        """
+        if not patterns:
+            return None
+        if split not in self._documents:
+            self._documents[split] = Documents(self._splits[split])
+        if (split, patterns) not in self._subsets:
+            documents = self._documents[split]
+            find = documents.require if split == "train" else documents.matching
+            self._subsets[split, patterns] = find(patterns)
+        return self._subsets[split, patterns]
+
+    def tokens(self, split: str, patterns: Patterns) -> int:
+        """Return the tokens of the documents of a split that match; 0 where there is no split.
+
+        Raises ``UsageError`` if none of train does.
+        """
+        if split not in self._splits:
+            return 0
+        subset = self.subset(split, patterns)
+        return self._splits[split].manifest.tokens if subset is None else subset.tokens
+
+    def batch_tokens(self, config: TrainConfig) -> int:
+        """Return the tokens of a step that this process gives."""
+        step = config.steps_tokens(self.tokens("train", config.documents))
+        return -(-step // self.ranks.count)
+
+    def sample(self, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Return embeddings to calibrate on; raises ``NumericsError`` if some are not finite."""
+        if taps not in self._samples:
+            self._samples[taps] = sample_embeddings(self.train, taps)
+        return self._samples[taps]
+
+    def inputs(
+        self, carryon: CarryOnConfig, recipe: Recipe, *, training: bool = False
+    ) -> FrozenInputs:
+        """Return what is used of the base: for exact figures, or for ``training``."""
+        dtype = training_dtype(self.device) if training else resolve_dtype("auto", self.device)
+        key = (carryon.token_input, dtype, recipe.host_head)
+        if key not in self._frozen:
+            tokens, dtype, host_head = key
+            # What lies in the other place is of a recipe that did not do.
+            self._frozen = {k: v for k, v in self._frozen.items() if k[2] == host_head}
+            self._frozen[key] = FrozenInputs(
+                self.cache, self.device, tokens=tokens, dtype=dtype, host_head=host_head
+            )
+        return self._frozen[key]
+
+    def shortlist(self, config: TrainConfig, recipe: Recipe) -> Shortlist:
+        """Return what draws the shortlists that a carry-on is trained with."""
+        if self._proposal_V is None:
+            inputs = self.inputs(config.carryon, recipe)
+            x_NH, home = self.sample(config.carryon.taps)["final"], inputs.head.weight_VH.device
+            most = PROPOSAL_POSITIONS if home == self.device else HOST_PROPOSAL_POSITIONS
+            some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), most)).long()
+            self._proposal_V = tail_proposal(x_NH[some].to(home, inputs.dtype), inputs.head)
+        head = self.inputs(config.carryon, recipe, training=True).head
+        proposal_V = self._proposal_V.to(head.weight_VH.device)
+        return Shortlist(head, proposal_V, samples=config.samples, seed=config.order)
+
+    def train_loader(self, config: TrainConfig, recipe: Recipe) -> BatchLoader:
+        """Return the batches that a carry-on is trained on, in the order of its seed."""
+        return BatchLoader(
+            self.train,
+            batch_tokens=self.batch_tokens(config),
+            taps=config.carryon.taps,
+            seed=config.order,
+            device=self.device,
+            subset=self.subset("train", config.documents),
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            one_row=self.device.type == "cuda",
+            part_tokens=recipe.part_tokens,
+            ahead=recipe.ahead,
+        )
+
+    def dev_loader(self, patterns: Patterns, taps: tuple[str, ...], recipe: Recipe) -> BatchLoader:
+        """Return the batches of dev that are scored."""
+        return BatchLoader(
+            self._splits["dev"],
+            batch_tokens=min(EVAL_TOKENS, recipe.part_tokens or EVAL_TOKENS),
+            taps=taps,
+            shuffle=False,
+            device=self.device,
+            subset=self.subset("dev", patterns),
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            one_row=self.device.type == "cuda",
+            ahead=recipe.ahead,
+        )

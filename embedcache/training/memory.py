@@ -1,0 +1,195 @@
+"""A memory budget: what a recipe takes, as measured, and the one that is chosen for it."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from embedcache.errors import DeviceMemoryError
+from embedcache.training.recipe import Recipe
+from embedcache.units import size
+
+USED = 0.95
+"""Share of a budget that a plan counts on; the rest is an allocator's gaps."""
+GOOD_TOKENS = (2048, 1024, 512)
+"""Parts of at least so many tokens are looked for first: smaller ones are slower by the token."""
+STEP_TOKENS = 64
+"""Parts are a multiple of this."""
+LOGIT_SHARE = 16
+"""A budget's part that logits take, at most."""
+LEAST_LOGITS, LOGITS_OF_HIDDEN = 1 << 20, 1024
+"""Bytes that logits need for a product to be worth while, and those by width for a streamed head's
+tiles."""
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes that a recipe takes at its peak: whatever the part, and by token of it."""
+
+    fixed: int
+    per_token: float
+
+    @classmethod
+    def through(cls, measured: Mapping[int, int]) -> Footprint:
+        """Return the line through the bytes that parts of two sizes took."""
+        (few, least), (many, most) = sorted(measured.items())
+        per_token = max(0.0, (most - least) / (many - few))
+        return cls(round(most - per_token * many), per_token)
+
+    def at(self, tokens: int) -> int:
+        """Return the bytes of a part of so many tokens."""
+        return round(self.fixed + self.per_token * tokens)
+
+    def tokens(self, budget: float) -> int:
+        """Return the tokens that a budget has room for."""
+        room = budget - self.fixed
+        return int(room / self.per_token) if self.per_token else (1 << 40 if room >= 0 else 0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """A recipe for a budget, and the bytes that it is expected to take."""
+
+    recipe: Recipe
+    budget: int
+    expected: int
+
+    def __str__(self) -> str:
+        recipe = self.recipe
+        parts = [
+            f"parts of {recipe.part_tokens:,} tokens",
+            f"{str(recipe.dtype).removeprefix('torch.')} weights",
+            *(["optimiser in host memory"] if recipe.offload else []),
+            *(["head in host memory"] if recipe.host_head else []),
+            *(["blocks computed again for their gradient"] if recipe.recompute else []),
+        ]
+        return f"memory: {size(self.expected)} expected of {size(self.budget)}: {', '.join(parts)}"
+
+
+def candidates(device: torch.device, budget: int, hidden: int) -> list[Recipe]:
+    """Return recipes in the order in which they are to be tried: the fastest first.
+
+    Host memory is a place of its own beside a GPU alone.
+    """
+    logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
+    plain = Recipe(logit_bytes=logits, ahead=1)
+    found = [plain]
+    if device.type == "cuda":
+        kinds = (plain, replace(plain, dtype=torch.bfloat16, offload=True))
+        found = [replace(kind, host_head=host) for kind in kinds for host in (False, True)]
+    return [replace(recipe, recompute=recompute) for recipe in found for recompute in (False, True)]
+
+
+def choose(
+    recipes: Sequence[Recipe],
+    budget: int,
+    footprint: Callable[[Recipe], Footprint],
+    *,
+    longest: int,
+    step_tokens: int,
+) -> MemoryPlan:
+    """Return the first recipe that holds good parts, or else less good ones, within a budget.
+
+    Args:
+        recipes: to choose from, the best first.
+        budget: bytes.
+        footprint: measures a recipe; called once for each.
+        longest: tokens of the longest sequence, which is never cut.
+        step_tokens: tokens of a step: larger parts are of no use.
+
+    Raises ``DeviceMemoryError``, with the least that would do, if none holds a sequence.
+    """
+    found: dict[int, Footprint] = {}
+    room = budget * USED
+    step_tokens = max(step_tokens, longest)
+    for least in (*GOOD_TOKENS, longest):
+        least = max(longest, min(least, step_tokens))
+        for number, recipe in enumerate(recipes):
+            if number not in found:
+                found[number] = footprint(recipe)
+            tokens = min(found[number].tokens(room), step_tokens)
+            if tokens < step_tokens:
+                tokens = max(tokens // STEP_TOKENS * STEP_TOKENS, min(tokens, longest))
+            if tokens >= least:
+                recipe = replace(recipe, part_tokens=tokens)
+                return MemoryPlan(recipe=recipe, budget=budget, expected=found[number].at(tokens))
+    needed = min(footprint.at(longest) for footprint in found.values()) / USED
+    raise DeviceMemoryError(
+        f"a budget of {size(budget)} does not hold a sequence of {longest:,} tokens with what "
+        f"trains on it: that takes {size(needed)} at least. Type: --memory {rounded(needed)}"
+    )
+
+
+def rounded(count: float) -> str:
+    """Return bytes as `bytes_of` reads them, rounded up.
+
+    >>> rounded(1_230_000_000), rounded(2_040_000)
+    ('1.3GB', '2.1MB')
+    """
+    unit, name = (1e9, "GB") if count > 5e8 else (1e6, "MB")
+    return f"{-(-count // (unit / 10)) / 10:g}{name}"
+
+
+class _LiveBytes(TorchDispatchMode):
+    """Counts the bytes of tensors made while it is entered; ``peak`` is the most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.peak = self._live = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {
+            leaf.untyped_storage()._cdata
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, torch.Tensor)
+        }
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, torch.Tensor):
+                storage = leaf.untyped_storage()
+                key = storage._cdata
+                if key not in before and key not in self._known:
+                    self._known.add(key)
+                    self._live += storage.nbytes()
+                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+        self.peak = max(self.peak, self._live)
+        return made
+
+    def _gone(self, key: int, count: int) -> None:
+        self._known.discard(key)
+        self._live -= count
+
+
+@contextmanager
+def peak_of(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[list[int]]:
+    """Put into the list, at the end, the most bytes that were in use at a time.
+
+    On CUDA those that the allocator had given out; on a CPU those of ``resident`` tensors, and of
+    all that the calling thread made.
+    """
+    peak: list[int] = []
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        yield peak
+        torch.cuda.synchronize(device)
+        peak.append(torch.cuda.max_memory_allocated(device))
+        return
+    with _LiveBytes() as live:
+        yield peak
+    peak.append(live.peak + sum(tensor.nbytes for tensor in resident))
+
+
+def hold(budget: int, device: torch.device) -> None:
+    """Let the allocator reserve no more than a budget, from now on; of a CPU nothing is held."""
+    if device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)

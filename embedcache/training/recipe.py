@@ -1,0 +1,55 @@
+"""How a step is computed, where that changes its memory and speed but not what is learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from embedcache.base.head import Head
+from embedcache.loss import Chunks, plan_chunks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """How a step is computed.
+
+    Attributes:
+        part_tokens: tokens on the device at a time, at most (a longer sequence is there alone); a
+            step's gradient is summed over its parts. None means the whole step's.
+        dtype: of weights and gradients; the optimiser works on float32 weights whatever it is.
+        offload: whether the optimiser's states, 12 bytes a weight, are in host memory, and go to
+            the device and back once a step.
+        recompute: whether a block's activations are computed again for its gradient.
+        host_head: whether the head is in host memory: a shortlist's rows, or all tiles in turn, go
+            to the device for each part.
+        logit_bytes: logits that exist at a time; None leaves it to the device.
+        ahead: parts that are made before they are asked for.
+    """
+
+    part_tokens: int | None = None
+    dtype: torch.dtype = torch.float32
+    offload: bool = False
+    recompute: bool = False
+    host_head: bool = False
+    logit_bytes: int | None = None
+    ahead: int = 2
+
+    def chunks(self, head: Head, targets_N: Tensor) -> Chunks | None:
+        """Return how many logits of an exact loss exist at a time; None leaves it to the device."""
+        if self.logit_bytes is None:
+            return None
+        weight_VH = head.weight_VH
+        V, H = weight_VH.shape
+        return plan_chunks(
+            len(targets_N),
+            V,
+            weight_VH.dtype,
+            targets_N.device,
+            budget=self.logit_bytes,
+            streamed_hidden=H if weight_VH.device != targets_N.device else 0,
+        )
+
+
+PLAIN = Recipe()

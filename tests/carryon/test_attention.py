@@ -1,0 +1,40 @@
+"""Attention over spans of one row against the mask that says the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from embedcache.carryon.attention import Spans, attend, segment_mask
+
+N, T, D = 2, 12, 8
+STARTS = [[0, 3, 4, 9, 12, 12], [0, 5, 10, 12, 12, 12], [0, 1, 2, 3, 12, 12]]
+
+
+def parts(*lead: int) -> list[torch.Tensor]:
+    draw = torch.Generator().manual_seed(0)
+    return [torch.randn(*lead, 1, N, T, D, generator=draw, requires_grad=True) for _ in range(3)]
+
+
+def segments(starts: list[int]) -> torch.Tensor:
+    return torch.repeat_interleave(torch.arange(len(starts) - 1), torch.tensor(starts).diff())[None]
+
+
+@pytest.mark.parametrize(("lead", "starts"), [((), STARTS[0]), ((3,), STARTS[0]), ((3,), STARTS)])
+def test_spans_are_the_mask_they_stand_for(lead, starts):
+    q, k, v = parts(*lead)
+    spans = Spans(torch.tensor(starts, dtype=torch.int32), 9)
+    many = isinstance(starts[0], list)
+    mask = torch.stack([segment_mask(segments(row)) for row in starts]) if many else None
+    mask = segment_mask(segments(starts)) if mask is None else mask
+    found, expected = attend(q, k, v, spans), attend(q, k, v, mask)
+    torch.testing.assert_close(found, expected)
+    upstream = torch.randn(found.shape, generator=torch.Generator().manual_seed(1))
+    for gradient, other in zip(
+        torch.autograd.grad(found, (q, k, v), upstream),
+        torch.autograd.grad(expected, (q, k, v), upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(gradient, other)
+    everything = attend(q, k, v, None)
+    assert not torch.allclose(found, everything)

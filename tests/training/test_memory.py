@@ -1,0 +1,181 @@
+"""The budget: what is measured, what is chosen, and that it holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import World
+from typer.testing import CliRunner
+
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.errors import DeviceMemoryError, UsageError
+from embedcache.train import sweep, train
+from embedcache.training.config import TrainConfig
+from embedcache.training.memory import Footprint, candidates, choose, peak_of
+from embedcache.training.recipe import Recipe
+from embedcache.training.stack import Stack
+from embedcache.units import bytes_of
+from embedcache_cli.app import app
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CONFIG = TrainConfig(
+    carryon=CarryOnConfig(width=32, blocks=2), epochs=1, batch_tokens=1024, loss="exact"
+)
+
+
+def test_the_peak_is_of_all_that_lives_at_a_time():
+    kept = []
+    with peak_of(CPU, [torch.zeros(100)]) as peak:
+        a = torch.ones(1000, 100)
+        b = a * 2
+        view = b[:10]
+        del a
+        kept.append(view.sum())
+        b += 1
+        del b, view
+        torch.ones(10)
+    assert peak == [400 + 800_000 + 0]
+    weight = torch.randn(500, 500, requires_grad=True)
+    with peak_of(CPU, []) as peak:
+        x = torch.randn(2000, 500)
+        (x @ weight).relu().square().sum().backward()
+    # x, the product, what relu and square keep and give, the gradient of each on its way
+    assert 4e6 * 4 < peak[0] < 4e6 * 6
+
+
+def test_a_line_through_two_sizes():
+    line = Footprint.through({100: 1500, 300: 2500})
+    assert (line.fixed, line.per_token) == (1000, 5.0)
+    assert line.at(200) == 2000
+    assert line.tokens(2999) == 399
+    assert Footprint(1000, 0.0).tokens(999) == 0
+    assert Footprint(1000, 5.0).tokens(10) < 1
+
+
+def chosen(budget: int, footprints: dict[str, Footprint], **more: int):
+    recipes = candidates(CUDA, 100_000_000, 64)
+
+    def footprint(recipe: Recipe) -> Footprint:
+        name = "lean" if recipe.offload else "plain"
+        name += "-host" if recipe.host_head else ""
+        name += "-again" if recipe.recompute else ""
+        return footprints.get(name, Footprint(1 << 60, 1.0))
+
+    return choose(recipes, budget, footprint, **({"longest": 100, "step_tokens": 16384} | more))
+
+
+def test_the_first_recipe_that_holds_good_parts_is_chosen():
+    plan = chosen(1_000_000, {"plain": Footprint(0, 10.0)})
+    assert plan.recipe.part_tokens == 16384
+    assert plan.expected == 163_840
+    plan = chosen(1_000_000, {"plain": Footprint(0, 300.0), "plain-again": Footprint(0, 10.0)})
+    assert (plan.recipe.part_tokens, plan.recipe.recompute) == (3136, False)
+    assert plan.expected <= 950_000
+    plan = chosen(1_000_000, {"plain": Footprint(0, 3000.0), "lean-host": Footprint(500, 300.0)})
+    assert (plan.recipe.offload, plan.recipe.host_head) == (True, True)
+    assert plan.recipe.part_tokens == 3136
+    # None holds parts of 512 tokens: the best of small ones is better than nothing.
+    plan = chosen(1_000_000, {"plain": Footprint(0, 3000.0)})
+    assert plan.recipe.part_tokens == 316 // 64 * 64
+    plan = chosen(1_000_000, {"plain": Footprint(0, 9000.0)})
+    assert plan.recipe.part_tokens == 100
+    plan = chosen(1_000_000, {"plain": Footprint(0, 10.0)}, step_tokens=50)
+    assert plan.recipe.part_tokens == 100
+
+
+def test_a_budget_that_is_too_small_is_told_the_least_that_would_do():
+    footprints = {"plain": Footprint(900_000, 900.0), "lean-host-again": Footprint(500_000, 6000.0)}
+    with pytest.raises(DeviceMemoryError, match=r"100 tokens.*1\.0 MB.*--memory 1\.1MB"):
+        chosen(1_000_000, footprints)
+    assert chosen(1_100_000, footprints).recipe.part_tokens == 128
+
+
+def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone():
+    assert [(r.offload, r.host_head) for r in candidates(CPU, 1 << 30, 64)] == [(False, False)] * 2
+    assert len({(r.offload, r.host_head) for r in candidates(CUDA, 1 << 30, 64)}) == 4
+
+
+@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, loss):
+    """Every gradient is measured; with half the memory the parts are smaller."""
+    peaks: dict[int, list[int]] = {}
+    differentiate, planned = Stack.differentiate, []
+    config = replace(CONFIG, loss=loss, samples=100)
+    for budget in (12_000_000, 4_000_000):
+        peaks[budget] = []
+
+        def measured(self, work, budget=budget, **more):
+            held = [self.optimizer.values_KP, self.optimizer.gradient_KP]
+            held += [*self.optimizer._states._parts[1:], self._inputs.head.weight_VH]
+            held += [*work[0].batch.tensors()] * 3
+            with peak_of(CPU, held) as peak:
+                loss_K = differentiate(self, work, **more)
+            peaks[budget].append(peak[0])
+            planned.append((budget, self._recipe.part_tokens))
+            return loss_K
+
+        monkeypatch.setattr(Stack, "differentiate", measured)
+        train(
+            world.cache_path,
+            out=tmp_path / str(budget),
+            config=config,
+            device="cpu",
+            memory=budget,
+        )
+        assert 0.2 * budget < max(peaks[budget]) < budget
+    parts = dict(planned)
+    assert parts[4_000_000] < parts[12_000_000]
+
+
+def test_a_sweep_keeps_within_its_budget_too(world, tmp_path):
+    runs = {tmp_path / str(seed): replace(CONFIG, seed=seed) for seed in range(3)}
+    results = sweep(world.cache_path, runs=runs, device="cpu", memory=8_000_000)
+    assert all(result.failure is None for result in results)
+
+
+def test_a_budget_that_holds_no_sequence_leaves_nothing(world, tmp_path):
+    with pytest.raises(DeviceMemoryError, match="a sequence of 64 tokens"):
+        train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu", memory=200_000)
+    assert not (tmp_path / "c").exists()
+
+
+def test_the_command_prints_its_plan(world, tmp_path):
+    out = tmp_path / "c"
+    flags = ["train", str(world.cache_path), "--out", str(out), "--epochs", "1", "--device", "cpu"]
+    found = CliRunner().invoke(app, [*flags, "--memory", "12MB", "--dry-run", "--json"])
+    assert found.exit_code == 0, found.output
+    plan = json.loads(found.stdout)
+    assert "12.0 MB" in plan["memory"]
+    assert not out.exists()
+    found = CliRunner().invoke(app, [*flags, "--memory", "12MB"])
+    assert found.exit_code == 0, found.output
+    assert "memory: " in found.stderr
+    assert (out / "carryon.safetensors").is_file()
+
+
+@pytest.mark.parametrize("text", ["", "GB", "1 GiBs", "-1GB", "1,5GB"])
+def test_a_size_that_is_none(text):
+    with pytest.raises(UsageError, match="1GB"):
+        bytes_of(text)
+
+
+def test_a_device_that_is_full_says_what_would_fit(world, tmp_path, monkeypatch):
+    """The last checkpoint stands, and the run goes on from it."""
+    monkeypatch.setattr("embedcache.training.member.CHECKPOINT_SECONDS", 0.0)
+    differentiate, calls = Stack.differentiate, []
+
+    def full(self, work, **more):
+        calls.append(1)
+        if len(calls) == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return differentiate(self, work, **more)
+
+    monkeypatch.setattr(Stack, "differentiate", full)
+    config = replace(CONFIG, batch_tokens=256)
+    with pytest.raises(DeviceMemoryError, match=r"out of memory.*step 2.*--memory"):
+        train(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
+    result = train(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
+    assert result.resumed_at_step == 2

@@ -1,0 +1,167 @@
+"""However a step is computed, the same is learned."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import World
+
+from embedcache.cache import packing
+from embedcache.cache.loader import BatchLoader
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn
+from embedcache.carryon.store import load_carryon
+from embedcache.evaluate import FrozenInputs
+from embedcache.train import sweep, train
+from embedcache.training import materials, states
+from embedcache.training.config import TrainConfig
+from embedcache.training.loop import Loop
+from embedcache.training.memory import MemoryPlan
+from embedcache.training.recipe import PLAIN, Recipe
+from embedcache.training.stack import Stack
+from embedcache.training.trainer import Trainer
+
+CONFIG = TrainConfig(
+    carryon=CarryOnConfig(width=32, blocks=2), epochs=2, batch_tokens=256, lr=5e-3, loss="exact"
+)
+
+
+@pytest.fixture(autouse=True)
+def in_float32(monkeypatch):
+    monkeypatch.setattr(materials, "training_dtype", lambda device: torch.float32)
+
+
+def trained(world: World, out, monkeypatch, recipe: Recipe, config: TrainConfig = CONFIG):
+    recipe = replace(recipe, part_tokens=recipe.part_tokens or 256)
+    plan = MemoryPlan(recipe=recipe, budget=1, expected=1)
+    monkeypatch.setattr(Trainer, "plan", lambda *_: plan)
+    summary = train(world.cache_path, out=out, config=config, device="cpu")
+    return summary, load_carryon(out)[0].state_dict()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "tolerance"),
+    [
+        (Recipe(part_tokens=64), 1e-3),
+        (Recipe(part_tokens=1), 1e-3),
+        (Recipe(offload=True), 0.0),
+        (Recipe(recompute=True), 0.0),
+        (Recipe(host_head=True, ahead=1), 0.0),
+        (Recipe(logit_bytes=1 << 19), 1e-3),
+    ],
+    ids=["parts", "sequences", "offload", "recompute", "host head", "few logits"],
+)
+def test_a_recipe_changes_nothing_that_is_learned(world, tmp_path, monkeypatch, recipe, tolerance):
+    monkeypatch.setattr(states, "CHUNK", 1000)
+    _, expected = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
+    summary, found = trained(world, tmp_path / "other", monkeypatch, recipe)
+    assert summary.steps == 2 * -(-world.cache().split("train").manifest.tokens // 256)
+    start = CarryOn(CONFIG.carryon, 32)
+    for name, value in expected.items():
+        if not tolerance:
+            assert torch.equal(found[name], value), name
+            continue
+        moved = (value - start.state_dict()[name]).norm().clamp_min(1e-3)
+        assert (found[name] - value).norm() <= tolerance * moved, name
+
+
+def test_bfloat16_weights_learn_about_the_same(world, tmp_path, monkeypatch):
+    plain, _ = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
+    low = Recipe(dtype=torch.bfloat16, offload=True, part_tokens=64)
+    summary, found = trained(world, tmp_path / "low", monkeypatch, low)
+    assert summary.base_dev - summary.best_dev > 0.9 * (plain.base_dev - plain.best_dev)
+    assert all(value.dtype == torch.float32 for value in found.values())
+
+
+def test_parts_are_what_is_on_the_device_at_a_time(world, tmp_path, monkeypatch):
+    seen, steps = [], []
+    differentiate, step = Stack.differentiate, Stack.step
+
+    def noted(self, work, **more):
+        seen.append((work[0].batch.tokens, more.get("more", False), work[0].batch.last))
+        return differentiate(self, work, **more)
+
+    monkeypatch.setattr(Stack, "differentiate", noted)
+    monkeypatch.setattr(Stack, "step", lambda self, work: (steps.append(1), step(self, work))[1])
+    trained(world, tmp_path / "c", monkeypatch, Recipe(part_tokens=80))
+    assert max(tokens for tokens, _, _ in seen) <= 80
+    assert len(seen) > 2 * len(steps)
+    assert sum(not more for _, more, _ in seen) == sum(last for *_, last in seen) == len(steps)
+    assert sum(tokens for tokens, _, _ in seen) == (
+        2 * world.cache().split("train").manifest.tokens
+    )
+
+
+@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+def test_stacked_ones_of_different_steps_take_as_many_parts_as_each_needs(
+    world, tmp_path, monkeypatch, loss
+):
+    """One of 256 tokens a step has four times the parts of one of 64."""
+    plan = MemoryPlan(recipe=Recipe(part_tokens=64), budget=1, expected=1)
+    monkeypatch.setattr(Trainer, "plan", lambda *_: plan)
+    runs = {
+        "a": replace(CONFIG, batch_tokens=256, seed=1, loss=loss, samples=50),
+        "b": replace(CONFIG, batch_tokens=64, seed=2, loss=loss, samples=50),
+        "c": replace(CONFIG, documents=("*1*",), seed=3, loss=loss, samples=50),
+    }
+    results = sweep(
+        world.cache_path, runs={tmp_path / name: run for name, run in runs.items()}, device="cpu"
+    )
+    assert all(result.failure is None for result in results)
+    for name, config in runs.items():
+        alone = tmp_path / f"{name}-alone"
+        train(world.cache_path, out=alone, config=config, device="cpu")
+        expected, found = (
+            load_carryon(folder)[0].state_dict() for folder in (alone, tmp_path / name)
+        )
+        for key, value in expected.items():
+            torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-4)
+
+
+def test_a_run_goes_on_by_another_recipe(world, tmp_path, monkeypatch):
+    low = Recipe(dtype=torch.bfloat16, offload=True, part_tokens=64)
+    stop, steps = Loop._step, []
+
+    def stopping(self, started):
+        steps.append(1)
+        if len(steps) == 6:
+            for member in (m for feed in self._feeds for m in feed.members):
+                member.save(self._stack, 0)
+            raise KeyboardInterrupt
+        stop(self, started)
+
+    monkeypatch.setattr(Loop, "_step", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        trained(world, tmp_path / "c", monkeypatch, low)
+    monkeypatch.setattr(Loop, "_step", stop)
+    summary, _ = trained(world, tmp_path / "c", monkeypatch, PLAIN)
+    assert summary.resumed_at_step == 5
+    plain, _ = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
+    assert summary.best_dev == pytest.approx(plain.best_dev, rel=5e-3)
+
+
+def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
+    monkeypatch.setattr(packing, "STARTS", 4)
+    split = world.cache().split("train")
+    model = CarryOn(CarryOnConfig(width=32, blocks=2), 32)
+    torch.nn.init.normal_(model.branch.weight)
+    inputs = FrozenInputs(world.cache(), torch.device("cpu"), tokens=False)
+    several, one = (
+        BatchLoader(split, batch_tokens=300, taps=("final",), one_row=one_row).epoch(0)
+        for one_row in (False, True)
+    )
+    for expected, found in zip(several, one, strict=True):
+        assert found.ids_BT.shape == (1, 300)
+        assert len(found.starts_M) % 4 == 0
+        assert found.starts_M.dtype == torch.int32
+        assert sorted(found.targets_N.tolist()) == sorted(expected.targets_N.tolist())
+        places = [
+            {tuple(place): row for row, place in enumerate(batch.places_N2.tolist())}
+            for batch in (expected, found)
+        ]
+        delta = [batch.at_wanted(inputs.delta(model, batch)) for batch in (expected, found)]
+        rows = [places[0][place] for place in places[1]]
+        torch.testing.assert_close(delta[1], delta[0][rows], rtol=1e-4, atol=1e-5)
+        assert torch.equal(found.targets_N, expected.targets_N[rows])
