@@ -5,7 +5,7 @@ BIN = $(VENV)/bin
 SETUP = $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow check format bench reproduce reproduce-codec clean
+.PHONY: help setup demo test test-slow check format bench reproduce reproduce-codec reproduce-gpu-memory clean
 
 help: ## List the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -51,6 +51,9 @@ reproduce: $(SETUP) ## The reference protocol (a GPU; FLAGS name the data, see e
 
 reproduce-codec: $(SETUP) ## What coded embeddings cost a carry-on (a GPU; FLAGS as above)
 	$(BIN)/python examples/paper/codec_quality.py --out runs/codec $(FLAGS)
+
+reproduce-gpu-memory: $(SETUP) ## A 100M carry-on for a 32B base's shape in less than 1 GB of a GPU
+	$(BIN)/python examples/paper/gpu_memory.py --out runs/gpu-memory $(FLAGS)
 
 clean: ## Remove the environment and all runs
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -57,6 +58,8 @@ def train_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Stage two."""
+    if memory is not None:  # before torch is imported: gaps between segments count, too
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from embedcache.base.taps import parse_taps
     from embedcache.errors import UsageError
     from embedcache.train import preview, train
@@ -133,6 +136,7 @@ def train_command(
         )
     pairs += [
         ("speed", f"{result.tokens_per_second:,.0f} tokens/s over {result.seconds:.1f} s"),
+        *([] if result.memory is None else [("memory", result.memory)]),
         ("plot", f"{result.out}/loss.png"),
     ]
     print_pairs(pairs)

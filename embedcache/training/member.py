@@ -41,6 +41,7 @@ class TrainSummary:
     """What a run did. Cross-entropies are in nats a token; the speed excludes evaluation.
 
     ``shortlist_bias``: what the shortlist makes of the kept epoch's dev loss, less the exact one.
+    ``memory``: how it kept within its budget, if it had one.
     """
 
     out: str
@@ -56,6 +57,7 @@ class TrainSummary:
     seconds: float
     tokens_per_second: float
     resumed_at_step: int
+    memory: str | None = None
 
 
 class Member:
@@ -81,6 +83,7 @@ class Member:
         self.failure: EmbedcacheError | OSError | None = None
         self.summary: TrainSummary | None = None
         self.total = tokens * config.epochs
+        self.memory: str | None = None
         self._request = request
         self._writes = writes
         self._progress = progress
@@ -249,6 +252,7 @@ class Member:
             seconds=round(state.seconds, 3),
             tokens_per_second=round(state.tokens / max(state.seconds, 1e-9), 1),
             resumed_at_step=self._resumed_at,
+            memory=self.memory,
         )
         if self._writes:
             self._publish(model, summary, attributes, manifest)

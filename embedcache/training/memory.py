@@ -70,7 +70,7 @@ class MemoryPlan:
             *(["head in host memory"] if recipe.host_head else []),
             *(["blocks computed again for their gradient"] if recipe.recompute else []),
         ]
-        return f"memory: {size(self.expected)} expected of {size(self.budget)}: {', '.join(parts)}"
+        return f"{size(self.expected)} expected of {size(self.budget)}: {', '.join(parts)}"
 
 
 def candidates(device: torch.device, budget: int, hidden: int) -> list[Recipe]:

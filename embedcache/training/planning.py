@@ -71,7 +71,9 @@ def _trial(
     def draw(batch: Batch) -> Sequence[Sequence[object]]:
         return () if shortlist is None else shortlist.draw(batch.targets_N, shortlist.generator(0))
 
-    resident = [inputs.head.weight_VH] if inputs.head.weight_VH.device == device else []
+    scoring = materials.inputs(config.carryon, recipe)
+    heads = {id(one): one.head.weight_VH for one in (inputs, scoring)}
+    resident = [head for head in heads.values() if head.device == device]
     with peak_of(device, resident) as peak:
         stack = Stack(models, configs, inputs, recipe)
         with closing(materials.train_loader(config, recipe).epoch(0, draw=draw)) as parts:

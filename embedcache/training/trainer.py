@@ -79,7 +79,9 @@ class Trainer:
         recipe = PLAIN
         if plan is not None:
             recipe = plan.recipe
-            self._progress.say(str(plan))
+            self._progress.say(f"memory: {plan}")
+            for member in members:
+                member.memory = str(plan)
         sample = self.materials.sample(members[0].config.carryon.taps)
         begun: list[Begun] = []
         for member in members:
