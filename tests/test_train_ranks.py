@@ -15,7 +15,7 @@ from conftest import World
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.sample import sample_embeddings
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn
+from embedcache.carryon.model import CarryOn, Spread
 from embedcache.carryon.store import load_carryon
 from embedcache.device import training_dtype
 from embedcache.evaluate import FrozenInputs, evaluate
@@ -66,7 +66,8 @@ def reference(world: World, ranks: int) -> CarryOn:
     inputs = FrozenInputs(cache, cpu, tokens=False, dtype=training_dtype(cpu))
     torch.manual_seed(CONFIG.seed)
     model = CarryOn(CONFIG.carryon, cache.attributes.base["hidden_size"])
-    model.calibrate(sample_embeddings(split, ("final",)))
+    sample = sample_embeddings(split, ("final",))
+    model.calibrate({"final": Spread.of(sample["final"])})
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},

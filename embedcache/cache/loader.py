@@ -79,13 +79,15 @@ class BatchLoader:
         """Yield this rank's batches of an epoch, from its batch number ``skip`` on.
 
         ``skip`` counts the batches of all ranks together, so a run goes on with another number of
-        them. Skipped batches are never read: only their lengths are. Batches are made on a thread;
-        on CUDA they are copied and decoded there on a stream of their own. ``draw`` is called there
-        with each; what it returns comes along as ``drawn``.
+        them. Skipped batches are never read: only their lengths are. On CUDA batches are made on a
+        thread, copied and decoded on a stream of their own. ``draw`` is called there with each;
+        what it returns comes along as ``drawn``.
         """
         made = self._made(epoch, skip, draw or _nothing)
         if self._device.type != "cuda":
-            yield from prefetch(made, self._ahead)
+            # Not on a thread: torch's products on the caller's threads slow down by a third once
+            # another thread has begun a team of its own. Blocks are read ahead in any case.
+            yield from made
             return
         with closing(prefetch(self._on_stream(made), self._ahead)) as batches:
             for batch, copied in batches:

@@ -16,6 +16,7 @@ stack has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -28,6 +29,19 @@ from embedcache.carryon.config import CarryOnConfig
 
 KeyValueUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a block's number and its new keys and values [B, N, T, D]; returns all of them so far."""
+
+
+class Spread(NamedTuple):
+    """Mean and standard deviation of each component of a tap's embeddings, float64."""
+
+    mean_H: Tensor
+    deviation_H: Tensor
+
+    @classmethod
+    def of(cls, sample_NH: Tensor) -> Spread:
+        """Return that of some embeddings."""
+        x_NH = sample_NH.double()
+        return cls(x_NH.mean(dim=0), x_NH.std(dim=0, correction=0))
 
 
 class CarryOn(nn.Module):
@@ -105,16 +119,15 @@ class CarryOn(nn.Module):
         return delta_BTH
 
     @torch.no_grad()
-    def calibrate(self, sample_NH: dict[str, Tensor]) -> None:
-        """Set the mean and scale that bring each component of each tap to zero mean, unit variance.
+    def calibrate(self, spreads: dict[str, Spread]) -> None:
+        """Bring each component of each tap to zero mean and unit variance, as they are spread.
 
         A few components of a base's embeddings are ten times the others: unscaled, they are most
         of what a branch of small width sees.
         """
         for index, tap in enumerate(self.config.taps):
-            x_NH = sample_NH[tap].double()
-            deviation_H = x_NH.std(dim=0, correction=0)
-            self.mean_PH[index] = x_NH.mean(dim=0).to(self.mean_PH.dtype)
+            mean_H, deviation_H = spreads[tap]
+            self.mean_PH[index] = mean_H.to(self.mean_PH.dtype)
             self.scale_PH[index] = (1 / deviation_H.clamp_min(1e-6)).to(self.scale_PH.dtype)
 
     def parameter_count(self) -> int:

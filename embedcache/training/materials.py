@@ -9,6 +9,7 @@ from embedcache.cache.reader import Cache
 from embedcache.cache.sample import sample_embeddings
 from embedcache.cache.subset import Documents, Subset
 from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import Spread
 from embedcache.device import resolve_dtype, training_dtype
 from embedcache.evaluate import EVAL_TOKENS, FrozenInputs
 from embedcache.loss import Shortlist, tail_proposal
@@ -37,6 +38,7 @@ class Materials:
         self._documents: dict[str, Documents] = {}
         self._subsets: dict[tuple[str, Patterns], Subset] = {}
         self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self._spreads: dict[tuple[str, ...], dict[str, Spread]] = {}
         self._frozen: dict[tuple[bool, torch.dtype, bool], FrozenInputs] = {}
         self._proposal_V: torch.Tensor | None = None
 
@@ -75,6 +77,13 @@ class Materials:
         if taps not in self._samples:
             self._samples[taps] = sample_embeddings(self.train, taps)
         return self._samples[taps]
+
+    def spreads(self, taps: tuple[str, ...]) -> dict[str, Spread]:
+        """Return how each tap's components are spread, by a sample."""
+        if taps not in self._spreads:
+            sample = self.sample(taps)
+            self._spreads[taps] = {tap: Spread.of(sample[tap]) for tap in taps}
+        return self._spreads[taps]
 
     def inputs(
         self, carryon: CarryOnConfig, recipe: Recipe, *, training: bool = False

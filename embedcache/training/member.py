@@ -12,7 +12,7 @@ import torch
 
 from embedcache.cache.layout import CacheAttributes
 from embedcache.cache.manifest import Manifest
-from embedcache.carryon.model import CarryOn
+from embedcache.carryon.model import CarryOn, Spread
 from embedcache.carryon.store import CarryOnRecord, save_carryon
 from embedcache.errors import EmbedcacheError, NumericsError
 from embedcache.progress import Progress
@@ -93,13 +93,13 @@ class Member:
         self._before = (0, 0.0)
         self._saved_at = time.perf_counter()
 
-    def begin(self, hidden: int, sample: dict[str, torch.Tensor]) -> CarryOn:
+    def begin(self, hidden: int, spreads: dict[str, Spread]) -> CarryOn:
         """Return the carry-on at its start, or as the checkpoint has it."""
         # Initial weights are drawn on the CPU from the seed alone, whatever else has drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = CarryOn(self.config.carryon, hidden)
-        model.calibrate({tap: sample[tap] for tap in self.config.carryon.taps})
+        model.calibrate(spreads)
         for path in self.out.iterdir():
             if self._writes and is_partial(path):
                 path.unlink()

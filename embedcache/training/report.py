@@ -24,8 +24,9 @@ def plot(rows: list[dict[str, Any]], base_dev: float | None) -> bytes:
     """Return a PNG of train and dev loss by step, against the base's dev loss."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    figure = Figure(figsize=(7, 4), dpi=150)
     axes = figure.subplots()
+    figure.subplots_adjust(left=0.11, right=0.98, top=0.97, bottom=0.12)
     steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
     if steps:
         axes.plot(*zip(*steps, strict=True), color="0.75", linewidth=1, label="train, each step")

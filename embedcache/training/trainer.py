@@ -82,11 +82,11 @@ class Trainer:
             self._progress.say(f"memory: {plan}")
             for member in members:
                 member.memory = str(plan)
-        sample = self.materials.sample(members[0].config.carryon.taps)
+        spreads = self.materials.spreads(members[0].config.carryon.taps)
         begun: list[Begun] = []
         for member in members:
             with failing(member):
-                begun.append((member, member.begin(self.materials.hidden, sample)))
+                begun.append((member, member.begin(self.materials.hidden, spreads)))
         begun = sorted((one for one in begun if one[0].failure is None), key=self._place)
         if not begun:
             return

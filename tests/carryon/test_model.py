@@ -5,7 +5,7 @@ import torch
 
 from embedcache.carryon.attention import segment_mask
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn, bridge, rotary_angles, rotate
+from embedcache.carryon.model import CarryOn, Spread, bridge, rotary_angles, rotate
 
 H = 16
 
@@ -141,7 +141,7 @@ def test_calibration_gives_zero_mean_and_unit_variance():
         for tap in ("final", "layer_1")
     }
     sample["final"][:, 0] = 3.0  # a component that never changes must not become infinite
-    model.calibrate(sample)
+    model.calibrate({tap: Spread.of(x) for tap, x in sample.items()})
     for index, tap in enumerate(model.config.taps):
         x = ((sample[tap] - model.mean_PH[index]) * model.scale_PH[index]).double()
         assert x.isfinite().all()
@@ -214,7 +214,7 @@ def test_a_stack_is_its_carry_ons_one_by_one(kind, shared, masked):
 def test_a_member_of_a_stack_is_the_carry_on_that_went_in():
     models = [trained(), trained(), trained()]
     for model in models:
-        model.calibrate({"final": inputs(1, 50)["final"][0]})
+        model.calibrate({"final": Spread.of(inputs(1, 50)["final"][0])})
     members = [CarryOn.stack(models).member(k) for k in range(3)]
     for model, member in zip(models, members, strict=True):
         expected = model.state_dict()
