@@ -17,6 +17,9 @@ from embedcache.cache.reader import StoredBlock
 
 Array = np.ndarray[Any, Any]
 
+COLUMNS = 64
+"""Of how many positions rows have a multiple, so that few shapes are about: products of each new
+one are planned anew."""
 STARTS = 64
 """Of how many sequence starts a batch of one row has a multiple, so that few shapes are about."""
 
@@ -53,13 +56,12 @@ def cut_parts(lengths: list[int], most: int) -> list[list[int]]:
     return parts
 
 
-def pack_rows(lengths: list[int]) -> list[list[int]]:
-    """Pack sequences into rows no longer than the longest one (first fit, longest first).
+def pack_rows(lengths: list[int], width: int) -> list[list[int]]:
+    """Pack sequences into rows of at most ``width`` tokens (first fit, longest first).
 
-    >>> pack_rows([5, 3, 2, 4])
+    >>> pack_rows([5, 3, 2, 4], 5)
     [[0], [3], [1, 2]]
     """
-    width = max(lengths)
     rows: list[list[int]] = []
     free: list[int] = []
     for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
@@ -107,7 +109,8 @@ def pack(
     lengths = [stop - first for first, stop in spans]
     starts = None
     if row_tokens is None:
-        rows, T = pack_rows(lengths), max(lengths)
+        T = -(-max(lengths) // COLUMNS) * COLUMNS
+        rows = pack_rows(lengths, T)
     else:
         rows, T = [list(range(len(items)))], max(row_tokens, sum(lengths))
         starts = np.full(-(-(len(items) + 2) // STARTS) * STARTS, T, np.int32)

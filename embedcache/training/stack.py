@@ -24,6 +24,10 @@ from embedcache.training.flat import FlatAdamW
 from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.recipe import PLAIN, Recipe
 
+WANTED = 128
+"""Positions whose loss is computed are a multiple of this, the last ones for nothing: products of
+one shape are planned once, of each new one anew."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
@@ -110,21 +114,28 @@ class Stack:
             batch, G = group[0].batch, len(group)
             B, T = batch.ids_BT.shape
             delta_GBTH = delta_KBTH[first : first + G, :B, :T]
-            delta_GNH = delta_GBTH.flatten(1, 2).index_select(1, batch.wanted_N).to(inputs.dtype)
-            x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
-            if len(batch.targets_N):
-                losses.append(self._loss(x_NH + delta_GNH, batch).sum(dim=1))
+            N = len(batch.targets_N)
+            wanted_N = F.pad(batch.wanted_N, (0, -N % WANTED))
+            delta_GNH = delta_GBTH.flatten(1, 2).index_select(1, wanted_N).to(inputs.dtype)
+            x_NH = batch.x_BTH["final"].flatten(0, 1).index_select(0, wanted_N).to(inputs.dtype)
+            if N:
+                losses.append(self._loss(x_NH + delta_GNH, batch)[:, :N].sum(dim=1))
             else:
                 losses.append(delta_GNH.sum(dim=(1, 2)).float())
             first += G
         return losses
 
     def _loss(self, y_GNH: Tensor, batch: Batch) -> Tensor:
-        """Return loss_GN of embeddings after the carry-ons; by shortlists where some were drawn."""
-        head, listed = self._inputs.head, cast("Sequence[Listed]", batch.drawn)
+        """Return loss_GN of embeddings after the carry-ons; by shortlists where some were drawn.
+
+        There are more embeddings than targets by what `WANTED` says.
+        """
+        head, listed = self._inputs.head, list(cast("Sequence[Listed]", batch.drawn))
+        padding = (0, y_GNH.shape[1] - len(batch.targets_N))
         if listed:
+            listed[-1] = listed[-1]._replace(index_N=F.pad(listed[-1].index_N, padding))
             return estimate(y_GNH, listed, head, logit_bytes=self._recipe.logit_bytes)
-        y_NH, targets_N = y_GNH.flatten(0, 1), batch.targets_N.repeat(len(y_GNH))
+        y_NH, targets_N = y_GNH.flatten(0, 1), F.pad(batch.targets_N, padding).repeat(len(y_GNH))
         chunks = self._recipe.chunks(head, targets_N)
         return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GNH.shape[:2])
 

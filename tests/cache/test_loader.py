@@ -197,7 +197,7 @@ def test_rows_hold_whole_sequences_without_overlap():
     draw = np.random.default_rng(0)
     for _ in range(50):
         lengths = draw.integers(1, 60, size=draw.integers(1, 20)).tolist()
-        rows = pack_rows(lengths)
+        rows = pack_rows(lengths, max(lengths))
         assert sorted(i for row in rows for i in row) == list(range(len(lengths)))
         assert max(sum(lengths[i] for i in row) for row in rows) <= max(lengths)
 
