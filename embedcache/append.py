@@ -218,7 +218,7 @@ class _Appending:
                 self._tokenizer(),
                 self._identity,
                 self._cache.settings,
-                environment_of(device, resolve_dtype(self._dtype, device), "sdpa"),
+                environment_of(device, resolve_dtype(self._dtype, device)),
                 self._staged,
                 self._progress,
                 holds=lambda: claims.holds(TURN),

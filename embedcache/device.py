@@ -47,11 +47,12 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return DTYPES[dtype]
 
 
-def training_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of products in training: bfloat16 where the device has units for it.
+def fast_dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of products where speed counts: bfloat16 where a device has units for it.
 
-    Of CPUs, those with AMX: without it bfloat16 is no faster than float32, or slower. Weights,
-    their gradients and the optimiser are float32 everywhere.
+    Of CPUs, those with AMX: without it bfloat16 is no faster than float32, or slower. So it is for
+    extraction and for training, whose weights, gradients and optimiser are float32 everywhere;
+    figures that are reported are in `resolve_dtype`'s.
     """
     if device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
         return torch.float32

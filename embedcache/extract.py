@@ -11,11 +11,11 @@ from embedcache.cache.claims import TURN, Claims
 from embedcache.cache.layout import MANIFEST, ExtractSettings
 from embedcache.cache.rewrite import finish_rewrite
 from embedcache.corpus.config import CorpusConfig
-from embedcache.device import resolve_device, resolve_dtype
+from embedcache.device import resolve_device
 from embedcache.disk import writing
 from embedcache.extraction.plan import (
     check_out,
-    environment_of,
+    environment_for,
     seal_corpus,
     sealed_attributes,
     unseal,
@@ -53,7 +53,8 @@ def extract(
         settings: taps, codec, and sizes of blocks and batches.
         revision: the hub revision of the base.
         device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: ``auto`` (bfloat16 on CUDA, else float32), or a name.
+        dtype: ``auto`` (what ``out`` was begun in; else bfloat16 on CUDA, and on CPUs with AMX,
+            float32 on others), or a name.
         max_quarantined: share of sequences that may be put aside for values that are not finite.
         repair: verify what is at ``out`` first, all of it, and make what is damaged anew.
         progress: told of every stage.
@@ -70,7 +71,6 @@ def extract(
     identity = load_identity(base, revision=revision)
     check_taps(settings.taps, identity.num_layers)
     target = resolve_device(device)
-    environment = environment_of(target, resolve_dtype(dtype, target), "sdpa")
     created = not out.exists()
     claims = Claims(out)
     try:
@@ -82,6 +82,7 @@ def extract(
             if repair:
                 claims.require_alone("--repair")  # one may have come to wait just now
                 restore_metadata(out)
+            environment = environment_for(out, target, dtype)
             attributes = sealed_attributes(out, corpus, identity, settings, environment)
             begun = attributes is not None
             if attributes is None:
@@ -107,7 +108,9 @@ def extract(
             if mended is not None or not (out / MANIFEST).is_file():
                 try:
                     run.compute(
-                        lambda: load_base(base, revision=revision, device=device, dtype=dtype),
+                        lambda: load_base(
+                            base, revision=revision, device=device, dtype=environment["dtype"]
+                        ),
                         turn,
                         mended,
                     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,19 @@ from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import CarryOnRecord, save_carryon
 from embedcache.corpus.config import CorpusConfig
 from embedcache.extract import extract
+from embedcache.extraction import plan
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "Paris"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exact_extraction() -> Iterator[None]:
+    """Extract in float32 on every CPU, to be compared with references."""
+    with pytest.MonkeyPatch.context() as patch:
+        fast = plan.fast_dtype
+        exact = {"cpu": torch.float32}
+        patch.setattr(plan, "fast_dtype", lambda device: exact.get(device.type) or fast(device))
+        yield
 
 
 @dataclass(frozen=True)

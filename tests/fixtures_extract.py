@@ -42,6 +42,7 @@ def small_settings(**changes: Any) -> ExtractSettings:
 def small_flags(corpus: Path, base: Path, out: Path) -> list[str]:
     """Return the command line of `corpus_config` and `small_settings`."""
     paths = ["extract", str(corpus), "--base", str(base), "--out", str(out), "--device", "cpu"]
+    paths += ["--dtype", "float32"]  # as `conftest` has it for all of this process
     sizes = ["--context", "64", "--block-tokens", "256", "--batch-tokens", "256"]
     return [*paths, *sizes, "--dev-fraction", "0.2", "--test-fraction", "0.2"]
 
@@ -69,6 +70,7 @@ def extract_small(place: Path, out: Path) -> None:
         out=out,
         settings=small_settings(),
         device="cpu",
+        dtype="float32",
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedcache.device import training_dtype
+from embedcache.device import fast_dtype
 from embedcache.train import train
 from embedcache.training import materials
 from embedcache.training.config import TrainConfig
@@ -22,8 +22,8 @@ from embedcache.training.stack import Stack
 )
 def test_a_cpu_trains_in_bfloat16_where_it_has_units_for_it(monkeypatch, capabilities, expected):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
-    assert training_dtype(torch.device("cpu")) == expected
-    assert training_dtype(torch.device("cuda")) == torch.bfloat16
+    assert fast_dtype(torch.device("cpu")) == expected
+    assert fast_dtype(torch.device("cuda")) == torch.bfloat16
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
@@ -38,7 +38,7 @@ def test_precision_is_of_products_alone(world, tmp_path, monkeypatch, loss):
 
     monkeypatch.setattr(Stack, "differentiate", noted)
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(materials, "training_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(materials, "fast_dtype", lambda device, dtype=dtype: dtype)
         config = TrainConfig(epochs=2, loss=loss)
         summary = train(world.cache_path, out=tmp_path / str(dtype), config=config, device="cpu")
         best.append((summary.base_dev, summary.best_dev))

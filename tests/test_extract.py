@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fixtures_extract import corpus_config, small_settings, write_documents
+from fixtures_extract import comparable_tree, corpus_config, small_settings, write_documents
 from safetensors.torch import load_file, save_file
 from tiny import tiny_base_directory, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from embedcache.base.load import load_base
 from embedcache.cache.layout import ExtractSettings
-from embedcache.cache.reader import Cache
+from embedcache.cache.reader import Cache, read_attributes
 from embedcache.errors import (
     BaseModelError,
     CacheError,
@@ -25,6 +26,7 @@ from embedcache.errors import (
     UsageError,
 )
 from embedcache.extract import extract
+from embedcache.extraction import plan
 from embedcache.extraction.forward import BlockForward, plan_batches
 
 
@@ -38,13 +40,14 @@ def base(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
     return tiny_base_directory(tmp_path_factory.mktemp("extract") / "base")
 
 
-def run(corpus: Path, base: Path, out: Path, **settings: Any) -> Any:
+def run(corpus: Path, base: Path, out: Path, dtype: str = "auto", **settings: Any) -> Any:
     return extract(
         corpus_config(corpus),
         base=str(base),
         out=out,
         settings=small_settings(**settings),
         device="cpu",
+        dtype=dtype,
     )
 
 
@@ -158,9 +161,9 @@ def test_a_base_that_is_wrong_under_padding_is_caught(
 ) -> None:
     right = BlockForward._padded
 
-    def left(self: BlockForward, ids_N: Any, rows_S2: Any) -> torch.Tensor:
+    def left(self: BlockForward, ids_N: Any, rows_S2: Any, width: int) -> torch.Tensor:
         """Pad on the left: with as many tokens, none is at its own position."""
-        ids_BT = right(self, ids_N, rows_S2)
+        ids_BT = right(self, ids_N, rows_S2, width)
         for b, (first, stop) in enumerate(rows_S2.tolist()):
             ids_BT[b] = ids_BT[b].roll(ids_BT.shape[1] - (stop - first))
         return ids_BT
@@ -255,3 +258,31 @@ class TestOut:
         with pytest.raises(BaseModelError, match=r"3 layers"):
             run(corpus, base, tmp_path / "out", taps=("final", "layer_3"))
         assert not (tmp_path / "out").exists()
+
+
+def test_it_extracts_in_the_fast_dtype_and_another_cpu_goes_on_in_it(
+    tmp_path: Path, corpus: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, exact = tmp_path / "cache", tmp_path / "exact"
+    monkeypatch.setattr(plan, "fast_dtype", lambda device: torch.bfloat16)
+    run(corpus, base, out)
+    run(corpus, base, exact, dtype="float32")
+    found = [read_attributes(path).environment["dtype"] for path in (out, exact)]
+    assert found == ["bfloat16", "float32"]
+    for name in ("train", "dev"):
+        low, high = (
+            Cache(path).split(name).block(0).x_NH["final"].float() for path in (out, exact)
+        )
+        error = (low - high).norm() / high.norm()
+        assert 1e-4 < error < 0.05
+    whole = comparable_tree(out)
+    marker = next((out / "commits" / "train").glob("00000001.*.json"))
+    for record in json.loads(marker.read_text())["files"]:
+        (out / record["path"]).unlink()
+    (out / "manifest.json").unlink()
+    monkeypatch.setattr(plan, "fast_dtype", lambda device: torch.float32)
+    with pytest.raises(OutputError, match="dtype was 'bfloat16', now 'float32'"):
+        run(corpus, base, out, dtype="float32")
+    summary = run(corpus, base, out)
+    assert summary.computed_blocks == 1
+    assert comparable_tree(out) == whole

@@ -33,7 +33,7 @@ corpus, base, out, what = Path(sys.argv[1]), sys.argv[2], Path(sys.argv[3]), sys
 if "extract" in what:
     settings = ExtractSettings(context=256, block_tokens=4096, batch_tokens=4096)
     config = CorpusConfig(sources=(str(corpus),), context=256)
-    done = extract(config, base=base, out=out, settings=settings, device="cpu")
+    done = extract(config, base=base, out=out, settings=settings, device="cpu", dtype="float32")
     tokens = sum(done.tokens.values())
 if "read" in what:
     split = Cache(out).split("train")

@@ -117,8 +117,8 @@ def test_time_is_predicted_within_a_fifth(
     """A base that takes a time of its own for each token of a batch, padding included."""
     real = BlockForward._padded
 
-    def slow(self: BlockForward, ids_N: Any, rows_S2: Any) -> torch.Tensor:
-        ids_BT = real(self, ids_N, rows_S2)
+    def slow(self: BlockForward, ids_N: Any, rows_S2: Any, width: int) -> torch.Tensor:
+        ids_BT = real(self, ids_N, rows_S2, width)
         time.sleep(5e-4 * ids_BT.numel())
         return ids_BT
 

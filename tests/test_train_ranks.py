@@ -17,7 +17,7 @@ from embedcache.cache.sample import sample_embeddings
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn, Spread
 from embedcache.carryon.store import load_carryon
-from embedcache.device import training_dtype
+from embedcache.device import fast_dtype
 from embedcache.evaluate import FrozenInputs, evaluate
 from embedcache.loss import cross_entropy
 from embedcache.train import train
@@ -63,7 +63,7 @@ def reference(world: World, ranks: int) -> CarryOn:
     cache = world.cache()
     split = cache.split("train")
     cpu = torch.device("cpu")
-    inputs = FrozenInputs(cache, cpu, tokens=False, dtype=training_dtype(cpu))
+    inputs = FrozenInputs(cache, cpu, tokens=False, dtype=fast_dtype(cpu))
     torch.manual_seed(CONFIG.seed)
     model = CarryOn(CONFIG.carryon, cache.attributes.base["hidden_size"])
     sample = sample_embeddings(split, ("final",))

@@ -28,6 +28,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
 A mistake in padding or positions gives 0.3 and more; rounding gives about a tenth of these.
 """
 
+WIDTHS = 32
+"""Batches are a multiple of this wide, where the base has as many positions: products of each new
+shape are planned anew, and their plans kept."""
+
 
 def plan_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
     """Group sequences of like length so that padded tokens stay within the budget.
@@ -58,7 +62,13 @@ class BlockForward:
 
     def batches(self, rows_S2: Array) -> list[list[int]]:
         """Return the batches of a block: the sequences of each, longest first."""
-        return plan_batches((rows_S2[:, 1] - rows_S2[:, 0]).tolist(), self._batch_tokens)
+        widths = [self._width(length) for length in (rows_S2[:, 1] - rows_S2[:, 0]).tolist()]
+        return plan_batches(widths, self._batch_tokens)
+
+    def _width(self, length: int) -> int:
+        """Return the positions of a batch whose longest sequence is so long."""
+        most = getattr(self._base.model.config, "max_position_embeddings", None) or length
+        return max(length, min(-(-length // WIDTHS) * WIDTHS, most))
 
     @torch.no_grad()
     @any_shape_attention()
@@ -67,7 +77,8 @@ class BlockForward:
         with TapRecorder(self._base.model, self._taps) as recorder:
             # Padding is on the right and attention causal: no token sees any, so no mask is
             # passed and the fast causal kernel is used. The self-check holds this to account.
-            final_embeddings(self._base.model, self._padded(ids_N, rows_B2))
+            width = self._width(int((rows_B2[:, 1] - rows_B2[:, 0]).max()))
+            final_embeddings(self._base.model, self._padded(ids_N, rows_B2, width))
             return {tap: recorder.taps[tap] for tap in self._taps}
 
     @torch.no_grad()
@@ -98,10 +109,9 @@ class BlockForward:
                     x_NH[tap][first:stop] = x_BTH[tap][b, : stop - first]
         return x_NH
 
-    def _padded(self, ids_N: Array, rows_S2: Array) -> torch.Tensor:
-        """Return ids_BT of some sequences on the device, longest first, without waiting for it."""
-        lengths = rows_S2[:, 1] - rows_S2[:, 0]
-        ids_BT = torch.zeros(len(rows_S2), int(lengths[0]), dtype=torch.long)
+    def _padded(self, ids_N: Array, rows_S2: Array, width: int) -> torch.Tensor:
+        """Return ids_BT of some sequences on the device, without waiting for it."""
+        ids_BT = torch.zeros(len(rows_S2), width, dtype=torch.long)
         for b, (first, stop) in enumerate(rows_S2.tolist()):
             ids_BT[b, : stop - first] = torch.from_numpy(ids_N[first:stop])
         if self._base.device.type == "cuda":
@@ -129,7 +139,7 @@ class BlockForward:
         with TapRecorder(base.model, self._taps) as recorder:
             for index in sorted(padding, key=lambda i: (-padding[i], i))[:sample]:
                 first, stop = (int(v) for v in rows_S2[index])
-                final_embeddings(base.model, self._padded(ids_N, rows_S2[[index]]))
+                final_embeddings(base.model, self._padded(ids_N, rows_S2[[index]], stop - first))
                 for tap in self._taps:
                     alone = recorder.taps[tap][0].float()
                     batched = x_NH[tap][first:stop].float()

@@ -29,6 +29,7 @@ from embedcache.cache.seal import Sealer
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.duplicates import Held
 from embedcache.corpus.sequences import CorpusReader
+from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.errors import OutputError
 from embedcache.extraction.prediction import require_floor
 from embedcache.progress import Progress
@@ -206,7 +207,19 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def environment_of(device: torch.device, dtype: torch.dtype, attention: str) -> dict[str, Any]:
+def environment_for(out: Path, device: torch.device, dtype: str) -> dict[str, Any]:
+    """Return the numeric environment to extract in.
+
+    A dtype of ``auto`` is that which ``out`` was begun in, so that another CPU may go on with it,
+    and the device's fast one for a new cache. Raises ``UsageError`` for an unknown one.
+    """
+    if dtype == "auto" and (out / "zarr.json").is_file():
+        dtype = read_attributes(out).environment["dtype"]
+    found = fast_dtype(device) if dtype == "auto" else resolve_dtype(dtype, device)
+    return environment_of(device, found)
+
+
+def environment_of(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Return the numeric environment that a cache records."""
     import transformers
     import zarr
@@ -221,5 +234,5 @@ def environment_of(device: torch.device, dtype: torch.dtype, attention: str) -> 
         "device_type": device.type,
         "device": name,
         "dtype": str(dtype).removeprefix("torch."),
-        "attention": attention,
+        "attention": "sdpa",
     }

@@ -16,7 +16,7 @@ from embedcache.cache.commit import newest_generations
 from embedcache.cache.layout import MANIFEST, SPLITS, ExtractSettings
 from embedcache.cache.tokens import SplitTokens
 from embedcache.corpus.config import CorpusConfig
-from embedcache.device import resolve_device, resolve_dtype
+from embedcache.device import resolve_device
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
     calibration_bytes,
@@ -25,7 +25,7 @@ from embedcache.extraction.calibrate_cache import (
 )
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.measure import Measured, measure
-from embedcache.extraction.plan import check_out, environment_of, seal_corpus, sealed_attributes
+from embedcache.extraction.plan import check_out, environment_for, seal_corpus, sealed_attributes
 from embedcache.extraction.prediction import Prediction
 from embedcache.extraction.preflight import blocks_to_go, predict
 from embedcache.progress import SILENT, Progress
@@ -53,7 +53,7 @@ def preview(
     identity = load_identity(base, revision=revision)
     check_taps(settings.taps, identity.num_layers)
     target = resolve_device(device)
-    environment = environment_of(target, resolve_dtype(dtype, target), "sdpa")
+    environment = environment_for(out, target, dtype)
     attributes = sealed_attributes(out, corpus, identity, settings, environment)
     with _folder(out, sealed=attributes is not None) as folder:
         if attributes is None:
@@ -76,7 +76,9 @@ def preview(
         loaded, measured = None, Measured()
         if todo and not (folder / MANIFEST).is_file():
             with progress.bar(f"loading the base ({_weights(base, revision)})", None, ""):
-                loaded = load_base(base, revision=revision, device=device, dtype=dtype)
+                loaded = load_base(
+                    base, revision=revision, device=device, dtype=environment["dtype"]
+                )
             forward = BlockForward(
                 loaded,
                 settings.taps,

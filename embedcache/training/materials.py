@@ -10,7 +10,7 @@ from embedcache.cache.sample import sample_embeddings
 from embedcache.cache.subset import Documents, Subset
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import Spread
-from embedcache.device import resolve_dtype, training_dtype
+from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.evaluate import EVAL_TOKENS, FrozenInputs
 from embedcache.loss import Shortlist, tail_proposal
 from embedcache.training.config import TrainConfig
@@ -89,7 +89,7 @@ class Materials:
         self, carryon: CarryOnConfig, recipe: Recipe, *, training: bool = False
     ) -> FrozenInputs:
         """Return what is used of the base: for exact figures, or for ``training``."""
-        dtype = training_dtype(self.device) if training else resolve_dtype("auto", self.device)
+        dtype = fast_dtype(self.device) if training else resolve_dtype("auto", self.device)
         key = (carryon.token_input, dtype, recipe.host_head)
         if key not in self._frozen:
             tokens, dtype, host_head = key

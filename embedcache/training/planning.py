@@ -16,6 +16,8 @@ from embedcache.training.memory import Footprint, MemoryPlan, candidates, choose
 from embedcache.training.recipe import Recipe
 from embedcache.training.stack import Stack, Work
 
+TRIED = 512
+"""Tokens of the smaller of two parts that are tried: less are lost in what is rounded up."""
 DECODED_BYTES = 10
 """Bytes a value that decoding a part takes for a moment: float32 twice, and bfloat16."""
 
@@ -36,7 +38,8 @@ def plan_memory(
 
     def footprint(recipe: Recipe) -> Footprint:
         measured: dict[int, int] = {}
-        for tokens in (longest, 2 * longest):
+        least = max(longest, TRIED)
+        for tokens in (least, 2 * least):
             try:
                 positions, taken = _trial(
                     materials, configs, loss, replace(recipe, part_tokens=tokens)
@@ -61,7 +64,7 @@ def plan_memory(
 def _trial(
     materials: Materials, configs: Sequence[TrainConfig], loss: str, recipe: Recipe
 ) -> tuple[int, int]:
-    """Take the gradient of a part; return its positions and the bytes in use at the peak."""
+    """Take the gradient of a part; return its tokens, padded ones too in one row, and its bytes."""
     config, device = configs[0], materials.device
     inputs = materials.inputs(config.carryon, recipe, training=True)
     shortlist = materials.shortlist(config, recipe) if loss == "shortlist" else None
@@ -82,8 +85,9 @@ def _trial(
         work = Work(batch=batch, tokens=tokens, targets=targets, rate=0.0)
         stack.differentiate([work] * len(configs))
         positions = batch.ids_BT.numel()
+        given = batch.tokens if batch.starts_M is None else positions
         held = sum(tensor.nbytes for tensor in batch.tensors())
         del stack, batch, work
     ahead = (recipe.ahead + 2) * held
     decoded = DECODED_BYTES * positions * materials.hidden
-    return positions, peak[0] + ahead + decoded
+    return given, peak[0] + ahead + decoded

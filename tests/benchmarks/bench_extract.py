@@ -25,6 +25,7 @@ from embedcache.base.taps import decoder_of
 from embedcache.cache.layout import ExtractSettings
 from embedcache.cache.tokens import SplitTokens
 from embedcache.corpus.config import CorpusConfig
+from embedcache.device import fast_dtype, resolve_device
 from embedcache.extract import extract
 from embedcache.extraction.forward import plan_batches
 
@@ -68,7 +69,8 @@ def main() -> None:
         dev_fraction=0.0,
         test_fraction=0.0,
     )
-    base = load_base(options.base)
+    dtype = str(fast_dtype(resolve_device("auto"))).removeprefix("torch.")
+    base = load_base(options.base, dtype=dtype)  # that of extraction
     with tempfile.TemporaryDirectory() as folder:
 
         def ours(name: str) -> float:

@@ -30,7 +30,7 @@ CONFIG = TrainConfig(
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
-    monkeypatch.setattr(materials, "training_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
 
 
 def trained(world: World, out, monkeypatch, recipe: Recipe, config: TrainConfig = CONFIG):
