@@ -96,16 +96,17 @@ def test_one_that_fails_leaves_the_others_untouched(world, tmp_path, monkeypatch
 
 
 def test_one_whose_folder_is_lost_leaves_the_others_untouched(world, tmp_path, monkeypatch):
-    step = Stack.step
+    finish = Stack.finish
 
-    def losing(self, work):
-        step(self, work)
+    def losing(self, loss_K):
+        found = finish(self, loss_K)
         path = tmp_path / "all" / "rate" / "metrics.jsonl"
         if path.is_file():
             path.unlink()
             path.mkdir()
+        return found
 
-    monkeypatch.setattr(Stack, "step", losing)
+    monkeypatch.setattr(Stack, "finish", losing)
     runs = {name: MANY[name] for name in ("one", "rate")}
     one, rate = sweep(world.cache_path, runs=placed(tmp_path / "all", runs), device="cpu")
     assert one.failure is None
@@ -114,7 +115,7 @@ def test_one_whose_folder_is_lost_leaves_the_others_untouched(world, tmp_path, m
 
 def test_early_stopping_is_each_one_s_own(world, tmp_path):
     runs = {
-        "stops": replace(CONFIG, epochs=6, lr=0.5, patience=1),
+        "stops": replace(CONFIG, epochs=6, lr=2.0, patience=1),
         "goes on": replace(CONFIG, epochs=6, patience=6),
     }
     stops, goes_on = sweep(world.cache_path, runs=placed(tmp_path, runs), device="cpu")

@@ -39,6 +39,7 @@ class Batch:
 
     A batch may be given in parts: ``whole`` counts the tokens and targets of all of them, and
     ``last`` says that none is to come. ``drawn``: what the loader was asked to make of it.
+    ``counts_N``: float32, of one whose N was filled up to some number, 1 where a position counts.
     """
 
     x_BTH: dict[str, torch.Tensor]
@@ -56,6 +57,7 @@ class Batch:
     whole: Counts
     last: bool
     drawn: Drawn = ()
+    counts_N: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Return all that lies on the device."""

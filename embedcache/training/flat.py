@@ -5,7 +5,8 @@ Axes: K carry-ons, P weights of one. A row holds the matrices first, then the ve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -52,8 +53,11 @@ class FlatAdamW:
         self._states = States(exact_KP, self.values_KP, offload=offload)
         self._parts = [slice(0, matrices), slice(matrices, start)]
         self._configs = list(configs)
-        self._steps = [0] * len(configs)
+        # All that a step depends on is on the device, so that it can be captured and replayed.
         self._clip_K = torch.tensor([config.clip for config in configs], device=device)
+        self._rate_K, self._idle_K, self._taken_K, self._broken_K = torch.zeros(
+            4, len(configs), device=device
+        )
 
     def differentiate(self, loss: Tensor, *, more: bool = False) -> None:
         """Set the gradients to those of ``loss``; add them to what is there where there is more."""
@@ -67,40 +71,60 @@ class FlatAdamW:
         self.gradient_KP *= (self._clip_K / (norm_K + 1e-6)).clamp_max(1.0)[:, None]
         return norm_K
 
+    def schedule(self, rates: Sequence[float | None]) -> None:
+        """Set each carry-on's learning rate; None leaves that one as it is in the next step."""
+        self._rate_K.copy_(torch.tensor([rate or 0.0 for rate in rates]))
+        self._idle_K.copy_(torch.tensor([float(rate is None) for rate in rates]))
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Leave every carry-on as it is, whatever is stepped."""
+        idle_K, broken_K = self._idle_K.clone(), self._broken_K.clone()
+        self._idle_K.fill_(1.0)
+        yield
+        self._idle_K.copy_(idle_K)
+        self._broken_K.copy_(broken_K)
+
     @torch.no_grad()
-    def step(self, rates: Sequence[float | None]) -> None:
-        """Take one step at each carry-on's learning rate; None leaves that one as it is."""
-        moved = [k for k, rate in enumerate(rates) if rate is not None]
-        for k in moved:
-            self._steps[k] += 1
-        spans = [(k, part) for k in moved for part in self._parts]
+    def step(self, *seen: Tensor) -> None:
+        """Take a step at the rates that were set.
+
+        A carry-on of which any of the values ``seen``, each [K], is not finite stays as it is, from
+        now on.
+        """
+        for seen_K in seen:
+            self._broken_K.masked_fill_(~seen_K.isfinite(), 1.0)
+        still_K = torch.maximum(self._idle_K, self._broken_K)
+        spans = [(k, part) for k in range(len(self._configs)) for part in self._parts]
         for k, part, exact, mean, square in self._states.over(spans):
-            config, rate = self._configs[k], rates[k]
-            assert rate is not None
+            config = self._configs[k]
             adamw(
                 [exact],
                 [self.gradient_KP[k, part].to(exact.dtype)],
                 [mean],
                 [square],
                 [],
-                [torch.tensor(float(self._steps[k] - 1), device=exact.device)],
+                [self._taken_K[k].clone()],
                 fused=True,
+                capturable=exact.is_cuda,
+                found_inf=still_K[k],
                 amsgrad=False,
                 beta1=0.9,
                 beta2=config.beta2,
-                lr=rate,
+                lr=self._rate_K[k],
                 weight_decay=config.weight_decay if part.start < self._parts[0].stop else 0.0,
                 eps=1e-8,
                 maximize=False,
             )
             if not self._states.in_place:
                 self.values_KP[k, part] = exact
+        self._taken_K += 1.0 - still_K
 
     def moments(self, index: int) -> dict[str, Tensor]:
         """Return what AdamW keeps of one carry-on, by name; empty before its first step."""
-        if not self._steps[index]:
+        if not self._taken_K[index]:
             return {}
-        return self._states.row(index) | {"step": torch.tensor(self._steps[index])}
+        return self._states.row(index) | {"step": self._taken_K[index].clone()}
 
     def restore(self, index: int, moments: dict[str, Tensor]) -> None:
         """Take back what `moments` returned.
@@ -109,7 +133,7 @@ class FlatAdamW:
         """
         if not moments:
             return
-        self._steps[index] = int(moments["step"])
+        self._taken_K[index] = moments["step"]
         row = self._states.row(index)
         for name, value in row.items():
             if name in moments:

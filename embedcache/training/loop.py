@@ -7,15 +7,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from embedcache.cache.batch import Batch, Counts
 from embedcache.carryon.model import CarryOn
 from embedcache.disk import writing
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
+from embedcache.training.captured import Captured
 from embedcache.training.feed import Feed
 from embedcache.training.member import Member
 from embedcache.training.ranks import Ranks
+from embedcache.training.recipe import PLAIN
 from embedcache.training.scoring import DevLoss
 from embedcache.training.stack import Stack, Work
 
@@ -38,9 +41,16 @@ class Loop:
         score: Callable[[Feed, CarryOn], list[DevLoss] | None],
         finish: Callable[[Member], None],
     ):
-        self._stack, self._feeds, self._bar = stack, feeds, bar
+        self._feeds, self._bar = feeds, bar
         self._ranks, self._device = ranks, device
         self._score, self._finish = score, finish
+        self._on(stack)
+
+    def _on(self, stack: Stack) -> None:
+        """Go on with a stack: on a GPU, where nothing is in host memory, by captured steps."""
+        self._stack, self._captured = stack, None
+        if self._device.type == "cuda" and self._ranks.count == 1 and stack.recipe == PLAIN:
+            self._captured = Captured(stack, self._device)
 
     def train(self) -> None:
         """Step until no member is left."""
@@ -62,12 +72,9 @@ class Loop:
         here = [batch.whole for batch in self._batches()]
         everywhere = self._ranks.totals(here, self._device)
         work = self._work(everywhere)
-        loss_K = self._stack.differentiate(work)
-        while not all(batch.last for batch in self._batches()):
-            for feed in self._feeds:
-                feed.next_part()
-            loss_K += self._stack.differentiate(self._work(everywhere), more=True)
-        losses, norms = self._stack.gather(loss_K)
+        self._stack.schedule(work)
+        found = None if self._captured is None else self._captured.take(work)
+        losses, norms = (values_K.tolist() for values_K in found or self._take(work, everywhere))
         for (index, member), loss, norm in zip(self._rows(), losses, norms, strict=True):
             with failing(member):
                 try:
@@ -75,7 +82,6 @@ class Loop:
                 except EmbedcacheError:
                     member.save(self._stack, index)
                     raise
-        self._stack.step(work)
         seconds = time.perf_counter() - started
         for (index, member), one, loss, norm in zip(self._rows(), work, losses, norms, strict=True):
             if member.failure is not None:
@@ -94,6 +100,15 @@ class Loop:
             self._bar.advance(one.tokens, f"loss {member.train_loss:.4f}")
         for feed in self._feeds:
             feed.batch = None
+
+    def _take(self, work: Sequence[Work], everywhere: Sequence[Counts]) -> tuple[Tensor, Tensor]:
+        """Take a step part by part; return losses and norms."""
+        loss_K = self._stack.differentiate(work)
+        while not all(batch.last for batch in self._batches()):
+            for feed in self._feeds:
+                feed.next_part()
+            loss_K += self._stack.differentiate(self._work(everywhere), more=True)
+        return self._stack.finish(loss_K)
 
     def _batches(self) -> list[Batch]:
         return [feed.batch for feed in self._feeds if feed.batch is not None]
@@ -139,7 +154,7 @@ class Loop:
                 feed.members = [member for member in feed.members if member in staying]
             self._feeds = [feed for feed in self._feeds if feed.members]
             if left:
-                self._stack = self._stack.keep([index for index, _ in left])
+                self._on(self._stack.keep([index for index, _ in left]))
 
 
 @contextmanager

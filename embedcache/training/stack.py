@@ -57,9 +57,10 @@ class Stack:
         self.model.recompute = recipe.recompute
         self._configs = list(configs)
         self._inputs = inputs
-        self._recipe = recipe
+        self.recipe = recipe
         self._ranks = ranks
         self.optimizer = FlatAdamW(self.model, configs, dtype=recipe.dtype, offload=recipe.offload)
+        self._share_K = torch.ones(len(configs), device=inputs.device)
 
     def keep(self, rows: Sequence[int]) -> Stack:
         """Return a stack of these carry-ons alone, at the state that they are in."""
@@ -67,7 +68,7 @@ class Stack:
             [self.alone(k) for k in rows],
             [self._configs[k] for k in rows],
             self._inputs,
-            self._recipe,
+            self.recipe,
             self._ranks,
         )
         for new, old in enumerate(rows):
@@ -80,6 +81,14 @@ class Stack:
         model.load_state_dict(self.model.member(index))
         return model
 
+    def schedule(self, work: Sequence[Work]) -> None:
+        """Set the learning rates of a step, and how much each target counts in it.
+
+        A carry-on whose batch has no target stays as it is.
+        """
+        self.optimizer.schedule([one.rate if one.targets else None for one in work])
+        self._share_K.copy_(torch.tensor([1 / max(1, one.targets) for one in work]))
+
     @any_shape_attention()
     def differentiate(self, work: Sequence[Work], *, more: bool = False) -> Tensor:
         """Take the gradients of a step of every carry-on, or add those of one more part of it.
@@ -87,22 +96,21 @@ class Stack:
         Work on the same batch must lie side by side. Returns what this adds to the losses, loss_K:
         means over the targets of the whole step. Without a target a loss is 0.
         """
-        loss_K = torch.cat(self._losses(work))
-        targets = [max(1, one.targets) for one in work]
-        loss_K = loss_K / torch.tensor(targets, device=loss_K.device)
+        loss_K = torch.cat(self._losses(work)) * self._share_K
         self.optimizer.differentiate(loss_K.sum(), more=more)
         return loss_K.detach()
 
-    def gather(self, loss_K: Tensor) -> tuple[list[float], list[float]]:
-        """Sum gradients and losses over all processes, and clip; return losses and norms."""
+    def finish(self, loss_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Move every carry-on by the gradients that were taken; return losses and their norms.
+
+        Gradients and losses are summed over all processes. A carry-on with one that is not finite
+        stays as it is.
+        """
         self._ranks.sum(self.optimizer.gradient_KP)
         loss_K = self._ranks.sum(loss_K)
         norm_K = self.optimizer.clip()
-        return loss_K.tolist(), norm_K.tolist()
-
-    def step(self, work: Sequence[Work]) -> None:
-        """Move every carry-on by the gradients that were taken, where its batch had targets."""
-        self.optimizer.step([one.rate if one.targets else None for one in work])
+        self.optimizer.step(loss_K, norm_K)
+        return loss_K, norm_K
 
     def _losses(self, work: Sequence[Work]) -> list[Tensor]:
         """Return the sums of losses loss_G of each run of carry-ons that see one batch."""
@@ -119,7 +127,9 @@ class Stack:
             delta_GNH = delta_GBTH.flatten(1, 2).index_select(1, wanted_N).to(inputs.dtype)
             x_NH = batch.x_BTH["final"].flatten(0, 1).index_select(0, wanted_N).to(inputs.dtype)
             if N:
-                losses.append(self._loss(x_NH + delta_GNH, batch)[:, :N].sum(dim=1))
+                loss_GN = self._loss(x_NH + delta_GNH, batch)
+                counted = loss_GN[:, :N] if batch.counts_N is None else loss_GN * batch.counts_N
+                losses.append(counted.sum(dim=1))
             else:
                 losses.append(delta_GNH.sum(dim=(1, 2)).float())
             first += G
@@ -134,9 +144,9 @@ class Stack:
         padding = (0, y_GNH.shape[1] - len(batch.targets_N))
         if listed:
             listed[-1] = listed[-1]._replace(index_N=F.pad(listed[-1].index_N, padding))
-            return estimate(y_GNH, listed, head, logit_bytes=self._recipe.logit_bytes)
+            return estimate(y_GNH, listed, head, logit_bytes=self.recipe.logit_bytes)
         y_NH, targets_N = y_GNH.flatten(0, 1), F.pad(batch.targets_N, padding).repeat(len(y_GNH))
-        chunks = self._recipe.chunks(head, targets_N)
+        chunks = self.recipe.chunks(head, targets_N)
         return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GNH.shape[:2])
 
 

@@ -52,7 +52,8 @@ def differentiate(stack: CarryOn, flat: FlatAdamW, wanted: list[dict[str, torch.
 def stepped(stack: CarryOn, flat: FlatAdamW, alone: list[CarryOn], step: int, rates) -> list[float]:
     differentiate(stack, flat, [gradients(model, step, k) for k, model in enumerate(alone)])
     norms = flat.clip().tolist()
-    flat.step(rates)
+    flat.schedule(rates)
+    flat.step()
     return norms
 
 
@@ -110,7 +111,8 @@ def test_moments_go_on_in_another_stack():
     stepped(whole, flat, alone, 7, [0.01] * 3)
     differentiate(half, moved, [gradients(alone[old], 7, old) for old in (2, 0)])
     moved.clip()
-    moved.step([0.01] * 2)
+    moved.schedule([0.01] * 2)
+    moved.step()
     for new, old in enumerate((2, 0)):
         assert all(
             torch.equal(half.member(new)[name], whole.member(old)[name])

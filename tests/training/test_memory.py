@@ -124,7 +124,7 @@ def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, l
             with peak_of(CPU, held) as peak:
                 loss_K = differentiate(self, work, **more)
             peaks[budget].append(peak[0])
-            planned.append((budget, self._recipe.part_tokens))
+            planned.append((budget, self.recipe.part_tokens))
             return loss_K
 
         monkeypatch.setattr(Stack, "differentiate", measured)

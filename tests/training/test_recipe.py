@@ -77,14 +77,16 @@ def test_bfloat16_weights_learn_about_the_same(world, tmp_path, monkeypatch):
 
 def test_parts_are_what_is_on_the_device_at_a_time(world, tmp_path, monkeypatch):
     seen, steps = [], []
-    differentiate, step = Stack.differentiate, Stack.step
+    differentiate, finish = Stack.differentiate, Stack.finish
 
     def noted(self, work, **more):
         seen.append((work[0].batch.tokens, more.get("more", False), work[0].batch.last))
         return differentiate(self, work, **more)
 
     monkeypatch.setattr(Stack, "differentiate", noted)
-    monkeypatch.setattr(Stack, "step", lambda self, work: (steps.append(1), step(self, work))[1])
+    monkeypatch.setattr(
+        Stack, "finish", lambda self, loss_K: (steps.append(1), finish(self, loss_K))[1]
+    )
     trained(world, tmp_path / "c", monkeypatch, Recipe(part_tokens=80))
     assert max(tokens for tokens, _, _ in seen) <= 80
     assert len(seen) > 2 * len(steps)
