@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
+import torch
 from conftest import make_world
 
 from embedcache.cache.verify import verify
+from embedcache.carryon.attention import Spans, attend, segment_mask
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.evaluate import evaluate
 from embedcache.train import sweep, train
+from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
+from embedcache.training.recipe import PLAIN, Recipe
 
 pytestmark = pytest.mark.gpu
 
@@ -47,3 +53,70 @@ def test_those_stacked_on_a_gpu_come_to_what_each_does_alone(tmp_path, world, lo
         alone = train(world.cache_path, out=out, config=result.config, device="cuda")
         assert result.failure is None and result.summary is not None
         assert result.summary.best_dev == pytest.approx(alone.best_dev, rel=2e-3)
+
+
+def test_spans_on_a_gpu_are_the_mask_they_stand_for():
+    draw = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(3, 1, 2, 300, 32, generator=draw, device="cuda", dtype=torch.bfloat16)
+        for _ in range(3)
+    )
+    lengths = torch.tensor([100, 1, 59, 140, 0])
+    starts = torch.cat([torch.zeros(1), lengths.cumsum(0)]).int().cuda()
+    segments = torch.repeat_interleave(torch.arange(5), lengths)[None].cuda()
+    parts = [part.requires_grad_() for part in (q, k, v)]
+    upstream = torch.randn_like(q)
+    found = attend(*parts, Spans(starts, 140))
+    expected = attend(*parts, segment_mask(segments))
+    torch.testing.assert_close(found, expected, rtol=0.02, atol=0.02)
+    for one, other in zip(
+        torch.autograd.grad(found, parts, upstream),
+        torch.autograd.grad(expected, parts, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+
+
+RECIPES = {
+    "one row": Recipe(one_row=True),
+    "captured": Recipe(one_row=True, capture=True),
+    "parts": Recipe(part_tokens=128, one_row=True),
+    "offloaded": Recipe(
+        dtype=torch.bfloat16, offload=True, host_head=True, recompute=True, ahead=1
+    ),
+}
+
+
+@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_gpu_learns_the_same_by_every_recipe(tmp_path, world, monkeypatch, name, loss):
+    config = TrainConfig(
+        carryon=CarryOnConfig(width=32), epochs=3, loss=loss, samples=100, batch_tokens=512
+    )
+    found = {}
+    for recipe in (PLAIN, RECIPES[name]):
+        monkeypatch.setattr(trainer, "PLAIN", recipe)
+        runs = {
+            tmp_path / str(recipe) / str(s): replace(config, seed=s, order_seed=0) for s in (0, 1)
+        }
+        found[recipe] = sweep(world.cache_path, runs=runs, device="cuda")
+    for plain, other in zip(*found.values(), strict=True):
+        assert plain.summary is not None and other.summary is not None, other.failure
+        gain = plain.summary.base_dev - plain.summary.best_dev
+        assert gain > 0
+        assert plain.summary.base_dev - other.summary.best_dev == pytest.approx(gain, rel=0.05)
+
+
+@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+def test_a_gpu_s_allocator_keeps_within_the_budget(tmp_path, world, loss):
+    config = TrainConfig(carryon=CarryOnConfig(width=64), epochs=1, loss=loss, batch_tokens=2048)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    try:
+        summary = train(
+            world.cache_path, out=tmp_path / "c", config=config, device="cuda", memory=64_000_000
+        )
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert summary.memory is not None
+    assert torch.cuda.max_memory_reserved() <= 64_000_000

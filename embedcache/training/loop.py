@@ -18,7 +18,6 @@ from embedcache.training.captured import Captured
 from embedcache.training.feed import Feed
 from embedcache.training.member import Member
 from embedcache.training.ranks import Ranks
-from embedcache.training.recipe import PLAIN
 from embedcache.training.scoring import DevLoss
 from embedcache.training.stack import Stack, Work
 
@@ -47,9 +46,9 @@ class Loop:
         self._on(stack)
 
     def _on(self, stack: Stack) -> None:
-        """Go on with a stack: on a GPU, where nothing is in host memory, by captured steps."""
+        """Go on with a stack."""
         self._stack, self._captured = stack, None
-        if self._device.type == "cuda" and self._ranks.count == 1 and stack.recipe == PLAIN:
+        if stack.recipe.capture and self._ranks.count == 1:
             self._captured = Captured(stack, self._device)
 
     def train(self) -> None:

@@ -123,7 +123,7 @@ class Materials:
             subset=self.subset("train", config.documents),
             rank=self.ranks.rank,
             ranks=self.ranks.count,
-            one_row=self.device.type == "cuda",
+            one_row=recipe.one_row,
             part_tokens=recipe.part_tokens,
             ahead=recipe.ahead,
         )
@@ -139,6 +139,6 @@ class Materials:
             subset=self.subset("dev", patterns),
             rank=self.ranks.rank,
             ranks=self.ranks.count,
-            one_row=self.device.type == "cuda",
+            one_row=recipe.one_row,
             ahead=recipe.ahead,
         )

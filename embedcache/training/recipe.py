@@ -26,6 +26,8 @@ class Recipe:
             to the device for each part.
         logit_bytes: logits that exist at a time; None leaves it to the device.
         ahead: parts that are made before they are asked for.
+        one_row: whether a part's sequences lie one behind the other, with attention over spans.
+        capture: whether steps are recorded as CUDA graphs, and replayed; needs ``one_row``.
     """
 
     part_tokens: int | None = None
@@ -35,6 +37,8 @@ class Recipe:
     host_head: bool = False
     logit_bytes: int | None = None
     ahead: int = 2
+    one_row: bool = False
+    capture: bool = False
 
     def chunks(self, head: Head, targets_N: Tensor) -> Chunks | None:
         """Return how many logits of an exact loss exist at a time; None leaves it to the device."""
@@ -53,3 +57,4 @@ class Recipe:
 
 
 PLAIN = Recipe()
+"""Where there is memory enough. (On CUDA ``one_row`` and ``capture`` wait to be measured.)"""
