@@ -51,6 +51,7 @@ def run(place: Path, out: Path, **more: Any) -> ExtractSummary:
         out=out,
         settings=small_settings(),
         device="cpu",
+        dtype="float32",  # as in this process, so in those it starts
         **more,
     )
 

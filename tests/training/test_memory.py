@@ -112,7 +112,7 @@ def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, l
 
     monkeypatch.setattr(Loop, "train", looped)
     config = replace(CONFIG, loss=loss, samples=100)
-    for budget in (12_000_000, 4_000_000):
+    for budget in (12_000_000, 3_000_000):
         peaks[budget] = []
 
         def measured(self, work, budget=budget, **more):
@@ -137,7 +137,7 @@ def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, l
         )
         assert 0.2 * budget < max(peaks[budget]) < budget
     parts = dict(planned)
-    assert parts[4_000_000] < parts[12_000_000]
+    assert parts[3_000_000] < parts[12_000_000]
 
 
 def test_a_sweep_keeps_within_its_budget_too(world, tmp_path):
