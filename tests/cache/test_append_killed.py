@@ -111,7 +111,7 @@ def added(place: Path, cache: Path) -> Any:
     return append(config, out=cache, device="cpu")
 
 
-@pytest.mark.parametrize("count", [4, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
 def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
     place: Path, tiny_base: Path, tmp_path: Path, count: int
 ) -> None:
