@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from embedcache.base.head import Head
 from embedcache.loss import Chunks, plan_chunks
@@ -40,19 +39,16 @@ class Recipe:
     one_row: bool = False
     capture: bool = False
 
-    def chunks(self, head: Head, targets_N: Tensor) -> Chunks | None:
-        """Return how many logits of an exact loss exist at a time; None leaves it to the device."""
-        if self.logit_bytes is None:
-            return None
-        weight_VH = head.weight_VH
-        V, H = weight_VH.shape
+    def chunks(self, head: Head, N: int, device: torch.device) -> Chunks:
+        """Return how many logits of an exact loss over N positions exist at a time."""
+        V, H = head.weight_VH.shape
         return plan_chunks(
-            len(targets_N),
+            N,
             V,
-            weight_VH.dtype,
-            targets_N.device,
+            head.weight_VH.dtype,
+            device,
             budget=self.logit_bytes,
-            streamed_hidden=H if weight_VH.device != targets_N.device else 0,
+            streamed_hidden=H if head.weight_VH.device != device else 0,
         )
 
 

@@ -54,7 +54,7 @@ def dev_losses(
             delta_KNH = inputs.delta(stack, batch).flatten(1, 2).index_select(1, batch.wanted_N)
             y_KNH = y_KNH + delta_KNH.to(inputs.dtype)
         for k, y_NH in enumerate(y_KNH):
-            chunks = recipe.chunks(inputs.head, batch.targets_N)
+            chunks = recipe.chunks(inputs.head, len(y_NH), y_NH.device)
             loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)
             exact_K[k] += loss_N.double().sum().cpu()
         if shortlist is not None:

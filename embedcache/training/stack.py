@@ -146,7 +146,7 @@ class Stack:
             listed[-1] = listed[-1]._replace(index_N=F.pad(listed[-1].index_N, padding))
             return estimate(y_GNH, listed, head, logit_bytes=self.recipe.logit_bytes)
         y_NH, targets_N = y_GNH.flatten(0, 1), F.pad(batch.targets_N, padding).repeat(len(y_GNH))
-        chunks = self.recipe.chunks(head, targets_N)
+        chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)
         return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GNH.shape[:2])
 
 

@@ -45,6 +45,7 @@ class Trainer:
         self._cache, self._device, self._progress, self._ranks = cache, device, progress, ranks
         self._memory = memory
         self._base_dev: dict[Patterns, float | None] = {}
+        self._told = ""
 
     def stacks(self, members: Sequence[Member]) -> Iterator[list[Member]]:
         """Yield the members in lists that one `run` can train: of one shape, and few enough."""
@@ -110,6 +111,7 @@ class Trainer:
         )
         for index, member in enumerate(members):
             member.enter(stack, index)
+        self._say_loss(members, recipe)
         feeds = [
             self._feed([member for member, _ in group], recipe)
             for group in (list(group) for _, group in groupby(begun, key=self._place))
@@ -134,6 +136,20 @@ class Trainer:
             except torch.OutOfMemoryError:
                 return False
         return True
+
+    def _say_loss(self, members: Sequence[Member], recipe: Recipe) -> None:
+        """Say how the loss is computed, unless that was said of a stack before."""
+        config = members[0].config
+        told = f"loss: shortlists of the labels and {config.samples:,} draws"
+        if members[0].loss == "exact":
+            head = self.materials.inputs(config.carryon, recipe, training=True).head
+            tokens = max(self.materials.batch_tokens(member.config) for member in members)
+            positions = len(members) * min(tokens, recipe.part_tokens or tokens)
+            chunks = recipe.chunks(head, positions, self._device)
+            told = f"loss: exact, logits of {chunks} at a time"
+        if told != self._told:
+            self._told = told
+            self._progress.say(told)
 
     def _fail_for_memory(self, members: Sequence[Member]) -> None:
         """End all that are not done, with what would have fitted."""

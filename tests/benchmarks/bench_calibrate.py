@@ -3,7 +3,7 @@
 Random rows, head and token embedding of the real shape: neither time nor memory depends on values.
 The peer is the forward pass over the very same rows, which a run needs anyhow, by its
 floating-point operations (two for each parameter and token) at this device's own rate of a large
-product, bfloat16 on a GPU and float32 on a CPU.
+product, in the dtype that it extracts in. Memory is the allocator's on a GPU, else the process's.
 
     python tests/benchmarks/bench_calibrate.py [--shapes SmolLM2 32B]
 """
@@ -19,6 +19,7 @@ import numpy as np
 import torch
 
 from embedcache.base.head import Head
+from embedcache.device import fast_dtype
 from embedcache.extraction.calibrate import ROWS_PER_COMPONENT, SAMPLE_ROWS, Sample, calibrate
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -35,6 +36,12 @@ SHAPES = {
 def sync() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def resident(what: str) -> int:
+    """Return the bytes of this process that are in memory (``VmRSS``), or were at most."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
@@ -59,7 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
-    dtype = torch.bfloat16 if cuda else torch.float32
+    dtype = fast_dtype(device)
     rate = product_rate(device, dtype)
     rows = []
     for name in options.shapes:
@@ -77,7 +84,7 @@ def main() -> None:
             np.arange(N) // 4096,
         )
         sync()
-        held = torch.cuda.memory_allocated() if cuda else 0
+        held = torch.cuda.memory_allocated() if cuda else resident("VmRSS")
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         started = time.perf_counter()
@@ -97,19 +104,17 @@ def main() -> None:
                 command=command,
             )
         )
-        if cuda:
-            above = (torch.cuda.max_memory_allocated() - held) / 1e9
-            size = sample.x_NH.nbytes / 1e9
-            rows.append(
-                row(
-                    f"its peak memory above base and sample, {name}",
-                    above,
-                    "GB",
-                    peer="the sample in float32",
-                    peer_value=size,
-                    command=command,
-                )
+        peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
+        rows.append(
+            row(
+                f"its peak memory above base and sample, {name}",
+                (peak - held) / 1e9,
+                "GB",
+                peer="the sample in float32",
+                peer_value=sample.x_NH.nbytes / 1e9,
+                command=command,
             )
+        )
         print(rows[-1], found.measured, flush=True)
         del sample, head, found
     record(f"calibrate_{'gpu' if cuda else 'cpu'}", rows, options.results)
