@@ -33,13 +33,17 @@ def run_sweep(
 
     if dry_run:
         plans = {
-            name: asdict(preview(cache, out=out / name, config=config, device=device))
+            name: asdict(
+                preview(cache, out=out / name, config=config, device=device, memory=memory)
+            )
             for name, config in runs.items()
         }
         if as_json:
             print_json(plans)
         else:
-            columns = ("parameters", "train_tokens", "steps", "loss")
+            columns: tuple[str, ...] = ("parameters", "train_tokens", "steps", "loss")
+            if memory is not None:
+                columns += ("memory",)
             print_table(
                 ("run", *columns),
                 [(name, *(plan[column] for column in columns)) for name, plan in plans.items()],

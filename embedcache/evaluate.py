@@ -108,6 +108,13 @@ class FrozenInputs:
         self.device, self.dtype = device, dtype
         self._longest = cache.attributes.settings.context
 
+    def tensors(self) -> list[torch.Tensor]:
+        """Return the head's weight and, where it is another, the token embedding."""
+        found = [self.head.weight_VH]
+        if self._embedding_VH is not None and self._embedding_VH is not found[0]:
+            found.append(self._embedding_VH)
+        return found
+
     def tokens_BTH(self, ids_BT: torch.Tensor) -> torch.Tensor | None:
         """Return the base's token embedding of ids, where the carry-on reads them."""
         if self._embedding_VH is None:
@@ -119,7 +126,8 @@ class FrozenInputs:
         low = self.dtype == torch.bfloat16
         where: torch.Tensor | Spans | None = None
         if batch.starts_M is not None:
-            where = Spans(batch.starts_M, self._longest)
+            # What pads the row is a span of its own.
+            where = Spans(batch.starts_M, max(self._longest, batch.ids_BT.shape[-1]))
         elif batch.packed:
             where = segment_mask(batch.segments_BT)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=low):

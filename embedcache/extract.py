@@ -118,7 +118,8 @@ def extract(
                     if not begun and claims.holds(TURN):
                         unseal(out)
                     raise
-            run.tidy()  # of a finished cache, too: a run may be killed after the manifest
+            else:
+                run.tidy()
     except BaseException:
         if created and not (out / "zarr.json").is_file():
             with suppress(OSError):  # another process may have begun there

@@ -43,9 +43,9 @@ def train(
 
     Under ``torchrun``, every process takes a share of each step's tokens (data-parallel).
 
-    ``memory`` is a budget in bytes: how a step is computed is chosen so that it takes no more of
-    the device, all included. What is learned stays the same up to rounding (and the draws of a
-    shortlist); on CUDA the allocator is held to it.
+    ``memory`` is a budget in bytes: how a step is computed is chosen so that tensors take no more
+    of the device (CUDA's own context is not counted), and on CUDA the allocator is held to it. What
+    is learned stays the same up to rounding and the draws of a shortlist.
 
     Raises:
         UsageError: for settings that cannot be.
@@ -135,7 +135,7 @@ def preview(
     memory: int | None = None,
 ) -> TrainPlan:
     """Make every check that `train` makes before it writes; return the plan."""
-    shared = _Shared(cache_path, resolve_device(device), SILENT)
+    shared = _Shared(cache_path, local_device(resolve_device(device)), SILENT)
     shared.check(out, config)
     loss, plan = _loss_name(config, shared.device), None
     if memory is not None:
@@ -216,7 +216,7 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
         )
         for out, config in runs.items()
     ]
-    planned = [(stack, shared.trainer.plan(stack)) for stack in shared.trainer.stacks(members)]
+    planned = shared.trainer.planned(members)
     ranks.wait()  # none writes before all have checked
     with ExitStack() as locks:
         for out, config in runs.items():

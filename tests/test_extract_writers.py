@@ -162,6 +162,14 @@ def test_a_writer_that_comes_late_clears_up_after_one_killed_at_the_end(
     run(place, out)
     assert not left.parents[2].exists()
     assert comparable_tree(out) == comparable_tree(place / "alone")
+    # What an append or a repair that was killed has staged is not its own to remove.
+    staged = [out / ".staging" / name for name in ("append/zarr.json", "89ef/train/embeddings/0")]
+    for path in (left, *staged):
+        path.parent.mkdir(parents=True)
+        path.write_text("{}")
+    run(place, out)
+    assert not left.exists()
+    assert all(path.is_file() for path in staged)
 
 
 def test_repair_refuses_while_another_writes(place: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -89,24 +90,21 @@ class BatchLoader:
             # another thread has begun a team of its own. Blocks are read ahead in any case.
             yield from made
             return
-        with closing(prefetch(self._on_stream(made), self._ahead)) as batches:
+        stream = _stream(self._device)
+        stream.wait_stream(
+            torch.cuda.current_stream(self._device)
+        )  # what is drawn by is made there
+        with closing(prefetch(_on_stream(made, stream), self._ahead)) as batches:
             for batch, copied in batches:
-                stream = torch.cuda.current_stream(self._device)
-                stream.wait_event(copied)
+                here = torch.cuda.current_stream(self._device)
+                here.wait_event(copied)
                 for tensor in batch.tensors():
-                    tensor.record_stream(stream)
+                    tensor.record_stream(here)
                 yield batch
 
     def _made(self, epoch: int, skip: int, draw: Callable[[Batch], Drawn]) -> Iterator[Batch]:
         for batch in self._batches(epoch, skip):
             yield replace(batch, drawn=draw(batch))
-
-    def _on_stream(self, made: Iterator[Batch]) -> Iterator[tuple[Batch, torch.cuda.Event]]:
-        with torch.cuda.stream(torch.cuda.Stream(self._device)):
-            for batch in made:
-                copied = torch.cuda.Event()
-                copied.record()
-                yield batch, copied
 
     def _batches(self, epoch: int, skip: int) -> Iterator[Batch]:
         with ThreadPoolExecutor(self._threads) as pool:
@@ -176,3 +174,22 @@ class BatchLoader:
 
 def _nothing(batch: Batch) -> Drawn:
     return ()
+
+
+@cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that batches for a device are made on: libraries keep memory for each."""
+    return torch.cuda.Stream(device)
+
+
+def _on_stream(
+    made: Iterator[Batch], stream: torch.cuda.Stream
+) -> Iterator[tuple[Batch, torch.cuda.Event]]:
+    while True:
+        with torch.cuda.stream(stream):  # not across a yield: it may be closed by another thread
+            batch = next(made, None)
+            if batch is None:
+                return
+            copied = torch.cuda.Event()
+            copied.record()
+        yield batch, copied

@@ -241,7 +241,9 @@ def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor
         angles = positions_BT.numpy()[..., None, :, None] * 10000.0**-exponent
         cos, sin = torch.from_numpy(np.cos(angles)), torch.from_numpy(np.sin(angles))
     else:
-        frequency = torch.from_numpy(10000.0**-exponent).to(positions_BT.device)
+        # Made there: a copy would wait for the device, and cannot be captured.
+        steps = torch.arange(0, head_width, 2, dtype=torch.float64, device=positions_BT.device)
+        frequency = 10000.0 ** -(steps / head_width)
         on_device = positions_BT[..., None, :, None] * frequency
         cos, sin = on_device.cos(), on_device.sin()
     return cos.float(), sin.float()

@@ -61,19 +61,19 @@ class BlockForward:
         self._batch_tokens = batch_tokens
 
     def batches(self, rows_S2: Array) -> list[list[int]]:
-        """Return the batches of a block: the sequences of each, longest first."""
+        """Return the batches of a block: the sequences of each, the widest first."""
         widths = [self._width(length) for length in (rows_S2[:, 1] - rows_S2[:, 0]).tolist()]
         return plan_batches(widths, self._batch_tokens)
 
     def _width(self, length: int) -> int:
         """Return the positions of a batch whose longest sequence is so long."""
         most = getattr(self._base.model.config, "max_position_embeddings", None) or length
-        return max(length, min(-(-length // WIDTHS) * WIDTHS, most))
+        return max(length, min(-(-length // WIDTHS) * WIDTHS, most, self._batch_tokens))
 
     @torch.no_grad()
     @any_shape_attention()
     def batch(self, ids_N: Array, rows_B2: Array) -> dict[str, torch.Tensor]:
-        """Return x_BTH by tap of some of a block's sequences, longest first, on the device."""
+        """Return x_BTH by tap of some of a block's sequences on the device."""
         with TapRecorder(self._base.model, self._taps) as recorder:
             # Padding is on the right and attention causal: no token sees any, so no mask is
             # passed and the fast causal kernel is used. The self-check holds this to account.
@@ -131,7 +131,7 @@ class BlockForward:
         base = self._base
         lengths = (rows_S2[:, 1] - rows_S2[:, 0]).tolist()
         padding = {
-            index: lengths[batch[0]] - lengths[index]
+            index: self._width(max(lengths[other] for other in batch)) - lengths[index]
             for batch in self.batches(rows_S2)
             for index in batch
         }

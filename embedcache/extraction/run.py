@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from embedcache.cache.commit import (
     newest_generations,
     recover,
 )
-from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, ExtractSettings
+from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, STAGING, ExtractSettings
 from embedcache.cache.manifest import Manifest, publish_manifest, read_manifest, split_manifest
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
@@ -189,7 +189,8 @@ class Extraction:
         if mended is None:
             turn.close()
             turn.enter_context(self._claims.turn(progress))
-        made = self._count(self._recover(self._live()))
+        live = self._live()
+        made = self._count(self._recover(live))
         if left := blocks_to_go(self._splits, made.done):
             raise OutputError(
                 f"{len(left)} blocks of {out} were committed and their files are gone: type the "
@@ -209,14 +210,22 @@ class Extraction:
         if mended is not None or not (out / MANIFEST).is_file():
             self._claims.require(TURN)
             self._publish(extracted)
+        for name in self._splits:
+            drop_superseded(out, name)
+        if self._claims.holds(TURN):
+            clear_staging(out, live)
 
     def tidy(self) -> None:
-        """Remove what a finished cache has no use for: replaced blocks, what the dead staged."""
-        live = self._live()
-        for name in self._splits:
-            drop_superseded(self._out, name)
-        if self._claims.holds(TURN):
-            clear_staging(self._out, live)
+        """Remove the manifest of one that died just after it had published it, and no more.
+
+        What else is staged beside a finished cache is an append's or a repair's, that may go on.
+        """
+        live, staging = self._live(), self._out / STAGING
+        for made in [made for made in staging.glob("*/manifest") if made.parent.name not in live]:
+            shutil.rmtree(made, ignore_errors=True)
+            for folder in (made.parent, staging):
+                with suppress(OSError):  # not empty
+                    folder.rmdir()
 
     def _manifest(self, made: Path, extracted: dict[str, Any]) -> Manifest:
         """Return the manifest of the finished cache; its ledgers are written in ``made``."""

@@ -45,7 +45,11 @@ class Feed:
         """Have the next part of the batch due; one without tokens where there is none."""
         assert self.batch is not None
         assert self._epoch is not None
-        self.batch = self.batch.without_tokens() if self.batch.last else next(self._epoch)
+        if self.batch.last:
+            self.batch = self.batch.without_tokens()
+        else:
+            self.batch = None  # gone before the next one is made
+            self.batch = next(self._epoch)
 
     def _drawing(self, step: int) -> Callable[[Batch], list[Listed]] | None:
         """Return what draws the shortlists of batches from a step on, part by part."""

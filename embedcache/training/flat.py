@@ -10,10 +10,11 @@ from contextlib import contextmanager
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from embedcache.carryon.model import CarryOn
+from embedcache.errors import CarryOnError
 from embedcache.training.config import TrainConfig
 from embedcache.training.states import EXACT, States
 
@@ -32,28 +33,34 @@ class FlatAdamW:
         stack: CarryOn,
         configs: Sequence[TrainConfig],
         *,
+        device: torch.device | None = None,
         dtype: torch.dtype = torch.float32,
         offload: bool = False,
     ):
-        """Take over a stack's weights, in ``dtype``; with ``offload`` keep states on the host."""
-        parameters = sorted(stack.parameters(), key=lambda parameter: -min(parameter.ndim, 3))
-        sizes = [parameter[0].numel() for parameter in parameters]
-        matrices = sum(s for p, s in zip(parameters, sizes, strict=True) if p.ndim > 2)
-        device = parameters[0].device
-        exact_KP = torch.cat([parameter.detach().flatten(1) for parameter in parameters], dim=1)
-        self.values_KP = exact_KP.to(dtype)
+        """Take over a stack's weights, in ``dtype``, on ``device``; keep states on the host or not.
+
+        What is not kept is never on the device: build the stack on the host.
+        """
+        parameters = sorted(stack.named_parameters(), key=lambda one: -min(one[1].ndim, 3))
+        sizes = [parameter[0].numel() for _, parameter in parameters]
+        matrices = sum(s for (_, p), s in zip(parameters, sizes, strict=True) if p.ndim > 2)
+        exact_KP = torch.cat([parameter.detach().flatten(1) for _, parameter in parameters], dim=1)
+        self.values_KP = exact_KP.to(dtype).to(device)
         self.gradient_KP = torch.zeros_like(self.values_KP)
         start = 0
-        for parameter, size in zip(parameters, sizes, strict=True):
+        for (name, parameter), size in zip(parameters, sizes, strict=True):
             part = slice(start, start + size)
-            parameter.data = self.values_KP[:, part].view(parameter.shape)
+            value = nn.Parameter(self.values_KP[:, part].view(parameter.shape))
             gradient = self.gradient_KP[:, part].view(parameter.shape)
-            parameter.register_post_accumulate_grad_hook(partial(_move, gradient))
+            value.register_post_accumulate_grad_hook(partial(_move, gradient))
+            layer, _, attribute = name.rpartition(".")
+            setattr(stack.get_submodule(layer), attribute, value)
             start += size
         self._states = States(exact_KP, self.values_KP, offload=offload)
         self._parts = [slice(0, matrices), slice(matrices, start)]
         self._configs = list(configs)
         # All that a step depends on is on the device, so that it can be captured and replayed.
+        device = self.values_KP.device
         self._clip_K = torch.tensor([config.clip for config in configs], device=device)
         self._rate_K, self._idle_K, self._taken_K, self._broken_K = torch.zeros(
             4, len(configs), device=device
@@ -81,9 +88,11 @@ class FlatAdamW:
         """Leave every carry-on as it is, whatever is stepped."""
         idle_K, broken_K = self._idle_K.clone(), self._broken_K.clone()
         self._idle_K.fill_(1.0)
-        yield
-        self._idle_K.copy_(idle_K)
-        self._broken_K.copy_(broken_K)
+        try:
+            yield
+        finally:
+            self._idle_K.copy_(idle_K)
+            self._broken_K.copy_(broken_K)
 
     @torch.no_grad()
     def step(self, *seen: Tensor) -> None:
@@ -133,6 +142,10 @@ class FlatAdamW:
         """
         if not moments:
             return
+        if "step" not in moments:
+            raise CarryOnError(
+                "the checkpoint was made by an earlier version: delete its folder and train again"
+            )
         self._taken_K[index] = moments["step"]
         row = self._states.row(index)
         for name, value in row.items():

@@ -70,10 +70,7 @@ class Loop:
     def _step(self, started: float) -> None:
         here = [batch.whole for batch in self._batches()]
         everywhere = self._ranks.totals(here, self._device)
-        work = self._work(everywhere)
-        self._stack.schedule(work)
-        found = None if self._captured is None else self._captured.take(work)
-        losses, norms = (values_K.tolist() for values_K in found or self._take(work, everywhere))
+        losses, norms = (values_K.tolist() for values_K in self._take(everywhere))
         for (index, member), loss, norm in zip(self._rows(), losses, norms, strict=True):
             with failing(member):
                 try:
@@ -82,14 +79,19 @@ class Loop:
                     member.save(self._stack, index)
                     raise
         seconds = time.perf_counter() - started
-        for (index, member), one, loss, norm in zip(self._rows(), work, losses, norms, strict=True):
+        counts = [
+            one for one, feed in zip(everywhere, self._feeds, strict=True) for _ in feed.members
+        ]
+        for (index, member), one, loss, norm in zip(
+            self._rows(), counts, losses, norms, strict=True
+        ):
             if member.failure is not None:
                 continue
             with failing(member):
                 member.count(
                     loss=loss,
                     norm=norm,
-                    rate=one.rate,
+                    rate=member.rate(one.tokens),
                     tokens=one.tokens,
                     targets=one.targets,
                     batches=self._ranks.count,
@@ -100,13 +102,19 @@ class Loop:
         for feed in self._feeds:
             feed.batch = None
 
-    def _take(self, work: Sequence[Work], everywhere: Sequence[Counts]) -> tuple[Tensor, Tensor]:
-        """Take a step part by part; return losses and norms."""
+    def _take(self, everywhere: Sequence[Counts]) -> tuple[Tensor, Tensor]:
+        """Take a step, part by part, of which only one is kept; return losses and norms."""
+        work = self._work(everywhere)
+        self._stack.schedule(work)
+        if self._captured is not None and (found := self._captured.take(work)) is not None:
+            return found
         loss_K = self._stack.differentiate(work)
         while not all(batch.last for batch in self._batches()):
+            del work
             for feed in self._feeds:
                 feed.next_part()
-            loss_K += self._stack.differentiate(self._work(everywhere), more=True)
+            work = self._work(everywhere)
+            loss_K += self._stack.differentiate(work, more=True)
         return self._stack.finish(loss_K)
 
     def _batches(self) -> list[Batch]:

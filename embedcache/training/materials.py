@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from embedcache.base.head import Head
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.reader import Cache
 from embedcache.cache.sample import sample_embeddings
@@ -22,7 +23,7 @@ Patterns = tuple[str, ...]
 PROPOSAL_POSITIONS = 4096
 """Positions whose probabilities say what a shortlist's tail is drawn from."""
 HOST_PROPOSAL_POSITIONS = 1024
-"""As many where a CPU computes them for a GPU."""
+"""As many where a CPU computes them for a GPU, within a memory budget."""
 
 
 class Materials:
@@ -72,6 +73,10 @@ class Materials:
         step = config.steps_tokens(self.tokens("train", config.documents))
         return -(-step // self.ranks.count)
 
+    def order(self, config: TrainConfig) -> tuple[object, ...]:
+        """Return what tells orders of batches apart."""
+        return config.documents, config.order, self.batch_tokens(config)
+
     def sample(self, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
         """Return embeddings to calibrate on; raises ``NumericsError`` if some are not finite."""
         if taps not in self._samples:
@@ -93,8 +98,10 @@ class Materials:
         key = (carryon.token_input, dtype, recipe.host_head)
         if key not in self._frozen:
             tokens, dtype, host_head = key
-            # What lies in the other place is of a recipe that did not do.
-            self._frozen = {k: v for k, v in self._frozen.items() if k[2] == host_head}
+            # What lies in the other place is of a recipe that did not do, or of other carry-ons.
+            self._frozen = {
+                k: v for k, v in self._frozen.items() if (k[0], k[2]) == (tokens, host_head)
+            }
             self._frozen[key] = FrozenInputs(
                 self.cache, self.device, tokens=tokens, dtype=dtype, host_head=host_head
             )
@@ -105,9 +112,17 @@ class Materials:
         if self._proposal_V is None:
             inputs = self.inputs(config.carryon, recipe)
             x_NH, home = self.sample(config.carryon.taps)["final"], inputs.head.weight_VH.device
-            most = PROPOSAL_POSITIONS if home == self.device else HOST_PROPOSAL_POSITIONS
+            head, most = inputs.head, PROPOSAL_POSITIONS
+            if recipe.logit_bytes is not None and self.device.type == "cuda":
+                # Probabilities of the whole vocabulary are much; those few, a CPU computes.
+                home, most = torch.device("cpu"), HOST_PROPOSAL_POSITIONS
+                head = Head.from_parts(
+                    head.weight_VH.cpu(),
+                    None if head.bias_V is None else head.bias_V.cpu(),
+                    head.settings,
+                )
             some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), most)).long()
-            self._proposal_V = tail_proposal(x_NH[some].to(home, inputs.dtype), inputs.head)
+            self._proposal_V = tail_proposal(x_NH[some].to(home, inputs.dtype), head)
         head = self.inputs(config.carryon, recipe, training=True).head
         proposal_V = self._proposal_V.to(head.weight_VH.device)
         return Shortlist(head, proposal_V, samples=config.samples, seed=config.order)

@@ -208,7 +208,7 @@ class Member:
         if dev is None or state.best_dev is None or dev < state.best_dev:
             state.best_dev, state.best_epoch = dev, state.epoch + 1
             state.best_estimate = estimate
-            self._best = {name: value.clone() for name, value in weights.items()}
+            self._best = {name: value.to("cpu", copy=True) for name, value in weights.items()}
         state.epoch += 1
         state.position, state.epoch_loss, state.epoch_targets = 0, 0.0, 0
         self._log(step=state.step, epoch=state.epoch, **row)

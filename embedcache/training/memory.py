@@ -61,6 +61,12 @@ class MemoryPlan:
     budget: int
     expected: int
 
+    @property
+    def leanness(self) -> tuple[bool, bool, bool, int]:
+        """What orders plans by how little of the device they take."""
+        recipe = self.recipe
+        return recipe.offload, recipe.host_head, recipe.recompute, -(recipe.part_tokens or 1 << 40)
+
     def __str__(self) -> str:
         recipe = self.recipe
         parts = [
@@ -90,7 +96,7 @@ def candidates(device: torch.device, budget: int, hidden: int) -> list[Recipe]:
 def choose(
     recipes: Sequence[Recipe],
     budget: int,
-    footprint: Callable[[Recipe], Footprint],
+    footprint: Callable[[Recipe], Footprint | None],
     *,
     longest: int,
     step_tokens: int,
@@ -100,13 +106,13 @@ def choose(
     Args:
         recipes: to choose from, the best first.
         budget: bytes.
-        footprint: measures a recipe; called once for each.
+        footprint: measures a recipe; called once for each; None where it took too much for that.
         longest: tokens of the longest sequence, which is never cut.
         step_tokens: tokens of a step: larger parts are of no use.
 
     Raises ``DeviceMemoryError``, with the least that would do, if none holds a sequence.
     """
-    found: dict[int, Footprint] = {}
+    found: dict[int, Footprint | None] = {}
     room = budget * USED
     step_tokens = max(step_tokens, longest)
     for least in (*GOOD_TOKENS, longest):
@@ -114,16 +120,22 @@ def choose(
         for number, recipe in enumerate(recipes):
             if number not in found:
                 found[number] = footprint(recipe)
-            tokens = min(found[number].tokens(room), step_tokens)
+            measured = found[number]
+            if measured is None:
+                continue
+            tokens = min(measured.tokens(room), step_tokens)
             if tokens < step_tokens:
                 tokens = max(tokens // STEP_TOKENS * STEP_TOKENS, min(tokens, longest))
             if tokens >= least:
                 recipe = replace(recipe, part_tokens=tokens)
-                return MemoryPlan(recipe=recipe, budget=budget, expected=found[number].at(tokens))
-    needed = min(footprint.at(longest) for footprint in found.values()) / USED
+                return MemoryPlan(recipe=recipe, budget=budget, expected=measured.at(tokens))
+    known = [measured.at(longest) / USED for measured in found.values() if measured is not None]
+    takes, way_out = "more", "Give more"
+    if known:
+        takes, way_out = f"{size(min(known))} at least", f"Type: --memory {rounded(min(known))}"
     raise DeviceMemoryError(
         f"a budget of {size(budget)} does not hold a sequence of {longest:,} tokens with what "
-        f"trains on it: that takes {size(needed)} at least. Type: --memory {rounded(needed)}"
+        f"trains on it: that takes {takes}. {way_out}"
     )
 
 
@@ -188,8 +200,16 @@ def peak_of(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[
     peak.append(live.peak + sum(tensor.nbytes for tensor in resident))
 
 
-def hold(budget: int, device: torch.device) -> None:
-    """Let the allocator reserve no more than a budget, from now on; of a CPU nothing is held."""
-    if device.type == "cuda":
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+@contextmanager
+def held(budget: int | None, device: torch.device) -> Iterator[None]:
+    """Let the allocator reserve no more than a budget meanwhile; of a CPU nothing is held."""
+    if budget is None or device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)

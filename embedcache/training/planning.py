@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+import gc
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from itertools import islice
 
@@ -13,7 +14,7 @@ from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
-from embedcache.training.memory import Footprint, MemoryPlan, candidates, choose, hold, peak_of
+from embedcache.training.memory import Footprint, MemoryPlan, candidates, choose, held, peak_of
 from embedcache.training.recipe import Recipe
 from embedcache.training.stack import Stack, Work
 
@@ -28,65 +29,82 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return how to train carry-ons of one shape and loss within ``budget`` bytes of the device.
 
-    The gradients of parts of two sizes are taken, and nothing is kept of them. On CUDA the
-    allocator reserves no more than the budget from now on.
+    The gradients of parts of two sizes are taken, and nothing is kept of them.
 
     Raises ``DeviceMemoryError`` if no recipe holds a sequence.
     """
-    step_tokens = max(materials.batch_tokens(config) for config in configs)
-    longest = min(step_tokens, materials.cache.attributes.settings.context)
-    hold(budget, materials.device)
+    longest = materials.cache.attributes.settings.context
 
-    def footprint(recipe: Recipe) -> Footprint:
+    def footprint(recipe: Recipe) -> Footprint | None:
         measured: dict[int, int] = {}
         least = max(longest, TRIED)
         for tokens in (least, 2 * least):
             try:
-                positions, taken = _trial(
-                    materials, configs, loss, replace(recipe, part_tokens=tokens)
-                )
+                given, taken = _trial(materials, configs, loss, replace(recipe, part_tokens=tokens))
             except torch.OutOfMemoryError:
                 break
-            measured[positions] = taken
+            measured[given] = taken
+        gc.collect()  # an error of the loader's thread holds what was tried
         if len(measured) == 2:
             return Footprint.through(measured)
         # One size alone: all of it may grow with the part.
-        return Footprint(0, max((at / n for n, at in measured.items()), default=2.0 * budget))
+        return next((Footprint(0, taken / given) for given, taken in measured.items()), None)
 
-    return choose(
-        candidates(materials.device, budget, materials.hidden),
-        budget,
-        footprint,
-        longest=longest,
-        step_tokens=step_tokens,
-    )
+    with held(budget, materials.device):
+        return choose(
+            candidates(materials.device, budget, materials.hidden),
+            budget,
+            footprint,
+            longest=longest,
+            step_tokens=max(materials.batch_tokens(config) for config in configs),
+        )
 
 
 def _trial(
     materials: Materials, configs: Sequence[TrainConfig], loss: str, recipe: Recipe
 ) -> tuple[int, int]:
-    """Take the gradient of a part; return its tokens, padded ones too in one row, and its bytes."""
+    """Take the gradients of some parts; return the tokens of the largest, and bytes at the peak.
+
+    Tokens of one row count with its padding. Carry-ons of another order see parts of their own.
+    """
     config, device = configs[0], materials.device
     inputs = materials.inputs(config.carryon, recipe, training=True)
-    shortlist = materials.shortlist(config, recipe) if loss == "shortlist" else None
+    scoring = materials.inputs(config.carryon, recipe)
     with torch.random.fork_rng(devices=[]):
         models = [CarryOn(config.carryon, materials.hidden) for config in configs]
+    orders = {materials.order(config): config for config in configs}
+    resident = {id(t): t for one in (inputs, scoring) for t in one.tensors() if t.device == device}
+    given = 0
+    with peak_of(device, resident.values()) as peak, ExitStack() as loaders:
+        stack = Stack(models, configs, inputs, recipe)
+        feeds = {
+            order: loaders.enter_context(closing(_parts(materials, config, loss, recipe)))
+            for order, config in orders.items()
+        }
+        for batches in islice(zip(*feeds.values(), strict=False), PARTS):
+            by_order = dict(zip(feeds, batches, strict=True))
+            work = [
+                Work(batch=batch, tokens=batch.whole.tokens, targets=batch.whole.targets, rate=0.0)
+                for batch in (by_order[materials.order(config)] for config in configs)
+            ]
+            work.sort(key=lambda one: id(one.batch))
+            stack.differentiate(work)
+            given = max(given, *map(_size, batches))
+            del batches, by_order, work
+        del stack
+    return given, peak[0]
+
+
+def _size(batch: Batch) -> int:
+    return batch.tokens if batch.starts_M is None else batch.ids_BT.numel()
+
+
+def _parts(
+    materials: Materials, config: TrainConfig, loss: str, recipe: Recipe
+) -> Generator[Batch]:
+    shortlist = materials.shortlist(config, recipe) if loss == "shortlist" else None
 
     def draw(batch: Batch) -> Sequence[Sequence[object]]:
         return () if shortlist is None else shortlist.draw(batch.targets_N, shortlist.generator(0))
 
-    scoring = materials.inputs(config.carryon, recipe)
-    heads = {id(one): one.head.weight_VH for one in (inputs, scoring)}
-    resident = [head for head in heads.values() if head.device == device]
-    given = 0
-    with peak_of(device, resident) as peak:
-        stack = Stack(models, configs, inputs, recipe)
-        with closing(materials.train_loader(config, recipe).epoch(0, draw=draw)) as parts:
-            for batch in islice(parts, PARTS):
-                tokens, targets = batch.whole
-                work = Work(batch=batch, tokens=tokens, targets=targets, rate=0.0)
-                stack.differentiate([work] * len(configs))
-                given = max(given, batch.tokens if batch.starts_M is None else batch.ids_BT.numel())
-                del batch, work
-        del stack
-    return given, peak[0]
+    return materials.train_loader(config, recipe).epoch(0, draw=draw)

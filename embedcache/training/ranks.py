@@ -64,11 +64,11 @@ def is_leader() -> bool:
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return this process's own CUDA device where several share a machine."""
-    local = os.environ.get("LOCAL_RANK")
-    if device.type != "cuda" or device.index is not None or local is None:
+    """Return the device by number; this process's own CUDA device where several share a machine."""
+    if device.type != "cuda" or device.index is not None:
         return device
-    return torch.device("cuda", int(local))
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", torch.cuda.current_device() if local is None else int(local))
 
 
 @contextmanager

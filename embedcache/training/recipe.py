@@ -24,7 +24,7 @@ class Recipe:
         host_head: whether the head is in host memory: a shortlist's rows, or all tiles in turn, go
             to the device for each part.
         logit_bytes: logits that exist at a time; None leaves it to the device.
-        ahead: parts that are made before they are asked for.
+        ahead: parts that wait on the device, beside the one that is used and one that is made.
         one_row: whether a part's sequences lie one behind the other, with attention over spans.
         capture: whether steps are recorded as CUDA graphs, and replayed; needs ``one_row``.
     """

@@ -11,7 +11,7 @@ from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import any_shape_attention
 from embedcache.evaluate import FrozenInputs
-from embedcache.loss import Shortlist, cross_entropy
+from embedcache.loss import Shortlist, cross_entropy, estimate
 from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.recipe import PLAIN, Recipe
 
@@ -58,7 +58,8 @@ def dev_losses(
             loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)
             exact_K[k] += loss_N.double().sum().cpu()
         if shortlist is not None:
-            loss_KN = shortlist.cross_entropy(y_KNH, batch.targets_N, step=step)
+            listed = shortlist.draw(batch.targets_N, shortlist.generator(step))
+            loss_KN = estimate(y_KNH, listed, inputs.head, logit_bytes=recipe.logit_bytes)
             estimate_K += loss_KN.double().sum(dim=1).cpu()
         targets += len(batch.targets_N)
         on_batch(batch.tokens)

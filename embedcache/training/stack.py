@@ -53,13 +53,16 @@ class Stack:
         recipe: Recipe = PLAIN,
         ranks: Ranks = ALONE,
     ):
-        self.model = CarryOn.stack(models).to(inputs.device)
+        self.model = CarryOn.stack(models)
         self.model.recompute = recipe.recompute
         self._configs = list(configs)
         self._inputs = inputs
         self.recipe = recipe
         self._ranks = ranks
-        self.optimizer = FlatAdamW(self.model, configs, dtype=recipe.dtype, offload=recipe.offload)
+        self.optimizer = FlatAdamW(
+            self.model, configs, device=inputs.device, dtype=recipe.dtype, offload=recipe.offload
+        )
+        self.model.to(inputs.device)
         self._share_K = torch.ones(len(configs), device=inputs.device)
 
     def keep(self, rows: Sequence[int]) -> Stack:

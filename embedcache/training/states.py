@@ -41,9 +41,12 @@ class States:
         self.in_place = not offload and values_KP.dtype == exact_KP.dtype
         home = torch.device("cpu") if offload else device
         pinned = offload and device.type == "cuda"
-        zeros = [torch.zeros(exact_KP.shape, device=home, pin_memory=pinned) for _ in range(3)]
-        self._parts = [values_KP, *zeros[1:]] if self.in_place else zeros
-        self._parts[0].copy_(exact_KP)
+
+        def made() -> Tensor:
+            return torch.zeros(exact_KP.shape, device=home, pin_memory=pinned)
+
+        exact = values_KP if self.in_place else made().copy_(exact_KP)
+        self._parts = [exact, made(), made()]
         self._kit: Any = torch.get_device_module(device)  # streams, which a CPU has in name only
         if offload:
             self._slots = torch.empty(SLOTS, 3, CHUNK, device=device)

@@ -17,7 +17,7 @@ from embedcache.training.feed import Feed
 from embedcache.training.loop import Loop, failing
 from embedcache.training.materials import Materials, Patterns
 from embedcache.training.member import Member
-from embedcache.training.memory import MemoryPlan, rounded
+from embedcache.training.memory import MemoryPlan, held, rounded
 from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.recipe import PLAIN, Recipe
@@ -91,15 +91,23 @@ class Trainer:
         begun = sorted((one for one in begun if one[0].failure is None), key=self._place)
         if not begun:
             return
+        try:
+            with held(None if plan is None else plan.budget, self._device):
+                self._train(begun, recipe)
+        except torch.OutOfMemoryError:
+            if self._ranks.count > 1:  # the others wait for this one's gradients
+                raise
+        else:
+            return
+        self._fail_for_memory([member for member, _ in begun])
+
+    def _train(self, begun: Sequence[Begun], recipe: Recipe) -> None:
         for member, _ in begun:
             with failing(member):
                 member.take_base(self._base(member, recipe))
         begun = [one for one in begun if one[0].failure is None]
-        if begun and not self._trained(begun, recipe):
-            self._fail_for_memory([member for member, _ in begun])
-
-    def _trained(self, begun: Sequence[Begun], recipe: Recipe) -> bool:
-        """Train; return False where the device ran out of memory."""
+        if not begun:
+            return
         members, models = [member for member, _ in begun], [model for _, model in begun]
         carryon = members[0].config.carryon
         stack = Stack(
@@ -122,7 +130,7 @@ class Trainer:
 
         with self._progress.bar("training", sum(m.total for m in members), "tok") as bar:
             bar.advance(sum(member.state.tokens for member in members))
-            loop = Loop(
+            Loop(
                 stack,
                 feeds,
                 bar,
@@ -130,12 +138,7 @@ class Trainer:
                 device=self._device,
                 score=score,
                 finish=lambda member: member.finish(self._cache.attributes, self._cache.manifest),
-            )
-            try:
-                loop.train()
-            except torch.OutOfMemoryError:
-                return False
-        return True
+            ).train()
 
     def _say_loss(self, members: Sequence[Member], recipe: Recipe) -> None:
         """Say how the loss is computed, unless that was said of a stack before."""
@@ -154,6 +157,8 @@ class Trainer:
     def _fail_for_memory(self, members: Sequence[Member]) -> None:
         """End all that are not done, with what would have fitted."""
         gc.collect()  # what the steps held
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
         budget = int(0.8 * (self._memory or free_memory(self._device)))
         try:
             plan = plan_memory(self.materials, [m.config for m in members], members[0].loss, budget)
@@ -219,15 +224,38 @@ class Trainer:
     def _place(self, begun: Begun) -> tuple[object, ...]:
         """Return where a member is in which order of batches: those at one place go in step."""
         config, state = begun[0].config, begun[0].state
-        order = (config.documents, config.order, self.materials.batch_tokens(config))
-        return (*order, state.epoch, state.position)
+        return (*self.materials.order(config), state.epoch, state.position)
 
-    def plan(self, members: Sequence[Member]) -> MemoryPlan | None:
-        """Return how to train members in one `run` within the budget; None where there is none.
+    def planned(self, members: Sequence[Member]) -> list[tuple[list[Member], MemoryPlan | None]]:
+        """Return the members in lists that one `run` can train, and how within the budget.
 
-        Raises ``DeviceMemoryError`` if nothing fits.
+        All processes of a run keep to the leanest plan of theirs. Raises ``DeviceMemoryError`` if
+        nothing fits.
         """
+        found: list[tuple[list[Member], MemoryPlan | None]] = []
+        todo = list(self.stacks(members))
+        while todo:
+            stack = todo.pop(0)
+            plan = self._plan(stack)
+            if isinstance(plan, DeviceMemoryError):
+                if len(stack) == 1:
+                    raise plan
+                half = len(stack) // 2
+                todo[:0] = [stack[:half], stack[half:]]
+            else:
+                found.append((stack, plan))
+        return found
+
+    def _plan(self, members: Sequence[Member]) -> MemoryPlan | DeviceMemoryError | None:
         if self._memory is None:
             return None
         configs = [member.config for member in members]
-        return plan_memory(self.materials, configs, members[0].loss, self._memory)
+        plan: MemoryPlan | DeviceMemoryError
+        try:
+            plan = plan_memory(self.materials, configs, members[0].loss, self._memory)
+        except DeviceMemoryError as error:
+            plan = error
+        plans = self._ranks.gather(plan)
+        failed = [one for one in plans if isinstance(one, DeviceMemoryError)]
+        made = [one for one in plans if isinstance(one, MemoryPlan)]
+        return failed[0] if failed else max(made, key=lambda one: one.leanness)

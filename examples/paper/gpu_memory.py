@@ -44,10 +44,12 @@ import torch
 from commands import embedcache
 
 def used():
-    asked = ["nvidia-smi", "--query-compute-apps=used_memory", "--format=csv,noheader,nounits"]
+    asked = ["nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader,nounits"]
     try:
-        found = subprocess.run(asked, capture_output=True, text=True).stdout.split()
-        return max((int(line) for line in found if line.isdigit()), default=0)
+        found = subprocess.run(asked, capture_output=True, text=True).stdout.splitlines()
+        pairs = [line.split(",") for line in found]
+        mine = [int(b) for a, b in pairs if int(a) == os.getpid() and b.strip().isdigit()]
+        return max(mine, default=0)
     except OSError:
         return 0
 

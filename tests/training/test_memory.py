@@ -59,11 +59,11 @@ def test_a_line_through_two_sizes():
 def chosen(budget: int, footprints: dict[str, Footprint], **more: int):
     recipes = candidates(CUDA, 100_000_000, 64)
 
-    def footprint(recipe: Recipe) -> Footprint:
+    def footprint(recipe: Recipe) -> Footprint | None:
         name = "lean" if recipe.offload else "plain"
         name += "-host" if recipe.host_head else ""
         name += "-again" if recipe.recompute else ""
-        return footprints.get(name, Footprint(1 << 60, 1.0))
+        return footprints.get(name)
 
     return choose(recipes, budget, footprint, **({"longest": 100, "step_tokens": 16384} | more))
 
@@ -92,6 +92,8 @@ def test_a_budget_that_is_too_small_is_told_the_least_that_would_do():
     with pytest.raises(DeviceMemoryError, match=r"100 tokens.*1\.0 MB.*--memory 1\.1MB"):
         chosen(1_000_000, footprints)
     assert chosen(1_100_000, footprints).recipe.part_tokens == 128
+    with pytest.raises(DeviceMemoryError, match=r"takes more\. Give more$"):
+        chosen(1_000_000, {})
 
 
 def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone():

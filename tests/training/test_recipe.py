@@ -33,10 +33,18 @@ def in_float32(monkeypatch):
     monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
 
 
+def planned_by(monkeypatch, recipe: Recipe) -> None:
+    plan = MemoryPlan(recipe=recipe, budget=1, expected=1)
+
+    def planned(self, members):
+        return [(stack, plan) for stack in self.stacks(members)]
+
+    monkeypatch.setattr(Trainer, "planned", planned)
+
+
 def trained(world: World, out, monkeypatch, recipe: Recipe, config: TrainConfig = CONFIG):
     recipe = replace(recipe, part_tokens=recipe.part_tokens or 256)
-    plan = MemoryPlan(recipe=recipe, budget=1, expected=1)
-    monkeypatch.setattr(Trainer, "plan", lambda *_: plan)
+    planned_by(monkeypatch, recipe)
     summary = train(world.cache_path, out=out, config=config, device="cpu")
     return summary, load_carryon(out)[0].state_dict()
 
@@ -101,8 +109,7 @@ def test_stacked_ones_of_different_steps_take_as_many_parts_as_each_needs(
     world, tmp_path, monkeypatch, loss
 ):
     """One of 256 tokens a step has four times the parts of one of 64."""
-    plan = MemoryPlan(recipe=Recipe(part_tokens=64), budget=1, expected=1)
-    monkeypatch.setattr(Trainer, "plan", lambda *_: plan)
+    planned_by(monkeypatch, Recipe(part_tokens=64))
     runs = {
         "a": replace(CONFIG, batch_tokens=256, seed=1, loss=loss, samples=50),
         "b": replace(CONFIG, batch_tokens=64, seed=2, loss=loss, samples=50),
