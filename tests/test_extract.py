@@ -286,3 +286,30 @@ def test_it_extracts_in_the_fast_dtype_and_another_cpu_goes_on_in_it(
     summary = run(corpus, base, out)
     assert summary.computed_blocks == 1
     assert comparable_tree(out) == whole
+
+
+def test_batches_are_of_few_widths_and_none_is_wider_than_its_budget(base: Path) -> None:
+    loaded = load_base(base, device="cpu", dtype="float32")
+    most = loaded.model.config.max_position_embeddings
+    widths: list[int] = []
+
+    class Noted(BlockForward):
+        def _padded(self, ids_N: Any, rows_S2: Any, width: int) -> torch.Tensor:
+            widths.append(width)
+            return super()._padded(ids_N, rows_S2, width)
+
+    lengths = [5, 17, 30, 33, 40, 63, 64, 65]
+    stops = np.cumsum(lengths)
+    rows_S2 = np.stack([stops - lengths, stops], axis=1)
+    ids_N = np.arange(stops[-1]) % 300
+    found = {}
+    for batch_tokens in (64, 256):
+        widths.clear()
+        forward = Noted(loaded, ("final",), block_tokens=512, batch_tokens=batch_tokens)
+        found[batch_tokens] = forward(ids_N, rows_S2)["final"]
+        assert max(widths) <= max(most, 65)
+        if batch_tokens == 256:
+            assert set(widths) <= {32, 64, 96}
+        else:  # a sequence that is alone is not padded beyond its budget
+            assert sorted(widths)[-2:] == [64, 65]
+    torch.testing.assert_close(found[64], found[256], rtol=1e-4, atol=1e-5)
