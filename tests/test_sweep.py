@@ -177,7 +177,7 @@ sweep(Path(sys.argv[1]), runs=placed(Path(sys.argv[2]), MANY), device="cpu")
 """
 
 
-@pytest.mark.parametrize("saves", [3, 12])
+@pytest.mark.parametrize("saves", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_killed_sweep_goes_on_to_the_same(world, tmp_path, saves):
     runs = placed(tmp_path / "killed", MANY)
     done = subprocess.run(

@@ -269,7 +269,12 @@ def test_settings_that_cannot_be(changes, message) -> None:
 
 
 @pytest.mark.parametrize(
-    ("rows", "parts", "batch_tokens"), [(1024, 16, 64), (4096, 16, 64), (1024, 16, 128)]
+    ("rows", "parts", "batch_tokens"),
+    [
+        (1024, 16, 64),
+        pytest.param(4096, 16, 64, marks=pytest.mark.slow),
+        pytest.param(1024, 16, 128, marks=pytest.mark.slow),
+    ],
 )
 def test_the_sample_is_some_rows_of_many_places(
     tiny_base, tmp_path: Path, monkeypatch, rows, parts, batch_tokens
