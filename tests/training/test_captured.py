@@ -42,7 +42,7 @@ def stacks(world: World, monkeypatch):
     """Two equal stacks of two, and batches of one row."""
     monkeypatch.setattr(packing, "STARTS", 8)
     monkeypatch.setattr(captured, "POSITIONS", 128)
-    monkeypatch.setattr(captured, "COLUMNS", 16)
+    monkeypatch.setattr(captured, "COLUMNS", 384)  # shortlists have 256
     monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
     graphs = []
 

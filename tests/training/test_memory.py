@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.errors import DeviceMemoryError, UsageError
 from embedcache.train import sweep, train
+from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
 from embedcache.training.loop import Loop
 from embedcache.training.memory import Footprint, candidates, choose, peak_of
@@ -146,6 +147,22 @@ def test_a_sweep_keeps_within_its_budget_too(world, tmp_path):
     runs = {tmp_path / str(seed): replace(CONFIG, seed=seed) for seed in range(3)}
     results = sweep(world.cache_path, runs=runs, device="cpu", memory=8_000_000)
     assert all(result.failure is None for result in results)
+
+
+def test_a_sweep_that_does_not_fit_is_trained_in_halves(world, tmp_path, monkeypatch):
+    planned, sizes = trainer.plan_memory, []
+
+    def one_alone(materials, configs, loss, budget):
+        sizes.append(len(configs))
+        if len(configs) > 1:
+            raise DeviceMemoryError("too many")
+        return planned(materials, configs, loss, budget)
+
+    monkeypatch.setattr(trainer, "plan_memory", one_alone)
+    runs = {tmp_path / str(seed): replace(CONFIG, seed=seed) for seed in range(3)}
+    results = sweep(world.cache_path, runs=runs, device="cpu", memory=200_000_000)
+    assert all(result.summary is not None for result in results)
+    assert sizes == [3, 1, 2, 1, 1]
 
 
 def test_a_budget_that_holds_no_sequence_leaves_nothing(world, tmp_path):
