@@ -91,9 +91,8 @@ class BatchLoader:
             yield from made
             return
         stream = _stream(self._device)
-        stream.wait_stream(
-            torch.cuda.current_stream(self._device)
-        )  # what is drawn by is made there
+        # What shortlists are drawn by is made on the caller's.
+        stream.wait_stream(torch.cuda.current_stream(self._device))
         with closing(prefetch(_on_stream(made, stream), self._ahead)) as batches:
             for batch, copied in batches:
                 here = torch.cuda.current_stream(self._device)

@@ -125,7 +125,6 @@ class Loop:
         return [
             Work(
                 batch=batch,
-                tokens=counts.tokens,
                 targets=counts.targets,
                 rate=member.rate(counts.tokens),
             )

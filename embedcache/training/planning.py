@@ -84,7 +84,7 @@ def _trial(
         for batches in islice(zip(*feeds.values(), strict=False), PARTS):
             by_order = dict(zip(feeds, batches, strict=True))
             work = [
-                Work(batch=batch, tokens=batch.whole.tokens, targets=batch.whole.targets, rate=0.0)
+                Work(batch=batch, targets=batch.whole.targets, rate=0.0)
                 for batch in (by_order[materials.order(config)] for config in configs)
             ]
             work.sort(key=lambda one: id(one.batch))

@@ -33,11 +33,10 @@ one shape are planned once, of each new one anew."""
 class Work:
     """One step of one carry-on, or a part of it: what it sees, and its learning rate.
 
-    ``tokens`` and ``targets`` are of the whole step, and of all processes.
+    ``targets`` are those of the whole step, and of all processes.
     """
 
     batch: Batch
-    tokens: int
     targets: int
     rate: float
 

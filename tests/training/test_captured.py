@@ -80,11 +80,8 @@ def stacks(world: World, monkeypatch):
 
 
 def scheduled(stack: Stack, batch, step: int) -> list[Work]:
-    tokens, targets = batch.whole
-    work = [
-        Work(batch=batch, tokens=tokens, targets=targets, rate=1e-3 * (step + 1) * (k + 1))
-        for k in range(2)
-    ]
+    targets = batch.whole.targets
+    work = [Work(batch=batch, targets=targets, rate=1e-3 * (step + 1) * (k + 1)) for k in range(2)]
     stack.schedule(work)
     return work
 
