@@ -121,23 +121,37 @@ class FrozenInputs:
             return None
         return self._embedding_VH[ids_BT.to(self._embedding_VH.device)].to(self.device)
 
-    def delta(self, model: CarryOn, batch: Batch) -> torch.Tensor:
-        """Return the carry-on's delta_BTH on a batch, in its own precision."""
-        low = self.dtype == torch.bfloat16
+    def features(self, model: CarryOn, batch: Batch) -> torch.Tensor:
+        """Return the features h_(K)BTR of a carry-on, or a stack, on a batch."""
         where: torch.Tensor | Spans | None = None
         if batch.starts_M is not None:
             # What pads the row is a span of its own.
             where = Spans(batch.starts_M, max(self._longest, batch.ids_BT.shape[-1]))
         elif batch.packed:
             where = segment_mask(batch.segments_BT)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=low):
-            delta_BTH: torch.Tensor = model(
+        with self._products():
+            return model.features(
                 {tap: x.to(self.dtype) for tap, x in batch.x_BTH.items()},
                 positions_BT=batch.positions_BT,
                 tokens_BTH=self.tokens_BTH(batch.ids_BT),
                 where=where,
             )
-        return delta_BTH
+
+    def emit(self, model: CarryOn, h_BTR: torch.Tensor) -> torch.Tensor:
+        """Return the delta_(K)BTH of features, in the dtype of the head."""
+        with self._products():
+            return model.emit(h_BTR).to(self.dtype)
+
+    def delta(self, model: CarryOn, batch: Batch) -> torch.Tensor:
+        """Return the delta_(K)NH of a batch's wanted positions; of others none is made."""
+        h_KBTR = self.features(model, batch)
+        h_KNR = h_KBTR.flatten(-3, -2).index_select(-2, batch.wanted_N)
+        return self.emit(model, h_KNR.unsqueeze(-3)).squeeze(-3)
+
+    def _products(self) -> torch.autocast:
+        return torch.autocast(
+            self.device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16
+        )
 
 
 @torch.no_grad()
@@ -158,9 +172,7 @@ def score(
             continue
         x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
         needs_delta = any(alpha != 0 for alpha in alphas)
-        delta_NH = (
-            batch.at_wanted(inputs.delta(model, batch)).to(inputs.dtype) if needs_delta else None
-        )
+        delta_NH = inputs.delta(model, batch) if needs_delta else None
         document_N = batch.documents_N
         np.add.at(targets_D, document_N, 1)
         for row, alpha in enumerate(alphas):

@@ -1,4 +1,4 @@
-"""Bytes and seconds in words."""
+"""Bytes and seconds in words, and round numbers."""
 
 from __future__ import annotations
 
@@ -18,6 +18,15 @@ def size(count: float) -> str:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
         count /= 1000
     return f"{count:.2f} TB"
+
+
+def rounded_up(count: int, multiple: int) -> int:
+    """Return a count, or the next multiple above it.
+
+    >>> rounded_up(5, 4), rounded_up(8, 4)
+    (8, 8)
+    """
+    return -(-count // multiple) * multiple
 
 
 def bytes_of(text: str) -> int:

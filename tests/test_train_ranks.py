@@ -83,7 +83,7 @@ def reference(world: World, ranks: int) -> CarryOn:
             targets = sum(len(batch.targets_N) for batch in step)
             optimizer.zero_grad()
             for batch in step:
-                y_NH = batch.at_wanted(batch.x_BTH["final"].float() + inputs.delta(model, batch))
+                y_NH = batch.at_wanted(batch.x_BTH["final"].float()) + inputs.delta(model, batch)
                 (cross_entropy(y_NH, inputs.head, batch.targets_N).sum() / targets).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
             for group in optimizer.param_groups:

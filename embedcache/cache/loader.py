@@ -6,12 +6,12 @@ Blocks are read and decoded on threads, ahead of the trainer: those of two windo
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,14 @@ from embedcache.cache.reader import SplitReader, StoredBlock
 from embedcache.cache.subset import Subset
 
 Array = np.ndarray[Any, Any]
+
+
+class Part(NamedTuple):
+    """A batch, or a part of one, on the host; see `Batch` of ``whole`` and ``last``."""
+
+    packed: Packed
+    whole: Counts
+    last: bool
 
 
 class BatchLoader:
@@ -80,20 +88,23 @@ class BatchLoader:
         """Yield this rank's batches of an epoch, from its batch number ``skip`` on.
 
         ``skip`` counts the batches of all ranks together, so a run goes on with another number of
-        them. Skipped batches are never read: only their lengths are. On CUDA batches are made on a
-        thread, copied and decoded on a stream of their own. ``draw`` is called there with each;
-        what it returns comes along as ``drawn``.
+        them. Skipped batches are never read: only their lengths are. On CUDA batches are packed on
+        one thread, and on another copied and decoded, on a stream of their own. ``draw`` is called
+        there with each; what it returns comes along as ``drawn``.
         """
-        made = self._made(epoch, skip, draw or _nothing)
+        parts, draw = self._parts(epoch, skip), draw or _nothing
         if self._device.type != "cuda":
             # Not on a thread: torch's products on the caller's threads slow down by a third once
             # another thread has begun a team of its own. Blocks are read ahead in any case.
-            yield from made
+            yield from self._made(parts, draw)
             return
         stream = _stream(self._device)
         # What shortlists are drawn by is made on the caller's.
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with closing(prefetch(_on_stream(made, stream), self._ahead)) as batches:
+        with (
+            closing(prefetch(parts, 1)) as packed,
+            closing(prefetch(_on_stream(self._made(packed, draw), stream), self._ahead)) as batches,
+        ):
             for batch, copied in batches:
                 here = torch.cuda.current_stream(self._device)
                 here.wait_event(copied)
@@ -101,11 +112,12 @@ class BatchLoader:
                     tensor.record_stream(here)
                 yield batch
 
-    def _made(self, epoch: int, skip: int, draw: Callable[[Batch], Drawn]) -> Iterator[Batch]:
-        for batch in self._batches(epoch, skip):
+    def _made(self, parts: Iterable[Part], draw: Callable[[Batch], Drawn]) -> Iterator[Batch]:
+        for part in parts:
+            batch = self._decoded(part)
             yield replace(batch, drawn=draw(batch))
 
-    def _batches(self, epoch: int, skip: int) -> Iterator[Batch]:
+    def _parts(self, epoch: int, skip: int) -> Iterator[Part]:
         with ThreadPoolExecutor(self._threads) as pool:
             futures: dict[int, Future[StoredBlock]] = {}
             ahead: list[tuple[list[Array], dict[int, Future[StoredBlock]]]] = []
@@ -123,7 +135,7 @@ class BatchLoader:
 
     def _collate(
         self, batches: list[Array], futures: dict[int, Future[StoredBlock]]
-    ) -> Iterator[Batch]:
+    ) -> Iterator[Part]:
         for items in batches:
             places = [(futures[block].result(), place) for block, place, _ in items.tolist()]
             whole = counted(places)
@@ -136,10 +148,11 @@ class BatchLoader:
                     self._device,
                     row_tokens=self._row_tokens,
                 )
-                yield self._decoded(packed, whole, last=part is parts[-1])
+                yield Part(packed, whole, part is parts[-1])
 
-    def _decoded(self, packed: Packed, whole: Counts, *, last: bool) -> Batch:
-        """Copy a batch to the device and decode its embeddings there."""
+    def _decoded(self, part: Part) -> Batch:
+        """Copy a part to the device and decode its embeddings there."""
+        packed = part.packed
 
         def moved(values: Array) -> torch.Tensor:
             value = torch.from_numpy(values)
@@ -166,8 +179,8 @@ class BatchLoader:
             packed.tokens,
             packed.packed,
             None if packed.starts_M is None else moved(packed.starts_M),
-            whole,
-            last,
+            part.whole,
+            part.last,
         )
 
 

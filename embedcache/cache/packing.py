@@ -14,6 +14,7 @@ import torch
 from embedcache.cache.batch import Counts
 from embedcache.cache.codecs import ArraySpec
 from embedcache.cache.reader import StoredBlock
+from embedcache.units import rounded_up
 
 Array = np.ndarray[Any, Any]
 
@@ -109,11 +110,11 @@ def pack(
     lengths = [stop - first for first, stop in spans]
     starts = None
     if row_tokens is None:
-        T = -(-max(lengths) // COLUMNS) * COLUMNS
+        T = rounded_up(max(lengths), COLUMNS)
         rows = pack_rows(lengths, T)
     else:
         rows, T = [list(range(len(items)))], max(row_tokens, sum(lengths))
-        starts = np.full(-(-(len(items) + 2) // STARTS) * STARTS, T, np.int32)
+        starts = np.full(rounded_up(len(items) + 2, STARTS), T, np.int32)
         starts[: len(items) + 1] = np.cumsum([0, *lengths])
     B = len(rows)
     ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)

@@ -80,7 +80,23 @@ class CarryOn(nn.Module):
         where: Tensor | Spans | None = None,
         update: KeyValueUpdate | None = None,
     ) -> Tensor:
-        """Return delta_(K)BTH = g ⊙ f.
+        """Return delta_(K)BTH = g ⊙ f: what `emit` makes of `features`."""
+        return self.emit(
+            self.features(
+                x_BTH, positions_BT=positions_BT, tokens_BTH=tokens_BTH, where=where, update=update
+            )
+        )
+
+    def features(
+        self,
+        x_BTH: dict[str, Tensor],
+        *,
+        positions_BT: Tensor,
+        tokens_BTH: Tensor | None = None,
+        where: Tensor | Spans | None = None,
+        update: KeyValueUpdate | None = None,
+    ) -> Tensor:
+        """Return h_(K)BTR, what the last block knows of each position.
 
         A stack takes inputs of the shapes below, seen by all of its carry-ons, or all of them with
         K as first axis.
@@ -105,14 +121,19 @@ class CarryOn(nn.Module):
             if tokens_BTH is None:
                 raise ValueError("this carry-on reads token ids: pass tokens_BTH")
             parts.append(_unit_rms(tokens_BTH.to(dtype)))
-        h_BTR = self.project(torch.cat(parts, dim=-1).to(dtype)).to(dtype)
+        inputs_BTI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        h_BTR = self.project(inputs_BTI.to(dtype)).to(dtype)
         rotary = rotary_angles(positions_BT, self.config.head_width)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
                 h_BTR = checkpoint(block, h_BTR, rotary, where, update, use_reentrant=False)
             else:
                 h_BTR = block(h_BTR, rotary, where, update)
-        h_BTR = self.norm(h_BTR)
+        normed_BTR: Tensor = self.norm(h_BTR)
+        return normed_BTR
+
+    def emit(self, h_BTR: Tensor) -> Tensor:
+        """Return delta_(K)BTH of features, each position's for itself."""
         delta_BTH: Tensor = self.branch(h_BTR)
         if self.gate is not None:
             delta_BTH = delta_BTH * torch.sigmoid(self.gate(h_BTR))

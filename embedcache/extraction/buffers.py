@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
+from embedcache.units import rounded_up
+
 Encoded = dict[str, torch.Tensor]
 """Integers of a block by array path under the split, such as ``embeddings/final``: [R, ...]."""
 
@@ -39,7 +41,7 @@ class HostBuffers:
     def fetch(self, arrays: Encoded, finite_N: torch.Tensor) -> Callable[[], Slot]:
         """Begin the copy to the host; the returned function waits for it. Blocks while full."""
         values = [*arrays.values(), finite_N]
-        sizes = [-(-value.nbytes // ALIGNMENT) * ALIGNMENT for value in values]
+        sizes = [rounded_up(value.nbytes, ALIGNMENT) for value in values]
         buffer = self._free.get()
         if len(buffer) < sum(sizes):
             buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._cuda)

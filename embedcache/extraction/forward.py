@@ -16,6 +16,7 @@ from embedcache.base.load import Base
 from embedcache.base.taps import TapRecorder, final_embeddings
 from embedcache.device import any_shape_attention
 from embedcache.errors import NumericsError
+from embedcache.units import rounded_up
 
 Array = np.ndarray[Any, Any]
 
@@ -68,7 +69,7 @@ class BlockForward:
     def _width(self, length: int) -> int:
         """Return the positions of a batch whose longest sequence is so long."""
         most = getattr(self._base.model.config, "max_position_embeddings", None) or length
-        return max(length, min(-(-length // WIDTHS) * WIDTHS, most, self._batch_tokens))
+        return max(length, min(rounded_up(length, WIDTHS), most, self._batch_tokens))
 
     @torch.no_grad()
     @any_shape_attention()

@@ -24,6 +24,7 @@ from embedcache.cache.tokens import SplitTokens
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.spread import Item, Known, SampledBlock, ids_of, rows_of, spread
 from embedcache.progress import Progress
+from embedcache.units import rounded_up
 
 Array = np.ndarray[Any, Any]
 
@@ -174,7 +175,7 @@ def _encode(
             coder, chunk = CODERS[spec.coder], chunk_rows(spec, block_tokens)
             if chunk > rows and spec.coder != "blosc":
                 chunk = rows  # zeros after the rows would change how those are coded
-            padded = np.zeros((-(-rows // chunk) * chunk, *values.shape[1:]), values.dtype)
+            padded = np.zeros((rounded_up(rows, chunk), *values.shape[1:]), values.dtype)
             padded[: len(values)] = values
             full, _ = write_shard(scratch, padded, chunk, coder)
             seconds += time.perf_counter() - started

@@ -28,6 +28,7 @@ from embedcache.loss.columns import Columns
 from embedcache.loss.labels import LabelRows
 from embedcache.loss.running import Running
 from embedcache.loss.tiles import tiles
+from embedcache.units import rounded_up
 
 Step = Callable[..., Tensor]
 """`absorb`, or Triton's of the same arguments."""
@@ -148,7 +149,7 @@ def _width(columns: int, device: torch.device) -> int:
     """
     if device.type == "cpu":
         return columns
-    return -(-columns // ROW_ALIGNMENT) * ROW_ALIGNMENT
+    return rounded_up(columns, ROW_ALIGNMENT)
 
 
 def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embedcache.loss.running import Running
 from embedcache.loss.tiles import Tile
+from embedcache.units import rounded_up
 
 BLOCK = 8192
 """Columns at a time: two 16-byte loads of bfloat16 for each of 512 threads."""
@@ -55,7 +56,7 @@ def absorb_by_triton(
             tile.columns.bias_C,
             tile.columns.log_weight_C,
             columns,
-            min(logits_RC.stride(0), -(-columns // 16) * 16),
+            min(logits_RC.stride(0), rounded_up(columns, 16)),
             scale,
             1.0 if softcap is None else softcap,
             HAS_SOFTCAP=softcap is not None,

@@ -19,11 +19,15 @@ from torch import Tensor
 from embedcache.cache.batch import Batch
 from embedcache.loss import Listed
 from embedcache.training.stack import Stack, Work
+from embedcache.units import rounded_up
 
 POSITIONS, COLUMNS = 1024, 1024
 """Wanted positions and columns of a shortlist are filled up to a multiple, so that shapes recur."""
 SHAPES = 12
 """Shapes that are recorded; batches of further ones are computed step by step."""
+MOST = 8
+"""Carry-ons of a stack of which steps are recorded: with more, the GPU is what a step waits for,
+and a recording would only hold memory."""
 WARM_UPS = 2
 """Steps before one is recorded."""
 
@@ -115,18 +119,18 @@ def shape_of(batch: Batch) -> Shape:
     return (
         tuple(batch.ids_BT.shape),
         len(batch.starts_M),
-        up(len(batch.targets_N), POSITIONS),
-        *(up(len(one.weight_CH), COLUMNS) for one in cast("Sequence[Listed]", batch.drawn)),
+        rounded_up(len(batch.targets_N), POSITIONS),
+        *(rounded_up(len(one.weight_CH), COLUMNS) for one in cast("Sequence[Listed]", batch.drawn)),
     )
 
 
 def filled_up(batch: Batch) -> Batch:
     """Return a copy of a batch, its positions and columns filled up with such as count nothing."""
     assert batch.starts_M is not None
-    N = up(len(batch.targets_N), POSITIONS)
+    N = rounded_up(len(batch.targets_N), POSITIONS)
     drawn = []
     for one in cast("Sequence[Listed]", batch.drawn):
-        C = up(len(one.weight_CH), COLUMNS)
+        C = rounded_up(len(one.weight_CH), COLUMNS)
         drawn.append(
             Listed(
                 one.weight_CH.new_zeros(C, one.weight_CH.shape[1]),
@@ -172,12 +176,3 @@ def refill(made: Batch, batch: Batch) -> None:
         kept.index_N[:N], kept.index_N[N:] = one.index_N, 0
         if kept.bias_C is not None and one.bias_C is not None:
             kept.bias_C[:C] = one.bias_C
-
-
-def up(count: int, multiple: int) -> int:
-    """Return a count rounded up.
-
-    >>> up(5, 4), up(8, 4)
-    (8, 8)
-    """
-    return -(-count // multiple) * multiple

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from embedcache.carryon.model import CarryOn
 from embedcache.disk import writing
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
-from embedcache.training.captured import Captured
+from embedcache.training.captured import MOST, Captured
 from embedcache.training.feed import Feed
 from embedcache.training.member import Member
 from embedcache.training.ranks import Ranks
@@ -22,10 +23,38 @@ from embedcache.training.scoring import DevLoss
 from embedcache.training.stack import Stack, Work
 
 
+class Arriving:
+    """Losses and norms of a step, each [K], on their way to the host."""
+
+    def __init__(self, loss_K: Tensor, norm_K: Tensor):
+        # Into pinned memory, where they come from a GPU.
+        self._values_2K = torch.stack([loss_K, norm_K]).to("cpu", non_blocking=True)
+        self._there = torch.cuda.Event() if loss_K.is_cuda else None
+        if self._there is not None:
+            self._there.record()
+
+    def lists(self) -> list[list[float]]:
+        """Return both, once they are there."""
+        if self._there is not None:
+            self._there.synchronize()
+        values: list[list[float]] = self._values_2K.tolist()
+        return values
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """A step that was begun: whose, how much each saw, and what came of it."""
+
+    members: list[Member]
+    counts: list[Counts]
+    values: Arriving
+
+
 class Loop:
     """Steps a stack until each of its carry-ons is finished or has failed.
 
-    The stack's rows are the feeds' members, in order. ``score`` returns the dev losses of the
+    The stack's rows are the feeds' members, in order. What a step comes to is read while the device
+    is at the next one, so that it never waits for the host. ``score`` returns the dev losses of the
     members of a feed, stacked; ``finish`` publishes a member.
     """
 
@@ -41,6 +70,7 @@ class Loop:
         finish: Callable[[Member], None],
     ):
         self._feeds, self._bar = feeds, bar
+        self._taken: Taken | None = None
         self._ranks, self._device = ranks, device
         self._score, self._finish = score, finish
         self._on(stack)
@@ -48,46 +78,65 @@ class Loop:
     def _on(self, stack: Stack) -> None:
         """Go on with a stack."""
         self._stack, self._captured = stack, None
-        if stack.recipe.capture and self._ranks.count == 1:
+        if stack.recipe.capture and self._ranks.count == 1 and len(self._rows()) <= MOST:
             self._captured = Captured(stack, self._device)
 
     def train(self) -> None:
         """Step until no member is left."""
         self._let_go()
+        self._clock = time.perf_counter()
         while self._feeds:
-            started = time.perf_counter()
-            ended = [feed for feed in self._feeds if not feed.advance()]
-            if ended:
+            if ended := [feed for feed in self._feeds if not feed.advance()]:
+                self._read()
                 for feed in ended:
                     self._end_epoch(feed)
+                self._clock = time.perf_counter()
             else:
-                self._step(started)
+                self._step()
             self._let_go()
 
     def _rows(self) -> list[tuple[int, Member]]:
         return list(enumerate(member for feed in self._feeds for member in feed.members))
 
-    def _step(self, started: float) -> None:
+    def _step(self) -> None:
+        """Begin a step, and take note of the one before while the device works on it."""
         here = [batch.whole for batch in self._batches()]
         everywhere = self._ranks.totals(here, self._device)
-        losses, norms = (values_K.tolist() for values_K in self._take(everywhere))
-        for (index, member), loss, norm in zip(self._rows(), losses, norms, strict=True):
+        values = self._take(everywhere)
+        for feed in self._feeds:
+            feed.batch = None
+        counts = [
+            one for one, feed in zip(everywhere, self._feeds, strict=True) for _ in feed.members
+        ]
+        taken = Taken([member for _, member in self._rows()], counts, Arriving(*values))
+        self._read()
+        self._taken = taken
+        if any(member.save_due for member in taken.members):
+            self._read()
+            for index, member in self._rows():
+                with failing(member):
+                    if member.failure is None and member.save_due:
+                        member.save(self._stack, index)
+            self._clock = time.perf_counter()
+
+    def _read(self) -> None:
+        """Take note of the step that was begun last, if that was not done."""
+        taken, self._taken = self._taken, None
+        if taken is None:
+            return
+        losses, norms = taken.values.lists()
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        rows = zip(taken.members, taken.counts, losses, norms, strict=True)
+        for index, (member, one, loss, norm) in enumerate(rows):
+            if member.failure is not None:
+                continue
             with failing(member):
                 try:
                     member.require_finite(loss, norm)
                 except EmbedcacheError:
-                    member.save(self._stack, index)
+                    member.save(self._stack, index)  # it stayed as it was before that step
                     raise
-        seconds = time.perf_counter() - started
-        counts = [
-            one for one, feed in zip(everywhere, self._feeds, strict=True) for _ in feed.members
-        ]
-        for (index, member), one, loss, norm in zip(
-            self._rows(), counts, losses, norms, strict=True
-        ):
-            if member.failure is not None:
-                continue
-            with failing(member):
                 member.count(
                     loss=loss,
                     norm=norm,
@@ -97,10 +146,7 @@ class Loop:
                     batches=self._ranks.count,
                     seconds=seconds,
                 )
-                member.save_if_due(self._stack, index)
             self._bar.advance(one.tokens, f"loss {member.train_loss:.4f}")
-        for feed in self._feeds:
-            feed.batch = None
 
     def _take(self, everywhere: Sequence[Counts]) -> tuple[Tensor, Tensor]:
         """Take a step, part by part, of which only one is kept; return losses and norms."""
@@ -122,11 +168,13 @@ class Loop:
 
     def _work(self, everywhere: Sequence[Counts]) -> list[Work]:
         """Return what each member does with the batch, or the part, that is due."""
+        taken = self._taken
+        unread = {} if taken is None else dict(zip(taken.members, taken.counts, strict=True))
         return [
             Work(
                 batch=batch,
                 targets=counts.targets,
-                rate=member.rate(counts.tokens),
+                rate=member.rate(counts.tokens + (unread[member].tokens if unread else 0)),
             )
             for feed, batch, counts in zip(self._feeds, self._batches(), everywhere, strict=True)
             for member in feed.members
@@ -147,6 +195,8 @@ class Loop:
 
     def _let_go(self) -> None:
         """Let those leave the stack that are finished or have failed."""
+        if any(member.failure is not None for _, member in self._rows()):
+            self._read()
         left = []
         for index, member in self._rows():
             if member.failure is None and member.done:

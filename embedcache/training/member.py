@@ -213,10 +213,10 @@ class Member:
         state.position, state.epoch_loss, state.epoch_targets = 0, 0.0, 0
         self._log(step=state.step, epoch=state.epoch, **row)
 
-    def save_if_due(self, stack: Stack, index: int) -> None:
-        """Save now and then."""
-        if time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS:
-            self.save(stack, index)
+    @property
+    def save_due(self) -> bool:
+        """Whether the last checkpoint is some time ago."""
+        return self._writes and time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS
 
     def save(self, stack: Stack, index: int) -> None:
         """Publish a checkpoint of the state, the weights and the optimiser."""

@@ -26,7 +26,8 @@ class Recipe:
         logit_bytes: logits that exist at a time; None leaves it to the device.
         ahead: parts that wait on the device, beside the one that is used and one that is made.
         one_row: whether a part's sequences lie one behind the other, with attention over spans.
-        capture: whether steps are recorded as CUDA graphs, and replayed; needs ``one_row``.
+        capture: whether steps of few carry-ons are recorded as CUDA graphs, and replayed; needs
+            ``one_row``.
     """
 
     part_tokens: int | None = None
@@ -53,4 +54,13 @@ class Recipe:
 
 
 PLAIN = Recipe()
-"""Where there is memory enough. (On CUDA ``one_row`` and ``capture`` wait to be measured.)"""
+
+
+def plain_recipe(device: torch.device) -> Recipe:
+    """Return how a step is computed where there is memory enough.
+
+    Attention over spans wants a GPU of NVIDIA's Ampere generation or later.
+    """
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
+        return Recipe(one_row=True, capture=True)
+    return PLAIN

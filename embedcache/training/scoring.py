@@ -51,8 +51,7 @@ def dev_losses(
             continue
         y_KNH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)[None]
         if stack is not None:
-            delta_KNH = inputs.delta(stack, batch).flatten(1, 2).index_select(1, batch.wanted_N)
-            y_KNH = y_KNH + delta_KNH.to(inputs.dtype)
+            y_KNH = y_KNH + inputs.delta(stack, batch)
         for k, y_NH in enumerate(y_KNH):
             chunks = recipe.chunks(inputs.head, len(y_NH), y_NH.device)
             loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)

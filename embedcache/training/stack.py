@@ -23,6 +23,7 @@ from embedcache.training.config import TrainConfig
 from embedcache.training.flat import FlatAdamW
 from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.recipe import PLAIN, Recipe
+from embedcache.units import rounded_up
 
 WANTED = 128
 """Positions whose loss is computed are a multiple of this, the last ones for nothing: products of
@@ -117,24 +118,34 @@ class Stack:
     def _losses(self, work: Sequence[Work]) -> list[Tensor]:
         """Return the sums of losses loss_G of each run of carry-ons that see one batch."""
         groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.batch))]
-        inputs, losses, first = self._inputs, [], 0
         together = groups[0][0].batch if len(groups) == 1 else stacked_batch(work)
-        delta_KBTH = inputs.delta(self.model, together)
+        h_KBTR = self._inputs.features(self.model, together)
+        K, B, T, _ = h_KBTR.shape
+        # As many positions of each, the last ones for nothing.
+        most = max(len(group[0].batch.targets_N) for group in groups)
+        place_KN = torch.cat(
+            [
+                _wanted(group[0].batch, T, rounded_up(most, WANTED)).expand(len(group), -1)
+                for group in groups
+            ]
+        )
+        row_KN = place_KN + B * T * torch.arange(K, device=place_KN.device)[:, None]
+        h_KNR = h_KBTR.flatten(0, 2).index_select(0, row_KN.flatten()).unflatten(0, (K, -1))
+        delta_KNH = self._inputs.emit(self.model, h_KNR.unsqueeze(1)).squeeze(1)
+        losses, first = [], 0
         for group in groups:
-            batch, G = group[0].batch, len(group)
-            B, T = batch.ids_BT.shape
-            delta_GBTH = delta_KBTH[first : first + G, :B, :T]
+            batch, delta_GNH = group[0].batch, delta_KNH[first : first + len(group)]
             N = len(batch.targets_N)
-            wanted_N = F.pad(batch.wanted_N, (0, -N % WANTED))
-            delta_GNH = delta_GBTH.flatten(1, 2).index_select(1, wanted_N).to(inputs.dtype)
-            x_NH = batch.x_BTH["final"].flatten(0, 1).index_select(0, wanted_N).to(inputs.dtype)
             if N:
-                loss_GN = self._loss(x_NH + delta_GNH, batch)
+                wanted_N = F.pad(batch.wanted_N, (0, -N % WANTED))
+                x_BTH = batch.x_BTH["final"]
+                x_NH = x_BTH.flatten(0, 1).index_select(0, wanted_N).to(self._inputs.dtype)
+                loss_GN = self._loss(x_NH + delta_GNH[:, : len(wanted_N)], batch)
                 counted = loss_GN[:, :N] if batch.counts_N is None else loss_GN * batch.counts_N
                 losses.append(counted.sum(dim=1))
             else:
-                losses.append(delta_GNH.sum(dim=(1, 2)).float())
-            first += G
+                losses.append(delta_GNH[:, :0].sum(dim=(1, 2)).float())
+            first += len(group)
         return losses
 
     def _loss(self, y_GNH: Tensor, batch: Batch) -> Tensor:
@@ -150,6 +161,15 @@ class Stack:
         y_NH, targets_N = y_GNH.flatten(0, 1), F.pad(batch.targets_N, padding).repeat(len(y_GNH))
         chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)
         return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GNH.shape[:2])
+
+
+def _wanted(batch: Batch, T: int, count: int) -> Tensor:
+    """Return a batch's wanted positions in rows of T tokens, filled up to so many."""
+    own_T = batch.ids_BT.shape[1]
+    place_N = batch.wanted_N
+    if own_T != T:
+        place_N = place_N // own_T * T + place_N % own_T
+    return F.pad(place_N, (0, count - len(place_N)))
 
 
 def stacked_batch(work: Sequence[Work]) -> Batch:

@@ -20,7 +20,7 @@ from embedcache.training.member import Member
 from embedcache.training.memory import MemoryPlan, held, rounded
 from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE, Ranks
-from embedcache.training.recipe import PLAIN, Recipe
+from embedcache.training.recipe import PLAIN, Recipe, plain_recipe
 from embedcache.training.scoring import DevLoss, dev_losses
 from embedcache.training.stack import Stack
 
@@ -77,7 +77,7 @@ class Trainer:
 
     def run(self, members: Sequence[Member], plan: MemoryPlan | None = None) -> None:
         """Train members of one shape and one loss until each is finished or has failed."""
-        recipe = PLAIN
+        recipe = plain_recipe(self._device)
         if plan is not None:
             recipe = plan.recipe
             self._progress.say(f"memory: {plan}")

@@ -36,7 +36,7 @@ def test_rows_of_one_sequence_each_need_no_mask(world: World) -> None:
                 where=segment_mask(batch.segments_BT),
             )
             torch.testing.assert_close(
-                batch.at_wanted(inputs.delta(carryon, batch)),
+                inputs.delta(carryon, batch),
                 batch.at_wanted(masked),
                 rtol=1e-4,
                 atol=1e-5,
@@ -57,13 +57,13 @@ def test_padding_to_the_largest_batch_changes_nobody(world: World) -> None:
     carryon = model(world)
     together = stacked_batch(work)
     stack = CarryOn.stack([carryon] * 3)
-    found = inputs.delta(stack, together)
+    found = inputs.emit(stack, inputs.features(stack, together))
     assert together.packed
     for k, batch in enumerate(batches):
         B, T = batch.ids_BT.shape
         torch.testing.assert_close(
             found[k, :B, :T].flatten(0, 1).index_select(0, batch.wanted_N),
-            batch.at_wanted(inputs.delta(carryon, batch)),
+            inputs.delta(carryon, batch),
             rtol=1e-4,
             atol=1e-5,
         )
