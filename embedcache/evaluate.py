@@ -16,6 +16,7 @@ import torch
 
 from embedcache.base.head import Head
 from embedcache.base.identity import BaseIdentity
+from embedcache.base.rows import rows_of
 from embedcache.cache.batch import Batch
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.reader import Cache
@@ -119,7 +120,8 @@ class FrozenInputs:
         """Return the base's token embedding of ids, where the carry-on reads them."""
         if self._embedding_VH is None:
             return None
-        return self._embedding_VH[ids_BT.to(self._embedding_VH.device)].to(self.device)
+        tokens_NH = rows_of(self._embedding_VH, ids_BT.flatten())
+        return tokens_NH.view(*ids_BT.shape, -1)
 
     def features(self, model: CarryOn, batch: Batch) -> torch.Tensor:
         """Return the features h_(K)BTR of a carry-on, or a stack, on a batch."""

@@ -11,10 +11,10 @@ call `frozen`, which walks the `tiles` of a head (on the device, or streamed fro
 (Triton).
 """
 
-from embedcache.loss.chunks import Chunks, plan_chunks
+from embedcache.loss.chunks import Chunks, cut, plan_chunks
 from embedcache.loss.columns import Columns
 from embedcache.loss.exact import cross_entropy
-from embedcache.loss.shortlist import Listed, Shortlist, estimate, tail_proposal
+from embedcache.loss.shortlist import Listed, Shortlist, cut_listed, estimate, tail_proposal
 
 __all__ = [
     "Chunks",
@@ -22,6 +22,8 @@ __all__ = [
     "Listed",
     "Shortlist",
     "cross_entropy",
+    "cut",
+    "cut_listed",
     "estimate",
     "plan_chunks",
     "tail_proposal",

@@ -1,6 +1,6 @@
-"""Adds a tile's logits to the running softmax, in PyTorch.
+"""Adds a tile's logits to the running softmax, and makes the gradient of it, in PyTorch.
 
-Axes: R positions, C columns of a tile, B positions of a block.
+Axes: R positions, C columns of a tile, B positions of a block, H hidden.
 """
 
 from __future__ import annotations
@@ -74,3 +74,17 @@ def absorb(
         if value_BC is not block_BC:
             block_BC.copy_(value_BC)
     return shrink_R
+
+
+def combine(
+    sum_RH: Tensor,
+    factor_R: Tensor,
+    weight_CH: Tensor,
+    place_R: Tensor,
+    label_R: Tensor,
+    *,
+    out: Tensor,
+) -> None:
+    """Put into ``out`` sums times a factor, and the label's row of the head times another."""
+    gradient_RH = sum_RH * factor_R[:, None]  # wide until it is whole
+    out.copy_(gradient_RH.add_(weight_CH[place_R] * label_R[:, None]))

@@ -39,11 +39,11 @@ class Chunks:
 
     def of_rows(self, N: int) -> list[slice]:
         """Cut N positions into chunks."""
-        return _cut(N, self.rows)
+        return cut(N, self.rows)
 
     def of_columns(self, V: int) -> list[slice]:
         """Cut V tokens into tiles."""
-        return _cut(V, self.columns)
+        return cut(V, self.columns)
 
 
 def plan_chunks(
@@ -103,8 +103,13 @@ def default_budget(device: torch.device) -> int:
     return min(budget, int(FREE_SHARE * free))
 
 
-def _cut(total: int, size: int) -> list[slice]:
-    return [slice(start, min(start + size, total)) for start in range(0, total, size)]
+def cut(total: int, size: int) -> list[slice]:
+    """Cut a range into slices of a size, the last one smaller.
+
+    >>> cut(5, 3)
+    [slice(0, 3, None), slice(3, 5, None)]
+    """
+    return [slice(start, min(start + size, total)) for start in range(0, total, max(1, size))]
 
 
 def _even(total: int, most: int) -> int:

@@ -15,14 +15,14 @@ import os
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedcache.base.head import Head
 from embedcache.errors import UsageError, nearest
-from embedcache.loss.absorb import absorb
+from embedcache.loss.absorb import absorb, combine
 from embedcache.loss.chunks import Chunks, plan_chunks
 from embedcache.loss.columns import Columns
 from embedcache.loss.labels import LabelRows
@@ -30,8 +30,14 @@ from embedcache.loss.running import Running
 from embedcache.loss.tiles import tiles
 from embedcache.units import rounded_up
 
-Step = Callable[..., Tensor]
-"""`absorb`, or Triton's of the same arguments."""
+
+class Steps(NamedTuple):
+    """`absorb` and `combine`, or Triton's of the same arguments."""
+
+    absorb: Callable[..., Tensor]
+    combine: Callable[..., None]
+
+
 IMPLS = ("auto", "torch", "triton")
 ROW_ALIGNMENT = 64
 """On a GPU, rows of logits are a multiple of this many apart."""
@@ -64,8 +70,8 @@ def frozen_head_loss(
             streamed_hidden=weight_CH.shape[1] if streamed else 0,
         )
     apply: Any = _FrozenHeadLoss.apply  # torch leaves it untyped
-    step = _implementation(impl, x_NH)
-    loss_N: Tensor = apply(x_NH, columns, head.logit_scale, head.softcap, targets_N, chunks, step)
+    steps = _implementation(impl, x_NH)
+    loss_N: Tensor = apply(x_NH, columns, head.logit_scale, head.softcap, targets_N, chunks, steps)
     return loss_N
 
 
@@ -79,7 +85,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
         softcap: float | None,
         targets_N: Tensor,
         chunks: Chunks,
-        step: Step,
+        steps: Steps,
     ) -> Tensor:
         device, N, C = x_NH.device, len(x_NH), len(columns.weight_CH)
         wide = torch.promote_types(x_NH.dtype, torch.float32)
@@ -88,8 +94,11 @@ class _FrozenHeadLoss(torch.autograd.Function):
         running = Running.start(N, wide, device)
         buffer = x_NH.new_empty(min(N, chunks.rows) * _width(min(C, chunks.columns), device))
         # Sums over several tiles are kept wide: each would be rounded otherwise.
-        sum_dtype = x_NH.dtype if len(cuts) == 1 else wide
-        sum_NH = x_NH.new_zeros(x_NH.shape, dtype=sum_dtype) if needs_gradient else None
+        sum_NH = None
+        if needs_gradient and len(cuts) == 1:
+            sum_NH = x_NH.new_empty(x_NH.shape)
+        elif needs_gradient:
+            sum_NH = x_NH.new_zeros(x_NH.shape, dtype=wide)
         labels = LabelRows(columns, targets_N, device)
         with torch.autocast(device.type, enabled=False):
             for tile in tiles(columns, cuts, device):
@@ -97,7 +106,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 for chunk in rows:
                     logits_RC = _matrix(buffer, chunk.stop - chunk.start, len(weight_CH))
                     torch.mm(x_NH[chunk], weight_CH.T, out=logits_RC)
-                    shrink_R = step(
+                    shrink_R = steps.absorb(
                         logits_RC,
                         tile,
                         targets_N[chunk],
@@ -106,8 +115,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
                         softcap=softcap,
                         needs_gradient=needs_gradient,
                     )
-                    if sum_NH is not None:
-                        _add_product(sum_NH[chunk].mul_(shrink_R[:, None]), logits_RC, weight_CH)
+                    if sum_NH is not None and len(cuts) == 1:
+                        torch.mm(logits_RC, weight_CH, out=sum_NH[chunk])
+                    elif sum_NH is not None:
+                        sum_NH[chunk].mul_(shrink_R[:, None]).add_(logits_RC @ weight_CH)
                 if needs_gradient:
                     labels.see(tile)
         del buffer
@@ -116,30 +127,28 @@ class _FrozenHeadLoss(torch.autograd.Function):
             # tanh would hide an infinite embedding.
             loss_N.masked_fill_(~x_NH.isfinite().all(dim=1), torch.nan)
         if sum_NH is not None:
+            gradient_NH = x_NH.new_empty(x_NH.shape) if sum_NH.dtype != x_NH.dtype else sum_NH
             for chunk in rows:
-                factor_R = scale / running.total_R[chunk]
                 # p - 1 at the label, times its slope
                 label_R = torch.expm1(-loss_N[chunk]) * scale
                 if softcap is not None:
                     capped_R = running.label_R[chunk] - labels.log_weight(chunk)
                     label_R *= 1 - (capped_R / softcap).square()
-                gradient_RH = sum_NH[chunk] * factor_R[:, None]
-                sum_NH[chunk] = gradient_RH.add_(labels.rows(chunk) * label_R[:, None])
-            ctx.save_for_backward(sum_NH.to(x_NH.dtype))
+                steps.combine(
+                    sum_NH[chunk],
+                    scale / running.total_R[chunk],
+                    *labels.source(chunk),
+                    label_R,
+                    out=gradient_NH[chunk],
+                )
+            ctx.save_for_backward(gradient_NH)
         return loss_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NH,) = ctx.saved_tensors
-        x_gradient_NH = (gradient_NH * gradients[0][:, None]).to(gradient_NH.dtype)
-        return x_gradient_NH, *(None,) * 6
-
-
-def _add_product(sum_RH: Tensor, slopes_RC: Tensor, weight_CH: Tensor) -> None:
-    if sum_RH.dtype == weight_CH.dtype:
-        sum_RH.addmm_(slopes_RC, weight_CH)
-    else:
-        sum_RH.add_(slopes_RC @ weight_CH)
+        x_gradient_NH = torch.empty_like(gradient_NH)  # nothing wider is made on the way
+        return torch.mul(gradient_NH, gradients[0][:, None], out=x_gradient_NH), *(None,) * 6
 
 
 def _width(columns: int, device: torch.device) -> int:
@@ -158,8 +167,8 @@ def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * width].view(rows, width)[:, :columns]
 
 
-def _implementation(impl: str, x_NH: Tensor) -> Step:
-    """Return the function that adds a tile to the running softmax.
+def _implementation(impl: str, x_NH: Tensor) -> Steps:
+    """Return the functions that the loss is computed by.
 
     Raises ``UsageError`` for an unknown name, or ``triton`` where it cannot run.
     """
@@ -173,10 +182,10 @@ def _implementation(impl: str, x_NH: Tensor) -> Step:
             f"{'installed' if find_spec('triton') else 'missing'}. Type: impl='auto'"
         )
     if impl == "torch" or not possible or (impl == "auto" and x_NH.device.type != "cuda"):
-        return absorb
-    from embedcache.loss.kernels import absorb_by_triton
+        return Steps(absorb, combine)
+    from embedcache.loss import kernels
 
-    return absorb_by_triton
+    return Steps(kernels.absorb_by_triton, kernels.combine_by_triton)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""Adds a tile's logits to the running softmax, in one Triton kernel; `absorb` is its oracle.
+"""What `absorb` does, its oracle, each in one Triton kernel.
 
 One program has one position: it reads its logits once for peak, total and label, and again to
 write the slopes in their place. Where a tile's rows in flight fit the L2 cache the second reading
@@ -126,6 +126,49 @@ def _absorb(
             slope_B *= tl.exp(value_B - peak)
             slope_B = tl.where(place_B == label, 0.0, slope_B)
             tl.store(logits + place_B, slope_B.to(raw_B.dtype), mask=place_B < padded)
+
+
+def combine_by_triton(
+    sum_RH: Tensor,
+    factor_R: Tensor,
+    weight_CH: Tensor,
+    place_R: Tensor,
+    label_R: Tensor,
+    *,
+    out: Tensor,
+) -> None:
+    """Do what `combine` does; all matrices' rows are contiguous."""
+    rows, hidden = sum_RH.shape
+    if not rows:
+        return
+    with torch.cuda.device_of(sum_RH):
+        _combine[(rows,)](
+            sum_RH,
+            factor_R,
+            weight_CH,
+            weight_CH.stride(0),
+            place_R,
+            label_R,
+            out,
+            hidden,
+            BLOCK=min(1024, triton.next_power_of_2(hidden)),
+        )
+
+
+@triton.jit
+def _combine(
+    sums, factors, weight, weight_stride, places, labels, out, hidden, BLOCK: tl.constexpr
+):
+    row = tl.program_id(0).to(tl.int64)
+    factor, label = tl.load(factors + row), tl.load(labels + row)
+    weight += tl.load(places + row).to(tl.int64) * weight_stride
+    for first in range(0, hidden, BLOCK):
+        place_B = first + tl.arange(0, BLOCK)
+        inside_B = place_B < hidden
+        sum_B = tl.load(sums + row * hidden + place_B, mask=inside_B).to(tl.float32)
+        weight_B = tl.load(weight + place_B, mask=inside_B).to(tl.float32)
+        value_B = sum_B * factor + weight_B * label
+        tl.store(out + row * hidden + place_B, value_B.to(out.dtype.element_ty), mask=inside_B)
 
 
 @triton.jit

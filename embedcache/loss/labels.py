@@ -36,11 +36,11 @@ class LabelRows:
         found_NH = weight_CH[place_N.clamp(0, len(weight_CH) - 1)]
         torch.where(here_N1, found_NH, self._kept_NH, out=self._kept_NH)
 
-    def rows(self, chunk: slice) -> Tensor:
-        """Return the rows of some positions' labels, [R, H]."""
+    def source(self, chunk: slice) -> tuple[Tensor, Tensor]:
+        """Return a matrix, and the rows of it, [R], that are those of some positions' labels."""
         if self._kept_NH is not None:
-            return self._kept_NH[chunk]
-        return self._columns.weight_CH[self._targets_N[chunk]]
+            return self._kept_NH, torch.arange(chunk.start, chunk.stop, device=self._kept_NH.device)
+        return self._columns.weight_CH, self._targets_N[chunk]
 
     def log_weight(self, chunk: slice) -> Tensor | float:
         """Return the log-weights of some positions' labels, [R], or 0."""

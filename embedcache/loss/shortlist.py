@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embedcache.base.head import Head
+from embedcache.base.rows import rows_of
 from embedcache.loss.chunks import plan_chunks
 from embedcache.loss.columns import Columns
 from embedcache.loss.frozen import frozen_head_loss
@@ -50,7 +51,8 @@ class Shortlist:
     allows; its logarithm, and so the loss, is biased low by about half the relative variance. Draws
     depend on (seed, step) alone, for one type of device.
 
-    Head and proposal may both be in host memory: then only a shortlist's rows go to the device.
+    The proposal is on the device that computes; the head may be in host memory: then only a
+    shortlist's rows go to the device.
     """
 
     def __init__(self, head: Head, proposal_V: Tensor, *, samples: int = 2048, seed: int = 0):
@@ -76,20 +78,13 @@ class Shortlist:
         return generator.manual_seed(self._seed * 1_000_003 + step)
 
     def draw(self, targets_N: Tensor, generator: torch.Generator) -> list[Listed]:
-        """Return a shortlist for every so many positions, on the targets' device."""
-        device = targets_N.device
+        """Return a shortlist for every so many positions, on the proposal's device."""
         listed = []
-        for targets in targets_N.to(self._proposal_V.device).split(self._rows):
+        for targets in targets_N.split(self._rows):
             columns, index_V = self.columns(targets, generator)
-            bias = columns.bias_C
             assert columns.log_weight_C is not None
             listed.append(
-                Listed(
-                    _moved(columns.weight_CH, device),
-                    None if bias is None else _moved(bias, device),
-                    _moved(columns.log_weight_C, device),
-                    _moved(index_V[targets], device),
-                )
+                Listed(columns.weight_CH, columns.bias_C, columns.log_weight_C, index_V[targets])
             )
         return listed
 
@@ -108,8 +103,19 @@ class Shortlist:
         padding = (0, -len(chosen) % COLUMNS)
         log_weight_C = F.pad(-chance_V[chosen].log(), padding, value=-torch.inf)
         chosen = F.pad(chosen, padding)
-        bias = None if head.bias_V is None else head.bias_V[chosen]
-        return Columns(head.weight_VH[chosen], bias, log_weight_C), index_V
+        bias = None if head.bias_V is None else rows_of(head.bias_V[:, None], chosen)[:, 0]
+        return Columns(rows_of(head.weight_VH, chosen), bias, log_weight_C), index_V
+
+
+def cut_listed(listed: Sequence[Listed], rows: slice) -> list[Listed]:
+    """Return the shortlists of some of the positions, those of ``rows``."""
+    found, first = [], 0
+    for one in listed:
+        start, stop = max(rows.start - first, 0), rows.stop - first
+        if start < len(one.index_N) and stop > 0:
+            found.append(one._replace(index_N=one.index_N[start:stop]))
+        first += len(one.index_N)
+    return found
 
 
 def estimate(
@@ -129,12 +135,6 @@ def estimate(
         loss_N = frozen_head_loss(x_NH, columns, head, index_N, chunks=chunks)
         losses.append(loss_N.view(x_GnH.shape[:2]))
     return torch.cat(losses, dim=1)
-
-
-def _moved(value: Tensor, device: torch.device) -> Tensor:
-    if value.device == device:
-        return value
-    return value.pin_memory().to(device, non_blocking=True)
 
 
 def tail_proposal(x_NH: Tensor, head: Head) -> Tensor:

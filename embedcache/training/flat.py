@@ -66,12 +66,6 @@ class FlatAdamW:
             4, len(configs), device=device
         )
 
-    def differentiate(self, loss: Tensor, *, more: bool = False) -> None:
-        """Set the gradients to those of ``loss``; add them to what is there where there is more."""
-        if not more:
-            self.gradient_KP.zero_()
-        loss.backward()
-
     def clip(self) -> Tensor:
         """Scale each carry-on's gradient to its largest norm; return norm_K before that."""
         norm_K = self.gradient_KP.norm(dim=1, dtype=torch.float32)

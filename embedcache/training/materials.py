@@ -124,7 +124,7 @@ class Materials:
             some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), most)).long()
             self._proposal_V = tail_proposal(x_NH[some].to(home, inputs.dtype), head)
         head = self.inputs(config.carryon, recipe, training=True).head
-        proposal_V = self._proposal_V.to(head.weight_VH.device)
+        proposal_V = self._proposal_V.to(self.device)
         return Shortlist(head, proposal_V, samples=config.samples, seed=config.order)
 
     def train_loader(self, config: TrainConfig, recipe: Recipe) -> BatchLoader:

@@ -22,6 +22,8 @@ GOOD_TOKENS = (2048, 1024, 512)
 """Parts of at least so many tokens are looked for first: smaller ones are slower by the token."""
 STEP_TOKENS = 64
 """Parts are a multiple of this."""
+EMITTED = 512
+"""Positions of which deltas exist at a time within a budget: more would hardly be faster."""
 LOGIT_SHARE = 16
 """A budget's part that logits take, at most."""
 LEAST_LOGITS, LOGITS_OF_HIDDEN = 1 << 20, 1024
@@ -85,7 +87,7 @@ def candidates(device: torch.device, budget: int, hidden: int) -> list[Recipe]:
     Host memory is a place of its own beside a GPU alone.
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
-    plain = Recipe(logit_bytes=logits, ahead=1)
+    plain = Recipe(logit_bytes=logits, emitted=EMITTED, ahead=1)
     found = [plain]
     if device.type == "cuda":
         kinds = (plain, replace(plain, dtype=torch.bfloat16, offload=True))

@@ -23,6 +23,8 @@ class Recipe:
         recompute: whether a block's activations are computed again for its gradient.
         host_head: whether the head is in host memory: a shortlist's rows, or all tiles in turn, go
             to the device for each part.
+        emitted: positions of which deltas, and what else is as wide as the base, exist at a time;
+            None means all of a part.
         logit_bytes: logits that exist at a time; None leaves it to the device.
         ahead: parts that wait on the device, beside the one that is used and one that is made.
         one_row: whether a part's sequences lie one behind the other, with attention over spans.
@@ -35,6 +37,7 @@ class Recipe:
     offload: bool = False
     recompute: bool = False
     host_head: bool = False
+    emitted: int | None = None
     logit_bytes: int | None = None
     ahead: int = 2
     one_row: bool = False

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 from typing import cast
 
 import torch
@@ -18,7 +18,7 @@ from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import any_shape_attention
 from embedcache.evaluate import FrozenInputs
-from embedcache.loss import Listed, cross_entropy, estimate
+from embedcache.loss import Listed, cross_entropy, cut, cut_listed, estimate
 from embedcache.training.config import TrainConfig
 from embedcache.training.flat import FlatAdamW
 from embedcache.training.ranks import ALONE, Ranks
@@ -99,9 +99,22 @@ class Stack:
         Work on the same batch must lie side by side. Returns what this adds to the losses, loss_K:
         means over the targets of the whole step. Without a target a loss is 0.
         """
-        loss_K = torch.cat(self._losses(work)) * self._share_K
-        self.optimizer.differentiate(loss_K.sum(), more=more)
-        return loss_K.detach()
+        if not more:
+            self.optimizer.gradient_KP.zero_()
+        groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.batch))]
+        h_KNR = self._features(groups)
+        loss_K = torch.zeros_like(self._share_K)
+        gradients = []
+        # From here on each position is for itself, and as wide as the base: some at a time.
+        for rows in cut(h_KNR.shape[1], self.recipe.emitted or h_KNR.shape[1]):
+            h_KnR = h_KNR.detach()[:, rows].requires_grad_()
+            part_K = self._losses(groups, h_KnR, rows) * self._share_K
+            part_K.sum().backward()
+            loss_K += part_K.detach()
+            gradients.append(h_KnR.grad)
+        if gradients:
+            h_KNR.backward(torch.cat(gradients, dim=1))
+        return loss_K
 
     def finish(self, loss_K: Tensor) -> tuple[Tensor, Tensor]:
         """Move every carry-on by the gradients that were taken; return losses and their norms.
@@ -115,52 +128,61 @@ class Stack:
         self.optimizer.step(loss_K, norm_K)
         return loss_K, norm_K
 
-    def _losses(self, work: Sequence[Work]) -> list[Tensor]:
-        """Return the sums of losses loss_G of each run of carry-ons that see one batch."""
-        groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.batch))]
-        together = groups[0][0].batch if len(groups) == 1 else stacked_batch(work)
+    def _features(self, groups: Sequence[list[Work]]) -> Tensor:
+        """Return the features h_KNR of wanted positions, as many of each, the last for nothing."""
+        batches = [group[0].batch for group in groups]
+        together = batches[0] if len(groups) == 1 else stacked_batch([*chain(*groups)])
         h_KBTR = self._inputs.features(self.model, together)
         K, B, T, _ = h_KBTR.shape
-        # As many positions of each, the last ones for nothing.
-        most = max(len(group[0].batch.targets_N) for group in groups)
+        N = rounded_up(max(len(batch.targets_N) for batch in batches), WANTED)
         place_KN = torch.cat(
             [
-                _wanted(group[0].batch, T, rounded_up(most, WANTED)).expand(len(group), -1)
-                for group in groups
+                _wanted(batch, T, N).expand(len(group), -1)
+                for group, batch in zip(groups, batches, strict=True)
             ]
         )
         row_KN = place_KN + B * T * torch.arange(K, device=place_KN.device)[:, None]
-        h_KNR = h_KBTR.flatten(0, 2).index_select(0, row_KN.flatten()).unflatten(0, (K, -1))
-        delta_KNH = self._inputs.emit(self.model, h_KNR.unsqueeze(1)).squeeze(1)
+        return h_KBTR.flatten(0, 2).index_select(0, row_KN.flatten()).unflatten(0, (K, -1))
+
+    def _losses(self, groups: Sequence[list[Work]], h_KnR: Tensor, rows: slice) -> Tensor:
+        """Return the sums of losses loss_K over some of the wanted positions, from features."""
+        delta_KnH = self._inputs.emit(self.model, h_KnR.unsqueeze(1)).squeeze(1)
         losses, first = [], 0
         for group in groups:
-            batch, delta_GNH = group[0].batch, delta_KNH[first : first + len(group)]
-            N = len(batch.targets_N)
-            if N:
-                wanted_N = F.pad(batch.wanted_N, (0, -N % WANTED))
-                x_BTH = batch.x_BTH["final"]
-                x_NH = x_BTH.flatten(0, 1).index_select(0, wanted_N).to(self._inputs.dtype)
-                loss_GN = self._loss(x_NH + delta_GNH[:, : len(wanted_N)], batch)
-                counted = loss_GN[:, :N] if batch.counts_N is None else loss_GN * batch.counts_N
-                losses.append(counted.sum(dim=1))
-            else:
-                losses.append(delta_GNH[:, :0].sum(dim=(1, 2)).float())
+            batch, delta_GnH = group[0].batch, delta_KnH[first : first + len(group)]
             first += len(group)
-        return losses
+            here = slice(rows.start, min(rows.stop, rounded_up(len(batch.targets_N), WANTED)))
+            if here.start >= here.stop:
+                losses.append(delta_GnH[:, :0].sum(dim=(1, 2)).float())
+                continue
+            wanted_n = _filled(batch.wanted_N)[here]
+            x_nH = batch.x_BTH["final"].flatten(0, 1).index_select(0, wanted_n)
+            y_GnH = x_nH.to(self._inputs.dtype) + delta_GnH[:, : len(wanted_n)]
+            loss_Gn = self._loss(y_GnH, batch, here)
+            if batch.counts_N is None:
+                loss_Gn = loss_Gn[:, : len(batch.targets_N) - here.start]
+            else:
+                loss_Gn = loss_Gn * batch.counts_N[here]
+            losses.append(loss_Gn.sum(dim=1))
+        return torch.cat(losses)
 
-    def _loss(self, y_GNH: Tensor, batch: Batch) -> Tensor:
-        """Return loss_GN of embeddings after the carry-ons; by shortlists where some were drawn.
-
-        There are more embeddings than targets by what `WANTED` says.
-        """
+    def _loss(self, y_GnH: Tensor, batch: Batch, rows: slice) -> Tensor:
+        """Return loss_Gn of embeddings after the carry-ons; by shortlists where some were drawn."""
         head, listed = self._inputs.head, list(cast("Sequence[Listed]", batch.drawn))
-        padding = (0, y_GNH.shape[1] - len(batch.targets_N))
         if listed:
-            listed[-1] = listed[-1]._replace(index_N=F.pad(listed[-1].index_N, padding))
-            return estimate(y_GNH, listed, head, logit_bytes=self.recipe.logit_bytes)
-        y_NH, targets_N = y_GNH.flatten(0, 1), F.pad(batch.targets_N, padding).repeat(len(y_GNH))
+            last = listed[-1]
+            more = rounded_up(len(batch.targets_N), WANTED) - len(batch.targets_N)
+            listed[-1] = last._replace(index_N=F.pad(last.index_N, (0, more)))
+            some = cut_listed(listed, rows)
+            return estimate(y_GnH, some, head, logit_bytes=self.recipe.logit_bytes)
+        y_NH, targets_N = y_GnH.flatten(0, 1), _filled(batch.targets_N)[rows].repeat(len(y_GnH))
         chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)
-        return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GNH.shape[:2])
+        return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GnH.shape[:2])
+
+
+def _filled(values_N: Tensor) -> Tensor:
+    """Return values of positions, filled up with zeros as `WANTED` says."""
+    return F.pad(values_N, (0, -len(values_N) % WANTED))
 
 
 def _wanted(batch: Batch, T: int, count: int) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from loss_problems import HEADS, difference, problem, reference
 
 from embedcache.loss import Chunks, Columns, cross_entropy
+from embedcache.loss import absorb as absorb_module
 from embedcache.loss.absorb import absorb
 from embedcache.loss.running import Running
 from embedcache.loss.tiles import Tile
@@ -69,6 +70,26 @@ def test_a_step_of_the_running_softmax(
         torch.testing.assert_close(ours[0], oracle[0], rtol=tolerance, atol=1e-6)
         torch.testing.assert_close(ours[1:], oracle[1:], rtol=2e-6, atol=2e-6, equal_nan=True)
     assert results[2][4].isnan().tolist() == [False, False, False, True, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("hidden", [40, 1500])
+def test_sums_and_labels_make_a_gradient(kernels, device, dtype, hidden):
+    torch.manual_seed(0)
+    sums, head = torch.randn(7, hidden), torch.randn(11, hidden)
+    factor, label = torch.rand(7), -torch.rand(7)
+    place = torch.tensor([0, 10, 3, 3, 9, 1, 5])
+    given = (sums.to(dtype), factor, head.to(dtype), place, label)
+    found = []
+    for step in (absorb_module.combine, kernels.combine_by_triton):
+        moved = [value.to(device, copy=True) for value in given]
+        step(*moved, out=moved[0])  # in place
+        found.append(moved[0].float().cpu())
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
+    exact = sums.to(dtype) * factor[:, None] + head.to(dtype)[place] * label[:, None]
+    torch.testing.assert_close(found[0], exact.float(), rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("device", DEVICES)
