@@ -19,6 +19,7 @@ from embedcache.files import LOCK, writer_lock
 from embedcache.progress import SILENT, Progress
 from embedcache.training.config import TrainConfig
 from embedcache.training.member import Member, TrainSummary
+from embedcache.training.memory import spare_reserves
 from embedcache.training.output import check_out
 from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE, Ranks, joined, local_device
@@ -166,6 +167,8 @@ class _Shared:
         ranks: Ranks = ALONE,
         memory: int | None = None,
     ):
+        if memory is not None and device.type == "cuda":
+            spare_reserves()
         self.cache = Cache(cache_path)
         self.device = device
         self.progress = progress

@@ -16,7 +16,7 @@ stack has.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -182,15 +182,44 @@ class _Linear(nn.Linear):
         if weight.ndim == 2:
             return F.linear(x_BTI, weight, bias)
         K = len(weight)
-        if x_BTI.ndim == 3:
-            y_BTO = F.linear(x_BTI, weight.flatten(0, 1), None if bias is None else bias.flatten())
-            return y_BTO.unflatten(-1, (K, -1)).movedim(2, 0)
-        x_KNI = x_BTI.flatten(1, 2)
-        if bias is None:
-            y_KNO = torch.bmm(x_KNI, weight.mT)
-        else:
-            y_KNO = torch.baddbmm(bias[:, None], x_KNI, weight.mT)
-        return y_KNO.unflatten(1, x_BTI.shape[1:3])
+        # One alone: a GPU's plain product adds the bias on its way.
+        if x_BTI.ndim == 4 and (K > 1 or not x_BTI.is_cuda):
+            apply: Any = _StackedProduct.apply  # torch leaves it untyped
+            y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias)
+            return y_KNO.unflatten(1, x_BTI.shape[1:3])
+        y_BTO = F.linear(x_BTI, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        return y_BTO if x_BTI.ndim == 4 else y_BTO.unflatten(-1, (K, -1)).movedim(2, 0)
+
+
+class _StackedProduct(torch.autograd.Function):
+    """A linear layer for each of K inputs; gradients of weights come out as weights lie.
+
+    (Of `torch.baddbmm` they come out transposed, and are copied.)
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_KNI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None) -> Tensor:
+        device = x_KNI.device.type
+        low = x_KNI.dtype
+        if torch.is_autocast_enabled(device):
+            low = torch.get_autocast_dtype(device)
+        ctx.dtypes = x_KNI.dtype, weight_KOI.dtype
+        x_KNI, weight_KOI = x_KNI.to(low), weight_KOI.to(low)
+        ctx.save_for_backward(x_KNI, weight_KOI)
+        with torch.autocast(device, enabled=False):
+            if bias_KO is None:
+                return torch.bmm(x_KNI, weight_KOI.mT)
+            return torch.baddbmm(bias_KO.to(low)[:, None], x_KNI, weight_KOI.mT)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g_KNO,), (x_KNI, weight_KOI) = gradients, ctx.saved_tensors
+        needed, (x_dtype, dtype) = ctx.needs_input_grad, ctx.dtypes
+        return (
+            torch.bmm(g_KNO, weight_KOI).to(x_dtype) if needed[0] else None,
+            torch.bmm(g_KNO.mT, x_KNI).to(dtype) if needed[1] else None,
+            g_KNO.sum(dim=1).to(dtype) if needed[2] else None,
+        )
 
 
 class _RMSNorm(nn.RMSNorm):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ EMITTED = 512
 """Positions of which deltas exist at a time within a budget: more would hardly be faster."""
 LOGIT_SHARE = 16
 """A budget's part that logits take, at most."""
+SEGMENT = 2 << 20
+"""Bytes that a CUDA allocator reserves at a time."""
 LEAST_LOGITS, LOGITS_OF_HIDDEN = 1 << 20, 1024
 """Bytes that logits need for a product to be worth while, and those by width for a streamed head's
 tiles."""
@@ -98,7 +101,7 @@ def candidates(device: torch.device, budget: int, hidden: int) -> list[Recipe]:
 def choose(
     recipes: Sequence[Recipe],
     budget: int,
-    footprint: Callable[[Recipe], Footprint | None],
+    footprint: Callable[[Recipe, int | None], Footprint | None],
     *,
     longest: int,
     step_tokens: int,
@@ -108,7 +111,7 @@ def choose(
     Args:
         recipes: to choose from, the best first.
         budget: bytes.
-        footprint: measures a recipe; called once for each; None where it took too much for that.
+        footprint: measures a recipe within so many bytes; None where it took more than that.
         longest: tokens of the longest sequence, which is never cut.
         step_tokens: tokens of a step: larger parts are of no use.
 
@@ -121,7 +124,7 @@ def choose(
         least = max(longest, min(least, step_tokens))
         for number, recipe in enumerate(recipes):
             if number not in found:
-                found[number] = footprint(recipe)
+                found[number] = footprint(recipe, budget)
             measured = found[number]
             if measured is None:
                 continue
@@ -131,6 +134,8 @@ def choose(
             if tokens >= least:
                 recipe = replace(recipe, part_tokens=tokens)
                 return MemoryPlan(recipe=recipe, budget=budget, expected=measured.at(tokens))
+    if not any(found.values()):
+        found[-1] = footprint(recipes[-1], None)
     known = [measured.at(longest) / USED for measured in found.values() if measured is not None]
     takes, way_out = "more", "Give more"
     if known:
@@ -202,6 +207,16 @@ def peak_of(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[
     peak.append(live.peak + sum(tensor.nbytes for tensor in resident))
 
 
+def spare_reserves() -> None:
+    """Have libraries reserve little of a GPU that nothing was computed on yet in this process.
+
+    Unless the user says otherwise: segments that grow leave no gaps, and cuBLAS keeps 8 MiB for
+    each of its streams instead of 32.
+    """
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+
+
 @contextmanager
 def held(budget: int | None, device: torch.device) -> Iterator[None]:
     """Let the allocator reserve no more than a budget meanwhile; of a CPU nothing is held."""
@@ -210,7 +225,8 @@ def held(budget: int | None, device: torch.device) -> Iterator[None]:
         return
     total = torch.cuda.get_device_properties(device).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(min(1.0, budget / total), device)
+    share = max(0, budget - SEGMENT) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
     try:
         yield
     finally:

@@ -35,7 +35,11 @@ def plan_memory(
     """
     longest = materials.cache.attributes.settings.context
 
-    def footprint(recipe: Recipe) -> Footprint | None:
+    def footprint(recipe: Recipe, most: int | None) -> Footprint | None:
+        with held(most, materials.device):
+            return measure(recipe)
+
+    def measure(recipe: Recipe) -> Footprint | None:
         measured: dict[int, int] = {}
         least = max(longest, TRIED)
         for tokens in (least, 2 * least):
@@ -50,14 +54,13 @@ def plan_memory(
         # One size alone: all of it may grow with the part.
         return next((Footprint(0, taken / given) for given, taken in measured.items()), None)
 
-    with held(budget, materials.device):
-        return choose(
-            candidates(materials.device, budget, materials.hidden),
-            budget,
-            footprint,
-            longest=longest,
-            step_tokens=max(materials.batch_tokens(config) for config in configs),
-        )
+    return choose(
+        candidates(materials.device, budget, materials.hidden),
+        budget,
+        footprint,
+        longest=longest,
+        step_tokens=max(materials.batch_tokens(config) for config in configs),
+    )
 
 
 def _trial(

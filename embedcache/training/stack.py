@@ -111,6 +111,7 @@ class Stack:
             part_K = self._losses(groups, h_KnR, rows) * self._share_K
             part_K.sum().backward()
             loss_K += part_K.detach()
+            assert h_KnR.grad is not None
             gradients.append(h_KnR.grad)
         if gradients:
             h_KNR.backward(torch.cat(gradients, dim=1))

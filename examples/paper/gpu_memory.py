@@ -39,7 +39,6 @@ LEAN = ["--width", "256", "--no-gate", "--epochs", "3"]
 
 CHILD = """
 import json, subprocess, sys, threading, os
-os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
 import torch
 from commands import embedcache
 

@@ -57,10 +57,14 @@ def test_a_line_through_two_sizes():
     assert Footprint(1000, 5.0).tokens(10) < 1
 
 
-def chosen(budget: int, footprints: dict[str, Footprint], **more: int):
+def chosen(budget: int, footprints: dict[str, Footprint], *, freely=None, **more: int):
     recipes = candidates(CUDA, 100_000_000, 64)
 
-    def footprint(recipe: Recipe) -> Footprint | None:
+    def footprint(recipe: Recipe, most: int | None) -> Footprint | None:
+        if most is None:
+            assert recipe == recipes[-1]
+            return freely
+        assert most == budget
         name = "lean" if recipe.offload else "plain"
         name += "-host" if recipe.host_head else ""
         name += "-again" if recipe.recompute else ""
@@ -95,6 +99,9 @@ def test_a_budget_that_is_too_small_is_told_the_least_that_would_do():
     assert chosen(1_100_000, footprints).recipe.part_tokens == 128
     with pytest.raises(DeviceMemoryError, match=r"takes more\. Give more$"):
         chosen(1_000_000, {})
+    # Where nothing could be measured within it, the leanest recipe is measured without.
+    with pytest.raises(DeviceMemoryError, match=r"2\.1 MB at least\. Type: --memory 2\.2MB$"):
+        chosen(1_000_000, {}, freely=Footprint(1_900_000, 1000.0))
 
 
 def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone():
