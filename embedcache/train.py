@@ -25,6 +25,9 @@ from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE, Ranks, joined, local_device
 from embedcache.training.trainer import Trainer
 
+SHORTER = 8
+"""A shortlist pays where a vocabulary is so many times what it samples: it holds labels, too."""
+
 __all__ = ["SweepResult", "TrainPlan", "TrainSummary", "preview", "sweep", "train"]
 
 
@@ -138,7 +141,7 @@ def preview(
     """Make every check that `train` makes before it writes; return the plan."""
     shared = _Shared(cache_path, local_device(resolve_device(device)), SILENT)
     shared.check(out, config)
-    loss, plan = _loss_name(config, shared.device), None
+    loss, plan = _loss_name(config, shared.vocabulary), None
     if memory is not None:
         plan = plan_memory(shared.materials, [config], loss, memory)
     tokens = shared.materials.tokens("train", config.documents)
@@ -175,6 +178,7 @@ class _Shared:
         self.ranks = ranks
         self.trainer = Trainer(self.cache, self.device, progress, ranks, memory)
         self.materials = self.trainer.materials
+        self.vocabulary: int = self.cache.attributes.base["vocab_size"]
 
     def request(self, config: TrainConfig) -> dict[str, Any]:
         """Return what a checkpoint must have been made for, to be gone on from."""
@@ -211,7 +215,7 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
         Member(
             out,
             config,
-            loss=_loss_name(config, shared.device),
+            loss=_loss_name(config, shared.vocabulary),
             tokens=shared.materials.tokens("train", config.documents),
             request=shared.request(config),
             progress=shared.progress,
@@ -241,7 +245,8 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
     ]
 
 
-def _loss_name(config: TrainConfig, device: torch.device) -> str:
+def _loss_name(config: TrainConfig, vocabulary: int) -> str:
+    """Return the loss asked for, or a shortlist where that is much shorter than the vocabulary."""
     if config.loss != "auto":
         return config.loss
-    return "shortlist" if device.type == "cpu" else "exact"
+    return "shortlist" if vocabulary >= SHORTER * config.samples else "exact"

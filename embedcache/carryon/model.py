@@ -158,8 +158,10 @@ class CarryOn(nn.Module):
     @classmethod
     def stack(cls, models: Sequence[CarryOn]) -> CarryOn:
         """Return one module that holds copies of carry-ons of equal shape and calibration."""
-        stacked = cls(models[0].config, models[0].hidden)
-        stacked.load_state_dict(models[0].state_dict())
+        with torch.device("meta"):  # nothing is drawn for nobody
+            stacked = cls(models[0].config, models[0].hidden)
+        for name, buffer in models[0].named_buffers():
+            setattr(stacked, name, buffer.clone())
         layers = dict(stacked.named_modules())
         for name, _ in list(stacked.named_parameters()):
             layer, _, part = name.rpartition(".")

@@ -24,7 +24,7 @@ class TrainState:
     """Where a run is. With the weights and the optimiser's moments, all that a resume needs.
 
     ``position`` is the number of batches done in ``epoch``; the epoch's sums are of its training
-    loss. Times are not part of it: they are measured, not computed.
+    loss. ``seconds`` of training, and those of them that it ``waited`` for batches, are measured.
     """
 
     epoch: int = 0
@@ -38,6 +38,7 @@ class TrainState:
     best_estimate: float | None = None
     best_epoch: int = 0
     seconds: float = 0.0
+    waited: float = 0.0
 
 
 Tensors = dict[str, torch.Tensor]

@@ -27,7 +27,8 @@ class TrainConfig:
         weight_decay: AdamW's, on matrices only.
         beta2: AdamW's second moment decay; the first is 0.9.
         clip: largest global norm of the gradient.
-        loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``: shortlist on a CPU.
+        loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``: a shortlist where the
+            vocabulary is much longer.
         samples: tokens that a shortlist draws besides its labels.
         patience: epochs without a better dev loss before training stops.
         seed: of initial weights, order and draws.

@@ -84,16 +84,25 @@ class Loop:
     def train(self) -> None:
         """Step until no member is left."""
         self._let_go()
-        self._clock = time.perf_counter()
+        self._clock, self._waited = time.perf_counter(), 0.0
         while self._feeds:
-            if ended := [feed for feed in self._feeds if not feed.advance()]:
+            with self._waiting():
+                ended = [feed for feed in self._feeds if not feed.advance()]
+            if ended:
                 self._read()
                 for feed in ended:
                     self._end_epoch(feed)
-                self._clock = time.perf_counter()
+                self._clock, self._waited = time.perf_counter(), 0.0
             else:
                 self._step()
             self._let_go()
+
+    @contextmanager
+    def _waiting(self) -> Iterator[None]:
+        """Count the time of a wait for batches."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
 
     def _rows(self) -> list[tuple[int, Member]]:
         return list(enumerate(member for feed in self._feeds for member in feed.members))
@@ -127,6 +136,7 @@ class Loop:
         losses, norms = taken.values.lists()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
+        waited, self._waited = self._waited, 0.0
         rows = zip(taken.members, taken.counts, losses, norms, strict=True)
         for index, (member, one, loss, norm) in enumerate(rows):
             if member.failure is not None:
@@ -145,6 +155,7 @@ class Loop:
                     targets=one.targets,
                     batches=self._ranks.count,
                     seconds=seconds,
+                    waited=waited,
                 )
             self._bar.advance(one.tokens, f"loss {member.train_loss:.4f}")
 
@@ -157,8 +168,9 @@ class Loop:
         loss_K = self._stack.differentiate(work)
         while not all(batch.last for batch in self._batches()):
             del work
-            for feed in self._feeds:
-                feed.next_part()
+            with self._waiting():
+                for feed in self._feeds:
+                    feed.next_part()
             work = self._work(everywhere)
             loss_K += self._stack.differentiate(work, more=True)
         return self._stack.finish(loss_K)

@@ -41,7 +41,8 @@ class TrainSummary:
     """What a run did. Cross-entropies are in nats a token; the speed excludes evaluation.
 
     ``shortlist_bias``: what the shortlist makes of the kept epoch's dev loss, less the exact one.
-    ``memory``: how it kept within its budget, if it had one.
+    ``data_wait``: share of the time that went by waiting for batches; on a GPU, which has work
+    queued meanwhile, at most. ``memory``: how it kept within its budget, if it had one.
     """
 
     out: str
@@ -56,6 +57,7 @@ class TrainSummary:
     shortlist_bias: float | None
     seconds: float
     tokens_per_second: float
+    data_wait: float
     resumed_at_step: int
     memory: str | None = None
 
@@ -162,6 +164,7 @@ class Member:
         targets: int,
         batches: int,
         seconds: float,
+        waited: float,
     ) -> None:
         """Take note of a step that was taken over so many batches, one a process."""
         state = self.state
@@ -169,6 +172,7 @@ class Member:
         state.step += 1
         state.tokens += tokens
         state.seconds += seconds
+        state.waited += waited
         state.epoch_loss += loss * targets
         state.epoch_targets += targets
         if state.step % LOG_STEPS == 0:
@@ -251,6 +255,7 @@ class Member:
             else state.best_estimate - state.best_dev,
             seconds=round(state.seconds, 3),
             tokens_per_second=round(state.tokens / max(state.seconds, 1e-9), 1),
+            data_wait=round(state.waited / max(state.seconds, 1e-9), 4),
             resumed_at_step=self._resumed_at,
             memory=self.memory,
         )

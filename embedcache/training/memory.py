@@ -72,6 +72,17 @@ class MemoryPlan:
         recipe = self.recipe
         return recipe.offload, recipe.host_head, recipe.recompute, -(recipe.part_tokens or 1 << 40)
 
+    @property
+    def part_tokens(self) -> int:
+        """Tokens of its parts."""
+        assert self.recipe.part_tokens is not None
+        return self.recipe.part_tokens
+
+    def smaller(self) -> MemoryPlan:
+        """Return the same with smaller parts."""
+        tokens = self.part_tokens * 7 // 8 // STEP_TOKENS * STEP_TOKENS
+        return replace(self, recipe=replace(self.recipe, part_tokens=tokens))
+
     def __str__(self) -> str:
         recipe = self.recipe
         parts = [
@@ -137,10 +148,15 @@ def choose(
     if not any(found.values()):
         found[-1] = footprint(recipes[-1], None)
     known = [measured.at(longest) / USED for measured in found.values() if measured is not None]
+    raise too_small(budget, longest, min(known, default=None))
+
+
+def too_small(budget: int, longest: int, least: float | None) -> DeviceMemoryError:
+    """Return the error of a budget that holds no sequence; ``least`` bytes would, if known."""
     takes, way_out = "more", "Give more"
-    if known:
-        takes, way_out = f"{size(min(known))} at least", f"Type: --memory {rounded(min(known))}"
-    raise DeviceMemoryError(
+    if least is not None:
+        takes, way_out = f"{size(least)} at least", f"Type: --memory {rounded(least)}"
+    return DeviceMemoryError(
         f"a budget of {size(budget)} does not hold a sequence of {longest:,} tokens with what "
         f"trains on it: that takes {takes}. {way_out}"
     )

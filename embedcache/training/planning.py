@@ -14,7 +14,15 @@ from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
-from embedcache.training.memory import Footprint, MemoryPlan, candidates, choose, held, peak_of
+from embedcache.training.memory import (
+    Footprint,
+    MemoryPlan,
+    candidates,
+    choose,
+    held,
+    peak_of,
+    too_small,
+)
 from embedcache.training.recipe import Recipe
 from embedcache.training.stack import Stack, Work
 
@@ -29,85 +37,115 @@ def plan_memory(
 ) -> MemoryPlan:
     """Return how to train carry-ons of one shape and loss within ``budget`` bytes of the device.
 
-    The gradients of parts of two sizes are taken, and nothing is kept of them.
+    The gradients of parts of two sizes are taken, and nothing is kept of them. On a GPU, whose
+    allocator also leaves gaps, the plan is tried within the budget, and its parts made smaller
+    until it holds.
 
     Raises ``DeviceMemoryError`` if no recipe holds a sequence.
     """
     longest = materials.cache.attributes.settings.context
+    trials = _Trials(materials, configs, loss)
+    plan = choose(
+        candidates(materials.device, budget, materials.hidden),
+        budget,
+        trials.footprint,
+        longest=longest,
+        step_tokens=max(materials.batch_tokens(config) for config in configs),
+    )
+    while not trials.holds(plan.recipe, budget):
+        smaller = plan.smaller()
+        if smaller.part_tokens < longest:
+            raise too_small(budget, longest, budget * plan.part_tokens / smaller.part_tokens)
+        plan = smaller
+    return plan
 
-    def footprint(recipe: Recipe, most: int | None) -> Footprint | None:
-        with held(most, materials.device):
-            return measure(recipe)
 
-    def measure(recipe: Recipe) -> Footprint | None:
+class _Trials:
+    """Takes gradients by one recipe or another, and keeps nothing of them."""
+
+    def __init__(self, materials: Materials, configs: Sequence[TrainConfig], loss: str):
+        self._materials, self._configs, self._loss = materials, configs, loss
+        self._longest = materials.cache.attributes.settings.context
+        with torch.random.fork_rng(devices=[]):
+            self._models = [CarryOn(config.carryon, materials.hidden) for config in configs]
+
+    def footprint(self, recipe: Recipe, budget: int | None) -> Footprint | None:
+        """Measure what a recipe takes; None where that is more than a budget."""
         measured: dict[int, int] = {}
-        least = max(longest, TRIED)
-        for tokens in (least, 2 * least):
-            try:
-                given, taken = _trial(materials, configs, loss, replace(recipe, part_tokens=tokens))
-            except torch.OutOfMemoryError:
-                break
-            measured[given] = taken
-        gc.collect()  # an error of the loader's thread holds what was tried
+        least = max(self._longest, TRIED)
+        with held(budget, self._materials.device):
+            for tokens in (least, 2 * least):
+                try:
+                    given, taken = self._try(replace(recipe, part_tokens=tokens))
+                except torch.OutOfMemoryError:
+                    break
+                measured[given] = taken
+            gc.collect()  # an error of the loader's thread holds what was tried
         if len(measured) == 2:
             return Footprint.through(measured)
         # One size alone: all of it may grow with the part.
         return next((Footprint(0, taken / given) for given, taken in measured.items()), None)
 
-    return choose(
-        candidates(materials.device, budget, materials.hidden),
-        budget,
-        footprint,
-        longest=longest,
-        step_tokens=max(materials.batch_tokens(config) for config in configs),
-    )
+    def holds(self, recipe: Recipe, budget: int) -> bool:
+        """Say whether the allocator can keep a recipe within a budget; of a CPU that it can."""
+        if self._materials.device.type != "cuda":
+            return True
+        try:
+            with held(budget, self._materials.device):
+                self._try(recipe, whole=True)
+        except torch.OutOfMemoryError:
+            gc.collect()
+            return False
+        return True
 
+    def _try(self, recipe: Recipe, *, whole: bool = False) -> tuple[int, int]:
+        """Take gradients of some parts; return the tokens of the largest, and bytes at the peak.
 
-def _trial(
-    materials: Materials, configs: Sequence[TrainConfig], loss: str, recipe: Recipe
-) -> tuple[int, int]:
-    """Take the gradients of some parts; return the tokens of the largest, and bytes at the peak.
+        Tokens of one row count with its padding. Carry-ons of another order see parts of their own.
+        With ``whole``, twice as many parts, and the optimiser goes over its states, too.
+        """
+        materials, configs = self._materials, self._configs
+        config, device = configs[0], materials.device
+        inputs = materials.inputs(config.carryon, recipe, training=True)
+        scoring = materials.inputs(config.carryon, recipe)
+        orders = {materials.order(config): config for config in configs}
+        used = [*inputs.tensors(), *scoring.tensors()]
+        resident = {id(tensor): tensor for tensor in used if tensor.device == device}
+        given = 0
+        with peak_of(device, resident.values()) as peak, ExitStack() as loaders:
+            stack = Stack(self._models, configs, inputs, recipe)
+            feeds = {
+                order: loaders.enter_context(closing(self._parts(config, recipe)))
+                for order, config in orders.items()
+            }
+            parts = zip(*feeds.values(), strict=False)
+            for batches in islice(parts, 2 * PARTS if whole else PARTS):
+                by_order = dict(zip(feeds, batches, strict=True))
+                work = [
+                    Work(batch=batch, targets=batch.whole.targets, rate=0.0)
+                    for batch in (by_order[materials.order(config)] for config in configs)
+                ]
+                work.sort(key=lambda one: id(one.batch))
+                loss_K = stack.differentiate(work)
+                if whole:
+                    with stack.optimizer.held():
+                        stack.finish(loss_K)
+                given = max(given, *map(_size, batches))
+                del batches, by_order, work
+            del stack
+        return given, peak[0]
 
-    Tokens of one row count with its padding. Carry-ons of another order see parts of their own.
-    """
-    config, device = configs[0], materials.device
-    inputs = materials.inputs(config.carryon, recipe, training=True)
-    scoring = materials.inputs(config.carryon, recipe)
-    with torch.random.fork_rng(devices=[]):
-        models = [CarryOn(config.carryon, materials.hidden) for config in configs]
-    orders = {materials.order(config): config for config in configs}
-    resident = {id(t): t for one in (inputs, scoring) for t in one.tensors() if t.device == device}
-    given = 0
-    with peak_of(device, resident.values()) as peak, ExitStack() as loaders:
-        stack = Stack(models, configs, inputs, recipe)
-        feeds = {
-            order: loaders.enter_context(closing(_parts(materials, config, loss, recipe)))
-            for order, config in orders.items()
-        }
-        for batches in islice(zip(*feeds.values(), strict=False), PARTS):
-            by_order = dict(zip(feeds, batches, strict=True))
-            work = [
-                Work(batch=batch, targets=batch.whole.targets, rate=0.0)
-                for batch in (by_order[materials.order(config)] for config in configs)
-            ]
-            work.sort(key=lambda one: id(one.batch))
-            stack.differentiate(work)
-            given = max(given, *map(_size, batches))
-            del batches, by_order, work
-        del stack
-    return given, peak[0]
+    def _parts(self, config: TrainConfig, recipe: Recipe) -> Generator[Batch]:
+        materials = self._materials
+        shortlist = materials.shortlist(config, recipe) if self._loss == "shortlist" else None
+
+        def draw(batch: Batch) -> Sequence[Sequence[object]]:
+            if shortlist is None:
+                return ()
+            return shortlist.draw(batch.targets_N, shortlist.generator(0))
+
+        return materials.train_loader(config, recipe).epoch(0, draw=draw)
 
 
 def _size(batch: Batch) -> int:
     return batch.tokens if batch.starts_M is None else batch.ids_BT.numel()
-
-
-def _parts(
-    materials: Materials, config: TrainConfig, loss: str, recipe: Recipe
-) -> Generator[Batch]:
-    shortlist = materials.shortlist(config, recipe) if loss == "shortlist" else None
-
-    def draw(batch: Batch) -> Sequence[Sequence[object]]:
-        return () if shortlist is None else shortlist.draw(batch.targets_N, shortlist.generator(0))
-
-    return materials.train_loader(config, recipe).epoch(0, draw=draw)

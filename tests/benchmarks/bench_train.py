@@ -39,8 +39,16 @@ LORA_TOKENS = 1024
 CARRY_ONS = (1, 10, 100, 1000)
 
 
-def lora_tokens_per_second(name: str, cache: Cache, steps: int, dtype: str) -> float:
-    """Step LoRA on the base over the cache's own train batches; the first step is not counted."""
+def lora_tokens_per_second(
+    name: str,
+    cache: Cache,
+    steps: int,
+    dtype: str,
+    *,
+    batch_tokens: int = LORA_TOKENS,
+    compiled: bool = False,
+) -> float:
+    """Step LoRA on the base over the cache's own train batches; the first ones are not counted."""
     from peft import LoraConfig, get_peft_model
 
     base = load_base(name, dtype=dtype)
@@ -51,16 +59,22 @@ def lora_tokens_per_second(name: str, cache: Cache, steps: int, dtype: str) -> f
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=True)
     loader = BatchLoader(
-        cache.split("train"), batch_tokens=LORA_TOKENS, taps=("final",), device=base.device
+        cache.split("train"), batch_tokens=batch_tokens, taps=("final",), device=base.device
     )
+    decoder = decoder_of(base.model)
+    if compiled:
+        decoder = torch.compile(decoder, dynamic=True)
+    warm = 4 if compiled else 1
     tokens, started = 0, 0.0
     for step, batch in enumerate(loader.epoch(0)):
-        if step == 1:
+        if step == warm:
+            if base.device.type == "cuda":
+                torch.cuda.synchronize()
             tokens, started = 0, time.perf_counter()
-        if step > steps:
+        if step == warm + steps:
             break
         # A row here is one sequence, or several, which LoRA may see as one text: speed is alike.
-        hidden = decoder_of(base.model)(
+        hidden = decoder(
             input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False
         ).last_hidden_state
         cross_entropy(batch.at_wanted(hidden), head, batch.targets_N).mean().backward()
@@ -68,6 +82,8 @@ def lora_tokens_per_second(name: str, cache: Cache, steps: int, dtype: str) -> f
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         tokens += batch.tokens
+    if base.device.type == "cuda":
+        torch.cuda.synchronize()
     return tokens / (time.perf_counter() - started)
 
 

@@ -1,0 +1,133 @@
+"""Training on a GPU: one carry-on, and many stacked, against LoRA on the live base.
+
+One script, one corpus: a carry-on of r=256 alone, 64 of r=64 in one pass, each with the exact loss
+and with shortlists, and LoRA (PEFT, r=16, all linear layers, bfloat16, with and without
+torch.compile, of which the faster one counts) on batches of as many tokens with the same loss code.
+All speeds have the optimiser in them, none has evaluation. Of those stacked, some are trained alone
+with the exact loss, too, and both are scored on test.
+
+    pip install peft
+    python tests/benchmarks/bench_train_gpu.py [--tokens 2000000]
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from bench_train import CARRY_ONS, lora_tokens_per_second
+from record import record, row
+
+from embedcache.cache.reader import Cache
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.corpus.config import CorpusConfig
+from embedcache.evaluate import evaluate
+from embedcache.extract import extract
+from embedcache.train import sweep, train
+from embedcache.training.config import TrainConfig
+
+STEP = 16_384
+WIDE, NARROW = CarryOnConfig(width=256, gate=False), CarryOnConfig(width=64)
+
+
+def test_loss(out: Path, cache: Path) -> float:
+    """Return the cross-entropy of a carry-on on test."""
+    return float(evaluate(out, cache).rows[0]["cross_entropy"])
+
+
+def main() -> None:
+    """Measure and record."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--base", default="builtin:smollm2-135m")
+    parser.add_argument("--corpus", default="stdlib:")
+    parser.add_argument("--tokens", type=int, default=2_000_000)
+    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--stacked", type=int, default=64)
+    parser.add_argument("--alone", type=int, default=3)
+    parser.add_argument("--lora-steps", type=int, default=20)
+    parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
+    options = parser.parse_args()
+    command = "python tests/benchmarks/bench_train_gpu.py " + " ".join(sys.argv[1:])
+    shared: dict[str, Any] = {"command": command.strip()}
+    folder = Path(tempfile.mkdtemp())
+    path = folder / "cache"
+    corpus = CorpusConfig(sources=(options.corpus,), limit_tokens=options.tokens)
+    extracted = extract(corpus, base=options.base, out=path)
+    cache = Cache(path)
+    rates: dict[str, float] = {}
+    config = TrainConfig(carryon=WIDE, epochs=options.epochs, batch_tokens=STEP)
+    for loss in ("shortlist", "exact"):
+        result = train(path, out=folder / loss, config=replace(config, loss=loss))
+        rates[loss] = result.tokens_per_second
+        print(loss, f"{rates[loss]:,.0f} tokens/s, dev {result.best_dev}", flush=True)
+        print(f"waits for data {result.data_wait:.1%}", flush=True)
+    loras = {}
+    for compiled in (False, True):
+        try:
+            loras[compiled] = lora_tokens_per_second(
+                options.base,
+                cache,
+                options.lora_steps,
+                "bfloat16",
+                batch_tokens=STEP,
+                compiled=compiled,
+            )
+        except Exception as error:  # noqa: BLE001
+            print(f"LoRA, compiled {compiled}: {error!r}"[:500], flush=True)  # not our failure
+    print({f"compiled {key}": f"{rate:,.0f} tokens/s" for key, rate in loras.items()}, flush=True)
+    lora = max(loras.values())
+    narrow = replace(config, carryon=NARROW, order_seed=0)
+    configs = [replace(narrow, seed=seed) for seed in range(options.stacked)]
+    for loss in ("shortlist", "exact"):
+        runs = {
+            folder / f"{loss}-{number}": replace(one, loss=loss)
+            for number, one in enumerate(configs)
+        }
+        found = [one.summary for one in sweep(path, runs=runs)]
+        seconds = max(one.seconds for one in found if one is not None)
+        rates[f"stacked {loss}"] = sum(one.tokens for one in found if one is not None) / seconds
+        print("stacked", loss, f"{rates[f'stacked {loss}']:,.0f} tokens/s in all", flush=True)
+    worst: dict[str, float] = {}
+    for number, one in enumerate(configs[: options.alone]):
+        train(path, out=folder / f"alone-{number}", config=replace(one, loss="exact"))
+        alone = test_loss(folder / f"alone-{number}", path)
+        for loss in ("shortlist", "exact"):
+            off = test_loss(folder / f"{loss}-{number}", path) / alone - 1
+            worst[loss] = max(worst.get(loss, off), off, key=abs)
+    print({loss: f"{off:+.3%} of test" for loss, off in worst.items()}, flush=True)
+    peer = {"peer": "PEFT LoRA r=16, all linear layers, on the base", "peer_value": lora}
+    rows = [
+        row(f"training {what}, {loss} loss", rates[key + loss], "tokens/s", **peer, **shared)
+        for what, key in (
+            ("one carry-on, r=256", ""),
+            (f"{options.stacked} stacked carry-ons, r=64", "stacked "),
+        )
+        for loss in ("shortlist", "exact")
+    ]
+    for loss, off in worst.items():
+        name = f"test cross-entropy of those stacked, {loss} loss, the farthest off"
+        alone = "each alone with the exact loss"
+        rows.append(row(name, 1 + off, "of alone", peer=alone, peer_value=1, **shared))
+    tokens = cache.split("train").manifest.tokens
+    for count in CARRY_ONS:
+        epochs = count * options.epochs * tokens
+        # One is trained alone, more are stacked.
+        rate = rates["shortlist"] if count == 1 else rates["stacked shortlist"]
+        what = f"{count:,} carry-ons of {options.epochs} epochs, extraction included"
+        total = extracted.seconds + epochs / rate
+        peer["peer_value"] = epochs / lora
+        rows.append(row(what, total, "s, by these speeds", **peer, **shared))
+    record("train_gpu", rows, options.results)
+
+
+if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        raise SystemExit("expected a CUDA device, found none; on a CPU type: bench_train.py")
+    main()
