@@ -33,6 +33,8 @@ from embedcache.extraction import repair, store_base
 from embedcache.extraction import run as stage_one
 from embedcache.merge import merge
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
 SHARD = "train/embeddings/final/c/1/0"
 BEING_WRITTEN = (
     r"is being written by process \d+|documents are being deleted|not an embedcache|no such cache"
