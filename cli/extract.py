@@ -17,17 +17,21 @@ if TYPE_CHECKING:
     from embedcache.extraction.prediction import Prediction
 
 
+PARAMETERS = {"sources": "corpus", "dev_sources": "dev", "test_sources": "test"}
+"""What is typed for settings of another name."""
+
+
 def extract_command(
     ctx: typer.Context,
+    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
     corpus: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             help="Text files, folders, globs, .jsonl/.csv/.parquet, hf:org/name, or stdlib: (the "
             "Python standard library).",
             metavar="CORPUS...",
         ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the cache.")],
+    ] = None,
     base: Annotated[
         str, typer.Option(help="Hub id, local folder, GGUF file, or builtin:NAME.")
     ] = "builtin:smollm2-135m",
@@ -87,7 +91,12 @@ def extract_command(
         float, typer.Option(help="Share of sequences that may be put aside as not finite.")
     ] = 0.01,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Verify the cache first and make anew what is damaged.")
+        bool,
+        typer.Option(
+            "--repair",
+            help="Verify the cache first and make anew what is damaged. A merged one is repaired "
+            "without CORPUS.",
+        ),
     ] = False,
     append: Annotated[
         bool,
@@ -113,6 +122,8 @@ def extract_command(
     from embedcache.extract import extract
     from embedcache.extraction.preview import preview
 
+    if not corpus and not repair:
+        raise UsageError("expected a CORPUS to extract, found none: name a file or a folder")
     if repair and append:
         raise UsageError(
             "expected --repair or --append, found both. Repair the cache first, by the command "
@@ -124,7 +135,7 @@ def extract_command(
             f"this names: embedcache verify {out} --deep"
         )
     of_corpus: dict[str, Any] = {
-        "sources": tuple(corpus),
+        "sources": tuple(corpus or ()),
         "dev_sources": tuple(dev or ()),
         "test_sources": tuple(test or ()),
         "split_file": split_file,
@@ -167,13 +178,21 @@ def extract_command(
             as_json=as_json,
         )
         return
-    config = CorpusConfig(**of_corpus, context=context)
-    if batch_tokens is None:
-        # A CPU is fastest while activations stay near its caches, a GPU when it is full.
-        of_settings["batch_tokens"] = 16384 if resolve_device(device).type == "cuda" else 2048
-    settings = ExtractSettings(**of_settings)
     progress = TerminalProgress()
-    if dry_run:
+    config = settings = None
+    if corpus:
+        config = CorpusConfig(**of_corpus, context=context)
+        if batch_tokens is None:
+            # A CPU is fastest while activations stay near its caches, a GPU when it is full.
+            of_settings["batch_tokens"] = 16384 if resolve_device(device).type == "cuda" else 2048
+        settings = ExtractSettings(**of_settings)
+    elif typed := _typed(ctx, of_corpus | of_settings):
+        raise UsageError(
+            "a repair without CORPUS takes all settings from the cache, expected none, found "
+            f"--{PARAMETERS.get(name := next(iter(typed)), name).replace('_', '-')}: leave it out, "
+            "or name the CORPUS"
+        )
+    if dry_run and config is not None and settings is not None:
         prediction, summary = preview(
             config,
             base=base,
@@ -237,10 +256,9 @@ def extract_command(
 
 def _typed(ctx: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
     """Return those of the settings that were typed, whatever their defaults are."""
-    flags = {"sources": "corpus", "dev_sources": "dev", "test_sources": "test"}
 
     def is_typed(name: str) -> bool:
-        source = ctx.get_parameter_source(flags.get(name, name))
+        source = ctx.get_parameter_source(PARAMETERS.get(name, name))
         return source is not None and source.name == "COMMANDLINE"
 
     return {name: value for name, value in settings.items() if is_typed(name)}

@@ -25,7 +25,8 @@ def merge_command(
     block size. A document that two of them hold, with the same name and tokens, is an error, as is
     one that is in another split of another cache, whatever its name: delete it from one of them
     first. Near-duplicates are not looked for. A name that an earlier cache has for another text
-    becomes name@2. A merged cache cannot be repaired: repair what it was made from and merge again.
+    becomes name@2. Damaged embeddings are repaired by 'embedcache extract --repair --out' without a
+    corpus; for damaged tokens, merge again.
     """
     from embedcache.merge import merge
     from embedcache.units import size

@@ -52,9 +52,14 @@ def verify_command(
 
 
 def _way_out(found: Verification) -> str:
-    """Return what to type about faults: a merged cache cannot compute its blocks anew."""
+    """Return what to type about faults: a merged cache cannot make its tokens anew."""
     if not found.parts:
         return "Run the same 'embedcache extract' with --repair."
+    if not {fault.kind for fault in found.faults} & {"sealed", "codec"}:
+        return (
+            "It was merged and can be repaired as it is: run 'embedcache extract --repair --out "
+            f"{found.cache}', with the --base that it has."
+        )
     extracts = "; ".join(f"'embedcache extract {' '.join(part)} …'" for part in found.parts)
     return (
         f"It was merged from {len(found.parts)} caches, those of {extracts}: run 'embedcache "

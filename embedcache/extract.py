@@ -8,14 +8,16 @@ from pathlib import Path
 from embedcache.base.load import load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps
 from embedcache.cache.claims import TURN, Claims
-from embedcache.cache.layout import MANIFEST, ExtractSettings
+from embedcache.cache.layout import MANIFEST, ExtractSettings, summary_of
 from embedcache.cache.rewrite import finish_rewrite
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device
 from embedcache.disk import writing
+from embedcache.errors import UsageError
 from embedcache.extraction.plan import (
     check_out,
     environment_for,
+    own_corpus,
     seal_corpus,
     sealed_attributes,
     unseal,
@@ -29,7 +31,7 @@ __all__ = ["ExtractSummary", "extract"]
 
 
 def extract(
-    corpus: CorpusConfig,
+    corpus: CorpusConfig | None,
     *,
     base: str,
     out: Path,
@@ -47,10 +49,11 @@ def extract(
     system: one runs pass 0, then all share out the blocks, and take over those of one that died.
 
     Args:
-        corpus: what to read, how to render and split it.
+        corpus: what to read, how to render and split it. None, for a repair alone, is what ``out``
+            was made of; a merged cache, which is of several, is repaired by that.
         base: a hub id, a local directory, a GGUF file or ``builtin:NAME``.
         out: an absent or empty folder, or a cache begun with the same request.
-        settings: taps, codec, and sizes of blocks and batches.
+        settings: taps, codec, and sizes of blocks and batches; without a corpus those of ``out``.
         revision: the hub revision of the base.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: ``auto`` (what ``out`` was begun in; else bfloat16 on CUDA, and on CPUs with AMX,
@@ -65,11 +68,15 @@ def extract(
     Raises:
         EmbedcacheError: for anything a user can mend; see the modules concerned.
     """
-    settings = settings or ExtractSettings(context=corpus.context)
+    if corpus is not None:
+        settings = settings or ExtractSettings(context=corpus.context)
+    elif not repair:
+        raise UsageError("expected a corpus to extract, found none: only a repair needs none")
     if not repair:
         check_out(out)
     identity = load_identity(base, revision=revision)
-    check_taps(settings.taps, identity.num_layers)
+    if settings is not None:
+        check_taps(settings.taps, identity.num_layers)
     target = resolve_device(device)
     created = not out.exists()
     claims = Claims(out)
@@ -86,6 +93,7 @@ def extract(
             attributes = sealed_attributes(out, corpus, identity, settings, environment)
             begun = attributes is not None
             if attributes is None:
+                assert corpus is not None and settings is not None  # a repair has begun
                 tokenizer = load_tokenizer(base, revision=revision)
                 attributes = seal_corpus(
                     corpus,
@@ -98,11 +106,15 @@ def extract(
                     staging=claims.staging,
                     holds=lambda: claims.holds(TURN),
                 )
-            summary = attributes.corpus["summary"]
+            settings, summary = attributes.settings, summary_of(attributes.corpus)
             mended = None
             if repair:
                 mended = mend(
-                    out, corpus, lambda: load_tokenizer(base, revision=revision), settings, progress
+                    out,
+                    corpus or own_corpus(attributes),
+                    lambda: load_tokenizer(base, revision=revision),
+                    settings,
+                    progress,
                 )
             run = Extraction(out, claims, summary, settings, target, max_quarantined, progress)
             if mended is not None or not (out / MANIFEST).is_file():

@@ -20,7 +20,7 @@ from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import CarryOnRecord, save_carryon
 from embedcache.corpus.config import CorpusConfig
 from embedcache.extract import extract
-from embedcache.extraction import plan
+from embedcache.extraction import plan, rehearsal
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "Paris"]
 
@@ -33,6 +33,25 @@ def exact_extraction() -> Iterator[None]:
         exact = {"cpu": torch.float32}
         patch.setattr(plan, "fast_dtype", lambda device: exact.get(device.type) or fast(device))
         yield
+
+
+class _Unwritten:
+    """A writer of blocks that writes none."""
+
+    def __init__(self, cache: Path):
+        pass
+
+    def commit(self, *_: object) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commit no block before a run for a try: for tests that stop at the n-th step of a commit."""
+    monkeypatch.setattr(rehearsal, "BlockWriter", _Unwritten)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ from embedcache.extract import extract
 from embedcache.extraction import plan, store_base
 from embedcache.extraction import run as stage_one
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
 
 class KilledError(BaseException):
     """Stands for a process that is gone."""

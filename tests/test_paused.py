@@ -36,6 +36,8 @@ from embedcache.extract import extract
 from embedcache.extraction import pipeline, plan, repair, store_base
 from embedcache.extraction import run as stage_one
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
 DELETED = "000.txt"
 
 

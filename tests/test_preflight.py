@@ -141,7 +141,7 @@ def test_what_was_measured_is_not_computed_again(
 ) -> None:
     corpus = corpus_config(place / "corpus")
     with monkeypatch.context() as patch:
-        patch.setattr(stage_one, "measure", lambda *_: Measured())
+        patch.setattr(stage_one, "measure", lambda *_, **__: Measured())
         extract(corpus, **request(place, tmp_path / "unmeasured", block_tokens=1024))
     computed: list[bytes] = []
     real = BlockForward.batch

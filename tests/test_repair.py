@@ -36,6 +36,8 @@ from embedcache.extraction import run as stage_one
 from embedcache.extraction.forward import BlockForward
 from embedcache.files import hash_file
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
 SHARD = "train/embeddings/final/c/2/0"
 TOKENS = "train/tokens/ids/c/1"
 HEAD = "base/head/weight/c/0/0"

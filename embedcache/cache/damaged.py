@@ -10,7 +10,7 @@ from embedcache.errors import CacheError
 
 WAY_OUT = (
     "Run 'embedcache verify CACHE --deep' to see what is damaged, then the same 'embedcache "
-    "extract' with --repair (of a merged cache: on what it was merged from, then merge again)."
+    "extract' with --repair (of a merged cache: 'embedcache extract --repair --out CACHE')."
 )
 """What a reader's message ends in."""
 

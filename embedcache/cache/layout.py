@@ -184,6 +184,21 @@ def parts_of(corpus: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(part["config"]["sources"]) for part in corpus.get("parts", ()))
 
 
+def summary_of(corpus: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts of a cache's ``corpus``; of a merged one's, those of all parts, summed."""
+    if "parts" not in corpus:
+        return dict(corpus["summary"])
+    total: dict[str, Any] = {}
+    for part in corpora_of(corpus):
+        for key, value in part["summary"].items():
+            if isinstance(value, dict):
+                before = total.get(key, {})
+                total[key] = {name: before.get(name, 0) + count for name, count in value.items()}
+            elif isinstance(value, int):
+                total[key] = total.get(key, 0) + value
+    return total
+
+
 def marker_path(cache: Path, split: str, block: int, generation: int = 0) -> Path:
     """Return where the commit marker of one generation of a block lies."""
     return cache / COMMITS / split / f"{block:08d}.{generation}.json"

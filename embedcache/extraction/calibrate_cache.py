@@ -13,7 +13,7 @@ import zarr
 
 from embedcache.base.load import Base
 from embedcache.base.taps import FINAL, token_embedding_of
-from embedcache.cache.base_arrays import base_array_bytes
+from embedcache.cache.base_arrays import Cost, base_array_cost
 from embedcache.cache.codecs import STATELESS, Codec, codec_name
 from embedcache.cache.layout import CODEC, DEFAULT_BITS, SPLITS, ExtractSettings
 from embedcache.cache.seal import fsync_tree
@@ -97,15 +97,16 @@ def embedding_of(base: Base) -> torch.Tensor:
     return token_embedding_of(base.model).get_parameter("weight").detach().cpu()
 
 
-def calibration_bytes(cache: Path, calibrations: Calibrations) -> int:
-    """Return what `store_calibrations` will write, about."""
+def calibration_cost(cache: Path, calibrations: Calibrations, scratch: Path | None) -> Cost:
+    """Return what `store_calibrations` will take, about."""
     if (cache / CODEC).is_dir():
-        return 0
-    return sum(
-        base_array_bytes(part)
+        return Cost()
+    parts = [
+        base_array_cost(part, scratch)
         for found in calibrations.values()
         for part in (found.mean_H, found.centre_H, found.predictor_HH, found.inverse_HH)
-    )
+    ]
+    return sum(parts, Cost())
 
 
 def store_calibrations(

@@ -71,6 +71,10 @@ class BlockForward:
         most = getattr(self._base.model.config, "max_position_embeddings", None) or length
         return max(length, min(rounded_up(length, WIDTHS), most, self._batch_tokens))
 
+    def positions(self, rows_B2: Array) -> int:
+        """Return the tokens of a batch, padding included."""
+        return len(rows_B2) * self._width(int((rows_B2[:, 1] - rows_B2[:, 0]).max()))
+
     @torch.no_grad()
     @any_shape_attention()
     def batch(self, ids_N: Array, rows_B2: Array) -> dict[str, torch.Tensor]:

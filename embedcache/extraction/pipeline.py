@@ -21,8 +21,9 @@ from embedcache.extraction.buffers import HostBuffers, Slot
 from embedcache.extraction.deal import Deal
 from embedcache.extraction.encoder import BlockEncoder
 from embedcache.extraction.forward import CHECK_EVERY, BlockForward
-from embedcache.extraction.preflight import encoder_threads, tokens_to_go
+from embedcache.extraction.preflight import tokens_to_go
 from embedcache.extraction.quarantine import Quarantine
+from embedcache.extraction.rehearsal import encoder_threads
 from embedcache.extraction.spread import Item, Known
 from embedcache.progress import Bar, Progress
 
@@ -59,7 +60,7 @@ class Pipeline:
         todo: list[Item],
         known: Known,
         generations: dict[str, dict[int, int]],
-    ) -> tuple[float, int, float]:
+    ) -> tuple[float, int]:
         """Have the blocks ``todo`` committed, here or by others.
 
         Args:
@@ -68,12 +69,11 @@ class Pipeline:
             generations: of the markers to make, where they are not the first of their block.
 
         Returns:
-            The self-check's largest difference, the tokens computed here, and the seconds that it
-            took.
+            The self-check's largest difference, and the tokens computed here.
         """
         base, forward, encoders = self._base, self._forward, self._encoders
         deal = Deal(self._out, self._claims, todo, generations)
-        worst, number, tokens, started = 0.0, 0, 0, time.perf_counter()
+        worst, number, tokens = 0.0, 0, 0
         waiting: float | None = None
         writer = BlockWriter(self._out, self._claims.attempt)
         threads = encoder_threads(base.device)
@@ -113,7 +113,7 @@ class Pipeline:
         finally:
             pool.shutdown(wait=True)
             writer.close()
-        return worst, tokens, time.perf_counter() - started
+        return worst, tokens
 
     def _read(self, deal: Deal) -> Iterator[Read | Marker | None]:
         """Read the blocks that are dealt to this process; pass on what is said of others."""

@@ -163,36 +163,32 @@ def _clear(out: Path) -> None:
 
 def sealed_attributes(
     out: Path,
-    corpus: CorpusConfig,
+    corpus: CorpusConfig | None,
     identity: BaseIdentity,
-    settings: ExtractSettings,
+    settings: ExtractSettings | None,
     environment: dict[str, Any],
 ) -> CacheAttributes | None:
     """Return the attributes of a plan sealed earlier; None where there is none yet.
 
-    Raises ``OutputError`` if that plan is of another corpus, base, setting or device.
+    Raises ``OutputError`` if that plan is of another corpus, base, setting or device; a corpus or
+    settings that are None are not compared.
     """
     if not (out / "zarr.json").is_file():
         return None
     found = read_attributes(out)
     BaseIdentity.from_dict(found.base).require(identity, this=f"the cache {out}", that="--base")
-    if "parts" in found.corpus:
+    keys = ("device_type", "dtype", "attention")
+    pairs = [("environment", found.environment, {key: environment[key] for key in keys})]
+    if settings is not None:
+        pairs.insert(0, ("extraction", asdict(found.settings), asdict(settings)))
+    if corpus is not None and "parts" in found.corpus:
         raise OutputError(
             f"{out} was merged from {len(found.corpus['parts'])} caches, expected one that was "
-            "extracted. Extract into, or repair, one of those, then type: embedcache merge"
+            "extracted. To repair it, name no corpus and no settings; type: embedcache extract "
+            f"--repair --base {found.base['name']} --out {out}. To add to it, type --append"
         )
-    pairs = [
-        ("corpus", found.corpus["config"], corpus.to_dict()),
-        ("extraction", asdict(found.settings), asdict(settings)),
-    ]
-    keys = ("device_type", "dtype", "attention")
-    pairs.append(
-        (
-            "environment",
-            {key: found.environment[key] for key in keys},
-            {key: environment[key] for key in keys},
-        )
-    )
+    if corpus is not None:
+        pairs.insert(0, ("corpus", found.corpus["config"], corpus.to_dict()))
     for what, old, new in pairs:
         for key in new:
             if _plain(old.get(key)) != _plain(new[key]):
@@ -201,6 +197,12 @@ def sealed_attributes(
                     f"{new[key]!r}. Run with the first to go on, or give another --out."
                 )
     return found
+
+
+def own_corpus(attributes: CacheAttributes) -> CorpusConfig | None:
+    """Return the corpus that a cache was made of; None for one that was merged from several."""
+    own = attributes.corpus.get("config")
+    return None if own is None else CorpusConfig.from_dict(own)
 
 
 def _plain(value: Any) -> Any:

@@ -32,7 +32,8 @@ class Prediction:
     """Of the finished cache: every file, the head and the token embedding among them."""
     bytes_to_go: int
     seconds: float
-    """Of computing and writing what is to go; loading the base is not in it."""
+    """From when the base is loaded to the commit of the last block: calibrating, measuring, storing
+    what is kept of the base, computing and writing what is to go."""
     tokens_per_second: float
     measured_tokens: int
     """Tokens that were computed to say so."""

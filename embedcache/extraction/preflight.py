@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import torch
 
 from embedcache.base.load import Base
-from embedcache.base.taps import is_tied, token_embedding_of
-from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, base_array_bytes
+from embedcache.base.taps import is_tied
+from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, Cost
 from embedcache.cache.commit import Marker
 from embedcache.cache.layout import MANIFEST, shard_name
 from embedcache.cache.ledger import LedgerSeal, ledger_bytes
@@ -18,10 +17,11 @@ from embedcache.cache.records import FILE, FileRecord
 from embedcache.cache.sealed import Seal, read_seal
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.usage import used_bytes
-from embedcache.extraction.forward import CHECK_EVERY
-from embedcache.extraction.measure import Encoded, Measured
+from embedcache.extraction.measure import Measured
 from embedcache.extraction.prediction import Prediction, free_disk
-from embedcache.extraction.spread import Item
+from embedcache.extraction.rehearsal import Encoded
+from embedcache.extraction.spread import Item, Known
+from embedcache.extraction.timing import blocks_seconds
 
 EXTRACTED = (
     "self_check",
@@ -32,16 +32,6 @@ EXTRACTED = (
     "predicted_seconds",
 )
 """What the manifest says of the run."""
-BASE_METADATA_BYTES = 280
-"""Of the groups under ``base``."""
-
-
-def encoder_threads(device: torch.device) -> int:
-    """Return how many threads encode beside the forward pass.
-
-    One where the CPU is the device, a few where a GPU would otherwise wait for zstd.
-    """
-    return 1 if device.type == "cpu" else min(4, os.cpu_count() or 1)
 
 
 def blocks_to_go(splits: dict[str, SplitTokens], done: dict[str, set[int]]) -> list[Item]:
@@ -71,9 +61,11 @@ def predict(
     measured: Measured,
     *,
     base: Base | None,
+    stored: Cost,
+    known: Known,
+    spent: float,
     device: torch.device,
     out: Path | None = None,
-    codec_bytes: int = 0,
 ) -> Prediction:
     """Predict the finished cache from its sealed ``folder``; nothing is written.
 
@@ -82,22 +74,23 @@ def predict(
         splits: its tokens.
         todo: the blocks that are to be computed.
         measured: what some of their batches took.
-        base: the base, to weigh what is stored of it; None where that is stored already.
+        base: the base; None where nothing is to be computed.
+        stored: what it takes to store what is to be kept of the base and of the codec.
+        known: the batches of ``todo`` that are computed already.
+        spent: the seconds since the base was loaded, which what is known took.
         device: what the base runs on.
-        codec_bytes: what is to be stored of the codec.
         out: where the cache is to be, for its disk's free space, if it is not ``folder``.
     """
     tokens = tokens_to_go(splits, todo)
     there = used_bytes(folder)
-    to_go = 0.0 if base is None or (folder / "base").is_dir() else _base_bytes(base)
-    to_go += codec_bytes
+    to_go = float(stored.bytes)
     for name, encoded in measured.encoded.items():
         blocks = sum(1 for split, _ in todo if split == name)
         marker = len(_marker(name, splits[name].blocks, encoded).to_json())
         to_go += tokens[name] * encoded.row_bytes + blocks * (encoded.block_bytes + marker)
     if not (folder / MANIFEST).is_file():
         to_go += _manifest_bytes(folder, splits, measured, base)
-    seconds = _seconds(tokens, todo, measured, device)
+    seconds = spent + stored.seconds + blocks_seconds(tokens, todo, measured, known, device)
     count = sum(tokens.values())
     return Prediction(
         tokens={name: split.totals["tokens"] for name, split in splits.items()},
@@ -109,16 +102,6 @@ def predict(
         measured_tokens=measured.tokens,
         free_bytes=free_disk(folder if out is None else out),
     )
-
-
-def _base_bytes(base: Base) -> int:
-    """Return what the head, and the token embedding where it is not the head, will take."""
-    tensors = [base.head.weight_VH]
-    if base.head.bias_V is not None:
-        tensors.append(base.head.bias_V)
-    if not is_tied(base.model):
-        tensors.append(token_embedding_of(base.model).get_parameter("weight"))
-    return BASE_METADATA_BYTES + sum(base_array_bytes(tensor) for tensor in tensors)
 
 
 def _marker(split: str, blocks: int, encoded: Encoded) -> Marker:
@@ -173,18 +156,3 @@ def _base_seal(folder: Path, base: Base | None) -> Seal:
     files = tuple(_record(name, 10**6) for name in names)
     metadata = {f"base/head/{number}/zarr.json": "0" * METADATA_BYTES for number in range(2)}
     return Seal(files=files, metadata=metadata)
-
-
-def _seconds(
-    tokens: dict[str, int], todo: list[Item], measured: Measured, device: torch.device
-) -> float:
-    """Return the time of the blocks ``todo``, self-checks included."""
-    count = sum(tokens.values())
-    if not count:
-        return 0.0
-    checks = (-(-len(todo) // CHECK_EVERY) + 1) * measured.sequence_tokens
-    forward = (count + checks) * measured.token_seconds
-    encode = sum(tokens[name] * encoded.row_seconds for name, encoded in measured.encoded.items())
-    if device.type == "cpu":  # encoding takes its time from the forward pass
-        return forward + encode
-    return max(forward, encode / encoder_threads(device))

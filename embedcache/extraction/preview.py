@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -12,6 +13,7 @@ from typing import Any
 from embedcache.base.load import load_base, load_identity, load_tokenizer
 from embedcache.base.locate import locate
 from embedcache.base.taps import check_taps
+from embedcache.cache.base_arrays import Cost
 from embedcache.cache.commit import newest_generations
 from embedcache.cache.layout import MANIFEST, SPLITS, ExtractSettings
 from embedcache.cache.tokens import SplitTokens
@@ -19,7 +21,7 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
-    calibration_bytes,
+    calibration_cost,
     calibrations_of,
     codecs_by_split,
 )
@@ -28,6 +30,8 @@ from embedcache.extraction.measure import Measured, measure
 from embedcache.extraction.plan import check_out, environment_for, seal_corpus, sealed_attributes
 from embedcache.extraction.prediction import Prediction
 from embedcache.extraction.preflight import blocks_to_go, predict
+from embedcache.extraction.spread import Known
+from embedcache.extraction.store_base import base_cost
 from embedcache.progress import SILENT, Progress
 from embedcache.units import size
 
@@ -73,19 +77,21 @@ def preview(
             splits, {name: set(newest_generations(folder, name)) for name in SPLITS}
         )
         calibrations: Calibrations = {}
-        loaded, measured = None, Measured()
+        known: Known = {}
+        loaded, measured, stored, spent = None, Measured(), Cost(), 0.0
         if todo and not (folder / MANIFEST).is_file():
             with progress.bar(f"loading the base ({_weights(base, revision)})", None, ""):
                 loaded = load_base(
                     base, revision=revision, device=device, dtype=environment["dtype"]
                 )
+            started = time.perf_counter()
             forward = BlockForward(
                 loaded,
                 settings.taps,
                 block_tokens=settings.block_tokens,
                 batch_tokens=settings.batch_tokens,
             )
-            calibrations, _ = calibrations_of(
+            calibrations, known = calibrations_of(
                 folder,
                 splits["train"],
                 forward,
@@ -95,15 +101,21 @@ def preview(
             )
             codecs = codecs_by_split(settings, calibrations, loaded)
             measured = measure(loaded, forward, splits, todo, settings, codecs, progress)
+            for item, batches in measured.known.items():
+                known.setdefault(item, {}).update(batches)
+            stored = base_cost(folder, loaded, None) + calibration_cost(folder, calibrations, None)
+            spent = time.perf_counter() - started
         prediction = predict(
             folder,
             splits,
             todo,
             measured,
             base=loaded,
+            stored=stored,
+            known=known,
+            spent=spent,
             device=target,
             out=out,
-            codec_bytes=calibration_bytes(folder, calibrations),
         )
     if folder != out:
         prediction = replace(prediction, bytes_to_go=prediction.bytes)

@@ -96,7 +96,7 @@ def _vouched(out: Path) -> tuple[Manifest | None, Seal]:
 
 def mend(
     out: Path,
-    corpus: CorpusConfig,
+    corpus: CorpusConfig | None,
     load_tokenizer: Callable[[], Any],
     settings: ExtractSettings,
     progress: Progress,
@@ -104,7 +104,8 @@ def mend(
     """Restore everything but embeddings; return what is to be computed, None if nothing is.
 
     Call with the cache to itself, after `restore_metadata`. Raises ``CacheError`` where sealed
-    tokens are damaged and the corpus no longer yields them; nothing is changed then.
+    tokens are damaged and the corpus no longer yields them, or is None: a merged cache's is of
+    several, some of whose documents may be gone. Nothing is changed then.
     """
     for split in SPLITS:
         for marker in _sound_markers(out, split).values():
@@ -121,6 +122,12 @@ def mend(
     manifest, seal = _vouched(out)
 
     def pass_zero() -> AbstractContextManager[Path]:
+        if corpus is None:
+            raise CacheError(
+                f"{out} cannot be repaired: its tokens are damaged, and of a merged cache they are "
+                "in those that it was merged from alone. Type: embedcache merge, of these, with a "
+                f"new --out ('embedcache verify {out} --deep' names them)"
+            )
         return _pass_zero(out, corpus, load_tokenizer(), settings, progress)
 
     if _restore_ledgers(out, found, seal, pass_zero):

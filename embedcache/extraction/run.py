@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from embedcache.base.load import Base
+from embedcache.cache.base_arrays import Cost
 from embedcache.cache.block_files import block_ledgers
 from embedcache.cache.claims import TURN, Claims
 from embedcache.cache.commit import (
@@ -30,7 +31,7 @@ from embedcache.cache.usage import used_bytes
 from embedcache.errors import OutputError
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
-    calibration_bytes,
+    calibration_cost,
     calibrations_of,
     codecs_by_split,
     store_calibrations,
@@ -44,7 +45,8 @@ from embedcache.extraction.prediction import require_room
 from embedcache.extraction.preflight import blocks_to_go, predict
 from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.repair import Mended
-from embedcache.extraction.store_base import store_base
+from embedcache.extraction.spread import Known
+from embedcache.extraction.store_base import base_cost, store_base
 from embedcache.files import fsync_path, make_folder
 from embedcache.progress import Progress
 
@@ -129,7 +131,8 @@ class Extraction:
             progress.say(f"resuming: {self._resumed} blocks are there, {len(todo)} to go")
         worst, tokens, seconds = 0.0, 0, 0.0
         calibrations: Calibrations = {}
-        base, measured = None, Measured()
+        known: Known = {}
+        base, measured, stored, spent = None, Measured(), Cost(), 0.0
         again = mended is not None and mended.base
         damaged_codec = None if mended is None else mended.codec
         prepared = mended is None and self._prepared()
@@ -138,13 +141,13 @@ class Extraction:
         if todo or again or damaged_codec or not (out / "base").is_dir():
             with progress.bar("loading the base", None, "") as _:
                 base = load()
+            started = time.perf_counter()
             forward = BlockForward(
                 base,
                 self._settings.taps,
                 block_tokens=self._settings.block_tokens,
                 batch_tokens=self._settings.batch_tokens,
             )
-            started = time.perf_counter()
             with progress.bar("calibrating the codec", None, "") as _:
                 calibrations, known = calibrations_of(
                     out,
@@ -155,17 +158,25 @@ class Extraction:
                     fresh=not there.done["train"],
                     again=damaged_codec is not None,
                 )
-            calibrating = time.perf_counter() - started
             codecs = codecs_by_split(self._settings, calibrations, base)
-            measured = measure(base, forward, self._splits, todo, self._settings, codecs, progress)
+            scratch = self._claims.staging
+            measured = measure(
+                base, forward, self._splits, todo, self._settings, codecs, progress, scratch
+            )
+            for item, batches in measured.known.items():
+                known.setdefault(item, {}).update(batches)
+            stored = base_cost(out, base, scratch) + calibration_cost(out, calibrations, scratch)
+            spent = time.perf_counter() - started
         predicted = predict(
             out,
             self._splits,
             todo,
             measured,
             base=base,
+            stored=stored,
+            known=known,
+            spent=spent,
             device=self._device,
-            codec_bytes=calibration_bytes(out, calibrations),
         )
         if base is not None:
             progress.say(str(predicted))
@@ -182,10 +193,8 @@ class Extraction:
             pipeline = Pipeline(
                 out, self._claims, self._splits, base, forward, encoders, there.quarantine, progress
             )
-            for item, batches in measured.known.items():
-                known.setdefault(item, {}).update(batches)
-            worst, tokens, seconds = pipeline.run(todo, known, generations)
-            seconds += calibrating + measured.seconds
+            worst, tokens = pipeline.run(todo, known, generations)
+            seconds = time.perf_counter() - started
         if mended is None:
             turn.close()
             turn.enter_context(self._claims.turn(progress))

@@ -36,11 +36,6 @@ class SampledBlock:
     rows_S2: Array
     batches: list[list[int]]
 
-    def padded(self, number: int) -> int:
-        """Return the tokens of a batch, padding included."""
-        rows_B2 = self.rows(number)
-        return len(rows_B2) * int(rows_B2[0, 1] - rows_B2[0, 0])
-
     def rows(self, number: int) -> Array:
         """Return rows_B2, the first row and the one past the last of a batch's sequences."""
         rows_B2: Array = self.rows_S2[self.batches[number]]

@@ -9,9 +9,24 @@ import zarr
 
 from embedcache.base.load import Base
 from embedcache.base.taps import is_tied, token_embedding_of
-from embedcache.cache.base_arrays import write_base_array
+from embedcache.cache.base_arrays import Cost, base_array_cost, write_base_array
 from embedcache.cache.seal import fsync_tree
 from embedcache.files import fsync_path
+
+METADATA_BYTES = 280
+"""Of the groups under ``base``."""
+
+
+def base_cost(out: Path, base: Base, scratch: Path | None) -> Cost:
+    """Return what `store_base` will take, where nothing is stored yet."""
+    if (out / "base").is_dir():
+        return Cost()
+    tensors = [base.head.weight_VH]
+    if base.head.bias_V is not None:
+        tensors.append(base.head.bias_V)
+    if not is_tied(base.model):
+        tensors.append(token_embedding_of(base.model).get_parameter("weight"))
+    return sum((base_array_cost(tensor, scratch) for tensor in tensors), Cost(METADATA_BYTES))
 
 
 def store_base(out: Path, base: Base, staging: Path, *, again: bool = False) -> None:

@@ -33,6 +33,8 @@ from embedcache.extraction import repair, store_base
 from embedcache.extraction import run as stage_one
 from embedcache.merge import merge
 
+pytestmark = pytest.mark.usefixtures("unrehearsed")
+
 SHARD = "train/embeddings/final/c/1/0"
 BEING_WRITTEN = (
     r"is being written by process \d+|documents are being deleted|not an embedcache|no such cache"
@@ -207,7 +209,7 @@ def test_beside_a_process_that_extracts(corpus: Path, tiny_base: Path, tmp_path:
     assert seen[-1] == "sound"
 
 
-def test_a_merged_cache_says_which_parts_to_repair(
+def test_a_merged_cache_says_what_to_repair(
     copied: Path,
     corpus: Path,
     tmp_path: Path,
@@ -222,6 +224,11 @@ def test_a_merged_cache_says_which_parts_to_repair(
     assert call_main(monkeypatch, "verify", str(tmp_path / "both"), "--json") == 0
     assert json.loads(capsys.readouterr().out)["parts"] == [[str(corpus)]] * 2
     flip_byte(tmp_path / "both" / SHARD)
+    assert call_main(monkeypatch, "verify", str(tmp_path / "both"), "--deep") == 1
+    shown = capsys.readouterr().out
+    assert f"run 'embedcache extract --repair --out {tmp_path / 'both'}'" in shown
+    assert "Run the same" not in shown
+    flip_byte(tmp_path / "both/train/tokens/ids/c/0")
     assert call_main(monkeypatch, "verify", str(tmp_path / "both"), "--deep") == 1
     shown = capsys.readouterr().out
     assert f"It was merged from 2 caches, those of 'embedcache extract {corpus} …'; " in shown

@@ -1,0 +1,167 @@
+"""A sample of embeddings encoded and committed as the run will, for its bytes and its time.
+
+Axes: N rows of the sample, R rows of a block, H hidden.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from embedcache.cache.arrays import chunk_rows
+from embedcache.cache.codecs import ARRAYS, Codec, codec_name
+from embedcache.cache.coders import CODERS
+from embedcache.cache.commit import BlockWriter
+from embedcache.cache.layout import ExtractSettings
+from embedcache.cache.shard import shard_bytes
+from embedcache.extraction.buffers import HostBuffers, Slot
+from embedcache.extraction.encoder import BlockEncoder, finite_rows
+
+Array = np.ndarray[Any, Any]
+
+ROUNDS = 8
+"""Blocks that each thread commits, at most: what a small one takes differs from one to the next."""
+ENOUGH_SECONDS = 0.1
+"""No further round is begun after so long."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """What a codec makes of the sample: bytes of a row, of a block beside its rows, and time.
+
+    Seconds are for each row, of blocks that are full.
+    """
+
+    row_bytes: float
+    block_bytes: float
+    row_seconds: float
+    """Of encoding on the device and copying to the host."""
+    commit_seconds: float
+    """Of coding, hashing, writing and flushing, on one thread while all are at it."""
+    core_seconds: float
+    """Of that, what it takes of a core."""
+    arrays: tuple[str, ...]
+    """Paths of a block's arrays under its split."""
+
+
+def encoder_threads(device: torch.device) -> int:
+    """Return how many threads commit blocks beside the forward pass.
+
+    One where the CPU is the device, a few where a GPU would otherwise wait for zstd.
+    """
+    return 1 if device.type == "cpu" else min(4, os.cpu_count() or 1)
+
+
+class Rehearsal:
+    """Encodes and writes the sample x_NH as the run will, with the run's own parts."""
+
+    def __init__(
+        self,
+        x_NH: dict[str, torch.Tensor],
+        ids_N: Array,
+        settings: ExtractSettings,
+        scratch: Path | None,
+    ):
+        self._x_NH = x_NH
+        self._ids_N = ids_N
+        self._settings = settings
+        self._scratch = scratch
+        self._finite_N = finite_rows(x_NH)
+
+    def of(self, names: set[str], codecs: dict[str, dict[str, Codec]]) -> dict[str, Encoded]:
+        """Return what comes out for each of the splits."""
+        by_codec: dict[str, Encoded] = {}
+        found: dict[str, Encoded] = {}
+        for name in sorted(names):
+            codec = codec_name(name, self._settings.codec)
+            if codec not in by_codec:
+                by_codec[codec] = self._encoded(name, codecs[name])
+            found[name] = by_codec[codec]
+        return found
+
+    def _encoded(self, name: str, codecs: dict[str, Codec]) -> Encoded:
+        row_bytes, block_bytes, arrays = self._bytes(name, codecs)
+        encode, commit, core = self._seconds(name, codecs)
+        return Encoded(
+            row_bytes=row_bytes,
+            block_bytes=block_bytes,
+            row_seconds=encode,
+            commit_seconds=commit,
+            core_seconds=core,
+            arrays=arrays,
+        )
+
+    def _bytes(self, name: str, codecs: dict[str, Codec]) -> tuple[float, float, tuple[str, ...]]:
+        """Code the sample as a block's shards are; what zeros take is no row's."""
+        block_tokens = self._settings.block_tokens
+        row_bytes, block_bytes = 0.0, 0.0
+        arrays: list[str] = []
+        ids_N = self._ids_N[self._finite_N.cpu().numpy()]
+        rows = max(1, len(ids_N))
+        for tap, x_NH in self._x_NH.items():
+            stored = codecs[tap].encode(x_NH[self._finite_N], ids_N)
+            for spec in ARRAYS[codec_name(name, self._settings.codec)]:
+                values = stored[spec.group].cpu().numpy()
+                coder, chunk = CODERS[spec.coder], chunk_rows(spec, block_tokens)
+                if chunk > rows and spec.coder != "blosc":
+                    chunk = rows  # zeros after the rows would change how those are coded
+                padded = np.zeros((-(-rows // chunk) * chunk, *values.shape[1:]), values.dtype)
+                padded[: len(values)] = values
+                full = shard_bytes(padded, chunk, coder)
+                padded[:] = 0
+                empty = shard_bytes(padded, chunk, coder)
+                row_bytes += (full - empty) / rows
+                block_bytes += empty * block_tokens / len(padded)
+                arrays.append(f"{spec.group}/{tap}")
+        return row_bytes, block_bytes, tuple(arrays)
+
+    def _seconds(self, name: str, codecs: dict[str, Codec]) -> tuple[float, float, float]:
+        """Return the seconds of a row: of encoding, of committing, and of a core in that.
+
+        Every thread commits blocks at once, full of the sample over and over.
+        """
+        rows = self._settings.block_tokens
+        device = self._finite_N.device
+        threads = encoder_threads(device)
+        places_R = np.arange(rows) % len(self._ids_N)
+        on_device_R = torch.from_numpy(places_R).to(device)
+        x_RH = {tap: x[on_device_R] for tap, x in self._x_NH.items()}
+        ids_R = self._ids_N[places_R]
+        encoder, slots = BlockEncoder(name, self._settings, codecs), HostBuffers(device, threads)
+
+        def encode() -> Slot:
+            return slots.fetch(*encoder(x_RH, ids_R, rows))()
+
+        held = [encode() for _ in range(threads)]  # what pinned memory takes is kept for the run
+        held.pop().release()
+        started = time.perf_counter()
+        held.append(encode())
+        encoding = time.perf_counter() - started
+        with (
+            tempfile.TemporaryDirectory(prefix="embedcache-", dir=self._scratch) as folder,
+            closing(BlockWriter(Path(folder))) as writer,
+            ThreadPoolExecutor(threads) as pool,
+        ):
+
+            def commit(block: int, slot: Slot) -> float:
+                began = time.thread_time()
+                values = slot.arrays.items()
+                arrays = {path: (encoder.specs[path], value.numpy()) for path, value in values}
+                writer.commit(name, block, arrays)
+                return time.thread_time() - began
+
+            started, committing, cores = time.perf_counter(), 0.0, list[float]()
+            while len(cores) < ROUNDS * threads and committing < ENOUGH_SECONDS:
+                cores += pool.map(commit, range(len(cores), len(cores) + threads), held)
+                committing = time.perf_counter() - started
+        each = rows * len(cores)
+        return encoding / rows, committing * threads / each, sum(cores) / each

@@ -1,0 +1,179 @@
+"""The time that stage one says beforehand, wherever it goes: forward, coding, writing, base."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fixtures_extract import corpus_config, small_settings, write_documents
+from tiny import tiny_base_directory
+
+from embedcache.cache import base_arrays, commit
+from embedcache.cache.manifest import read_manifest
+from embedcache.extract import extract
+from embedcache.extraction import measure, pipeline, preview, rehearsal
+from embedcache.extraction import run as stage_one
+from embedcache.extraction.forward import CHECK_EVERY, BlockForward
+from embedcache.extraction.measure import Measured
+from embedcache.extraction.rehearsal import Encoded
+from embedcache.extraction.timing import blocks_seconds, pipeline_seconds
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    ("stages", "threads", "seconds"),
+    [
+        ([], 4, 0.0),
+        ([(1.0, 0.5)] * 10, 1, 10.5),  # the first stage is the limit: the last block is drained
+        ([(0.5, 1.0)] * 10, 1, 10.5),  # the second is: it waits for the first block
+        ([(0.5, 4.0)] * 8, 4, 10.0),  # two rounds, begun one after the other
+        ([(0.5, 4.0)] * 2, 4, 5.0),  # fewer blocks than threads
+        ([(1.0, 0.0), (1.0, 9.0), (1.0, 1.0)], 2, 11.0),  # one that takes long
+    ],
+)
+def test_a_pipeline_takes_what_it_takes_by_hand(
+    stages: list[tuple[float, float]], threads: int, seconds: float
+) -> None:
+    assert pipeline_seconds(stages, threads) == pytest.approx(seconds)
+
+
+def encoded(row: float = 0.0, commit: float = 0.0, core: float = 0.0) -> Encoded:
+    return Encoded(
+        row_bytes=1.0,
+        block_bytes=1.0,
+        row_seconds=row,
+        commit_seconds=commit,
+        core_seconds=core,
+        arrays=(),
+    )
+
+
+def test_the_model_of_a_run_by_given_measurements() -> None:
+    """Ten blocks of 1,000 tokens; 2 positions a token of 1 ms; then what comes on top."""
+    todo = [("train", block) for block in range(10)]
+
+    def seconds(
+        device: torch.device = GPU, known: Any = None, threads: int = 2, **given: Any
+    ) -> float:
+        measured = Measured(
+            position_seconds=0.001,
+            padding=2.0,
+            threads=threads,
+            sequence_tokens=given.pop("sequence", 0.0),
+            encoded={"train": encoded(**given)},
+        )
+        return blocks_seconds({"train": 10_000}, todo, measured, known or {}, device)
+
+    assert seconds() == pytest.approx(20.0)
+    assert seconds(sequence=100.0) == pytest.approx(20.2)  # the first block's two sequences
+    assert seconds(row=0.001) == pytest.approx(30.0)
+    assert seconds(commit=0.001) == pytest.approx(21.0)
+    assert seconds(commit=0.008, threads=4) == pytest.approx(2 * 1 + 3 * 8 + 2)
+    assert seconds(commit=0.001, core=0.0005) == pytest.approx(21.0)
+    assert seconds(CPU, commit=0.001, core=0.0005) == pytest.approx(26.0)
+    batch = {"final": torch.empty(5, 1000, 3)}
+    known = {("train", 3): {0: batch, 1: batch}, ("train", 99): {0: batch}}
+    assert seconds(known=known) == pytest.approx(10.0)
+    many = [("train", block) for block in range(CHECK_EVERY + 1)]
+    measured = Measured(position_seconds=1.0, sequence_tokens=2.0, encoded={"train": encoded()})
+    tokens = {"train": len(many)}
+    assert blocks_seconds(tokens, many, measured, {}, GPU) == pytest.approx(len(many) + 6)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
+    """A base whose token embedding is not its head, and a corpus of some 20 blocks."""
+    root = tmp_path_factory.mktemp("time")
+    tiny_base_directory(root / "base", "llama", tied=False)
+    write_documents(root / "corpus", 20, words=150)
+    return root
+
+
+def slowed(function: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slow(*arguments: Any, **more: Any) -> Any:
+        time.sleep(seconds)
+        return function(*arguments, **more)
+
+    return slow
+
+
+def quick(patch: pytest.MonkeyPatch) -> None:
+    """Let cores and disk, which others use too, take next to nothing."""
+
+    def batch(self: BlockForward, ids_N: Any, rows_B2: Any) -> dict[str, torch.Tensor]:
+        width = self.positions(rows_B2) // len(rows_B2)
+        return {"final": torch.linspace(-1, 1, 32).expand(len(rows_B2), width, 32).clone()}
+
+    patch.setattr(BlockForward, "batch", batch)
+    patch.setattr(BlockForward, "check", lambda *_: 0.0)
+    patch.setattr(os, "fsync", lambda descriptor: None)
+
+
+def slow_writing(patch: pytest.MonkeyPatch) -> None:
+    """Let a shard take 60 ms, which is far more than its block's forward pass."""
+    patch.setattr(commit, "write_shard", slowed(commit.write_shard, 0.06))
+
+
+def slow_coding(patch: pytest.MonkeyPatch) -> None:
+    """Let four threads commit, of which only one can code at a time, as of one with a lock."""
+    guard, real = threading.Lock(), commit.write_shard
+
+    def one_at_a_time(*arguments: Any) -> Any:
+        with guard:
+            time.sleep(0.06)
+        return real(*arguments)
+
+    patch.setattr(commit, "write_shard", one_at_a_time)
+    for module in (measure, rehearsal, pipeline):
+        patch.setattr(module, "encoder_threads", lambda device: 4)
+
+
+def slow_flushing(patch: pytest.MonkeyPatch) -> None:
+    """Let each of the several flushes of a commit take 15 ms: of folders and markers, too."""
+    patch.setattr(commit, "fsync_path", slowed(commit.fsync_path, 0.015))
+
+
+def slow_base(patch: pytest.MonkeyPatch) -> None:
+    """Let the head and the token embedding be of 24 chunks each, of 100 ms."""
+    patch.setattr(base_arrays, "CHUNK_ROWS", 16)
+    patch.setattr(base_arrays, "write_chunk", slowed(base_arrays.write_chunk, 0.1))
+
+
+def slow_calibrating(patch: pytest.MonkeyPatch) -> None:
+    """Let calibrating take two seconds."""
+    for module in (stage_one, preview):
+        patch.setattr(module, "calibrations_of", slowed(module.calibrations_of, 2.0))
+
+
+@pytest.mark.parametrize(
+    "slow", [slow_writing, slow_coding, slow_flushing, slow_base, slow_calibrating]
+)
+def test_time_is_predicted_within_a_fifth_where_the_forward_pass_is_not_the_limit(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    slow: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    quick(monkeypatch)
+    slow(monkeypatch)
+    corpus, out = corpus_config(place / "corpus"), tmp_path / "cache"
+    asked: dict[str, Any] = {"base": str(place / "base"), "out": out, "device": "cpu"}
+    asked["settings"] = small_settings(codec="int8")
+    beforehand, _ = preview.preview(corpus, **asked)
+    started = time.perf_counter()
+    summary = extract(corpus, **asked)
+    assert summary.seconds < time.perf_counter() - started
+    assert summary.seconds > 1
+    assert abs(summary.predicted_seconds / summary.seconds - 1) < 0.2
+    assert abs(beforehand.seconds / summary.seconds - 1) < 0.2
+    assert summary.tokens_per_second == pytest.approx(
+        sum(summary.tokens.values()) / summary.seconds, rel=1e-3
+    )
+    assert read_manifest(out).extracted["predicted_seconds"] == summary.predicted_seconds
