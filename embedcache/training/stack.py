@@ -106,7 +106,7 @@ class Stack:
         loss_K = torch.zeros_like(self._share_K)
         gradients = []
         # From here on each position is for itself, and as wide as the base: some at a time.
-        for rows in cut(h_KNR.shape[1], self.recipe.emitted or h_KNR.shape[1]):
+        for rows in cut(h_KNR.shape[1], self._emitted(groups) or h_KNR.shape[1]):
             h_KnR = h_KNR.detach()[:, rows].requires_grad_()
             part_K = self._losses(groups, h_KnR, rows) * self._share_K
             part_K.sum().backward()
@@ -144,6 +144,14 @@ class Stack:
         )
         row_KN = place_KN + B * T * torch.arange(K, device=place_KN.device)[:, None]
         return h_KBTR.flatten(0, 2).index_select(0, row_KN.flatten()).unflatten(0, (K, -1))
+
+    def _emitted(self, groups: Sequence[list[Work]]) -> int | None:
+        """Return how many positions are emitted at a time; None for all.
+
+        An exact loss through a head in host memory goes over all of that each time.
+        """
+        streamed = self._inputs.head.weight_VH.device != self._inputs.device
+        return None if streamed and not groups[0][0].batch.drawn else self.recipe.emitted
 
     def _losses(self, groups: Sequence[list[Work]], h_KnR: Tensor, rows: slice) -> Tensor:
         """Return the sums of losses loss_K over some of the wanted positions, from features."""

@@ -6,7 +6,8 @@ own commands, each training in a process of its own, which reports what its allo
 most, and what the driver says that it has.
 
 That the lean way of training learns as much is shown on the real base: the same carry-on trained
-in the plain way, and within a budget that forces bfloat16 weights and states in host memory.
+in the plain way, and by the leanest recipe: bfloat16 weights, states and head in host memory,
+activations computed again, small parts.
 
     python examples/paper/gpu_memory.py --out runs/gpu-memory
 """
@@ -17,6 +18,8 @@ import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +30,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from commands import embedcache, extract
 
 from embedcache.base.load import load_tokenizer
+from embedcache.training import planning
+from embedcache.training.recipe import Recipe
 
 BUDGETS = {
     "shortlist": ["--memory", "0.95GB", "--loss", "shortlist"],
@@ -35,7 +40,7 @@ BUDGETS = {
     "shortlist, no budget": ["--loss", "shortlist"],
 }
 TRAIN = ["--epochs", "1", "--batch-tokens", "16384", "--lr", "5e-4"]
-LEAN = ["--width", "256", "--no-gate", "--epochs", "3"]
+LEAN = ["--width", "256", "--no-gate", "--epochs", "3", "--batch-tokens", "16384"]
 
 CHILD = """
 import json, subprocess, sys, threading, os
@@ -103,6 +108,21 @@ def trained(cache: Path, out: Path, flags: list[str]) -> dict[str, Any]:
     return value
 
 
+@contextmanager
+def leanest() -> Iterator[None]:
+    """Let budgets choose the leanest recipe alone."""
+    candidates = planning.candidates
+
+    def last(*given: Any) -> list[Recipe]:
+        return candidates(*given)[-1:]
+
+    planning.candidates = last
+    try:
+        yield
+    finally:
+        planning.candidates = candidates
+
+
 def main() -> None:
     """Train within each budget; ``results.json`` grows row by row."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -113,7 +133,7 @@ def main() -> None:
     parser.add_argument("--hidden", type=int, default=5120)
     parser.add_argument("--vocabulary", type=int, default=152_064)
     parser.add_argument("--width", type=int, default=1728)
-    parser.add_argument("--lean-memory", default="60MB")
+    parser.add_argument("--lean-memory", default="400MB")
     options = parser.parse_args()
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
@@ -140,6 +160,7 @@ def main() -> None:
                 "reserved_gb": found["reserved_gb"],
                 "allocated_gb": found["allocated_gb"],
                 "driver_mib": found["driver_mib"],
+                "data_wait": found["data_wait"],
                 "plan": found["memory"],
             },
         )
@@ -149,7 +170,8 @@ def main() -> None:
         for loss in ("exact", "shortlist"):
             folder = out / f"{name}-{loss}"
             arguments = ["--out", str(folder), "--loss", loss, *LEAN, *flags]
-            found = embedcache("train", str(cache), *arguments)
+            with leanest() if flags else nullcontext():
+                found = embedcache("train", str(cache), *arguments)
             noted(
                 "quality",
                 {
