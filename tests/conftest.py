@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,6 +23,11 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.extract import extract
 from embedcache.extraction import plan
 
+# Products of so small a base are done before a second thread is awake; where processes share the
+# cores, each would wait for it. Children take it from the environment.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "Paris"]
 
 
@@ -32,6 +38,17 @@ def exact_extraction() -> Iterator[None]:
         fast = plan.fast_dtype
         exact = {"cpu": torch.float32}
         patch.setattr(plan, "fast_dtype", lambda device: exact.get(device.type) or fast(device))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unflushed() -> Iterator[None]:
+    """Leave the flushing of files to the kernel: no test takes the power away.
+
+    What is flushed when is still called, counted and stopped; children that are killed do flush.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
         yield
 
 
