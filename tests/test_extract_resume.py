@@ -18,6 +18,7 @@ from fixtures_extract import (
     start_command,
     write_documents,
 )
+from forked import ForkedCommand
 from tiny import tiny_base_directory
 
 from embedcache.cache import commit, seal
@@ -90,7 +91,7 @@ def test_killed_it_resumes_to_the_same_bytes(
     long_place: Path, tmp_path: Path, ready: Callable[[Path], bool]
 ) -> None:
     out = tmp_path / "cache"
-    process = start_command(*small_flags(long_place / "corpus", long_place / "base", out))
+    process = ForkedCommand(*small_flags(long_place / "corpus", long_place / "base", out))
     wait_for(lambda: ready(out), process)
     process.kill()
     process.communicate()

@@ -31,9 +31,18 @@ STEPS = [
     pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
 ]
 
+FEW = ["it begins", "it is committed"]
+OTHERS = [pytest.param("delete", *step.values, id=f"delete, {step.id}") for step in STEPS] + [
+    pytest.param(
+        *("append", *step.values),
+        id=f"append, {step.id}",
+        marks=[] if step.id in FEW else [pytest.mark.slow],
+    )
+    for step in STEPS
+]
 
-@pytest.mark.parametrize(("module", "name", "call"), STEPS)
-@pytest.mark.parametrize("other", ["append", "delete"])
+
+@pytest.mark.parametrize(("other", "module", "name", "call"), OTHERS)
 def test_it_mixes_with_no_other(
     place: Path,  # noqa: F811
     tmp_path: Path,

@@ -17,9 +17,9 @@ from fixtures_extract import (
     flip_byte,
     small_flags,
     small_settings,
-    start_command,
     write_documents,
 )
+from forked import ForkedCommand
 from ledgers import blocks_of, files_of, publish_blocks, quarantined
 from tiny import tiny_base_directory
 
@@ -295,7 +295,7 @@ def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
         if "/embeddings/final/c/" in name:
             flip_byte(out / name)
     flags = [*small_flags(place / "corpus", place / "base", out), "--codec", "int8"]
-    process = start_command(*flags, "--taps", "final,layer_1", "--repair")
+    process = ForkedCommand(*flags, "--taps", "final,layer_1", "--repair")
     while not list(out.glob("commits/train/*.1.json")):
         assert process.poll() is None, process.communicate()
     process.kill()
