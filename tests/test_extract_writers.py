@@ -160,6 +160,9 @@ def test_a_writer_that_comes_late_clears_up_after_one_killed_at_the_end(
     run(place, out)
     assert not left.parents[2].exists()
     assert comparable_tree(out) == comparable_tree(place / "alone")
+    left.parents[1].mkdir(parents=True)  # one was killed when its manifest had been moved
+    run(place, out)
+    assert not left.parents[2].exists()
     # What an append or a repair that was killed has staged is not its own to remove.
     staged = [out / ".staging" / name for name in ("append/zarr.json", "89ef/train/embeddings/0")]
     for path in (left, *staged):
