@@ -19,6 +19,7 @@ from fixtures_extract import (
     write_documents,
 )
 from forked import ForkedCommand
+from stopping import KilledError, stopping
 from tiny import tiny_base_directory
 
 from embedcache.cache import commit, seal
@@ -26,10 +27,6 @@ from embedcache.errors import CacheError, EmbedcacheError
 from embedcache.extract import extract
 from embedcache.extraction import plan, store_base
 from embedcache.extraction import run as stage_one
-
-
-class KilledError(BaseException):
-    """Stands for a process that is gone."""
 
 
 def prepared(root: Path, documents: int) -> Path:
@@ -118,20 +115,6 @@ def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path:
     summary = run(long_place, out)
     assert summary.resumed_blocks >= 3
     assert comparable_tree(out) == comparable_tree(long_place / "undisturbed")
-
-
-def stopping(function: Any, call: int) -> Any:
-    """Return ``function``, killed before its ``call``-th call."""
-    calls = 0
-
-    def stopped(*arguments: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KilledError
-        return function(*arguments, **more)
-
-    return stopped
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cache_faults import served
 from fixtures_extract import comparable_tree, corpus_config, small_settings, write_documents
 from forked import run_until_step
+from stopping import KilledError, killed
 
 from embedcache.append import Appended, append
 from embedcache.append_request import corpus_like
@@ -97,13 +97,6 @@ def test_one_that_was_cut_short_while_put_in_place_is_told_when_it_is_finished(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever comes next finishes it: the same command says what it added, delete goes on after."""
-
-    class KilledError(BaseException):
-        """Stands for a process that is gone."""
-
-    def killed(*_: Any) -> None:
-        raise KilledError
-
     caches = [shutil.copytree(place / "old", tmp_path / name) for name in ("one", "two")]
     for cache in caches:
         with monkeypatch.context() as patch:

@@ -11,7 +11,7 @@ import pytest
 from cache_contents import contents
 from fixtures_append import added
 from fixtures_extract import write_documents
-from test_paused import DELETED, Pause, pause, place  # noqa: F401 - fixtures
+from fixtures_paused import DELETED, Pause
 
 import embedcache.append as appending
 import embedcache.join as joining
@@ -31,22 +31,13 @@ STEPS = [
     pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
 ]
 
-FEW = ["it begins", "it is committed"]
-OTHERS = [pytest.param("delete", *step.values, id=f"delete, {step.id}") for step in STEPS] + [
-    pytest.param(
-        *("append", *step.values),
-        id=f"append, {step.id}",
-        marks=[] if step.id in FEW else [pytest.mark.slow],
-    )
-    for step in STEPS
-]
 
-
-@pytest.mark.parametrize(("other", "module", "name", "call"), OTHERS)
+@pytest.mark.parametrize(("module", "name", "call"), STEPS)
+@pytest.mark.parametrize("other", ["append", "delete"])
 def test_it_mixes_with_no_other(
-    place: Path,  # noqa: F811
+    place: Path,
     tmp_path: Path,
-    pause: Pause,  # noqa: F811
+    pause: Pause,
     other: str,
     module: Any,
     name: str,
@@ -79,9 +70,9 @@ def test_it_mixes_with_no_other(
     ("module", "name"), [(appending, "require_alike"), (joining, "publish_manifest")]
 )
 def test_one_whose_turn_another_has_by_now_changes_nothing(
-    place: Path,  # noqa: F811
+    place: Path,
     tmp_path: Path,
-    pause: Pause,  # noqa: F811
+    pause: Pause,
     module: Any,
     name: str,
 ) -> None:
