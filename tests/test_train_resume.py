@@ -150,14 +150,14 @@ def test_killed_at_any_time_again_and_again(world, undisturbed, tmp_path):
         while not (out / CHECKPOINT).exists() and run.is_alive():
             assert time.perf_counter() - started < 60
             time.sleep(0.01)
-        time.sleep(draw.uniform(0, 0.6) if kills == 0 else draw.uniform(2, 4))
+        time.sleep(draw.uniform(0, 0.6))
         if not run.is_alive():
             assert run.exitcode == 0
             break
         run.kill()
         run.join()
         kills += 1
-    assert kills
+    assert kills > 1
     if not (out / WEIGHTS_FILE).exists():
         train(world.cache_path, out=out, config=CONFIG, device="cpu")
     assert same_weights(out, undisturbed[0])
