@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ from embedcache.carryon.store import CarryOnRecord, save_carryon
 from embedcache.corpus.config import CorpusConfig
 from embedcache.extract import extract
 from embedcache.extraction import plan, rehearsal
+
+# Products of so small a base are done before a second thread is awake; where processes share the
+# cores, each would wait for it. Children take it from the environment.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "Paris"]
 
@@ -52,6 +58,17 @@ class _Unwritten:
 def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commit no block before a run for a try: for tests that stop at the n-th step of a commit."""
     monkeypatch.setattr(rehearsal, "BlockWriter", _Unwritten)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def unflushed() -> Iterator[None]:
+    """Leave the flushing of files to the kernel: no test takes the power away.
+
+    What is flushed when is still called, counted and stopped; children that are killed do flush.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", os.fstat)
+        yield
 
 
 @dataclass(frozen=True)

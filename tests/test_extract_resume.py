@@ -18,6 +18,8 @@ from fixtures_extract import (
     start_command,
     write_documents,
 )
+from forked import ForkedCommand
+from stopping import KilledError, stopping
 from tiny import tiny_base_directory
 
 from embedcache.cache import commit, seal
@@ -27,10 +29,6 @@ from embedcache.extraction import plan, store_base
 from embedcache.extraction import run as stage_one
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
-
-
-class KilledError(BaseException):
-    """Stands for a process that is gone."""
 
 
 def prepared(root: Path, documents: int) -> Path:
@@ -92,7 +90,7 @@ def test_killed_it_resumes_to_the_same_bytes(
     long_place: Path, tmp_path: Path, ready: Callable[[Path], bool]
 ) -> None:
     out = tmp_path / "cache"
-    process = start_command(*small_flags(long_place / "corpus", long_place / "base", out))
+    process = ForkedCommand(*small_flags(long_place / "corpus", long_place / "base", out))
     wait_for(lambda: ready(out), process)
     process.kill()
     process.communicate()
@@ -119,20 +117,6 @@ def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path:
     summary = run(long_place, out)
     assert summary.resumed_blocks >= 3
     assert comparable_tree(out) == comparable_tree(long_place / "undisturbed")
-
-
-def stopping(function: Any, call: int) -> Any:
-    """Return ``function``, killed before its ``call``-th call."""
-    calls = 0
-
-    def stopped(*arguments: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KilledError
-        return function(*arguments, **more)
-
-    return stopped
 
 
 @pytest.mark.parametrize(

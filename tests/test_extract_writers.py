@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import random
 import shutil
 import signal
@@ -20,9 +19,9 @@ from fixtures_extract import (
     extract_small,
     small_flags,
     small_settings,
-    start_command,
     write_documents,
 )
+from forked import FORKS, ForkedCommand
 from tiny import tiny_base_directory
 
 import embedcache.extract
@@ -56,18 +55,18 @@ def run(place: Path, out: Path, **more: Any) -> ExtractSummary:
     )
 
 
-def start(place: Path, out: Path) -> Any:
-    return start_command(*small_flags(place / "corpus", place / "base", out), "--json")
+def start(place: Path, out: Path) -> ForkedCommand:
+    return ForkedCommand(*small_flags(place / "corpus", place / "base", out), "--json")
 
 
-def finished(process: Any) -> dict[str, Any]:
-    printed, said = process.communicate(timeout=120)
+def finished(process: ForkedCommand) -> dict[str, Any]:
+    printed, said = process.communicate()
     assert process.returncode == 0, said
     found: dict[str, Any] = json.loads(printed)
     return found
 
 
-def wait_for(ready: Callable[[], bool], process: Any) -> None:
+def wait_for(ready: Callable[[], bool], process: ForkedCommand) -> None:
     deadline = time.monotonic() + 60
     while not ready():
         assert process.poll() is None, process.communicate()
@@ -102,10 +101,9 @@ def extract_after_all_have_claimed(place: Path, out: Path, meeting: Any, answers
 
 def test_three_processes_share_one_cache_out(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
-    context = multiprocessing.get_context("spawn")
-    meeting, answers = context.Barrier(3), context.Queue()
+    meeting, answers = FORKS.Barrier(3), FORKS.Queue()
     processes = [
-        context.Process(
+        FORKS.Process(
             target=extract_after_all_have_claimed, args=(place, out, meeting, answers), daemon=True
         )
         for _ in range(3)
@@ -162,6 +160,9 @@ def test_a_writer_that_comes_late_clears_up_after_one_killed_at_the_end(
     run(place, out)
     assert not left.parents[2].exists()
     assert comparable_tree(out) == comparable_tree(place / "alone")
+    left.parents[1].mkdir(parents=True)  # one was killed when its manifest had been moved
+    run(place, out)
+    assert not left.parents[2].exists()
     # What an append or a repair that was killed has staged is not its own to remove.
     staged = [out / ".staging" / name for name in ("append/zarr.json", "89ef/train/embeddings/0")]
     for path in (left, *staged):
@@ -182,16 +183,11 @@ def test_repair_refuses_while_another_writes(place: Path, tmp_path: Path) -> Non
 
 
 def killed_and_resumed(place: Path, folder: Path, times: int, seed: int) -> None:
-    """Kill extractions at so many random moments; one that comes to its end must be as if alone.
-
-    Processes are forked from one that has imported all, as importing takes longest.
-    """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["embedcache.extract", "transformers.models.llama"])
+    """Kill extractions at so many random moments; one that comes to its end must be as if alone."""
     draw, killed, finished = random.Random(seed), 0, 0
     while killed < times:
         out = folder / str(finished)
-        process = context.Process(target=extract_small, args=(place, out))
+        process = FORKS.Process(target=extract_small, args=(place, out))
         process.start()
         if draw.random() < 0.7:  # among the blocks; else anywhere, mostly in what comes before
             before = markers(out)

@@ -260,12 +260,14 @@ def finished(job: Job, out: Path) -> bool:
 
 MOUNTED = """
 import json, subprocess, sys
-disk, small, command = sys.argv[1], sys.argv[2], sys.argv[3:]
+from forked import ForkedCommand
+disk, small, arguments = sys.argv[1], sys.argv[2], sys.argv[3:]
 def mount(options, *more):
     subprocess.run(["mount", *more, "-o", options, disk], check=True)
 def run():
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.returncode, done.stderr
+    command = ForkedCommand(*arguments)
+    said = command.communicate()[1]
+    return command.returncode, said
 mount(f"size={small}", "-t", "tmpfs", "tmpfs")
 said = [run()]
 mount("remount,size=64m")
@@ -298,14 +300,13 @@ def test_a_real_disk_that_is_too_small_then_read_only_then_neither(
     disk.mkdir()
     files = [p for p in (place / "corpus-bf16").rglob("*") if p.is_file()]
     pages = [-(-p.stat().st_size // 4096) for p in files]
-    command = [sys.executable, "-m", "embedcache_cli"]
-    command += small_flags(place / "corpus", place / "base", disk / "cache")
     done = subprocess.run(
         [
             *mountable(),
             *(sys.executable, "-c", MOUNTED, str(disk), str(int(share * 4096 * sum(pages)))),
-            *command,
+            *small_flags(place / "corpus", place / "base", disk / "cache"),
         ],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
         capture_output=True,
         text=True,
     )

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import World
+from forked import die, run_forked
 from safetensors.torch import load_file
 from typer.testing import CliRunner
 
@@ -159,35 +157,26 @@ def test_a_bad_run_is_refused_before_any_is_begun(world, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-import embedcache.training.member as member
-from embedcache.train import sweep
-from test_sweep import MANY, placed
-member.CHECKPOINT_SECONDS = 0.0
-save, saves = member.save_checkpoint, []
-def saving(*given, **more):
-    save(*given, **more)
-    saves.extend([given] * (given[0].parent.name == "one"))  # the rest are a step behind
-    if len(saves) == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-member.save_checkpoint = saving
-sweep(Path(sys.argv[1]), runs=placed(Path(sys.argv[2]), MANY), device="cpu")
-"""
+def sweep_until_saved(cache: Path, folder: Path, number: int) -> None:
+    """Train `MANY`, and die when the first one was saved so often: a process's target."""
+    member.CHECKPOINT_SECONDS = 0.0
+    save, saves = member.save_checkpoint, []
+
+    def saving(path: Path, *given, **more):
+        save(path, *given, **more)
+        saves.extend([path] * (path.parent.name == "one"))  # the rest are a step behind
+        if len(saves) == number:
+            die()
+
+    member.save_checkpoint = saving
+    sweep(cache, runs=placed(folder, MANY), device="cpu")
 
 
 @pytest.mark.parametrize("saves", [3, pytest.param(12, marks=pytest.mark.slow)])
 def test_a_killed_sweep_goes_on_to_the_same(world, tmp_path, saves):
     runs = placed(tmp_path / "killed", MANY)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, str(world.cache_path), str(tmp_path / "killed"), str(saves)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *sys.path])},
-        timeout=120,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == -signal.SIGKILL, done.stderr
+    code = run_forked(sweep_until_saved, world.cache_path, tmp_path / "killed", saves)
+    assert code == -signal.SIGKILL
     found = sweep(world.cache_path, runs=runs, device="cpu")
     again = sweep(world.cache_path, runs=runs, device="cpu")  # all are finished: nothing to do
     assert [result.summary for result in again] == [result.summary for result in found]

@@ -225,16 +225,17 @@ class Extraction:
             clear_staging(out, live)
 
     def tidy(self) -> None:
-        """Remove the manifest of one that died just after it had published it, and no more.
+        """Remove what one left that died just after it had published the manifest, and no more.
 
         What else is staged beside a finished cache is an append's or a repair's, that may go on.
         """
         live, staging = self._live(), self._out / STAGING
-        for made in [made for made in staging.glob("*/manifest") if made.parent.name not in live]:
-            shutil.rmtree(made, ignore_errors=True)
-            for folder in (made.parent, staging):
-                with suppress(OSError):  # not empty
-                    folder.rmdir()
+        for folder in [folder for folder in staging.glob("*") if folder.name not in live]:
+            shutil.rmtree(folder / "manifest", ignore_errors=True)
+            with suppress(OSError):  # not empty
+                folder.rmdir()
+        with suppress(OSError):
+            staging.rmdir()
 
     def _manifest(self, made: Path, extracted: dict[str, Any]) -> Manifest:
         """Return the manifest of the finished cache; its ledgers are written in ``made``."""

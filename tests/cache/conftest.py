@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -76,3 +78,10 @@ def olds(
 def old(olds: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the int8 one, to be added to."""
     return shutil.copytree(olds["int8"], tmp_path / "cache")
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    """Contexts that are left when the test ends."""
+    with ExitStack() as opened:
+        yield opened

@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from claimants import BLOCK, foreign
 
 from embedcache.cache import claims
 from embedcache.cache.claims import TURN, Claims, claim_of
@@ -20,7 +20,6 @@ from embedcache.cache.layout import CLAIMS
 from embedcache.errors import OutputError
 from embedcache.progress import SILENT, Silent
 
-BLOCK = claim_of("train", 3)
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -55,24 +54,6 @@ def told(process: subprocess.Popen[str]) -> None:
     assert process.stdin is not None
     process.stdin.write("\n")
     process.stdin.flush()
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as opened:
-        yield opened
-
-
-def foreign(cache: Path, name: str, *, age: float, machine: str = "elsewhere") -> None:
-    """Leave a claim of a process on another machine that beat so long ago."""
-    writer = cache / CLAIMS / "writers/f00.json"
-    writer.parent.mkdir(parents=True, exist_ok=True)
-    holder = {"attempt": "f00", "host": "far", "machine": machine, "pid": 1, "began": ""}
-    writer.write_text(json.dumps(holder))
-    target = cache / CLAIMS / f"{name}.0.json"
-    target.parent.mkdir(exist_ok=True)
-    target.hardlink_to(writer)
-    os.utime(writer, (time.time() - age,) * 2)
 
 
 def test_one_has_it_until_it_gives_it_up(tmp_path: Path, stack: ExitStack) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from stopping import KilledError, killed
 
 from embedcache.cache import commit
 from embedcache.cache.codecs import ARRAYS
@@ -27,10 +28,6 @@ from embedcache.files import hash_file
 Array = np.ndarray[Any, Any]
 (SPEC,) = ARRAYS["bf16"]
 NAME = "train/embeddings/final/c/0/0"
-
-
-class KilledError(BaseException):
-    """Stands for a process that is gone: nothing after it runs."""
 
 
 def values(seed: int, rows: int = 16) -> Array:
@@ -129,11 +126,8 @@ def test_recovery_promotes_what_lies_in_staging(
 def test_killed_before_the_link_leaves_nothing_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def link(source: Path, target: Path) -> None:
-        raise KilledError
-
     with monkeypatch.context() as patch:
-        patch.setattr(commit.os, "link", link)
+        patch.setattr(commit.os, "link", killed)
         with pytest.raises(KilledError):
             commit_block(BlockWriter(tmp_path), 1)
     assert recovered(tmp_path, 1) == {}

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import zarr
 from cache_contents import contents, names
 from cache_faults import served
 from fixtures_extract import comparable_tree, corpus_config, flip_byte, small_settings
+from forked import run_until_step
 from ledgers import files_of, put_aside, quarantined
 
 from embedcache.cache.codecs import ARRAYS, codec_name
@@ -198,46 +198,17 @@ def test_a_reader_that_was_open_serves_nothing_else(copied: Path) -> None:
         reader.block(0)
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from embedcache.delete import delete
-
-left = int(sys.argv[2])
-def counted(call):
-    def wrapped(*arguments, **named):
-        global left
-        if left == 0:
-            os.kill(os.getpid(), signal.SIGKILL)
-        left -= 1
-        return call(*arguments, **named)
-    return wrapped
-Path.replace = counted(Path.replace)
-Path.unlink = counted(Path.unlink)
-os.rmdir = counted(os.rmdir)
-delete(Path(sys.argv[1]), [sys.argv[3]])
-print(left)
-"""
-
-
-def run_killed(cache: Path, steps: int, name: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", KILLED, str(cache), str(steps), name], capture_output=True, text=True
-    )
-
-
 def test_killed_at_any_moment_it_is_as_before_or_refused_and_goes_on(
     caches: dict[str, Path], tiny_base: Path, corpus: Path, tmp_path: Path
 ) -> None:
     name = names(caches["int8"], "train")[0]
     whole = shutil.copytree(caches["int8"], tmp_path / "whole")
-    done = run_killed(whole, 10_000, name)
-    steps = 10_000 - int(done.stdout)
+    _, steps = run_until_step(10**6, partial(delete, whole, [name]))
     before, after = served(caches["int8"]), served(whole)
     states = set()
     for number, step in enumerate([*range(0, steps, steps // 4), *range(steps - 4, steps)]):
         cache = shutil.copytree(caches["int8"], tmp_path / str(step), dirs_exist_ok=True)
-        assert run_killed(cache, step, name).returncode == -signal.SIGKILL
+        assert run_until_step(step, partial(delete, cache, [name])) == -signal.SIGKILL
         try:
             found = served(cache)
             assert found in (before, after), step

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import shutil
 import signal
-import subprocess
-import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,10 @@ from fixtures_extract import (
     small_settings,
     write_documents,
 )
+from forked import die_at, run_forked
 from ledgers import files_of, put_aside, quarantined
 
+from embedcache import join
 from embedcache.cache.commit import BlockWriter
 from embedcache.cache.layout import SPLITS
 from embedcache.cache.manifest import read_manifest
@@ -211,25 +212,14 @@ def test_the_command_tells_and_extract_refuses_what_was_merged(
     assert call_main(monkeypatch, "info", str(carryon)) == 0
 
 
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from embedcache import join, merge
-
-def killed(*arguments):
-    os.kill(os.getpid(), signal.SIGKILL)
-setattr(join if hasattr(join, sys.argv[1]) else merge, sys.argv[1], killed)
-merge.merge([Path(sys.argv[2]), Path(sys.argv[3])], Path(sys.argv[4]))
-"""
-
-
 @pytest.mark.parametrize("moment", ["marker_path", "publish_manifest", "fsync_tree", "fsync_path"])
 def test_killed_it_is_whole_or_not_there_and_runs_again(
     pairs: dict[str, tuple[Path, Path]], tmp_path: Path, moment: str
 ) -> None:
     both = tmp_path / "both"
-    command = [sys.executable, "-c", KILLED, moment, *map(str, pairs["int8"]), str(both)]
-    assert subprocess.run(command, capture_output=True).returncode == -signal.SIGKILL
+    module = "embedcache.join" if hasattr(join, moment) else "embedcache.merge"
+    merging = partial(merge, pairs["int8"], both)
+    assert run_forked(die_at, module, moment, merging) == -signal.SIGKILL
     assert both.exists() == (moment == "fsync_path")  # the rename was the last step
     if not both.exists():
         merge(pairs["int8"], both)

@@ -18,8 +18,8 @@ from fixtures_extract import (
     flip_byte,
     small_flags,
     small_settings,
-    start_command,
 )
+from forked import ForkedCommand
 
 from embedcache.cache import commit, rewrite, seal
 from embedcache.cache import verify as verifying
@@ -199,12 +199,12 @@ def test_beside_a_process_that_extracts(corpus: Path, tiny_base: Path, tmp_path:
     """As it comes, without steps laid out: every look while it runs is sound or says why not."""
     out, seen = tmp_path / "cache", []
     flags = [*small_flags(corpus, tiny_base, out), "--codec", "int8", "--taps", "final,layer_1"]
-    process = start_command(*flags)
+    process = ForkedCommand(*flags)
     look = looks_at(out, set(), seen)
     while process.poll() is None:
         look()
-    assert process.wait() == 0, process.communicate()
-    process.communicate()
+    said = process.communicate()[1]
+    assert process.returncode == 0, said
     look()
     assert seen[-1] == "sound"
 

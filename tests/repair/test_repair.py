@@ -3,86 +3,27 @@
 from __future__ import annotations
 
 import contextlib
-import shutil
 import signal
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from cache_faults import harm, names_in, served
-from fixtures_extract import (
-    content,
-    corpus_config,
-    flip_byte,
-    small_flags,
-    small_settings,
-    start_command,
-    write_documents,
-)
+from fixtures_extract import flip_byte, small_flags
+from fixtures_repair import HEAD, SHARD, TOKENS, computed, ones, restored, run
+from forked import ForkedCommand
 from ledgers import blocks_of, files_of, publish_blocks, quarantined
-from tiny import tiny_base_directory
+from stopping import KilledError, stopping
 
 from embedcache.cache import commit
-from embedcache.cache.codecs import ARRAYS, ArraySpec
-from embedcache.cache.layout import MANIFEST, SEALED, SPLITS, STAGING, marker_path
+from embedcache.cache.layout import MANIFEST, SEALED, SPLITS, marker_path
 from embedcache.cache.manifest import read_manifest
-from embedcache.cache.reader import Cache
 from embedcache.cache.verify import verify
-from embedcache.errors import CacheError, CorpusError, EmbedcacheError, OutputError
-from embedcache.extract import extract
+from embedcache.errors import CacheError, EmbedcacheError
 from embedcache.extraction import repair, store_base
 from embedcache.extraction import run as stage_one
-from embedcache.extraction.forward import BlockForward
-from embedcache.files import hash_file
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
-
-SHARD = "train/embeddings/final/c/2/0"
-TOKENS = "train/tokens/ids/c/1"
-HEAD = "base/head/weight/c/0/0"
-
-
-class KilledError(BaseException):
-    """Stands for a process that is gone."""
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
-    """A base, a corpus, and the cache of an undisturbed run: int8, two taps."""
-    root = tmp_path_factory.mktemp("repair")
-    tiny_base_directory(root / "base")
-    write_documents(root / "corpus", 12, words=120)
-    run(root, root / "undisturbed")
-    return root
-
-
-def run(place: Path, out: Path, **more: Any) -> Any:
-    return extract(
-        more.pop("corpus", None) or corpus_config(place / "corpus"),
-        base=str(place / "base"),
-        out=out,
-        settings=small_settings(codec="int8", taps=("final", "layer_1")),
-        device="cpu",
-        **more,
-    )
-
-
-@pytest.fixture
-def out(place: Path, tmp_path: Path) -> Path:
-    """A copy of the cache that a test may damage."""
-    return shutil.copytree(place / "undisturbed", tmp_path / "cache")
-
-
-def restored(place: Path, out: Path) -> None:
-    """Check that a cache is the undisturbed one again."""
-    assert content(out) == content(place / "undisturbed")
-    assert verify(out, deep=True).faults == ()
-    assert Cache(out).manifest.hash == Cache(place / "undisturbed").manifest.hash
-    assert served(out) == served(place / "undisturbed")
-    blocks = sum(split.blocks for split in Cache(out).manifest.splits.values())
-    assert sum(1 for _ in out.glob("commits/*/*")) == blocks
-    assert not (out / STAGING).exists()
 
 
 @pytest.mark.parametrize(
@@ -96,19 +37,6 @@ def test_a_random_fault_is_repaired(place: Path, out: Path, seed: int) -> None:
     harm(out, seed)
     run(place, out, repair=True)
     restored(place, out)
-
-
-def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Return a list that grows by one for each block computed."""
-    calls: list[int] = []
-    forward = BlockForward.__call__
-
-    def counted(self: BlockForward, *given: Any) -> Any:
-        calls.append(1)
-        return forward(self, *given)
-
-    monkeypatch.setattr(BlockForward, "__call__", counted)
-    return calls
 
 
 def identities(cache: Path) -> dict[str, tuple[int, int]]:
@@ -190,20 +118,6 @@ def test_many_faults_at_once(place: Path, out: Path) -> None:
     restored(place, out)
 
 
-def stopping(function: Any, call: int) -> Any:
-    """Return ``function``, killed before its ``call``-th call."""
-    calls = 0
-
-    def stopped(*arguments: Any, **more: Any) -> Any:
-        nonlocal calls
-        calls += 1
-        if calls == call:
-            raise KilledError
-        return function(*arguments, **more)
-
-    return stopped
-
-
 STEPS = [
     pytest.param(repair, "publish_bytes", 2, id="metadata is being restored"),
     pytest.param(repair, "tokenise", 1, id="pass 0 is to run again"),
@@ -283,21 +197,12 @@ def test_a_block_that_came_out_otherwise_than_before_stands(
     served(out)
 
 
-def ones() -> dict[str, tuple[ArraySpec, np.ndarray[Any, Any]]]:
-    """Return the arrays of a train block that the base never gave."""
-    return {
-        f"{spec.group}/{tap}": (spec, np.ones((256, 32) if spec.wide else (256,), spec.dtype))
-        for tap in ("final", "layer_1")
-        for spec in ARRAYS["int8"]
-    }
-
-
 def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
     for name in names_in(out):
         if "/embeddings/final/c/" in name:
             flip_byte(out / name)
     flags = [*small_flags(place / "corpus", place / "base", out), "--codec", "int8"]
-    process = start_command(*flags, "--taps", "final,layer_1", "--repair")
+    process = ForkedCommand(*flags, "--taps", "final,layer_1", "--repair")
     while not list(out.glob("commits/train/*.1.json")):
         assert process.poll() is None, process.communicate()
     process.kill()
@@ -305,120 +210,6 @@ def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
     assert process.returncode == -signal.SIGKILL
     run(place, out, repair=True)
     restored(place, out)
-
-
-LEDGERS = ["ledger/train/sealed", "ledger/dev/sealed", "ledger/train/embeddings"]
-
-
-@pytest.mark.parametrize("harm_file", [flip_byte, Path.unlink])
-def test_ledgers_are_made_anew_from_the_files_they_vouch_for(
-    place: Path, out: Path, harm_file: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Neither the corpus nor the base is asked."""
-    calls = computed(monkeypatch)
-    for name in LEDGERS:
-        harm_file(out / name)
-    faults = verify(out).faults
-    assert {(fault.kind, fault.file) for fault in faults} == {("ledger", name) for name in LEDGERS}
-    with pytest.raises(CacheError, match=r"ledger/"):
-        served(out)
-    hidden = place / "corpus.away"
-    (place / "corpus").rename(hidden)
-    try:
-        run(place, out, repair=True)
-    finally:
-        hidden.rename(place / "corpus")
-    assert calls == []
-    restored(place, out)
-
-
-@pytest.mark.parametrize("complete", [True, False])
-def test_a_ledger_and_files_of_it_are_restored(place: Path, out: Path, complete: bool) -> None:
-    """Tokens that nothing vouches for any more, and a block whose marker is gone, too."""
-    for name in (*LEDGERS, TOKENS, SHARD):
-        flip_byte(out / name)
-    (out / "train/tokens/blocks/c/0").unlink()
-    marker_path(out, "train", 1).unlink()
-    if not complete:
-        (out / MANIFEST).unlink()
-    run(place, out, repair=True)
-    restored(place, out)
-
-
-def test_a_ledger_that_the_corpus_cannot_restore_is_refused(
-    place: Path, out: Path, tmp_path: Path
-) -> None:
-    flip_byte(out / LEDGERS[0])
-    flip_byte(out / TOKENS)
-    kept = shutil.copytree(place / "corpus", tmp_path / "kept")
-    before = {name: hash_file(out / name) for name in names_in(out)}
-    try:
-        for path in (place / "corpus").iterdir():
-            path.write_text("another " + path.read_text())
-        with pytest.raises(CacheError, match=rf"{LEDGERS[0]} is damaged, and the corpus no longer"):
-            run(place, out, repair=True)
-    finally:
-        shutil.copytree(kept, place / "corpus", dirs_exist_ok=True)
-    assert {name: hash_file(out / name) for name in names_in(out)} == before
-
-
-def test_a_corpus_that_changed_cannot_restore_tokens_and_changes_nothing(
-    place: Path, out: Path, tmp_path: Path
-) -> None:
-    corpus = place / "corpus"
-    flip_byte(out / TOKENS)
-    flip_byte(out / SHARD)
-    before = {name: hash_file(out / name) for name in names_in(out)}
-    kept = shutil.copytree(corpus, tmp_path / "kept")
-    try:
-        for path in corpus.iterdir():
-            path.write_text("another " + path.read_text())
-        with pytest.raises(CacheError, match=rf"{TOKENS} is damaged, and the corpus no longer"):
-            run(place, out, repair=True)
-        for path in corpus.iterdir():
-            path.unlink()
-        with pytest.raises(CorpusError):
-            run(place, out, repair=True)
-    finally:
-        shutil.copytree(kept, corpus, dirs_exist_ok=True)
-    assert {name: hash_file(out / name) for name in names_in(out)} == before
-    run(place, out, repair=True)
-    restored(place, out)
-
-
-def test_embeddings_are_repaired_without_the_corpus(place: Path, out: Path) -> None:
-    flip_byte(out / SHARD)
-    hidden = place / "corpus.away"
-    (place / "corpus").rename(hidden)
-    try:
-        run(place, out, repair=True)
-    finally:
-        hidden.rename(place / "corpus")
-    restored(place, out)
-
-
-def test_nothing_that_vouches_is_refused(place: Path, out: Path) -> None:
-    (out / MANIFEST).unlink()
-    flip_byte(out / SEALED)
-    with pytest.raises(CacheError, match=r"neither manifest\.json nor sealed\.json is whole"):
-        run(place, out, repair=True)
-
-
-def test_another_request_is_refused(place: Path, out: Path) -> None:
-    flip_byte(out / SHARD)
-    other = corpus_config(place / "corpus", split_seed=5)
-    with pytest.raises(OutputError, match=r"split_seed was 0, now 5"):
-        run(place, out, repair=True, corpus=other)
-
-
-def test_what_is_no_cache_is_not_written_to(place: Path, tmp_path: Path) -> None:
-    with pytest.raises(CacheError, match=r"holds no cache to repair"):
-        run(place, tmp_path / "absent", repair=True)
-    assert not (tmp_path / "absent").exists()
-    mine = write_documents(tmp_path / "mine", 2)
-    with pytest.raises(CacheError, match=r"holds no cache to repair"):
-        run(place, mine, repair=True)
-    assert sorted(path.name for path in mine.iterdir()) == ["000.txt", "001.txt"]
 
 
 def test_quarantined_sequences_follow_the_new_marker(place: Path, out: Path) -> None:

@@ -6,8 +6,6 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -16,98 +14,24 @@ import pytest
 from cache_contents import contents, names
 from fixtures_extract import (
     comparable_tree,
-    corpus_config,
     small_flags,
-    small_settings,
     start_command,
-    write_documents,
 )
-from tiny import tiny_base_directory
+from fixtures_paused import DELETED, Pause, go_on, nothing_is_left, run
+from stopping import KilledError, killed
 
 import embedcache.delete as deleting
 import embedcache.extract
-from embedcache.cache import claims, commit, rewrite, seal
+from embedcache.cache import commit, rewrite, seal
 from embedcache.cache.claims import TURN, Claims
 from embedcache.cache.layout import SPLITS, STAGING
 from embedcache.cache.verify import verify
 from embedcache.delete import delete
 from embedcache.errors import OutputError
-from embedcache.extract import extract
-from embedcache.extraction import pipeline, plan, repair, store_base
+from embedcache.extraction import plan, repair, store_base
 from embedcache.extraction import run as stage_one
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
-
-DELETED = "000.txt"
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
-    """A base, a corpus of some ten blocks, the cache of both, and that without a document."""
-    root = tmp_path_factory.mktemp("paused")
-    tiny_base_directory(root / "base")
-    write_documents(root / "corpus", 8, words=120)
-    run(root, root / "whole")
-    delete(shutil.copytree(root / "whole", root / "deleted"), [DELETED])
-    return root
-
-
-def run(place: Path, out: Path, **more: Any) -> Any:
-    return extract(
-        corpus_config(place / "corpus"),
-        base=str(place / "base"),
-        out=out,
-        settings=small_settings(),
-        device="cpu",
-        **more,
-    )
-
-
-class Inline:
-    """An executor without threads: all of a process stands still at once."""
-
-    def __init__(self, *_: object, **__: object):
-        pass
-
-    def submit(self, call: Any, *arguments: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(call(*arguments))
-        return future
-
-    def shutdown(self, *, wait: bool) -> None:
-        pass
-
-
-Pause = Callable[[Any, str, int, Callable[[], object]], None]
-
-
-@pytest.fixture
-def pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pause]:
-    """Have ``act`` done before the n-th call of a function, its process taken for dead then."""
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 1e6)
-    monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Inline)
-    monkeypatch.setattr(pipeline, "prefetch", lambda dealt: dealt)
-    paused = []
-
-    def at(module: Any, name: str, call: int, act: Callable[[], object]) -> None:
-        real, calls = getattr(module, name), 0
-
-        def stopping(*arguments: Any, **more: Any) -> Any:
-            nonlocal calls
-            calls += 1
-            if calls == call:
-                paused.append(name)
-                monkeypatch.setattr(module, name, real)
-                (beat,) = (tmp_path / "cache/claims/writers").iterdir()
-                os.utime(beat, (1, 1))
-                act()
-            return real(*arguments, **more)
-
-        monkeypatch.setattr(module, name, stopping)
-
-    yield at
-    assert len(paused) == 1
-
 
 STEPS = [
     pytest.param(plan, "tokenise", 1, id="pass 0 begins"),
@@ -133,20 +57,6 @@ STEPS = [
     pytest.param(stage_one, "drop_superseded", 1, id="the manifest is there"),
     pytest.param(stage_one, "clear_staging", 2, id="staging is to be cleared"),
 ]
-
-
-def go_on(place: Path, out: Path, **more: Any) -> bool:
-    """Whether a process finishes; if it does not, it says why in one message."""
-    try:
-        run(place, out, **more)
-    except OutputError as error:
-        assert "was taken over by another process while this one stood still" in str(error)
-        return False
-    return True
-
-
-def nothing_is_left(out: Path) -> bool:
-    return not {"claims", ".staging"} & {path.name for path in out.iterdir()}
 
 
 @pytest.mark.parametrize(("module", "name", "call"), STEPS)
@@ -179,10 +89,6 @@ def test_what_was_deleted_meanwhile_does_not_come_back(
     assert nothing_is_left(out)
 
 
-class KilledError(BaseException):
-    """Stands for a process that is gone."""
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "name", "call"), STEPS)
 def test_one_that_sleeps_wakes_up_after_its_follower_died(
@@ -195,9 +101,6 @@ def test_one_that_sleeps_wakes_up_after_its_follower_died(
         with pytest.MonkeyPatch.context() as patch, suppress(KilledError):
             patch.setattr(embedcache.extract, "load_base", killed)
             run(place, out)
-
-    def killed(*_: object, **__: object) -> None:
-        raise KilledError
 
     pause(module, name, call, meanwhile)
     if not go_on(place, out):

@@ -11,7 +11,7 @@ import pytest
 from cache_contents import contents
 from fixtures_append import added
 from fixtures_extract import write_documents
-from test_paused import DELETED, Pause, pause, place  # noqa: F401 - fixtures
+from fixtures_paused import DELETED, Pause
 
 import embedcache.append as appending
 import embedcache.join as joining
@@ -35,9 +35,9 @@ STEPS = [
 @pytest.mark.parametrize(("module", "name", "call"), STEPS)
 @pytest.mark.parametrize("other", ["append", "delete"])
 def test_it_mixes_with_no_other(
-    place: Path,  # noqa: F811
+    place: Path,
     tmp_path: Path,
-    pause: Pause,  # noqa: F811
+    pause: Pause,
     other: str,
     module: Any,
     name: str,
@@ -70,9 +70,9 @@ def test_it_mixes_with_no_other(
     ("module", "name"), [(appending, "require_alike"), (joining, "publish_manifest")]
 )
 def test_one_whose_turn_another_has_by_now_changes_nothing(
-    place: Path,  # noqa: F811
+    place: Path,
     tmp_path: Path,
-    pause: Pause,  # noqa: F811
+    pause: Pause,
     module: Any,
     name: str,
 ) -> None:

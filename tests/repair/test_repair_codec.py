@@ -3,59 +3,28 @@
 from __future__ import annotations
 
 import shutil
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import fixtures_repair
 import pytest
 from cache_faults import harm, served
-from fixtures_extract import (
-    content,
-    corpus_config,
-    flip_byte,
-    small_settings,
-    write_documents,
-)
-from tiny import tiny_base_directory
+from fixtures_extract import content, flip_byte
+from fixtures_repair import prepared, restored
 
 from embedcache.cache.layout import CODEC
 from embedcache.cache.verify import verify
 from embedcache.errors import CacheError
-from embedcache.extract import extract
 from embedcache.extraction import calibrate
 
 INVERSE = f"{CODEC}/final/inverse/c/0/0"
+run = partial(fixtures_repair.run, codec="transform")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
-    """A base, a corpus, and the cache of an undisturbed run: transform, two taps."""
-    root = tmp_path_factory.mktemp("repair-codec")
-    tiny_base_directory(root / "base")
-    write_documents(root / "corpus", 12, words=120)
-    run(root, root / "undisturbed")
-    return root
-
-
-def run(place: Path, out: Path, **more: Any) -> Any:
-    return extract(
-        corpus_config(place / "corpus"),
-        base=str(place / "base"),
-        out=out,
-        settings=small_settings(codec="transform", taps=("final", "layer_1")),
-        device="cpu",
-        **more,
-    )
-
-
-@pytest.fixture
-def out(place: Path, tmp_path: Path) -> Path:
-    return shutil.copytree(place / "undisturbed", tmp_path / "cache")
-
-
-def restored(place: Path, out: Path) -> None:
-    assert content(out) == content(place / "undisturbed")
-    assert verify(out, deep=True).faults == ()
-    assert served(out) == served(place / "undisturbed")
+    """As in the other tests, but of the codec transform."""
+    return prepared(tmp_path_factory.mktemp("repair-codec"), "transform")
 
 
 @pytest.mark.parametrize(
