@@ -127,8 +127,7 @@ class FrozenInputs:
         """Return the features h_(K)BTR of a carry-on, or a stack, on a batch."""
         where: torch.Tensor | Spans | None = None
         if batch.starts_M is not None:
-            # What pads the row is a span of its own.
-            where = Spans(batch.starts_M, max(self._longest, batch.ids_BT.shape[-1]))
+            where = Spans(batch.starts_M, self._longest)
         elif batch.packed:
             where = segment_mask(batch.segments_BT)
         with self._products():

@@ -35,7 +35,8 @@ class Batch:
     wanted position's sequence in the split and position in it. ``sequences``: numbers of the
     sequences in the split. ``tokens``: tokens, padding left out. ``packed``: whether any row holds
     more than one sequence; else plain causal attention crosses none. ``starts_M``: of a batch that
-    is one row, int32, where its sequences begin, then its length, over and over; else None.
+    is one row, int32, where its sequences begin and pieces of its padding, none longer than the
+    longest sequence, then its length, over and over; else None.
 
     A batch may be given in parts: ``whole`` counts the tokens and targets of all of them, and
     ``last`` says that none is to come. ``drawn``: what the loader was asked to make of it.

@@ -114,8 +114,11 @@ def pack(
         rows = pack_rows(lengths, T)
     else:
         rows, T = [list(range(len(items)))], max(row_tokens, sum(lengths))
-        starts = np.full(rounded_up(len(items) + 2, STARTS), T, np.int32)
-        starts[: len(items) + 1] = np.cumsum([0, *lengths])
+        # The padding in pieces: attention over spans takes time for what the longest might hold.
+        padding = range(sum(lengths) + max(lengths), T, max(lengths))
+        begin = [*np.cumsum([0, *lengths]).tolist(), *padding]
+        starts = np.full(rounded_up(len(begin) + 1, STARTS), T, np.int32)
+        starts[: len(begin)] = begin
     B = len(rows)
     ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
     segments = np.full((B, T), -1, np.int64)

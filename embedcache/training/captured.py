@@ -21,7 +21,7 @@ from embedcache.loss import Listed
 from embedcache.training.stack import Stack, Work
 from embedcache.units import rounded_up
 
-POSITIONS, COLUMNS = 1024, 1024
+POSITIONS, COLUMNS = 4096, 1024
 """Wanted positions and columns of a shortlist are filled up to a multiple, so that shapes recur."""
 SHAPES = 12
 """Shapes that are recorded; batches of further ones are computed step by step."""

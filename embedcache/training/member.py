@@ -105,6 +105,7 @@ class Member:
         for path in self.out.iterdir():
             if self._writes and is_partial(path):
                 path.unlink()
+        self.state = TrainState()
         checkpoint = self.out / CHECKPOINT
         resumed = checkpoint.is_file()
         if resumed:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from embedcache.errors import DeviceMemoryError
-from embedcache.training.recipe import Recipe
+from embedcache.training.recipe import Recipe, plain_recipe
 from embedcache.units import size
 
 USED = 0.95
@@ -101,7 +101,9 @@ def candidates(device: torch.device, budget: int, hidden: int) -> list[Recipe]:
     Host memory is a place of its own beside a GPU alone.
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
-    plain = Recipe(logit_bytes=logits, emitted=EMITTED, ahead=1)
+    plain = replace(
+        plain_recipe(device), logit_bytes=logits, emitted=EMITTED, ahead=1, capture=False
+    )
     found = [plain]
     if device.type == "cuda":
         kinds = (plain, replace(plain, dtype=torch.bfloat16, offload=True))

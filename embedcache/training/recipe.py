@@ -64,6 +64,7 @@ def plain_recipe(device: torch.device) -> Recipe:
 
     Attention over spans wants a GPU of NVIDIA's Ampere generation or later.
     """
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0):
-        return Recipe(one_row=True, capture=True)
-    return PLAIN
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return PLAIN
+    modern = torch.cuda.get_device_capability(device) >= (8, 0)
+    return Recipe(one_row=modern, capture=modern)

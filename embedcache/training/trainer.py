@@ -94,12 +94,23 @@ class Trainer:
         try:
             with held(None if plan is None else plan.budget, self._device):
                 self._train(begun, recipe)
-        except torch.OutOfMemoryError:
+        except torch.OutOfMemoryError as error:
             if self._ranks.count > 1:  # the others wait for this one's gradients
                 raise
+            why = str(error).partition(" GPU ")[0].rstrip(".")
         else:
             return
-        self._fail_for_memory([member for member, _ in begun])
+        gc.collect()  # what the steps held
+        if plan is not None and self._holds_smaller(plan, [member for member, _ in begun]):
+            self._progress.say(f"that does not hold ({why}): once more, with smaller parts")
+            self.run([member for member, _ in begun], plan.smaller())
+        else:
+            self._fail_for_memory([member for member, _ in begun], why)
+
+    def _holds_smaller(self, plan: MemoryPlan, members: Sequence[Member]) -> bool:
+        """Say whether smaller parts are possible, and no step was taken yet."""
+        longest = self._cache.attributes.settings.context
+        return plan.smaller().part_tokens >= longest and not any(m.state.step for m in members)
 
     def _train(self, begun: Sequence[Begun], recipe: Recipe) -> None:
         for member, _ in begun:
@@ -154,9 +165,8 @@ class Trainer:
             self._told = told
             self._progress.say(told)
 
-    def _fail_for_memory(self, members: Sequence[Member]) -> None:
+    def _fail_for_memory(self, members: Sequence[Member], why: str) -> None:
         """End all that are not done, with what would have fitted."""
-        gc.collect()  # what the steps held
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
         budget = int(0.8 * (self._memory or free_memory(self._device)))
@@ -168,8 +178,8 @@ class Trainer:
         for member in members:
             if member.failure is None and member.summary is None:
                 member.failure = DeviceMemoryError(
-                    f"{self._device} ran out of memory at step {member.state.step}. {way_out}. "
-                    f"What was saved last in {member.out} stands, and is gone on from"
+                    f"{self._device} ran out of memory at step {member.state.step} ({why}). "
+                    f"{way_out}. What was saved last in {member.out} stands, and is gone on from"
                 )
 
     def _feed(self, members: list[Member], recipe: Recipe) -> Feed:

@@ -1,9 +1,10 @@
 """Training on a GPU: one carry-on, and many stacked, against LoRA on the live base.
 
 One script, one corpus: a carry-on of r=256 alone, 64 of r=64 in one pass, each with the exact loss
-and with shortlists, and LoRA (PEFT, r=16, all linear layers, bfloat16, with and without
-torch.compile, of which the faster one counts) on batches of as many tokens with the same loss code.
-All speeds have the optimiser in them, none has evaluation. Of those stacked, some are trained alone
+and with shortlists, and LoRA (PEFT, r=16, all linear layers, bfloat16, with ``--compile-lora`` also
+by torch.compile, of which the faster one counts) on batches of as many tokens with the same loss
+code. All speeds have the optimiser in them, none has evaluation; each is of a second run of its
+kind, so that kernels are compiled. Of those stacked, some are trained alone
 with the exact loss, too, and both are scored on test.
 
     pip install peft
@@ -48,9 +49,10 @@ def main() -> None:
     parser.add_argument("--base", default="builtin:smollm2-135m")
     parser.add_argument("--corpus", default="stdlib:")
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--stacked", type=int, default=64)
     parser.add_argument("--alone", type=int, default=3)
+    parser.add_argument("--compile-lora", action="store_true")
     parser.add_argument("--lora-steps", type=int, default=20)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -64,12 +66,14 @@ def main() -> None:
     rates: dict[str, float] = {}
     config = TrainConfig(carryon=WIDE, epochs=options.epochs, batch_tokens=STEP)
     for loss in ("shortlist", "exact"):
+        first = replace(config, loss=loss, epochs=1)
+        train(path, out=folder / f"{loss}-first", config=first)
         result = train(path, out=folder / loss, config=replace(config, loss=loss))
         rates[loss] = result.tokens_per_second
         print(loss, f"{rates[loss]:,.0f} tokens/s, dev {result.best_dev}", flush=True)
         print(f"waits for data {result.data_wait:.1%}", flush=True)
     loras = {}
-    for compiled in (False, True):
+    for compiled in (False, True) if options.compile_lora else (False,):
         try:
             loras[compiled] = lora_tokens_per_second(
                 options.base,

@@ -211,7 +211,36 @@ def test_a_device_that_is_full_says_what_would_fit(world, tmp_path, monkeypatch)
 
     monkeypatch.setattr(Stack, "differentiate", full)
     config = replace(CONFIG, batch_tokens=256)
-    with pytest.raises(DeviceMemoryError, match=r"out of memory.*step 2.*--memory"):
+    said = r"out of memory at step 2 \(CUDA.*2\.00 GiB\)\. Type.*--memory"
+    with pytest.raises(DeviceMemoryError, match=said):
         train(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
     result = train(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
     assert result.resumed_at_step == 2
+
+
+def test_a_plan_that_does_not_hold_is_tried_with_smaller_parts(world, tmp_path, monkeypatch):
+    take, tried = Loop._take, []
+
+    def tight(self, everywhere):
+        tried.append(self._stack.recipe.part_tokens)
+        if tried[-1] == tried[0]:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 ..."
+            )
+        return take(self, everywhere)
+
+    plain = train(world.cache_path, out=tmp_path / "plain", config=CONFIG, device="cpu")
+    monkeypatch.setattr(Loop, "_take", tight)
+    flags = {"config": CONFIG, "device": "cpu", "memory": 12_000_000}
+    result = train(world.cache_path, out=tmp_path / "c", **flags)
+    assert 0 < tried[1] < tried[0]
+    assert f"parts of {tried[1]:,} tokens" in result.memory
+    assert result.best_dev == pytest.approx(plain.best_dev, rel=1e-3)
+    rows = [
+        json.loads(line) for line in (tmp_path / "c" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert [row["step"] for row in rows if row["step"] == 0] == [0]
+    # Not once something was learned, nor without a budget.
+    monkeypatch.setattr(Loop, "_take", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError))
+    with pytest.raises(DeviceMemoryError):
+        train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu")
