@@ -145,7 +145,7 @@ def resumable(place: Path, out: Path) -> bool:
 
 def weights(out: Path) -> tuple[bytes, Any]:
     record = json.loads((out / CONFIG_FILE).read_text())
-    timed = ("out", "seconds", "tokens_per_second", "resumed_at_step")
+    timed = ("out", "seconds", "tokens_per_second", "data_wait", "resumed_at_step")
     results = {key: value for key, value in record["results"].items() if key not in timed}
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md",

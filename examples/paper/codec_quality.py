@@ -31,7 +31,17 @@ CODECS = {
 }
 """Budgets a little under 3, 1.5 and 1 bits: the calibration itself is counted, too."""
 
-TRAIN = ["--width", "256", "--no-gate", "--epochs", "4", "--batch-tokens", "16384"]
+TRAIN = [
+    "--width",
+    "256",
+    "--no-gate",
+    "--epochs",
+    "4",
+    "--batch-tokens",
+    "16384",
+    "--loss",
+    "exact",
+]
 
 T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8: 2.306, 9: 2.262}
 """Student's t for a two-sided 95 % interval, by degrees of freedom."""

@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--stacked", type=int, default=64)
+    parser.add_argument("--stacked-epochs", type=int, default=2)
     parser.add_argument("--alone", type=int, default=3)
     parser.add_argument("--compile-lora", action="store_true")
     parser.add_argument("--lora-steps", type=int, default=20)
@@ -87,7 +88,7 @@ def main() -> None:
             print(f"LoRA, compiled {compiled}: {error!r}"[:500], flush=True)  # not our failure
     print({f"compiled {key}": f"{rate:,.0f} tokens/s" for key, rate in loras.items()}, flush=True)
     lora = max(loras.values())
-    narrow = replace(config, carryon=NARROW, order_seed=0)
+    narrow = replace(config, carryon=NARROW, order_seed=0, epochs=options.stacked_epochs)
     configs = [replace(narrow, seed=seed) for seed in range(options.stacked)]
     for loss in ("shortlist", "exact"):
         runs = {
