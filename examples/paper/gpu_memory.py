@@ -42,6 +42,9 @@ BUDGETS = {
 TRAIN = ["--epochs", "1", "--batch-tokens", "16384", "--lr", "5e-4"]
 LEAN = ["--width", "256", "--no-gate", "--epochs", "3", "--batch-tokens", "16384"]
 
+KEPT = ["refused", "parameters", "tokens_per_second", "data_wait", "memory"]
+KEPT += ["reserved_gb", "allocated_gb", "driver_mib"]
+
 CHILD = """
 import json, subprocess, sys, threading, os
 import torch
@@ -97,13 +100,13 @@ def random_base(folder: Path, tokenizer: str, hidden: int, vocabulary: int) -> P
 
 
 def trained(cache: Path, out: Path, flags: list[str]) -> dict[str, Any]:
-    """Train in a process of its own; return its summary and its memory."""
+    """Train in a process of its own; return its summary and its memory, or why it was refused."""
     command = [sys.executable, "-c", CHILD, str(cache), "--out", str(out), *flags]
     done = subprocess.run(
         command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        raise SystemExit(f"embedcache train {' '.join(flags)}: {done.stderr}")
+        return {"refused": done.stderr.strip().splitlines()[-1]}
     value: dict[str, Any] = json.loads(done.stdout)
     return value
 
@@ -151,19 +154,8 @@ def main() -> None:
     for name, flags in BUDGETS.items():
         folder = out / name.replace(", ", "-").replace(" ", "_")
         found = trained(cache, folder, ["--width", str(options.width), *TRAIN, *flags])
-        noted(
-            "memory",
-            {
-                "what": name,
-                "parameters": found["parameters"],
-                "tokens_per_second": round(found["tokens_per_second"]),
-                "reserved_gb": found["reserved_gb"],
-                "allocated_gb": found["allocated_gb"],
-                "driver_mib": found["driver_mib"],
-                "data_wait": found["data_wait"],
-                "plan": found["memory"],
-            },
-        )
+        kept = {key: found[key] for key in KEPT if key in found}
+        noted("memory", {"what": name, **kept})
     cache = out / "real.cache"
     extract(options.corpus, cache, base=options.base, flags=limit)
     for name, flags in {"plain": [], "lean": ["--memory", options.lean_memory]}.items():
