@@ -6,6 +6,7 @@ Blocks are read and decoded on threads, ahead of the trainer: those of two windo
 from __future__ import annotations
 
 import os
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
@@ -24,6 +25,18 @@ from embedcache.cache.reader import SplitReader, StoredBlock
 from embedcache.cache.subset import Subset
 
 Array = np.ndarray[Any, Any]
+
+
+PACKERS = {"cuda": 2}
+"""Threads that pack batches, by device: one does not keep up with a GPU. Else the caller does."""
+
+
+class Cut(NamedTuple):
+    """What goes into a batch, or a part of one: (block, place in the block) items; see `Batch`."""
+
+    items: list[tuple[StoredBlock, int]]
+    whole: Counts
+    last: bool
 
 
 class Part(NamedTuple):
@@ -89,10 +102,11 @@ class BatchLoader:
 
         ``skip`` counts the batches of all ranks together, so a run goes on with another number of
         them. Skipped batches are never read: only their lengths are. On CUDA batches are packed on
-        one thread, and on another copied and decoded, on a stream of their own. ``draw`` is called
+        threads, and on another copied and decoded, on a stream of their own. ``draw`` is called
         there with each; what it returns comes along as ``drawn``.
         """
-        parts, draw = self._parts(epoch, skip), draw or _nothing
+        parts = self._packed(self._cut(epoch, skip), PACKERS.get(self._device.type, 0))
+        draw = draw or _nothing
         if self._device.type != "cuda":
             # Not on a thread: torch's products on the caller's threads slow down by a third once
             # another thread has begun a team of its own. Blocks are read ahead in any case.
@@ -101,10 +115,8 @@ class BatchLoader:
         stream = _stream(self._device)
         # What shortlists are drawn by is made on the caller's.
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        with (
-            closing(prefetch(parts, 1)) as packed,
-            closing(prefetch(_on_stream(self._made(packed, draw), stream), self._ahead)) as batches,
-        ):
+        made = _on_stream(self._made(parts, draw), stream)
+        with closing(prefetch(made, self._ahead)) as batches:
             for batch, copied in batches:
                 here = torch.cuda.current_stream(self._device)
                 here.wait_event(copied)
@@ -117,7 +129,27 @@ class BatchLoader:
             batch = self._decoded(part)
             yield replace(batch, drawn=draw(batch))
 
-    def _parts(self, epoch: int, skip: int) -> Iterator[Part]:
+    def _packed(self, cuts: Iterable[Cut], packers: int) -> Iterator[Part]:
+        """Pack the cuts in order, by the caller, or ahead of it by so many threads."""
+        if not packers:
+            yield from map(self._pack, cuts)
+            return
+        with ThreadPoolExecutor(packers) as pool:
+            coming: deque[Future[Part]] = deque()
+            for cut in cuts:
+                coming.append(pool.submit(self._pack, cut))
+                if len(coming) > packers:
+                    yield coming.popleft().result()
+            while coming:
+                yield coming.popleft().result()
+
+    def _pack(self, cut: Cut) -> Part:
+        packed = pack(
+            cut.items, self._taps, self._split.specs, self._device, row_tokens=self._row_tokens
+        )
+        return Part(packed, cut.whole, cut.last)
+
+    def _cut(self, epoch: int, skip: int) -> Iterator[Cut]:
         with ThreadPoolExecutor(self._threads) as pool:
             futures: dict[int, Future[StoredBlock]] = {}
             ahead: list[tuple[list[Array], dict[int, Future[StoredBlock]]]] = []
@@ -135,20 +167,13 @@ class BatchLoader:
 
     def _collate(
         self, batches: list[Array], futures: dict[int, Future[StoredBlock]]
-    ) -> Iterator[Part]:
+    ) -> Iterator[Cut]:
         for items in batches:
             places = [(futures[block].result(), place) for block, place, _ in items.tolist()]
             whole = counted(places)
             parts = cut_parts([length(*place) for place in places], self._part_tokens)
             for part in parts:
-                packed = pack(
-                    [places[index] for index in part],
-                    self._taps,
-                    self._split.specs,
-                    self._device,
-                    row_tokens=self._row_tokens,
-                )
-                yield Part(packed, whole, part is parts[-1])
+                yield Cut([places[index] for index in part], whole, part is parts[-1])
 
     def _decoded(self, part: Part) -> Batch:
         """Copy a part to the device and decode its embeddings there."""

@@ -169,7 +169,7 @@ class Stack:
             y_GnH = x_nH.to(self._inputs.dtype) + delta_GnH[:, : len(wanted_n)]
             loss_Gn = self._loss(y_GnH, batch, here)
             if batch.counts_N is None:
-                loss_Gn = loss_Gn[:, : len(batch.targets_N) - here.start]
+                loss_Gn = loss_Gn[:, : max(0, len(batch.targets_N) - here.start)]
             else:
                 loss_Gn = loss_Gn * batch.counts_N[here]
             losses.append(loss_Gn.sum(dim=1))

@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+from embedcache.cache import loader as loader_module
 from embedcache.cache import order as order_module
 from embedcache.cache.batch import Batch
 from embedcache.cache.loader import BatchLoader
-from embedcache.cache.packing import pack_rows
+from embedcache.cache.packing import pack, pack_rows
 from embedcache.cache.prefetch import prefetch
 from embedcache.cache.reader import StoredBlock
 from embedcache.carryon.attention import segment_mask
@@ -85,10 +86,19 @@ def test_without_shuffle_order_is_the_cache_s(split):
 
 def test_the_number_of_threads_changes_nothing(split, monkeypatch):
     first = batches(split)
-    monkeypatch.setattr("os.cpu_count", lambda: 1)
-    second = batches(split)
-    assert len(first) == len(second)
-    assert all(same(a, b) for a, b in zip(first, second, strict=True))
+    packed = set()
+
+    def noted(*given, **more):
+        packed.add(threading.current_thread())
+        return pack(*given, **more)
+
+    monkeypatch.setattr(loader_module, "pack", noted)
+    for readers, packers in ((1, 0), (4, 1), (2, 3)):
+        monkeypatch.setattr("os.cpu_count", lambda readers=readers: readers)
+        monkeypatch.setattr(loader_module, "PACKERS", {"cpu": packers})
+        packed.clear()
+        assert all(same(a, b) for a, b in zip(first, batches(split), strict=True))
+        assert (threading.main_thread() in packed) == (not packers)
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 200, 100_000])
@@ -240,7 +250,9 @@ def test_an_error_of_a_reading_thread_reaches_the_consumer(split, monkeypatch):
         batches(split)
 
 
-def test_closing_early_stops_every_thread(split):
+@pytest.mark.parametrize("packers", [0, 2])
+def test_closing_early_stops_every_thread(split, packers, monkeypatch):
+    monkeypatch.setattr(loader_module, "PACKERS", {"cpu": packers})
     before = set(threading.enumerate())
     found = BatchLoader(split, batch_tokens=64, taps=("final",)).epoch(0)
     next(found)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,13 +15,16 @@ from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import load_carryon
 from embedcache.evaluate import FrozenInputs
+from embedcache.loss import shortlist as shortlist_module
 from embedcache.train import sweep, train
 from embedcache.training import materials, states
 from embedcache.training.config import TrainConfig
 from embedcache.training.loop import Loop
+from embedcache.training.materials import Materials
 from embedcache.training.memory import MemoryPlan
+from embedcache.training.ranks import ALONE
 from embedcache.training.recipe import PLAIN, Recipe
-from embedcache.training.stack import Stack
+from embedcache.training.stack import Stack, Work
 from embedcache.training.trainer import Trainer
 
 CONFIG = TrainConfig(
@@ -58,8 +62,9 @@ def trained(world: World, out, monkeypatch, recipe: Recipe, config: TrainConfig 
         (Recipe(recompute=True), 0.0),
         (Recipe(host_head=True, ahead=1), 0.0),
         (Recipe(logit_bytes=1 << 19), 1e-3),
+        (Recipe(emitted=48), 1e-3),
     ],
-    ids=["parts", "sequences", "offload", "recompute", "host head", "few logits"],
+    ids=["parts", "sequences", "offload", "recompute", "host head", "few logits", "few deltas"],
 )
 def test_a_recipe_changes_nothing_that_is_learned(world, tmp_path, monkeypatch, recipe, tolerance):
     monkeypatch.setattr(states, "CHUNK", 1000)
@@ -166,6 +171,9 @@ def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
         assert found.ids_BT.shape == (1, 300)
         assert len(found.starts_M) % 4 == 0
         assert found.starts_M.dtype == torch.int32
+        # Padding comes in pieces, none longer than the longest sequence.
+        assert found.starts_M[-1] == 300
+        assert found.starts_M.diff().max() == found.positions_BT.max() + 1
         assert sorted(found.targets_N.tolist()) == sorted(expected.targets_N.tolist())
         places = [
             {tuple(place): row for row, place in enumerate(batch.places_N2.tolist())}
@@ -175,3 +183,38 @@ def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
         rows = [places[0][place] for place in places[1]]
         torch.testing.assert_close(delta[1], delta[0][rows], rtol=1e-4, atol=1e-5)
         assert torch.equal(found.targets_N, expected.targets_N[rows])
+
+
+def drawn(shortlist, generator, batch):
+    return shortlist.draw(batch.targets_N, generator)
+
+
+@pytest.mark.parametrize("emitted", [1, 100, 1000])
+def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
+    world, monkeypatch, emitted
+):
+    """Of carry-ons with batches of their own, in lists of 50 positions."""
+    monkeypatch.setitem(shortlist_module.SHORTLIST_ROWS, "cpu", 50)
+    materials = Materials(world.cache(), torch.device("cpu"), ALONE)
+    configs = [replace(CONFIG, loss="shortlist", samples=30, order_seed=seed) for seed in (0, 1)]
+    found = []
+    for recipe in (PLAIN, Recipe(emitted=emitted)):
+        models = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            models.append(CarryOn(CONFIG.carryon, 32))
+        for model in models:  # zero, it would have gradients of one layer only
+            torch.nn.init.normal_(model.branch.weight, std=0.02)
+        inputs = materials.inputs(CONFIG.carryon, recipe, training=True)
+        stack = Stack(models, configs, inputs, recipe)
+        work = []
+        for config in configs:
+            shortlist = materials.shortlist(config, recipe)
+            loader = materials.train_loader(config, replace(recipe, part_tokens=200))
+            batch = next(loader.epoch(0, draw=partial(drawn, shortlist, shortlist.generator(3))))
+            work.append(Work(batch=batch, targets=len(batch.targets_N), rate=1.0))
+        assert len(work[0].batch.drawn) > 1
+        stack.schedule(work)
+        found.append((stack.differentiate(work), stack.optimizer.gradient_KP.clone()))
+    torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
