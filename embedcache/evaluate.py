@@ -127,7 +127,9 @@ class FrozenInputs:
         """Return the features h_(K)BTR of a carry-on, or a stack, on a batch."""
         where: torch.Tensor | Spans | None = None
         if batch.starts_M is not None:
-            where = Spans(batch.starts_M, self._longest)
+            # Batches of several rows, one a carry-on, end in padding that may be longer.
+            longest = self._longest if batch.starts_M.ndim == 1 else batch.ids_BT.shape[-1]
+            where = Spans(batch.starts_M, max(self._longest, longest))
         elif batch.packed:
             where = segment_mask(batch.segments_BT)
         with self._products():

@@ -139,7 +139,7 @@ def preview(
     memory: int | None = None,
 ) -> TrainPlan:
     """Make every check that `train` makes before it writes; return the plan."""
-    shared = _Shared(cache_path, local_device(resolve_device(device)), SILENT)
+    shared = _Shared(cache_path, local_device(resolve_device(device)), SILENT, memory=memory)
     shared.check(out, config)
     loss, plan = _loss_name(config, shared.vocabulary), None
     if memory is not None:

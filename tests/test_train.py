@@ -25,6 +25,7 @@ from embedcache.training.checkpoint import CHECKPOINT
 from embedcache.training.config import TrainConfig, read_settings
 from embedcache.training.metrics import METRICS_FILE
 from embedcache.training.scoring import DevLoss
+from embedcache.training.stack import Stack
 from embedcache.training.trainer import Trainer
 
 SMALL = CarryOnConfig(width=32, blocks=1)
@@ -209,6 +210,27 @@ def test_a_poisoned_cache_stops_the_run_before_the_harm(world, tmp_path, monkeyp
     # Mended, the same run goes on from there and ends as if nothing had been.
     monkeypatch.undo()
     train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
+    train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu")
+    assert equal(tmp_path / "c", tmp_path / "d")
+
+
+def test_one_that_fails_at_the_last_step_of_an_epoch_is_kept_before_it(
+    world, tmp_path, monkeypatch
+):
+    """What a step came to is read after the next batch was asked for: there is none here."""
+    planned = preview(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
+    finish, last, steps = Stack.finish, planned.steps - 1, []
+
+    def failing(self, loss_K):
+        steps.append(1)
+        return finish(self, loss_K * (math.nan if len(steps) > last else 1))
+
+    monkeypatch.setattr(Stack, "finish", failing)
+    with pytest.raises(NumericsError, match=f"step {last}"):
+        train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
+    monkeypatch.undo()
+    result = train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
+    assert result.resumed_at_step == last
     train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu")
     assert equal(tmp_path / "c", tmp_path / "d")
 

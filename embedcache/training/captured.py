@@ -51,21 +51,29 @@ class Captured:
         self._stack, self._device = stack, device
         self._recorded: dict[Shape, Recorded] = {}
         self._pool: Any = None
+        self._room = True
 
     def take(self, work: Sequence[Work]) -> tuple[Tensor, Tensor] | None:
         """Take the step that was scheduled; return losses and norms, each [K].
 
         They hold until the next step. None, and nothing done, where the batch is not of a kind, or
-        one of too many shapes, to be recorded.
+        one of too many shapes, to be recorded, or memory is short.
         """
         batch = work[0].batch
-        if any(one.batch is not batch for one in work) or not self._fits(batch):
+        if not self._room or any(one.batch is not batch for one in work) or not self._fits(batch):
             return None
         shape = shape_of(batch)
         if shape not in self._recorded:
             if len(self._recorded) == SHAPES:
                 return None
-            self._recorded[shape] = self._record(work, filled_up(batch))
+            try:
+                self._recorded[shape] = self._record(work, filled_up(batch))
+            except torch.OutOfMemoryError:
+                self._room = False
+            if not self._room:  # recordings hold the memory of a step each: go on without
+                self._recorded.clear()
+                self._pool = None
+                return None
         recorded = self._recorded[shape]
         refill(recorded.batch, batch)
         recorded.graph.replay()

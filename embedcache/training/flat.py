@@ -74,8 +74,8 @@ class FlatAdamW:
 
     def schedule(self, rates: Sequence[float | None]) -> None:
         """Set each carry-on's learning rate; None leaves that one as it is in the next step."""
-        self._rate_K.copy_(torch.tensor([rate or 0.0 for rate in rates]))
-        self._idle_K.copy_(torch.tensor([float(rate is None) for rate in rates]))
+        send([rate or 0.0 for rate in rates], self._rate_K)
+        send([float(rate is None) for rate in rates], self._idle_K)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -147,6 +147,12 @@ class FlatAdamW:
                 value.copy_(moments[name])
         if EXACT in moments:
             self.values_KP[index] = row[EXACT] if EXACT in row else moments[EXACT]
+
+
+def send(values: Sequence[float], to_K: Tensor) -> None:
+    """Copy values to a tensor on the device; the host does not wait for that."""
+    host_K = torch.tensor(values, pin_memory=to_K.is_cuda)
+    to_K.copy_(host_K, non_blocking=True)
 
 
 def _move(gradient: Tensor, parameter: Tensor) -> None:

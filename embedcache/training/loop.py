@@ -31,7 +31,7 @@ class Arriving:
         self._values_2K = torch.stack([loss_K, norm_K]).to("cpu", non_blocking=True)
         self._there = torch.cuda.Event() if loss_K.is_cuda else None
         if self._there is not None:
-            self._there.record()
+            self._there.record(torch.cuda.current_stream(loss_K.device))
 
     def lists(self) -> list[list[float]]:
         """Return both, once they are there."""
@@ -120,8 +120,10 @@ class Loop:
         taken = Taken([member for _, member in self._rows()], counts, Arriving(*values))
         self._read()
         self._taken = taken
-        if any(member.save_due for member in taken.members):
+        due = any(member.save_due for member in taken.members)
+        if due or self._ranks.count > 1:  # processes drop one that fails at the same step
             self._read()
+        if due:
             for index, member in self._rows():
                 with failing(member):
                     if member.failure is None and member.save_due:
@@ -200,6 +202,8 @@ class Loop:
             stack = CarryOn.stack([self._stack.alone(index) for index, _ in rows])
         scores = self._score(feed, stack.to(self._device))
         for number, (index, member) in enumerate(rows):
+            if member.failure is not None:
+                continue
             with failing(member):
                 dev = None if scores is None else scores[number]
                 member.end_epoch(dev, self._stack.model.member(index))

@@ -57,8 +57,8 @@ class TrainSummary:
     shortlist_bias: float | None
     seconds: float
     tokens_per_second: float
-    data_wait: float
     resumed_at_step: int
+    data_wait: float = 0.0
     memory: str | None = None
 
 
@@ -91,7 +91,7 @@ class Member:
         self._progress = progress
         self._moments: Tensors = {}
         self._best: Tensors = {}
-        self._resumed_at = 0
+        self.resumed_at = 0
         self._before = (0, 0.0)
         self._saved_at = time.perf_counter()
 
@@ -112,7 +112,7 @@ class Member:
             found = load_checkpoint(checkpoint, model)
             self.state, self._best, self._moments = found.state, found.best, found.moments
             self._progress.say(f"resuming at step {self.state.step}")
-        self._resumed_at = self.state.step
+        self.resumed_at = self.state.step
         self._before = (self.state.tokens, self.state.seconds)
         if self._writes:
             self.metrics = Metrics(self.out / METRICS_FILE, resume=self.state if resumed else None)
@@ -257,7 +257,7 @@ class Member:
             seconds=round(state.seconds, 3),
             tokens_per_second=round(state.tokens / max(state.seconds, 1e-9), 1),
             data_wait=round(state.waited / max(state.seconds, 1e-9), 4),
-            resumed_at_step=self._resumed_at,
+            resumed_at_step=self.resumed_at,
             memory=self.memory,
         )
         if self._writes:

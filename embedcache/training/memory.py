@@ -60,11 +60,12 @@ class Footprint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """A recipe for a budget, and the bytes that it is expected to take."""
+    """A recipe for a budget, and the bytes that it is expected to take, ``per_token`` of a part."""
 
     recipe: Recipe
     budget: int
     expected: int
+    per_token: float = 0.0
 
     @property
     def leanness(self) -> tuple[bool, bool, bool, int]:
@@ -81,7 +82,11 @@ class MemoryPlan:
     def smaller(self) -> MemoryPlan:
         """Return the same with smaller parts."""
         tokens = self.part_tokens * 7 // 8 // STEP_TOKENS * STEP_TOKENS
-        return replace(self, recipe=replace(self.recipe, part_tokens=tokens))
+        return replace(
+            self,
+            recipe=replace(self.recipe, part_tokens=tokens),
+            expected=round(self.expected - self.per_token * (self.part_tokens - tokens)),
+        )
 
     def __str__(self) -> str:
         recipe = self.recipe
@@ -95,14 +100,18 @@ class MemoryPlan:
         return f"{size(self.expected)} expected of {size(self.budget)}: {', '.join(parts)}"
 
 
-def candidates(device: torch.device, budget: int, hidden: int) -> list[Recipe]:
+def candidates(device: torch.device, budget: int, hidden: int, head_width: int) -> list[Recipe]:
     """Return recipes in the order in which they are to be tried: the fastest first.
 
     Host memory is a place of its own beside a GPU alone.
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
     plain = replace(
-        plain_recipe(device), logit_bytes=logits, emitted=EMITTED, ahead=1, capture=False
+        plain_recipe(device, head_width),
+        logit_bytes=logits,
+        emitted=EMITTED,
+        ahead=1,
+        capture=False,
     )
     found = [plain]
     if device.type == "cuda":
@@ -146,7 +155,12 @@ def choose(
                 tokens = max(tokens // STEP_TOKENS * STEP_TOKENS, min(tokens, longest))
             if tokens >= least:
                 recipe = replace(recipe, part_tokens=tokens)
-                return MemoryPlan(recipe=recipe, budget=budget, expected=measured.at(tokens))
+                return MemoryPlan(
+                    recipe=recipe,
+                    budget=budget,
+                    expected=measured.at(tokens),
+                    per_token=measured.per_token,
+                )
     if not any(found.values()):
         found[-1] = footprint(recipes[-1], None)
     known = [measured.at(longest) / USED for measured in found.values() if measured is not None]
@@ -231,7 +245,8 @@ def spare_reserves() -> None:
     Unless the user says otherwise: segments that grow leave no gaps, and cuBLAS keeps 8 MiB for
     each of its streams instead of 32.
     """
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
 
 

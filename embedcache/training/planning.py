@@ -12,6 +12,7 @@ import torch
 
 from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
+from embedcache.device import current
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
 from embedcache.training.memory import (
@@ -39,25 +40,28 @@ def plan_memory(
 
     The gradients of parts of two sizes are taken, and nothing is kept of them. On a GPU, whose
     allocator also leaves gaps, the plan is tried within the budget, and its parts made smaller
-    until it holds.
+    until it holds; if it does not with parts of one sequence, the next recipe is.
 
     Raises ``DeviceMemoryError`` if no recipe holds a sequence.
     """
     longest = materials.cache.attributes.settings.context
     trials = _Trials(materials, configs, loss)
-    plan = choose(
-        candidates(materials.device, budget, materials.hidden),
-        budget,
-        trials.footprint,
-        longest=longest,
-        step_tokens=max(materials.batch_tokens(config) for config in configs),
-    )
-    while not trials.holds(plan.recipe, budget):
-        smaller = plan.smaller()
-        if smaller.part_tokens < longest:
-            raise too_small(budget, longest, budget * plan.part_tokens / smaller.part_tokens)
-        plan = smaller
-    return plan
+    shape = configs[0].carryon
+    recipes = candidates(materials.device, budget, materials.hidden, shape.head_width)
+    while recipes:
+        plan = choose(
+            recipes,
+            budget,
+            trials.footprint,
+            longest=longest,
+            step_tokens=max(materials.batch_tokens(config) for config in configs),
+        )
+        recipes = [one for one in recipes if one != replace(plan.recipe, part_tokens=None)]
+        while plan.part_tokens >= longest:
+            if trials.holds(plan.recipe, budget):
+                return plan
+            plan = plan.smaller()
+    raise too_small(budget, longest, budget * 1.1)
 
 
 class _Trials:
@@ -90,13 +94,14 @@ class _Trials:
         """Say whether the allocator can keep a recipe within a budget; of a CPU that it can."""
         if self._materials.device.type != "cuda":
             return True
+        held_it = True
         try:
             with held(budget, self._materials.device):
                 self._try(recipe, whole=True)
         except torch.OutOfMemoryError:
-            gc.collect()
-            return False
-        return True
+            held_it = False
+        gc.collect()  # an error of the loader's thread holds what was tried
+        return held_it
 
     def _try(self, recipe: Recipe, *, whole: bool = False) -> tuple[int, int]:
         """Take gradients of some parts; return the tokens of the largest, and bytes at the peak.
@@ -112,7 +117,7 @@ class _Trials:
         used = [*inputs.tensors(), *scoring.tensors()]
         resident = {id(tensor): tensor for tensor in used if tensor.device == device}
         given = 0
-        with peak_of(device, resident.values()) as peak, ExitStack() as loaders:
+        with current(device), peak_of(device, resident.values()) as peak, ExitStack() as loaders:
             stack = Stack(self._models, configs, inputs, recipe)
             feeds = {
                 order: loaders.enter_context(closing(self._parts(config, recipe)))

@@ -59,12 +59,14 @@ class Recipe:
 PLAIN = Recipe()
 
 
-def plain_recipe(device: torch.device) -> Recipe:
+def plain_recipe(device: torch.device, head_width: int) -> Recipe:
     """Return how a step is computed where there is memory enough.
 
-    Attention over spans wants a GPU of NVIDIA's Ampere generation or later.
+    Attention over spans wants a GPU of NVIDIA's Ampere generation or later, and heads whose width
+    is a multiple of 8 up to 256.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return PLAIN
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
-    return Recipe(one_row=modern, capture=modern)
+    spans = modern and head_width % 8 == 0 and head_width <= 256
+    return Recipe(one_row=spans, capture=spans)

@@ -20,7 +20,7 @@ from embedcache.device import any_shape_attention
 from embedcache.evaluate import FrozenInputs
 from embedcache.loss import Listed, cross_entropy, cut, cut_listed, estimate
 from embedcache.training.config import TrainConfig
-from embedcache.training.flat import FlatAdamW
+from embedcache.training.flat import FlatAdamW, send
 from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.recipe import PLAIN, Recipe
 from embedcache.units import rounded_up
@@ -90,7 +90,7 @@ class Stack:
         A carry-on whose batch has no target stays as it is.
         """
         self.optimizer.schedule([one.rate if one.targets else None for one in work])
-        self._share_K.copy_(torch.tensor([1 / max(1, one.targets) for one in work]))
+        send([1 / max(1, one.targets) for one in work], self._share_K)
 
     @any_shape_attention()
     def differentiate(self, work: Sequence[Work], *, more: bool = False) -> Tensor:

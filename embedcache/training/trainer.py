@@ -10,7 +10,7 @@ import torch
 
 from embedcache.cache.reader import Cache
 from embedcache.carryon.model import CarryOn
-from embedcache.device import free_memory
+from embedcache.device import current, free_memory
 from embedcache.errors import DeviceMemoryError
 from embedcache.progress import Progress
 from embedcache.training.feed import Feed
@@ -77,7 +77,7 @@ class Trainer:
 
     def run(self, members: Sequence[Member], plan: MemoryPlan | None = None) -> None:
         """Train members of one shape and one loss until each is finished or has failed."""
-        recipe = plain_recipe(self._device)
+        recipe = plain_recipe(self._device, members[0].config.carryon.head_width)
         if plan is not None:
             recipe = plan.recipe
             self._progress.say(f"memory: {plan}")
@@ -92,7 +92,7 @@ class Trainer:
         if not begun:
             return
         try:
-            with held(None if plan is None else plan.budget, self._device):
+            with current(self._device), held(None if plan is None else plan.budget, self._device):
                 self._train(begun, recipe)
         except torch.OutOfMemoryError as error:
             if self._ranks.count > 1:  # the others wait for this one's gradients
@@ -108,9 +108,10 @@ class Trainer:
             self._fail_for_memory([member for member, _ in begun], why)
 
     def _holds_smaller(self, plan: MemoryPlan, members: Sequence[Member]) -> bool:
-        """Say whether smaller parts are possible, and no step was taken yet."""
-        longest = self._cache.attributes.settings.context
-        return plan.smaller().part_tokens >= longest and not any(m.state.step for m in members)
+        """Say whether smaller parts are possible, and no step was noted since the start."""
+        if plan.smaller().part_tokens < self._cache.attributes.settings.context:
+            return False
+        return all(member.state.step == member.resumed_at for member in members)
 
     def _train(self, begun: Sequence[Begun], recipe: Recipe) -> None:
         for member, _ in begun:
@@ -158,7 +159,10 @@ class Trainer:
         if members[0].loss == "exact":
             head = self.materials.inputs(config.carryon, recipe, training=True).head
             tokens = max(self.materials.batch_tokens(member.config) for member in members)
-            positions = len(members) * min(tokens, recipe.part_tokens or tokens)
+            positions = min(tokens, recipe.part_tokens or tokens)
+            if recipe.emitted and not recipe.host_head:
+                positions = min(positions, recipe.emitted)
+            positions *= len(members)
             chunks = recipe.chunks(head, positions, self._device)
             told = f"loss: exact, logits of {chunks} at a time"
         if told != self._told:

@@ -57,7 +57,7 @@ def used():
         pairs = [line.split(",") for line in found]
         mine = [int(b) for a, b in pairs if int(a) == os.getpid() and b.strip().isdigit()]
         return max(mine, default=0)
-    except OSError:
+    except (OSError, ValueError):
         return 0
 
 most, done = [0], threading.Event()
@@ -70,7 +70,7 @@ done.set()
 cuda = torch.cuda.is_available()
 result["reserved_gb"] = torch.cuda.max_memory_reserved() / 1e9 if cuda else None
 result["allocated_gb"] = torch.cuda.max_memory_allocated() / 1e9 if cuda else None
-result["driver_mib"] = most[0]
+result["driver_mib"] = most[0] or None
 print(json.dumps(result))
 """
 
@@ -106,7 +106,10 @@ def trained(cache: Path, out: Path, flags: list[str]) -> dict[str, Any]:
         command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False
     )
     if done.returncode:
-        return {"refused": done.stderr.strip().splitlines()[-1]}
+        last = (done.stderr.strip().splitlines() or [""])[-1]
+        if "DeviceMemoryError" not in last:
+            raise SystemExit(f"embedcache train {' '.join(flags)}: {done.stderr}")
+        return {"refused": last.partition(": ")[2]}
     value: dict[str, Any] = json.loads(done.stdout)
     return value
 

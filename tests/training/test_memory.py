@@ -16,7 +16,10 @@ from embedcache.train import sweep, train
 from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
 from embedcache.training.loop import Loop
+from embedcache.training.materials import Materials
 from embedcache.training.memory import Footprint, candidates, choose, peak_of
+from embedcache.training.planning import plan_memory
+from embedcache.training.ranks import ALONE
 from embedcache.training.recipe import Recipe
 from embedcache.training.stack import Stack
 from embedcache.units import bytes_of
@@ -58,7 +61,7 @@ def test_a_line_through_two_sizes():
 
 
 def chosen(budget: int, footprints: dict[str, Footprint], *, freely=None, **more: int):
-    recipes = candidates(CUDA, 100_000_000, 64)
+    recipes = candidates(CUDA, 100_000_000, 64, 32)
 
     def footprint(recipe: Recipe, most: int | None) -> Footprint | None:
         if most is None:
@@ -105,8 +108,9 @@ def test_a_budget_that_is_too_small_is_told_the_least_that_would_do():
 
 
 def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone():
-    assert [(r.offload, r.host_head) for r in candidates(CPU, 1 << 30, 64)] == [(False, False)] * 2
-    assert len({(r.offload, r.host_head) for r in candidates(CUDA, 1 << 30, 64)}) == 4
+    found = candidates(CPU, 1 << 30, 64, 32)
+    assert [(r.offload, r.host_head) for r in found] == [(False, False)] * 2
+    assert len({(r.offload, r.host_head) for r in candidates(CUDA, 1 << 30, 64, 32)}) == 4
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
@@ -244,3 +248,31 @@ def test_a_plan_that_does_not_hold_is_tried_with_smaller_parts(world, tmp_path, 
     monkeypatch.setattr(Loop, "_take", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(DeviceMemoryError):
         train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu")
+
+
+def test_a_recipe_that_does_not_hold_gives_way_to_smaller_parts_and_then_to_the_next(
+    world, monkeypatch
+):
+    materials = Materials(world.cache(), CPU, ALONE)
+    config = replace(CONFIG, loss="exact")
+    tried = []
+
+    def holds(self, recipe, budget):
+        tried.append((recipe.recompute, recipe.part_tokens))
+        return recipe.recompute
+
+    plan = plan_memory(materials, [config], "exact", 12_000_000)
+    monkeypatch.setattr("embedcache.training.planning._Trials.holds", holds)
+    found = plan_memory(materials, [config], "exact", 12_000_000)
+    assert not plan.recipe.recompute
+    assert found.recipe.recompute
+    assert tried[0] == (False, plan.part_tokens)
+    assert 64 <= tried[-2][1] < plan.part_tokens  # the context's length at least
+    assert [recompute for recompute, _ in tried] == [False] * (len(tried) - 1) + [True]
+    smaller = plan.smaller()
+    assert plan.expected - smaller.expected == pytest.approx(
+        plan.per_token * (plan.part_tokens - smaller.part_tokens), abs=1
+    )
+    monkeypatch.setattr("embedcache.training.planning._Trials.holds", lambda *given: False)
+    with pytest.raises(DeviceMemoryError, match="--memory 13"):
+        plan_memory(materials, [config], "exact", 12_000_000)
