@@ -230,8 +230,9 @@ def test_one_that_fails_at_the_last_step_of_an_epoch_is_kept_before_it(
         train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     monkeypatch.undo()
     result = train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
-    assert result.resumed_at_step == last
-    train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu")
+    assert (result.resumed_at_step, result.steps) == (last, planned.steps)
+    other = train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu")
+    assert result.best_dev == other.best_dev
     assert equal(tmp_path / "c", tmp_path / "d")
 
 
