@@ -236,6 +236,15 @@ def test_one_that_fails_at_the_last_step_of_an_epoch_is_kept_before_it(
     assert equal(tmp_path / "c", tmp_path / "d")
 
 
+@pytest.mark.parametrize("asked", ["auto", "exact"])
+def test_a_shortlist_is_for_vocabularies_much_longer_than_it(world, tmp_path, asked):
+    most = world.cache().attributes.base["vocab_size"] // 8
+    for samples, found in ((most, "shortlist"), (most + 1, "exact")):
+        config = replace(CONFIG, loss=asked, samples=samples)
+        planned = preview(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
+        assert planned.loss == (found if asked == "auto" else asked)
+
+
 # --- the output folder
 
 

@@ -245,9 +245,21 @@ def test_a_plan_that_does_not_hold_is_tried_with_smaller_parts(world, tmp_path, 
     ]
     assert [row["step"] for row in rows if row["step"] == 0] == [0]
     # Not once something was learned, nor without a budget.
+    tried.clear()
+
+    def tight_later(self, everywhere):
+        tried.append(self._stack.recipe.part_tokens)
+        if len(tried) == 3:
+            raise torch.OutOfMemoryError
+        return take(self, everywhere)
+
+    monkeypatch.setattr(Loop, "_take", tight_later)
+    with pytest.raises(DeviceMemoryError, match="step 1"):
+        train(world.cache_path, out=tmp_path / "d", **flags)
+    assert len(tried) == 3
     monkeypatch.setattr(Loop, "_take", lambda *given: (_ for _ in ()).throw(torch.OutOfMemoryError))
     with pytest.raises(DeviceMemoryError):
-        train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu")
+        train(world.cache_path, out=tmp_path / "e", config=CONFIG, device="cpu")
 
 
 def test_a_recipe_that_does_not_hold_gives_way_to_smaller_parts_and_then_to_the_next(
