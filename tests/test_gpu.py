@@ -18,6 +18,7 @@ from embedcache.train import sweep, train
 from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
 from embedcache.training.recipe import PLAIN, Recipe
+from embedcache.training.stack import Stack
 
 pytestmark = pytest.mark.gpu
 
@@ -82,9 +83,17 @@ def test_spans_on_a_gpu_are_the_mask_they_stand_for():
 RECIPES = {
     "one row": Recipe(one_row=True),
     "captured": Recipe(one_row=True, capture=True),
-    "parts": Recipe(part_tokens=128, one_row=True),
-    "offloaded": Recipe(
-        dtype=torch.bfloat16, offload=True, host_head=True, recompute=True, ahead=1
+    "parts": Recipe(part_tokens=128, one_row=True, capture=True),
+    "lean": Recipe(
+        part_tokens=128,
+        dtype=torch.bfloat16,
+        offload=True,
+        host_head=True,
+        recompute=True,
+        emitted=128,
+        ahead=1,
+        one_row=True,
+        capture=True,
     ),
 }
 
@@ -107,6 +116,33 @@ def test_a_gpu_learns_the_same_by_every_recipe(tmp_path, world, monkeypatch, nam
         gain = plain.summary.base_dev - plain.summary.best_dev
         assert gain > 0
         assert plain.summary.base_dev - other.summary.best_dev == pytest.approx(gain, rel=0.05)
+
+
+@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+def test_a_gpu_without_room_for_recordings_trains_without(tmp_path, world, monkeypatch, loss):
+    """Memory runs out while a part is recorded, the first one or a later one."""
+    config = TrainConfig(
+        carryon=CarryOnConfig(width=32), epochs=2, loss=loss, samples=100, batch_tokens=512
+    )
+    recipe = Recipe(one_row=True, capture=True)
+    monkeypatch.setattr(trainer, "plain_recipe", lambda *given: recipe)
+    expected = train(world.cache_path, out=tmp_path / "plain", config=config, device="cuda")
+    differentiate, recorded = Stack.differentiate, []
+    for allowed in (0, 1):
+        recorded.clear()
+
+        def short(self, work, allowed=allowed):
+            if torch.cuda.is_current_stream_capturing():
+                recorded.append(1)
+                if len(recorded) > allowed:
+                    torch.empty(1 << 40, device="cuda")
+            return differentiate(self, work)
+
+        monkeypatch.setattr(Stack, "differentiate", short)
+        out = tmp_path / str(allowed)
+        found = train(world.cache_path, out=out, config=config, device="cuda")
+        assert recorded
+        assert found.best_dev == pytest.approx(expected.best_dev, rel=2e-3)
 
 
 WITHIN = """

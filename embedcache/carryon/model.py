@@ -126,7 +126,15 @@ class CarryOn(nn.Module):
         rotary = rotary_angles(positions_BT, self.config.head_width)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                h_BTR = checkpoint(block, h_BTR, rotary, where, update, use_reentrant=False)
+                h_BTR = checkpoint(
+                    block,
+                    h_BTR,
+                    rotary,
+                    where,
+                    update,
+                    use_reentrant=False,
+                    preserve_rng_state=False,  # nothing is drawn; and a recording could not
+                )
             else:
                 h_BTR = block(h_BTR, rotary, where, update)
         normed_BTR: Tensor = self.norm(h_BTR)

@@ -1,8 +1,9 @@
-"""A step recorded once for each shape of batch as a CUDA graph, and replayed.
+"""A part of a step recorded once for each shape as a CUDA graph, and replayed.
 
-A small carry-on's step is some three hundred kernels of a few microseconds each: launched one by
-one, the GPU waits for Python. Replayed, all of them are one launch. What differs from step to step
-is copied into the tensors that were recorded: a batch, rates, and how much a target counts.
+A part is some three hundred kernels of a few microseconds each, where it or its carry-ons are
+small: launched one by one, the GPU waits for Python. Replayed, all of them are one launch. What
+differs from part to part is copied into the tensors that were recorded: a batch, and how much a
+target counts.
 
 Axes: K carry-ons, N wanted positions, C columns of a shortlist, V vocabulary.
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -18,107 +20,115 @@ from torch import Tensor
 
 from embedcache.cache.batch import Batch
 from embedcache.loss import Listed
-from embedcache.training.stack import Stack, Work
+from embedcache.training.recipe import Recipe
+from embedcache.training.stack import WANTED, Stack, Work
 from embedcache.units import rounded_up
 
-POSITIONS, COLUMNS = 4096, 1024
-"""Wanted positions and columns of a shortlist are filled up to a multiple, so that shapes recur."""
+PIECES, COLUMNS = 4, 1024
+"""Wanted positions are filled up to so many parts of a row, and columns of a shortlist to a
+multiple, so that shapes recur."""
 SHAPES = 12
-"""Shapes that are recorded; batches of further ones are computed step by step."""
+"""Shapes that are recorded; parts of further ones are computed kernel by kernel."""
 MOST = 8
-"""Carry-ons of a stack of which steps are recorded: with more, the GPU is what a step waits for,
+"""Carry-ons of a stack of which parts are recorded: with more, the GPU is what a step waits for,
 and a recording would only hold memory."""
 WARM_UPS = 2
-"""Steps before one is recorded."""
+"""Times that a part is computed before it is recorded."""
 
 Shape = tuple[object, ...]
 
 
+def recordable(recipe: Recipe, carryons: int) -> bool:
+    """Say whether a recipe's steps of so many carry-ons are recorded."""
+    return recipe.capture and carryons <= MOST
+
+
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The tensors of one shape: what goes in, losses and norms that come out, and their graph."""
+    """The tensors of one shape: what goes in, the losses that come out, and their graph."""
 
     batch: Batch
     loss_K: Tensor
-    norm_K: Tensor
     graph: Any
 
 
 class Captured:
-    """Takes whole steps of a stack whose carry-ons all see one batch of one row."""
+    """Differentiates a stack whose carry-ons all see one batch of one row by what was recorded.
+
+    Parts of another kind, or of one too many shapes, are left to the stack; and so are all once
+    there was no ``room`` for a recording.
+    """
 
     def __init__(self, stack: Stack, device: torch.device):
         self._stack, self._device = stack, device
         self._recorded: dict[Shape, Recorded] = {}
         self._pool: Any = None
-        self._room = True
+        self.room = True
 
-    def take(self, work: Sequence[Work]) -> tuple[Tensor, Tensor] | None:
-        """Take the step that was scheduled; return losses and norms, each [K].
-
-        They hold until the next step. None, and nothing done, where the batch is not of a kind, or
-        one of too many shapes, to be recorded, or memory is short.
-        """
+    def differentiate(self, work: Sequence[Work]) -> Tensor:
+        """Do what `Stack.differentiate` does; the losses hold until the next time."""
         batch = work[0].batch
-        if not self._room or any(one.batch is not batch for one in work) or not self._fits(batch):
-            return None
-        shape = shape_of(batch)
-        if shape not in self._recorded:
-            if len(self._recorded) == SHAPES:
-                return None
-            try:
-                self._recorded[shape] = self._record(work, filled_up(batch))
-            except torch.OutOfMemoryError:
-                self._room = False
-            if not self._room:  # recordings hold the memory of a step each: go on without
-                self._recorded.clear()
-                self._pool = None
-                return None
-        recorded = self._recorded[shape]
+        recorded = None
+        if self.room and all(one.batch is batch for one in work) and self._fits(batch):
+            recorded = self._of_shape(work)
+        if recorded is None:
+            return self._stack.differentiate(work)
         refill(recorded.batch, batch)
         recorded.graph.replay()
-        return recorded.loss_K, recorded.norm_K
+        return recorded.loss_K
 
     def _fits(self, batch: Batch) -> bool:
-        return bool(
-            batch.starts_M is not None
-            and batch.last
-            and batch.tokens == batch.whole.tokens
-            and len(batch.targets_N)
-            and len(batch.drawn) <= 1
-        )
+        one_row = batch.starts_M is not None and len(batch.drawn) <= 1
+        return one_row and not self._stack.streams(batch)
 
-    def _record(self, work: Sequence[Work], batch: Batch) -> Recorded:
-        """Record a step on a batch; no carry-on moves by it."""
+    def _of_shape(self, work: Sequence[Work]) -> Recorded | None:
+        """Return what was recorded for parts of this shape, now if it is new and there is room."""
+        shape = shape_of(work[0].batch)
+        if shape in self._recorded or len(self._recorded) == SHAPES:
+            return self._recorded.get(shape)
+        try:
+            self._recorded[shape] = self._record(work)
+        except torch.OutOfMemoryError:
+            self.room = False
+        if not self.room:  # recordings hold the memory of a part each: go on without
+            self._recorded.clear()
+            self._pool = None
+        return self._recorded.get(shape)
+
+    def _record(self, work: Sequence[Work]) -> Recorded:
+        """Record a part of this shape; nothing is added to a gradient by it."""
+        batch = filled_up(work[0].batch)
         work = [replace(one, batch=batch) for one in work]
-
-        def step() -> tuple[Tensor, Tensor]:
-            return self._stack.finish(self._stack.differentiate(work))
-
-        with self._stack.optimizer.held():
-            graph, (loss_K, norm_K) = record(step, self._device, self._pool)
+        with self._stack.counting_nothing():
+            graph, loss_K = record(
+                lambda: self._stack.differentiate(work), self._device, self._pool
+            )
         self._pool = graph.pool()
-        return Recorded(batch, loss_K, norm_K, graph)
+        return Recorded(batch, loss_K, graph)
 
 
-def record(
-    step: Callable[[], tuple[Tensor, Tensor]], device: torch.device, pool: Any
-) -> tuple[Any, tuple[Tensor, Tensor]]:
-    """Return a CUDA graph of what ``step`` does, in the memory of ``pool``, and its results.
+def record(part: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Any, Tensor]:
+    """Return a CUDA graph of what ``part`` does, in the memory of ``pool``, and its result.
 
     It is done a few times before: kernels are compiled then, and libraries take their memory.
     """
-    here, aside = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    here, aside = torch.cuda.current_stream(device), _aside(device)
     aside.wait_stream(here)
     with torch.cuda.stream(aside):
         for _ in range(WARM_UPS):
-            step()
+            part()
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     # The loader's thread goes on taking memory meanwhile.
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        made = step()
+    with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+        made = part()
     return graph, made
+
+
+@cache
+def _aside(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that a device's recordings are made on: libraries keep memory for each."""
+    return torch.cuda.Stream(device)
 
 
 def shape_of(batch: Batch) -> Shape:
@@ -127,15 +137,21 @@ def shape_of(batch: Batch) -> Shape:
     return (
         tuple(batch.ids_BT.shape),
         len(batch.starts_M),
-        rounded_up(len(batch.targets_N), POSITIONS),
+        positions_of(batch),
         *(rounded_up(len(one.weight_CH), COLUMNS) for one in cast("Sequence[Listed]", batch.drawn)),
     )
+
+
+def positions_of(batch: Batch) -> int:
+    """Return how many wanted positions a batch is filled up to."""
+    piece = rounded_up(-(-batch.ids_BT.shape[1] // PIECES), WANTED)
+    return rounded_up(len(batch.targets_N), piece)
 
 
 def filled_up(batch: Batch) -> Batch:
     """Return a copy of a batch, its positions and columns filled up with such as count nothing."""
     assert batch.starts_M is not None
-    N = rounded_up(len(batch.targets_N), POSITIONS)
+    N = positions_of(batch)
     drawn = []
     for one in cast("Sequence[Listed]", batch.drawn):
         C = rounded_up(len(one.weight_CH), COLUMNS)

@@ -15,7 +15,7 @@ from embedcache.carryon.model import CarryOn
 from embedcache.disk import writing
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
-from embedcache.training.captured import MOST, Captured
+from embedcache.training.captured import Captured, recordable
 from embedcache.training.feed import Feed
 from embedcache.training.member import Member
 from embedcache.training.ranks import Ranks
@@ -77,9 +77,9 @@ class Loop:
 
     def _on(self, stack: Stack) -> None:
         """Go on with a stack."""
-        self._stack, self._captured = stack, None
-        if stack.recipe.capture and self._ranks.count == 1 and len(self._rows()) <= MOST:
-            self._captured = Captured(stack, self._device)
+        self._stack, self._differentiate = stack, stack.differentiate
+        if recordable(stack.recipe, len(self._rows())):
+            self._differentiate = Captured(stack, self._device).differentiate
 
     def train(self) -> None:
         """Step until no member is left."""
@@ -164,17 +164,15 @@ class Loop:
     def _take(self, everywhere: Sequence[Counts]) -> tuple[Tensor, Tensor]:
         """Take a step, part by part, of which only one is kept; return losses and norms."""
         work = self._work(everywhere)
-        self._stack.schedule(work)
-        if self._captured is not None and (found := self._captured.take(work)) is not None:
-            return found
-        loss_K = self._stack.differentiate(work)
+        self._stack.begin(work)
+        loss_K = self._differentiate(work).clone()
         while not all(batch.last for batch in self._batches()):
             del work
             with self._waiting():
                 for feed in self._feeds:
                     feed.next_part()
             work = self._work(everywhere)
-            loss_K += self._stack.differentiate(work, more=True)
+            loss_K += self._differentiate(work)
         return self._stack.finish(loss_K)
 
     def _batches(self) -> list[Batch]:

@@ -106,18 +106,17 @@ def candidates(device: torch.device, budget: int, hidden: int, head_width: int) 
     Host memory is a place of its own beside a GPU alone.
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
-    plain = replace(
-        plain_recipe(device, head_width),
-        logit_bytes=logits,
-        emitted=EMITTED,
-        ahead=1,
-        capture=False,
-    )
+    plain = replace(plain_recipe(device, head_width), logit_bytes=logits, emitted=EMITTED, ahead=1)
     found = [plain]
     if device.type == "cuda":
         kinds = (plain, replace(plain, dtype=torch.bfloat16, offload=True))
         found = [replace(kind, host_head=host) for kind in kinds for host in (False, True)]
-    return [replace(recipe, recompute=recompute) for recipe in found for recompute in (False, True)]
+    found = [
+        replace(recipe, recompute=recompute) for recipe in found for recompute in (False, True)
+    ]
+    if plain.capture:  # a recording has copies of what goes in
+        found.append(replace(found[-1], capture=False))
+    return found
 
 
 def choose(

@@ -13,6 +13,7 @@ import torch
 from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import current
+from embedcache.training.captured import Captured, recordable
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
 from embedcache.training.memory import (
@@ -119,6 +120,8 @@ class _Trials:
         given = 0
         with current(device), peak_of(device, resident.values()) as peak, ExitStack() as loaders:
             stack = Stack(self._models, configs, inputs, recipe)
+            captured = Captured(stack, device) if recordable(recipe, len(configs)) else None
+            differentiate = stack.differentiate if captured is None else captured.differentiate
             feeds = {
                 order: loaders.enter_context(closing(self._parts(config, recipe)))
                 for order, config in orders.items()
@@ -131,13 +134,15 @@ class _Trials:
                     for batch in (by_order[materials.order(config)] for config in configs)
                 ]
                 work.sort(key=lambda one: id(one.batch))
-                loss_K = stack.differentiate(work)
+                loss_K = differentiate(work)
+                if captured is not None and not captured.room:
+                    raise torch.OutOfMemoryError
                 if whole:
                     with stack.optimizer.held():
                         stack.finish(loss_K)
                 given = max(given, *map(_size, batches))
                 del batches, by_order, work
-            del stack
+            del stack, captured, differentiate
         return given, peak[0]
 
     def _parts(self, config: TrainConfig, recipe: Recipe) -> Generator[Batch]:

@@ -5,7 +5,8 @@ Axes: K carry-ons, G of them that see the same batch, N wanted positions of a ba
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import chain, groupby
 from typing import cast
@@ -84,29 +85,40 @@ class Stack:
         model.load_state_dict(self.model.member(index))
         return model
 
-    def schedule(self, work: Sequence[Work]) -> None:
-        """Set the learning rates of a step, and how much each target counts in it.
+    def begin(self, work: Sequence[Work]) -> None:
+        """Begin a step: set its learning rates, and how much each target counts in it.
 
         A carry-on whose batch has no target stays as it is.
         """
         self.optimizer.schedule([one.rate if one.targets else None for one in work])
+        self.optimizer.gradient_KP.zero_()
         send([1 / max(1, one.targets) for one in work], self._share_K)
 
+    @contextmanager
+    def counting_nothing(self) -> Iterator[None]:
+        """Add nothing to the gradients, whatever is differentiated."""
+        share_K = self._share_K.clone()
+        self._share_K.zero_()
+        try:
+            yield
+        finally:
+            self._share_K.copy_(share_K)
+
     @any_shape_attention()
-    def differentiate(self, work: Sequence[Work], *, more: bool = False) -> Tensor:
-        """Take the gradients of a step of every carry-on, or add those of one more part of it.
+    def differentiate(self, work: Sequence[Work]) -> Tensor:
+        """Add the gradients of a part of the step that was begun, of every carry-on.
 
         Work on the same batch must lie side by side. Returns what this adds to the losses, loss_K:
         means over the targets of the whole step. Without a target a loss is 0.
         """
-        if not more:
-            self.optimizer.gradient_KP.zero_()
         groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.batch))]
         h_KNR = self._features(groups)
         loss_K = torch.zeros_like(self._share_K)
         gradients = []
         # From here on each position is for itself, and as wide as the base: some at a time.
-        for rows in cut(h_KNR.shape[1], self._emitted(groups) or h_KNR.shape[1]):
+        streamed = self.streams(work[0].batch)  # all of the head goes by each time
+        emitted = None if streamed else self.recipe.emitted
+        for rows in cut(h_KNR.shape[1], emitted or h_KNR.shape[1]):
             h_KnR = h_KNR.detach()[:, rows].requires_grad_()
             part_K = self._losses(groups, h_KnR, rows) * self._share_K
             part_K.sum().backward()
@@ -145,13 +157,9 @@ class Stack:
         row_KN = place_KN + B * T * torch.arange(K, device=place_KN.device)[:, None]
         return h_KBTR.flatten(0, 2).index_select(0, row_KN.flatten()).unflatten(0, (K, -1))
 
-    def _emitted(self, groups: Sequence[list[Work]]) -> int | None:
-        """Return how many positions are emitted at a time; None for all.
-
-        An exact loss through a head in host memory goes over all of that each time.
-        """
-        streamed = self._inputs.head.weight_VH.device != self._inputs.device
-        return None if streamed and not groups[0][0].batch.drawn else self.recipe.emitted
+    def streams(self, batch: Batch) -> bool:
+        """Say whether the loss of a batch takes the whole head from host memory, tile by tile."""
+        return self._inputs.head.weight_VH.device != self._inputs.device and not batch.drawn
 
     def _losses(self, groups: Sequence[list[Work]], h_KnR: Tensor, rows: slice) -> Tensor:
         """Return the sums of losses loss_K over some of the wanted positions, from features."""

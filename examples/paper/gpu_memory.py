@@ -20,6 +20,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +117,13 @@ def trained(cache: Path, out: Path, flags: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def leanest() -> Iterator[None]:
-    """Let budgets choose the leanest recipe alone."""
+    """Let budgets choose the leanest recipe alone, recorded or not."""
     candidates = planning.candidates
 
     def last(*given: Any) -> list[Recipe]:
-        return candidates(*given)[-1:]
+        found = candidates(*given)
+        lean = replace(found[-1], capture=False)
+        return [one for one in found if replace(one, capture=False) == lean]
 
     planning.candidates = last
     try:

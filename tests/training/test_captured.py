@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -11,48 +12,52 @@ from conftest import World
 from embedcache.cache import packing
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn
-from embedcache.training import captured, materials
+from embedcache.train import sweep
+from embedcache.training import captured, materials, trainer
 from embedcache.training.captured import Captured
 from embedcache.training.config import TrainConfig
 from embedcache.training.ranks import ALONE
-from embedcache.training.recipe import PLAIN
+from embedcache.training.recipe import PLAIN, Recipe
 from embedcache.training.stack import Stack, Work
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(carryon=CarryOnConfig(width=32, blocks=1), batch_tokens=200, samples=30)
+CONFIG = TrainConfig(carryon=CarryOnConfig(width=32, blocks=1), batch_tokens=500, samples=30)
 
 
 class Replayed:
-    """What a graph does, on a CPU: the same step into the same results."""
+    """What a graph does, on a CPU: the same part into the same losses."""
 
-    def __init__(self, step, made):
-        self.step, self.made, self.replays = step, made, 0
+    def __init__(self, part, made):
+        self.part, self.made, self.replays = part, made, 0
 
     def replay(self):
         self.replays += 1
-        for kept, found in zip(self.made, self.step(), strict=True):
-            kept.copy_(found)
+        self.made.copy_(self.part())
 
     def pool(self):
         return None
 
 
 @pytest.fixture
-def stacks(world: World, monkeypatch):
-    """Two equal stacks of two, and batches of one row."""
-    monkeypatch.setattr(packing, "STARTS", 8)
-    monkeypatch.setattr(captured, "POSITIONS", 128)
-    monkeypatch.setattr(captured, "COLUMNS", 384)  # shortlists have 256
-    monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
-    graphs = []
+def graphs(monkeypatch) -> list[Replayed]:
+    """What is recorded, in the place of CUDA graphs."""
+    made: list[Replayed] = []
 
-    def record(step, device, pool):
-        step()
-        made = step()
-        graphs.append(Replayed(step, made))
-        return graphs[-1], made
+    def record(part, device, pool):
+        part()
+        made.append(Replayed(part, part()))
+        return made[-1], made[-1].made
 
     monkeypatch.setattr(captured, "record", record)
+    return made
+
+
+@pytest.fixture
+def stacks(world: World, monkeypatch, graphs):
+    """Two equal stacks of two, and batches in parts of one row."""
+    monkeypatch.setattr(packing, "STARTS", 8)
+    monkeypatch.setattr(captured, "COLUMNS", 384)  # shortlists have 256
+    monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
 
     def make(loss: str):
         shared = materials.Materials(world.cache(), CPU, ALONE)
@@ -64,8 +69,7 @@ def stacks(world: World, monkeypatch):
             torch.nn.init.normal_(model.branch.weight, std=0.1)
             models.append(model)
         inputs = shared.inputs(CONFIG.carryon, PLAIN, training=True)
-        loader = shared.train_loader(CONFIG, PLAIN)
-        loader._row_tokens = 200
+        loader = shared.train_loader(CONFIG, Recipe(part_tokens=200, one_row=True))
         shortlist = shared.shortlist(CONFIG, PLAIN) if loss == "shortlist" else None
 
         def draw(batch):
@@ -79,59 +83,162 @@ def stacks(world: World, monkeypatch):
     return make, graphs
 
 
-def scheduled(stack: Stack, batch, step: int) -> list[Work]:
-    targets = batch.whole.targets
-    work = [Work(batch=batch, targets=targets, rate=1e-3 * (step + 1) * (k + 1)) for k in range(2)]
-    stack.schedule(work)
-    return work
+def works(batches) -> list[list[Work]]:
+    """Return the work of every part of one step or more."""
+    return [
+        [
+            Work(batch=batch, targets=batch.whole.targets, rate=1e-3 * (number + 1) * (k + 1))
+            for k in range(2)
+        ]
+        for number, batch in enumerate(batches)
+    ]
+
+
+def step(stack: Stack, differentiate, parts: list[list[Work]]):
+    """Take a step, part by part."""
+    stack.begin(parts[0])
+    return stack.finish(sum(differentiate(work).clone() for work in parts))
+
+
+def in_steps(batches) -> list[list[list[Work]]]:
+    steps: list[list[list[Work]]] = [[]]
+    for work in works(batches):
+        steps[-1].append(work)
+        if work[0].batch.last:
+            steps.append([])
+    return steps[:-1]
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
-def test_recorded_steps_are_those_taken_alone(stacks, loss):
+def test_recorded_parts_are_those_computed_alone(stacks, loss):
     make, graphs = stacks
     (plain, recorded), batches = make(loss)
     recorder = Captured(recorded, CPU)
-    for step, batch in enumerate(batches * 2):
-        expected = plain.finish(plain.differentiate(scheduled(plain, batch, step)))
-        found = recorder.take(scheduled(recorded, batch, step))
+    steps = in_steps(batches * 2)
+    assert len(steps) < len(batches * 2)
+    for parts in steps:
+        expected = step(plain, plain.differentiate, parts)
+        found = step(recorded, recorder.differentiate, parts)
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
         recorded.optimizer.values_KP, plain.optimizer.values_KP, rtol=1e-3, atol=1e-5
     )
-    # Few shapes, each recorded once, and most steps were replays of one that was there.
+    # Few shapes, each recorded once, in the middle of steps, too; all parts were replayed.
     assert sum(graph.replays for graph in graphs) == 2 * len(batches)
     assert len(graphs) == len({captured.shape_of(batch) for batch in batches}) < len(batches)
     moments = [stack.optimizer.moments(0)["step"] for stack in (plain, recorded)]
-    assert moments == [2 * len(batches)] * 2
+    assert moments == [len(steps)] * 2
+
+
+def test_a_part_without_targets_is_recorded_as_others_are(stacks):
+    make, graphs = stacks
+    (plain, recorded), batches = make("exact")
+    nothing = batches[0].wanted_N[:0]
+    empty = replace(batches[0], wanted_N=nothing, targets_N=nothing)
+    found = []
+    for stack, differentiate in (
+        (plain, plain.differentiate),
+        (recorded, Captured(recorded, CPU).differentiate),
+    ):
+        found.append(step(stack, differentiate, works([empty, batches[1]])))
+    for value, other in zip(*found, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    assert sum(graph.replays for graph in graphs) == 2
 
 
 def test_a_batch_that_is_no_number_moves_nobody_that_sees_it(stacks):
     make, _ = stacks
     (_, recorded), batches = make("exact")
     recorder = Captured(recorded, CPU)
-    recorder.take(scheduled(recorded, batches[0], 0))
+    first, second = works(batches[:2])
+    step(recorded, recorder.differentiate, [first])
     before = recorded.optimizer.values_KP.clone()
     recorded.model.branch.bias.data[1] = torch.nan
     before[1] = recorded.optimizer.values_KP[1]
-    loss_K, _ = recorder.take(scheduled(recorded, batches[1], 1))
+    loss_K, _ = step(recorded, recorder.differentiate, [second])
     assert loss_K.isfinite().tolist() == [True, False]
     assert not torch.equal(recorded.optimizer.values_KP[0], before[0])
     torch.testing.assert_close(recorded.optimizer.values_KP[1], before[1], equal_nan=True)
     assert [int(recorded.optimizer.moments(k)["step"]) for k in range(2)] == [2, 1]
 
 
-def test_what_cannot_be_recorded_is_left_to_others(stacks, monkeypatch):
+def test_what_cannot_be_recorded_is_left_to_the_stack(stacks, monkeypatch):
+    make, graphs = stacks
+    (plain, recorded), batches = make("exact")
+    recorder = Captured(recorded, CPU)
+    work = works(batches[:1])[0]
+    rows = replace(batches[0], starts_M=None)
+    apart = [work[0], replace(work[1], batch=replace(batches[0]))]
+
+    def check(work):
+        found = step(recorded, recorder.differentiate, [work])
+        for value, other in zip(found, step(plain, plain.differentiate, [work]), strict=True):
+            torch.testing.assert_close(value, other)
+
+    for one in (works([rows])[0], apart):
+        check(one)
+    monkeypatch.setattr(captured, "SHAPES", 0)
+    check(work)
+    assert not graphs
+
+
+def test_without_room_for_a_recording_parts_are_computed_without(stacks, monkeypatch):
+    make, graphs = stacks
+    (plain, recorded), batches = make("exact")
+    recorder = Captured(recorded, CPU)
+    record, tried = captured.record, []
+
+    def short(part, device, pool):
+        tried.append(1)
+        if len(tried) == 2:
+            part()
+            raise torch.OutOfMemoryError
+        return record(part, device, pool)
+
+    monkeypatch.setattr(captured, "record", short)
+    parts = works(batches)
+    found = step(recorded, recorder.differentiate, parts)
+    for value, other in zip(found, step(plain, plain.differentiate, parts), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    assert len(tried) == 2 and len(graphs) == 1
+    assert not recorder.room and not recorder._recorded
+
+
+def test_a_head_that_streams_is_not_recorded(stacks):
     make, graphs = stacks
     (_, recorded), batches = make("exact")
-    recorder = Captured(recorded, CPU)
-    part = replace(batches[0], whole=batches[0].whole._replace(tokens=1000))
-    rows = replace(batches[0], starts_M=None)
-    for batch in (part, rows, replace(batches[0], last=False)):
-        assert recorder.take(scheduled(recorded, batch, 0)) is None
-    other = replace(batches[0])
-    work = scheduled(recorded, batches[0], 0)
-    assert recorder.take([work[0], replace(work[1], batch=other)]) is None
-    monkeypatch.setattr(captured, "SHAPES", 0)
-    assert recorder.take(work) is None
+    recorded.streams = lambda batch: True
+    step(recorded, Captured(recorded, CPU).differentiate, works(batches[:1]))
     assert not graphs
+
+
+@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs, loss):
+    found = []
+    for capture in (False, True):
+        recipe = Recipe(part_tokens=200, one_row=True, capture=capture)
+        monkeypatch.setattr(trainer, "plain_recipe", lambda *given, recipe=recipe: recipe)
+        runs = {
+            tmp_path / f"{capture}{seed}": replace(CONFIG, loss=loss, seed=seed, order_seed=0)
+            for seed in range(2)
+        }
+        results = sweep(world.cache_path, runs=runs, device="cpu")
+        assert bool(graphs) is capture
+        found.append([one.summary.best_dev for one in results])
+        for out in runs:
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            found[-1] += [row["train_loss"] for row in rows if "train_loss" in row]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+
+
+def test_many_carryons_are_not_recorded(world, tmp_path, monkeypatch, graphs):
+    recipe = Recipe(one_row=True, capture=True)
+    monkeypatch.setattr(trainer, "plain_recipe", lambda *given: recipe)
+    for many in (captured.MOST + 1, captured.MOST):
+        assert not graphs
+        config = replace(CONFIG, loss="exact", epochs=1, order_seed=0)
+        runs = {tmp_path / f"{many}.{seed}": replace(config, seed=seed) for seed in range(many)}
+        assert not any(one.failure for one in sweep(world.cache_path, runs=runs, device="cpu"))
+    assert graphs

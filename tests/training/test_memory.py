@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from typer.testing import CliRunner
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.errors import DeviceMemoryError, UsageError
 from embedcache.train import sweep, train
-from embedcache.training import trainer
+from embedcache.training import captured, memory, trainer
+from embedcache.training.captured import Captured
 from embedcache.training.config import TrainConfig
 from embedcache.training.loop import Loop
 from embedcache.training.materials import Materials
@@ -113,6 +115,38 @@ def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone():
     assert len({(r.offload, r.host_head) for r in candidates(CUDA, 1 << 30, 64, 32)}) == 4
 
 
+@pytest.fixture
+def recording(monkeypatch):
+    """Recipes as on a GPU that records them."""
+    monkeypatch.setattr(
+        memory, "plain_recipe", lambda *given: Recipe(one_row=True, capture=True, ahead=1)
+    )
+
+
+def test_the_last_resort_is_not_recorded(recording):
+    found = candidates(CUDA, 1 << 30, 64, 32)
+    assert [recipe.capture for recipe in found] == [True] * 8 + [False]
+    assert replace(found[-1], capture=True) == found[-2]
+
+
+@pytest.mark.parametrize("room", [True, False])
+def test_a_plan_is_of_recorded_parts_where_there_is_room(world, recording, monkeypatch, room):
+    record, tried = Captured._record, []
+
+    def recorded(self, work):
+        tried.append(1)
+        if not room:
+            raise torch.OutOfMemoryError
+        monkeypatch.setattr(captured, "record", lambda part, *given: (Mock(), part()))
+        return record(self, work)
+
+    monkeypatch.setattr(Captured, "_record", recorded)
+    materials = Materials(world.cache(), CPU, ALONE)
+    plan = plan_memory(materials, [CONFIG], "exact", 12_000_000)
+    assert tried
+    assert plan.recipe.capture is room
+
+
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
 def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, loss):
     """Every gradient of the loop is measured; with less memory the parts are smaller."""
@@ -129,14 +163,14 @@ def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, l
     for budget in (12_000_000, 3_000_000):
         peaks[budget] = []
 
-        def measured(self, work, budget=budget, **more):
+        def measured(self, work, budget=budget):
             if not looping:
-                return differentiate(self, work, **more)
+                return differentiate(self, work)
             held = [self.optimizer.values_KP, self.optimizer.gradient_KP]
             held += [*self.optimizer._states._parts[1:], self._inputs.head.weight_VH]
             held += [*work[0].batch.tensors()] * 3
             with peak_of(CPU, held) as peak:
-                loss_K = differentiate(self, work, **more)
+                loss_K = differentiate(self, work)
             peaks[budget].append(peak[0])
             planned.append((budget, self.recipe.part_tokens))
             return loss_K
@@ -207,11 +241,11 @@ def test_a_device_that_is_full_says_what_would_fit(world, tmp_path, monkeypatch)
     monkeypatch.setattr("embedcache.training.member.CHECKPOINT_SECONDS", 0.0)
     differentiate, calls = Stack.differentiate, []
 
-    def full(self, work, **more):
+    def full(self, work):
         calls.append(1)
         if len(calls) == 3:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        return differentiate(self, work, **more)
+        return differentiate(self, work)
 
     monkeypatch.setattr(Stack, "differentiate", full)
     config = replace(CONFIG, batch_tokens=256)

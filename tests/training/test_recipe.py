@@ -89,24 +89,26 @@ def test_bfloat16_weights_learn_about_the_same(world, tmp_path, monkeypatch):
 
 
 def test_parts_are_what_is_on_the_device_at_a_time(world, tmp_path, monkeypatch):
-    seen, steps = [], []
-    differentiate, finish = Stack.differentiate, Stack.finish
+    seen, parts = [], []
+    begin, differentiate, finish = Stack.begin, Stack.differentiate, Stack.finish
 
-    def noted(self, work, **more):
-        seen.append((work[0].batch.tokens, more.get("more", False), work[0].batch.last))
-        return differentiate(self, work, **more)
+    def noted(self, work):
+        seen.append((work[0].batch.tokens, work[0].batch.last))
+        parts[-1] += 1
+        return differentiate(self, work)
+
+    def finished(self, loss_K):
+        assert parts[-1] > 0 and seen[-1][1]
+        return finish(self, loss_K)
 
     monkeypatch.setattr(Stack, "differentiate", noted)
-    monkeypatch.setattr(
-        Stack, "finish", lambda self, loss_K: (steps.append(1), finish(self, loss_K))[1]
-    )
+    monkeypatch.setattr(Stack, "begin", lambda self, work: (parts.append(0), begin(self, work)))
+    monkeypatch.setattr(Stack, "finish", finished)
     trained(world, tmp_path / "c", monkeypatch, Recipe(part_tokens=80))
-    assert max(tokens for tokens, _, _ in seen) <= 80
-    assert len(seen) > 2 * len(steps)
-    assert sum(not more for _, more, _ in seen) == sum(last for *_, last in seen) == len(steps)
-    assert sum(tokens for tokens, _, _ in seen) == (
-        2 * world.cache().split("train").manifest.tokens
-    )
+    assert max(tokens for tokens, _ in seen) <= 80
+    assert len(seen) > 2 * len(parts)
+    assert sum(last for _, last in seen) == len(parts)
+    assert sum(tokens for tokens, _ in seen) == (2 * world.cache().split("train").manifest.tokens)
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
@@ -214,7 +216,7 @@ def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
             batch = next(loader.epoch(0, draw=partial(drawn, shortlist, shortlist.generator(3))))
             work.append(Work(batch=batch, targets=len(batch.targets_N), rate=1.0))
         assert len(work[0].batch.drawn) > 1
-        stack.schedule(work)
+        stack.begin(work)
         found.append((stack.differentiate(work), stack.optimizer.gradient_KP.clone()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-3, atol=1e-5)
