@@ -10,6 +10,7 @@ Axes: K carry-ons, N wanted positions, C columns of a shortlist, V vocabulary.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -36,6 +37,8 @@ WARM_UPS = 2
 """Times that a part is computed before it is recorded."""
 
 Shape = tuple[object, ...]
+Inputs = dict[tuple[object, ...], Tensor]
+"""What recordings read, by name and shape: those of like parts share it."""
 
 
 def recordable(recipe: Recipe, carryons: int) -> bool:
@@ -62,6 +65,7 @@ class Captured:
     def __init__(self, stack: Stack, device: torch.device):
         self._stack, self._device = stack, device
         self._recorded: dict[Shape, Recorded] = {}
+        self._inputs: Inputs = {}
         self._pool: Any = None
         self.room = True
 
@@ -92,12 +96,13 @@ class Captured:
             self.room = False
         if not self.room:  # recordings hold the memory of a part each: go on without
             self._recorded.clear()
+            self._inputs.clear()
             self._pool = None
         return self._recorded.get(shape)
 
     def _record(self, work: Sequence[Work]) -> Recorded:
         """Record a part of this shape; nothing is added to a gradient by it."""
-        batch = filled_up(work[0].batch)
+        batch = filled_up(work[0].batch, self._inputs)
         work = [replace(one, batch=batch) for one in work]
         with self._stack.counting_nothing():
             graph, loss_K = record(
@@ -119,9 +124,12 @@ def record(part: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple
             part()
     here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
-    # The loader's thread goes on taking memory meanwhile.
-    with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
-        made = part()
+    with warnings.catch_warnings():
+        # Of a part whose memory ran out before its first kernel, the error is enough.
+        warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
+        # The loader's thread goes on taking memory meanwhile.
+        with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+            made = part()
     return graph, made
 
 
@@ -148,31 +156,41 @@ def positions_of(batch: Batch) -> int:
     return rounded_up(len(batch.targets_N), piece)
 
 
-def filled_up(batch: Batch) -> Batch:
-    """Return a copy of a batch, its positions and columns filled up with such as count nothing."""
+def filled_up(batch: Batch, inputs: Inputs) -> Batch:
+    """Return a copy of a batch, its positions and columns filled up with such as count nothing.
+
+    It is made of tensors of ``inputs``, which grow by those that are missing.
+    """
     assert batch.starts_M is not None
     N = positions_of(batch)
+
+    def shared(name: str, like: Tensor, *shape: int) -> Tensor:
+        key = (name, shape, like.dtype)
+        if key not in inputs:
+            inputs[key] = like.new_zeros(shape)
+        return inputs[key]
+
     drawn = []
     for one in cast("Sequence[Listed]", batch.drawn):
         C = rounded_up(len(one.weight_CH), COLUMNS)
         drawn.append(
             Listed(
-                one.weight_CH.new_zeros(C, one.weight_CH.shape[1]),
-                None if one.bias_C is None else one.bias_C.new_zeros(C),
-                one.log_weight_C.new_full((C,), -torch.inf),
-                one.index_N.new_zeros(N),
+                shared("weight_CH", one.weight_CH, C, one.weight_CH.shape[1]),
+                None if one.bias_C is None else shared("bias_C", one.bias_C, C),
+                shared("log_weight_C", one.log_weight_C, C),
+                shared("index_N", one.index_N, N),
             )
         )
     made = replace(
         batch,
-        x_BTH={tap: torch.empty_like(x) for tap, x in batch.x_BTH.items()},
-        ids_BT=torch.empty_like(batch.ids_BT),
-        positions_BT=torch.empty_like(batch.positions_BT),
-        segments_BT=torch.empty_like(batch.segments_BT),
-        starts_M=torch.empty_like(batch.starts_M),
-        wanted_N=batch.wanted_N.new_zeros(N),
-        targets_N=batch.targets_N.new_zeros(N),
-        counts_N=torch.zeros(N, device=batch.targets_N.device),
+        x_BTH={tap: shared(f"x_BTH {tap}", x, *x.shape) for tap, x in batch.x_BTH.items()},
+        ids_BT=shared("ids_BT", batch.ids_BT, *batch.ids_BT.shape),
+        positions_BT=shared("positions_BT", batch.positions_BT, *batch.positions_BT.shape),
+        segments_BT=shared("segments_BT", batch.segments_BT, *batch.segments_BT.shape),
+        starts_M=shared("starts_M", batch.starts_M, *batch.starts_M.shape),
+        wanted_N=shared("wanted_N", batch.wanted_N, N),
+        targets_N=shared("targets_N", batch.targets_N, N),
+        counts_N=shared("counts_N", batch.x_BTH["final"].new_zeros(0).float(), N),
         drawn=drawn,
     )
     refill(made, batch)

@@ -79,9 +79,11 @@ class MemoryPlan:
         assert self.recipe.part_tokens is not None
         return self.recipe.part_tokens
 
-    def smaller(self) -> MemoryPlan:
-        """Return the same with smaller parts."""
-        tokens = self.part_tokens * 7 // 8 // STEP_TOKENS * STEP_TOKENS
+    def smaller(self, longest: int) -> MemoryPlan | None:
+        """Return the same with smaller parts; None where they are as long as a sequence may be."""
+        if self.part_tokens <= longest:
+            return None
+        tokens = max(longest, self.part_tokens * 7 // 8 // STEP_TOKENS * STEP_TOKENS)
         return replace(
             self,
             recipe=replace(self.recipe, part_tokens=tokens),

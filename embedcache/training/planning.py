@@ -12,7 +12,7 @@ import torch
 
 from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
-from embedcache.device import current
+from embedcache.device import current, fast_dtype
 from embedcache.training.captured import Captured, recordable
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
@@ -50,18 +50,19 @@ def plan_memory(
     shape = configs[0].carryon
     recipes = candidates(materials.device, budget, materials.hidden, shape.head_width)
     while recipes:
-        plan = choose(
+        plan: MemoryPlan | None = choose(
             recipes,
             budget,
             trials.footprint,
             longest=longest,
             step_tokens=max(materials.batch_tokens(config) for config in configs),
         )
+        assert plan is not None
         recipes = [one for one in recipes if one != replace(plan.recipe, part_tokens=None)]
-        while plan.part_tokens >= longest:
+        while plan is not None:
             if trials.holds(plan.recipe, budget):
                 return plan
-            plan = plan.smaller()
+            plan = plan.smaller(longest)
     raise too_small(budget, longest, budget * 1.1)
 
 
@@ -71,11 +72,29 @@ class _Trials:
     def __init__(self, materials: Materials, configs: Sequence[TrainConfig], loss: str):
         self._materials, self._configs, self._loss = materials, configs, loss
         self._longest = materials.cache.attributes.settings.context
+        self._footprints: dict[tuple[Recipe, int | None], Footprint | None] = {}
         with torch.random.fork_rng(devices=[]):
             self._models = [CarryOn(config.carryon, materials.hidden) for config in configs]
 
     def footprint(self, recipe: Recipe, budget: int | None) -> Footprint | None:
-        """Measure what a recipe takes; None where that is more than a budget."""
+        """Return what a recipe takes, as measured once; None where that is more than a budget."""
+        key = recipe, budget
+        if key not in self._footprints:
+            hopeless = budget is not None and self._kept(recipe) > budget
+            self._footprints[key] = None if hopeless else self._measured(recipe, budget)
+        return self._footprints[key]
+
+    def _kept(self, recipe: Recipe) -> int:
+        """Return the bytes that a recipe keeps on the device whatever a part is."""
+        weights = sum(model.parameter_count() for model in self._models)
+        states = 0 if recipe.offload else 2 * torch.float32.itemsize
+        kept = weights * (2 * recipe.dtype.itemsize + states)
+        if not recipe.host_head:
+            base, dtype = self._materials.cache.attributes.base, fast_dtype(self._materials.device)
+            kept += base["hidden_size"] * base["vocab_size"] * dtype.itemsize
+        return kept
+
+    def _measured(self, recipe: Recipe, budget: int | None) -> Footprint | None:
         measured: dict[int, int] = {}
         least = max(self._longest, TRIED)
         with held(budget, self._materials.device):

@@ -101,17 +101,13 @@ class Trainer:
         else:
             return
         gc.collect()  # what the steps held
-        if plan is not None and self._holds_smaller(plan, [member for member, _ in begun]):
+        members = [member for member, _ in begun]
+        smaller = plan and plan.smaller(self._cache.attributes.settings.context)
+        if smaller is not None and all(m.state.step == m.resumed_at for m in members):
             self._progress.say(f"that does not hold ({why}): once more, with smaller parts")
-            self.run([member for member, _ in begun], plan.smaller())
+            self.run(members, smaller)
         else:
-            self._fail_for_memory([member for member, _ in begun], why)
-
-    def _holds_smaller(self, plan: MemoryPlan, members: Sequence[Member]) -> bool:
-        """Say whether smaller parts are possible, and no step was noted since the start."""
-        if plan.smaller().part_tokens < self._cache.attributes.settings.context:
-            return False
-        return all(member.state.step == member.resumed_at for member in members)
+            self._fail_for_memory(members, why)
 
     def _train(self, begun: Sequence[Begun], recipe: Recipe) -> None:
         for member, _ in begun:

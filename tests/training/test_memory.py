@@ -12,9 +12,10 @@ from conftest import World
 from typer.testing import CliRunner
 
 from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn
 from embedcache.errors import DeviceMemoryError, UsageError
 from embedcache.train import sweep, train
-from embedcache.training import captured, memory, trainer
+from embedcache.training import captured, memory, planning, trainer
 from embedcache.training.captured import Captured
 from embedcache.training.config import TrainConfig
 from embedcache.training.loop import Loop
@@ -22,7 +23,7 @@ from embedcache.training.materials import Materials
 from embedcache.training.memory import Footprint, candidates, choose, peak_of
 from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE
-from embedcache.training.recipe import Recipe
+from embedcache.training.recipe import PLAIN, Recipe
 from embedcache.training.stack import Stack
 from embedcache.units import bytes_of
 from embedcache_cli.app import app
@@ -145,6 +146,24 @@ def test_a_plan_is_of_recorded_parts_where_there_is_room(world, recording, monke
     plan = plan_memory(materials, [CONFIG], "exact", 12_000_000)
     assert tried
     assert plan.recipe.capture is room
+
+
+def test_what_is_kept_alone_is_more_than_a_budget(world, monkeypatch):
+    """Nothing is tried then, but for the least that would do."""
+    tried, measured = [], planning._Trials._measured
+
+    def noted(self, recipe, budget):
+        tried.append(budget)
+        return measured(self, recipe, budget)
+
+    monkeypatch.setattr(planning._Trials, "_measured", noted)
+    materials = Materials(world.cache(), CPU, ALONE)
+    weights = CarryOn(CONFIG.carryon, 32).parameter_count()
+    head = materials.inputs(CONFIG.carryon, PLAIN, training=True).head.weight_VH.nbytes
+    for budget in (head + 16 * weights - 1, head + 16 * weights):
+        with pytest.raises(DeviceMemoryError, match="at least"):
+            plan_memory(materials, [CONFIG], "exact", budget)
+    assert tried == [None, head + 16 * weights, head + 16 * weights]
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
@@ -315,7 +334,8 @@ def test_a_recipe_that_does_not_hold_gives_way_to_smaller_parts_and_then_to_the_
     assert tried[0] == (False, plan.part_tokens)
     assert 64 <= tried[-2][1] < plan.part_tokens  # the context's length at least
     assert [recompute for recompute, _ in tried] == [False] * (len(tried) - 1) + [True]
-    smaller = plan.smaller()
+    smaller = plan.smaller(64)
+    assert smaller is not None
     assert plan.expected - smaller.expected == pytest.approx(
         plan.per_token * (plan.part_tokens - smaller.part_tokens), abs=1
     )
