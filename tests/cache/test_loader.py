@@ -230,7 +230,7 @@ def test_the_blocks_of_two_windows_are_in_memory_at_most(split, monkeypatch):
         return block
 
     monkeypatch.setattr(type(split), "stored", held)
-    for _ in BatchLoader(split, batch_tokens=30, taps=("final",)).epoch(0):
+    for _ in BatchLoader(split, batch_tokens=30, taps=("final",)).epochs(range(3)):
         pass
     # Besides, each window's first batch may hold the last sequence of the window before.
     assert 0 < most <= 2 * (order_module.WINDOW + 1)
