@@ -131,14 +131,13 @@ def test_closing_stops_every_thread_and_what_was_not_begun(split, packers, batch
     begun = len(found)
     stream.close()
     assert set(threading.enumerate()) == before
-    assert len(found) <= begun + 1
+    assert len(found) <= begun + 3  # of ten or more that were asked for, in windows of 8 and 20
     with pytest.raises(StopIteration):
         next(stream)
 
 
+@pytest.mark.parametrize("split", [1, 2, 8], indirect=True)  # of 20, no block is read twice
 def test_a_damaged_block_of_the_next_epoch_is_told_of_at_its_batch(split, packers, monkeypatch):
-    if order_module.WINDOW == 20:
-        pytest.skip("no block is read twice")
     damaged = next(b for b in windows(split, 1)[0] if b not in windows(split, 0)[-1])
     inside = set(split.sequences(damaged)[0].tolist())
     found, stored = [], type(split).stored

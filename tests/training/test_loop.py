@@ -13,7 +13,7 @@ from embedcache.cache import order
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.reader import SplitReader
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.errors import CacheError, NumericsError
+from embedcache.errors import CacheError
 from embedcache.train import sweep, train
 from embedcache.training import loop
 from embedcache.training.config import TrainConfig
@@ -81,25 +81,33 @@ def test_each_feed_s_stream_ends_with_its_last_member(world, tmp_path, streams, 
     assert open_ones == [2, 1, 0]  # the failed one's first
 
 
-def test_an_error_closes_the_stream_and_is_raised(world, tmp_path, streams, monkeypatch):
-    config = replace(CONFIG, lr=1e30)
-    with pytest.raises(NumericsError):
-        train(world.cache_path, out=tmp_path / "a", config=config, device="cpu")
-    assert closed(streams)
+def test_an_error_elsewhere_closes_the_streams(world, tmp_path, streams, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Stack, "finish", interrupted)
+    runs = {tmp_path / str(seed): replace(CONFIG, seed=seed) for seed in (0, 1)}
+    with pytest.raises(KeyboardInterrupt):
+        sweep(world.cache_path, runs=runs, device="cpu")
+    assert len(streams) == 2 and closed(streams)
+
+
+def test_a_damaged_block_of_the_next_epoch_is_told_of_then(world, tmp_path, streams, monkeypatch):
     stored, reads = SplitReader.stored, []
 
     def damaged(self, number, taps):
-        reads.append(number if self.name == "train" and len(streams) == 2 else None)
-        if number == reads[-1] == 3 and reads.count(3) == 2:
+        if self.name == "train" and streams:
+            reads.append(number)
+        if self.name == "train" and number == 3 and reads.count(3) == 2:
             raise CacheError("damaged in the second epoch")
         return stored(self, number, taps)
 
     monkeypatch.setattr(order, "WINDOW", 1)
     monkeypatch.setattr(SplitReader, "stored", damaged)
     with pytest.raises(CacheError, match="damaged in the second epoch"):
-        train(world.cache_path, out=tmp_path / "b", config=CONFIG, device="cpu")
-    assert len(streams) == 2 and closed(streams)
-    rows = [json.loads(row) for row in (tmp_path / "b" / METRICS_FILE).read_text().splitlines()]
+        train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
+    assert closed(streams)
+    rows = [json.loads(row) for row in (tmp_path / "c" / METRICS_FILE).read_text().splitlines()]
     assert [row["epoch"] for row in rows if "train_loss" in row] == [1]
 
 
