@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
+import threading
+import time
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from conftest import make_world
 
+from embedcache.cache.loader import BatchLoader
 from embedcache.cache.verify import verify
 from embedcache.carryon.attention import Spans, attend, segment_mask
 from embedcache.carryon.config import CarryOnConfig
@@ -78,6 +83,55 @@ def test_spans_on_a_gpu_are_the_mask_they_stand_for():
         strict=True,
     ):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("part_tokens", [None, 80])
+def test_batches_of_several_epochs_are_those_of_a_cpu(world, part_tokens):
+    split, before = world.cache().split("train"), set(threading.enumerate())
+    settings = {
+        "batch_tokens": 200,
+        "taps": ("final",),
+        "one_row": True,
+        "part_tokens": part_tokens,
+    }
+    found = []
+    for device in ("cpu", "cuda"):
+        drawn = itertools.count()
+        loader = BatchLoader(split, device=torch.device(device), **settings)
+        batches = loader.epochs(range(1, 4), skip=3, draw=lambda _, drawn=drawn: [[next(drawn)]])
+        found.append([])
+        for batch in batches:
+            found[-1].append(None)
+            if batch is not None:
+                tensors = [tensor.cpu() for tensor in batch.tensors()]
+                found[-1][-1] = (batch.sequences, batch.drawn, batch.last, tensors)
+    assert [one is None for one in found[0]].count(True) == 3
+    for one, other in zip(*found, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert one[:3] == other[:3]
+            assert all(torch.equal(a, b) for a, b in zip(one[3], other[3], strict=True))
+    assert set(threading.enumerate()) == before
+
+
+@pytest.mark.parametrize(("part_tokens", "made"), [(None, 3), (80, 0)])
+def test_the_next_epoch_waits_on_the_device_unless_memory_is_short(world, part_tokens, made):
+    drawn = []
+    loader = BatchLoader(
+        world.cache().split("train"),
+        batch_tokens=200,
+        taps=("final",),
+        device=torch.device("cuda"),
+        part_tokens=part_tokens,
+    )
+    batches = loader.epochs(range(2), draw=lambda batch: drawn.append(batch) or ())
+    count = sum(1 for _ in iter(partial(next, batches), None))
+    stop = time.perf_counter() + 5
+    while len(drawn) < count + made and time.perf_counter() < stop:
+        time.sleep(0.01)
+    time.sleep(0.2)
+    assert len(drawn) == count + made  # two in the queue, one in hand
+    batches.close()
 
 
 RECIPES = {

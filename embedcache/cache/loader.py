@@ -6,45 +6,29 @@ Blocks are read and decoded on threads, ahead of the trainer: those of two windo
 from __future__ import annotations
 
 import os
-from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import replace
-from functools import cache
-from typing import Any, NamedTuple
+from functools import cache, partial
+from itertools import chain, starmap
+from typing import Any
 
 import numpy as np
 import torch
 
-from embedcache.cache.batch import Batch, Counts, Drawn
+from embedcache.cache.batch import Batch, Drawn
 from embedcache.cache.order import BatchOrder
-from embedcache.cache.packing import Packed, counted, cut_parts, length, pack
-from embedcache.cache.prefetch import prefetch
+from embedcache.cache.packing import Cut, Packed, cut_batch, pack
+from embedcache.cache.prefetch import look_ahead, prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
 from embedcache.cache.subset import Subset
 
 Array = np.ndarray[Any, Any]
-
+Blocks = dict[int, Future[StoredBlock]]
 
 PACKERS = {"cuda": 2}
 """Threads that pack batches, by device: one does not keep up with a GPU. Else the caller does."""
-
-
-class Cut(NamedTuple):
-    """What goes into a batch, or a part of one: (block, place in the block) items; see `Batch`."""
-
-    items: list[tuple[StoredBlock, int]]
-    whole: Counts
-    last: bool
-
-
-class Part(NamedTuple):
-    """A batch, or a part of one, on the host; see `Batch` of ``whole`` and ``last``."""
-
-    packed: Packed
-    whole: Counts
-    last: bool
 
 
 class BatchLoader:
@@ -58,7 +42,8 @@ class BatchLoader:
     differ by one.
 
     ``one_row`` puts a batch's sequences one behind the other, in a row of fixed length.
-    ``part_tokens`` cuts batches into parts of at most so many tokens, of whole sequences.
+    ``part_tokens`` cuts batches into parts of at most so many tokens, of whole sequences, where the
+    device's memory is short; what lies there then is of one epoch at a time.
     """
 
     def __init__(
@@ -79,6 +64,7 @@ class BatchLoader:
     ):
         """Open it; ``ahead`` batches, or parts, are made before they are asked for."""
         self._split = split
+        self._in_parts = part_tokens is not None
         self._part_tokens = part_tokens or batch_tokens
         self._row_tokens = self._part_tokens if one_row else None
         self._ahead = ahead
@@ -98,86 +84,125 @@ class BatchLoader:
     def epoch(
         self, epoch: int, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None
     ) -> Generator[Batch]:
-        """Yield this rank's batches of an epoch, from its batch number ``skip`` on.
+        """Yield this rank's batches of one epoch; see `epochs`."""
+        with closing(self.epochs(range(epoch, epoch + 1), skip=skip, draw=draw)) as batches:
+            for batch in batches:
+                if batch is not None:
+                    yield batch
 
-        ``skip`` counts the batches of all ranks together, so a run goes on with another number of
-        them. Skipped batches are never read: only their lengths are. On CUDA batches are packed on
-        threads, and on another copied and decoded, on a stream of their own. ``draw`` is called
-        there with each; what it returns comes along as ``drawn``.
+    def epochs(
+        self, epochs: range, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None
+    ) -> Generator[Batch | None]:
+        """Yield this rank's batches of some epochs, and None at the end of each.
+
+        They are one stream: while an epoch's last batches are used, and until more are asked for
+        after its end, the next one's first are read and made.
+
+        It begins at the first epoch's batch number ``skip``, which counts those of all ranks
+        together, so a run goes on with another number of them. Skipped batches are never read: only
+        their lengths are. On CUDA batches are packed on threads, and on another copied and decoded,
+        on a stream of their own. ``draw`` is called there with each; what it returns comes along as
+        ``drawn``. An error is raised where its batch is due.
         """
-        parts = self._packed(self._cut(epoch, skip), PACKERS.get(self._device.type, 0))
         draw = draw or _nothing
-        if self._device.type != "cuda":
-            # Not on a thread: torch's products on the caller's threads slow down by a third once
-            # another thread has begun a team of its own. Blocks are read ahead in any case.
-            yield from self._made(parts, draw)
-            return
-        stream = _stream(self._device)
-        # What shortlists are drawn by is made on the caller's.
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        made = _on_stream(self._made(parts, draw), stream)
-        with closing(prefetch(made, self._ahead)) as batches:
-            for batch, copied in batches:
-                here = torch.cuda.current_stream(self._device)
-                here.wait_event(copied)
-                for tensor in batch.tensors():
-                    tensor.record_stream(here)
-                yield batch
+        with (
+            _threads(self._threads) as readers,
+            self._packed(self._cut(epochs, skip, readers)) as packed,
+        ):
+            if self._device.type != "cuda":
+                # Not on a thread: torch's products on the caller's threads slow down by a third
+                # once another thread has begun a team of its own. Blocks are read ahead in any
+                # case.
+                for part in packed:
+                    yield None if part is None else self._made(part, draw)
+                return
+            # What shortlists are drawn by is made on the caller's stream.
+            _stream(self._device).wait_stream(torch.cuda.current_stream(self._device))
+            for run in self._runs(packed, len(epochs)):
+                with closing(prefetch(self._copied(run, draw), self._ahead)) as made:
+                    for one in made:
+                        yield None if one is None else self._arrived(*one)
 
-    def _made(self, parts: Iterable[Part], draw: Callable[[Batch], Drawn]) -> Iterator[Batch]:
-        for part in parts:
-            batch = self._decoded(part)
-            yield replace(batch, drawn=draw(batch))
+    def _cut(self, epochs: range, skip: int, readers: Executor) -> Iterator[Cut | None]:
+        """Cut the batches out of windows; the next one's blocks are read meanwhile."""
+        windows = look_ahead(self._windows(epochs, skip, readers), 1)
+        return chain.from_iterable(starmap(self._cuts, windows))
 
-    def _packed(self, cuts: Iterable[Cut], packers: int) -> Iterator[Part]:
+    @contextmanager
+    def _packed(self, cuts: Iterator[Cut | None]) -> Iterator[Iterator[Packed | None]]:
         """Pack the cuts in order, by the caller, or ahead of it by so many threads."""
+        packers = PACKERS.get(self._device.type, 0)
         if not packers:
-            yield from map(self._pack, cuts)
+            yield map(self._pack, cuts)
             return
-        with ThreadPoolExecutor(packers) as pool:
-            coming: deque[Future[Part]] = deque()
-            for cut in cuts:
-                coming.append(pool.submit(self._pack, cut))
-                if len(coming) > packers:
-                    yield coming.popleft().result()
-            while coming:
-                yield coming.popleft().result()
+        with _threads(packers) as pool:
+            jobs = (pool.submit(self._pack, cut) for cut in cuts)
+            yield map(Future.result, look_ahead(jobs, packers))
 
-    def _pack(self, cut: Cut) -> Part:
-        packed = pack(
-            cut.items, self._taps, self._split.specs, self._device, row_tokens=self._row_tokens
-        )
-        return Part(packed, cut.whole, cut.last)
+    def _runs(
+        self, packed: Iterator[Packed | None], epochs: int
+    ) -> Iterator[Iterator[Packed | None]]:
+        """Yield what is copied in one go: all, or, in parts, an epoch up to its end."""
+        if not self._in_parts:
+            yield packed
+            return
+        for _ in range(epochs):
+            yield chain(iter(partial(next, packed), None), [None])
 
-    def _cut(self, epoch: int, skip: int) -> Iterator[Cut]:
-        with ThreadPoolExecutor(self._threads) as pool:
-            futures: dict[int, Future[StoredBlock]] = {}
-            ahead: list[tuple[list[Array], dict[int, Future[StoredBlock]]]] = []
-            for batches in self._order.windows(epoch, skip):
-                blocks = dict.fromkeys(block for items in batches for block in items[:, 0].tolist())
-                futures = {
-                    block: futures.get(block) or pool.submit(self._split.stored, block, self._taps)
-                    for block in blocks
-                }
-                ahead.append((batches, futures))
-                if len(ahead) > 1:  # the next window is read while this one is trained on
-                    yield from self._collate(*ahead.pop(0))
-            for window in ahead:
-                yield from self._collate(*window)
+    def _windows(
+        self, epochs: range, skip: int, readers: Executor
+    ) -> Iterator[tuple[list[Array | None], Blocks]]:
+        """Yield windows of batches, and their blocks, of which reading has begun."""
+        blocks: Blocks = {}
+        for batches in self._order.windows(epochs, skip):
+            numbers = [items[:, 0].tolist() for items in batches if items is not None]
+            blocks = {
+                block: blocks.get(block) or readers.submit(self._split.stored, block, self._taps)
+                for block in dict.fromkeys(chain(*numbers))
+            }
+            yield batches, blocks
 
-    def _collate(
-        self, batches: list[Array], futures: dict[int, Future[StoredBlock]]
-    ) -> Iterator[Cut]:
+    def _cuts(self, batches: list[Array | None], blocks: Blocks) -> Iterator[Cut | None]:
         for items in batches:
-            places = [(futures[block].result(), place) for block, place, _ in items.tolist()]
-            whole = counted(places)
-            parts = cut_parts([length(*place) for place in places], self._part_tokens)
-            for part in parts:
-                yield Cut([places[index] for index in part], whole, part is parts[-1])
+            if items is None:
+                yield None
+            else:
+                places = [(blocks[block].result(), place) for block, place, _ in items.tolist()]
+                yield from cut_batch(places, self._part_tokens)
 
-    def _decoded(self, part: Part) -> Batch:
-        """Copy a part to the device and decode its embeddings there."""
-        packed = part.packed
+    def _pack(self, cut: Cut | None) -> Packed | None:
+        if cut is None:
+            return None
+        return pack(cut, self._taps, self._split.specs, self._device, row_tokens=self._row_tokens)
+
+    def _made(self, packed: Packed, draw: Callable[[Batch], Drawn]) -> Batch:
+        batch = self._decoded(packed)
+        return replace(batch, drawn=draw(batch))
+
+    def _copied(
+        self, packed: Iterable[Packed | None], draw: Callable[[Batch], Drawn]
+    ) -> Iterator[tuple[Batch, torch.cuda.Event] | None]:
+        """Make batches on a stream of their own, each with the event of when it is there."""
+        stream = _stream(self._device)
+        for one in packed:
+            if one is None:
+                yield None
+                continue
+            with torch.cuda.stream(stream):  # not across a yield: another thread may close it
+                batch = self._made(one, draw)
+                copied = torch.cuda.Event()
+                copied.record()
+            yield batch, copied
+
+    def _arrived(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+        here = torch.cuda.current_stream(self._device)
+        here.wait_event(copied)
+        for tensor in batch.tensors():
+            tensor.record_stream(here)
+        return batch
+
+    def _decoded(self, packed: Packed) -> Batch:
+        """Copy a batch, or a part of one, to the device and decode its embeddings there."""
 
         def moved(values: Array) -> torch.Tensor:
             value = torch.from_numpy(values)
@@ -204,8 +229,8 @@ class BatchLoader:
             packed.tokens,
             packed.packed,
             None if packed.starts_M is None else moved(packed.starts_M),
-            part.whole,
-            part.last,
+            packed.whole,
+            packed.last,
         )
 
 
@@ -219,14 +244,11 @@ def _stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def _on_stream(
-    made: Iterator[Batch], stream: torch.cuda.Stream
-) -> Iterator[tuple[Batch, torch.cuda.Event]]:
-    while True:
-        with torch.cuda.stream(stream):  # not across a yield: it may be closed by another thread
-            batch = next(made, None)
-            if batch is None:
-                return
-            copied = torch.cuda.Event()
-            copied.record()
-        yield batch, copied
+@contextmanager
+def _threads(count: int) -> Iterator[Executor]:
+    """Have threads that end with the block; what they have not begun by then is left undone."""
+    pool = ThreadPoolExecutor(count)
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)

@@ -51,13 +51,26 @@ class BatchOrder:
         self._rank = rank
         self._ranks = ranks
 
-    def windows(self, epoch: int, skip: int) -> Iterator[list[Array]]:
-        """Yield this rank's batches of each window, from the epoch's batch ``skip`` on.
+    def windows(self, epochs: range, skip: int) -> Iterator[list[Array | None]]:
+        """Yield this rank's batches of each window that has some; None is where an epoch ends.
 
-        ``skip`` counts the batches of all ranks; of those that follow, a rank has every
-        ``ranks``-th. Where the order is shuffled, batches at the end that do not make a round of
-        all ranks are left out, for this epoch.
+        From the first epoch's batch ``skip`` on, which counts the batches of all ranks; of those
+        that follow, a rank has every ``ranks``-th. Where the order is shuffled, batches at the end
+        of an epoch that do not make a round of all ranks are left out. An epoch's end goes with the
+        window behind it, which is the next epoch's: whoever reads a window ahead reads that.
         """
+        ends: list[None] = []
+        for epoch in epochs:
+            for batches in self._share(epoch, skip):
+                if batches:
+                    yield [*ends, *batches]
+                    ends = []
+            ends.append(None)
+            skip = 0
+        yield [*ends]
+
+    def _share(self, epoch: int, skip: int) -> Iterator[list[Array]]:
+        """Yield this rank's batches of each window of an epoch."""
         held: list[Array] = []
         for batches in self._batches(epoch):
             dropped = min(skip, len(batches))
@@ -81,9 +94,10 @@ class BatchOrder:
             items_S3 = self._items(blocks[start : start + WINDOW].tolist())
             if self._shuffle:
                 items_S3 = items_S3[generator.permutation(len(items_S3))]
-            *full, left_S3 = fill(np.concatenate([left_S3, items_S3]), self._batch_tokens)
-            yield full
-        yield [left_S3] if len(left_S3) else []
+            batches = fill(np.concatenate([left_S3, items_S3]), self._batch_tokens)
+            if start + WINDOW < len(blocks):
+                left_S3 = batches.pop()
+            yield [batch for batch in batches if len(batch)]
 
     def _items(self, blocks: list[int]) -> Array:
         """Return the sequences of some blocks that are wanted."""

@@ -1,12 +1,14 @@
 """Sequences packed into the rows of a batch, on the host.
 
-Axes: B rows, T time, H hidden, N wanted positions, M starts of sequences, S sequences of a block.
+Axes: B rows, T time, H hidden, N wanted positions, M starts of sequences, S sequences, L tokens
+that are no padding.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,19 +27,25 @@ STARTS = 64
 """Of how many sequence starts a batch of one row has a multiple, so that few shapes are about."""
 
 
-def length(block: StoredBlock, place: int) -> int:
-    """Return the tokens of a sequence of a block."""
-    first, stop = block.rows_S2[place].tolist()
-    return int(stop - first)
+class Cut(NamedTuple):
+    """Sequences of a batch, or of a part of one: (block, place in the block); see `Batch`."""
+
+    items: list[tuple[StoredBlock, int]]
+    whole: Counts
+    last: bool
 
 
-def counted(places: list[tuple[StoredBlock, int]]) -> Counts:
-    """Return the tokens and targets of (block, place in the block) items."""
-    targets = 0
-    for block, place in places:
-        first, stop = block.rows_S2[place].tolist()
-        targets += int(np.count_nonzero(block.loss_mask_N[first + 1 : stop]))
-    return Counts(sum(length(*place) for place in places), targets)
+def cut_batch(items: list[tuple[StoredBlock, int]], most: int) -> Iterator[Cut]:
+    """Cut a batch into parts of at most ``most`` tokens, of whole sequences; a longer one alone."""
+    rows = [block.rows_S2[place].tolist() for block, place in items]
+    targets = sum(
+        int(np.count_nonzero(block.loss_mask_N[first + 1 : stop]))
+        for (block, _), (first, stop) in zip(items, rows, strict=True)
+    )
+    lengths = [stop - first for first, stop in rows]
+    whole, parts = Counts(sum(lengths), targets), cut_parts(lengths, most)
+    for part in parts:
+        yield Cut([items[index] for index in part], whole, part is parts[-1])
 
 
 def cut_parts(lengths: list[int], most: int) -> list[list[int]]:
@@ -92,21 +100,24 @@ class Packed:
     tokens: int
     packed: bool
     starts_M: Array | None
+    whole: Counts
+    last: bool
 
 
 def pack(
-    items: list[tuple[StoredBlock, int]],
+    cut: Cut,
     taps: tuple[str, ...],
     specs: tuple[ArraySpec, ...],
     device: torch.device,
     *,
     row_tokens: int | None = None,
 ) -> Packed:
-    """Pack (block, place in the block) items; the integers into pinned memory for CUDA.
+    """Pack sequences into rows; the integers into pinned memory for CUDA.
 
     With ``row_tokens`` into one row of that length, or of theirs if they are longer.
     """
-    spans = [(int(a), int(b)) for a, b in (block.rows_S2[i] for block, i in items)]
+    items = cut.items
+    spans = [block.rows_S2[place].tolist() for block, place in items]
     lengths = [stop - first for first, stop in spans]
     starts = None
     if row_tokens is None:
@@ -120,8 +131,6 @@ def pack(
         starts = np.full(rounded_up(len(begin) + 1, STARTS), T, np.int32)
         starts[: len(begin)] = begin
     B = len(rows)
-    ids, positions = np.zeros((B, T), np.int64), np.zeros((B, T), np.int64)
-    segments = np.full((B, T), -1, np.int64)
     arrays = {
         tap: {
             spec.group: torch.empty(
@@ -133,38 +142,48 @@ def pack(
         }
         for tap in taps
     }
-    views = [(tap, group, a.numpy()) for tap in taps for group, a in arrays[tap].items()]
-    wanted: list[Array] = []
-    targets: list[Array] = []
-    documents: list[Array] = []
-    sources: list[Array] = []
+    views = [
+        (tap, group, a.flatten(0, 1).numpy()) for tap in taps for group, a in arrays[tap].items()
+    ]
+    at, ids, masks = [], [], []
     for b, row in enumerate(rows):
-        start = 0
+        start = b * T
         for index in row:
-            (block, i), (first, last) = items[index], spans[index]
-            stop = start + lengths[index]
-            ids[b, start:stop] = block.ids_N[first:last]
-            positions[b, start:stop] = np.arange(lengths[index])
-            segments[b, start:stop] = index
+            (block, _), (first, stop) = items[index], spans[index]
             for tap, group, view in views:
-                view[b, start:stop] = block.arrays[tap][group][first:last]
-            places = np.flatnonzero(block.loss_mask_N[first + 1 : last])
-            wanted.append(b * T + start + places)
-            targets.append(block.ids_N[first + 1 : last][places])
-            documents.append(np.full(len(places), block.document_S[i]))
-            sources.append(np.stack([np.full(len(places), block.sequence_S[i]), places], axis=1))
-            start = stop
+                view[start : start + stop - first] = block.arrays[tap][group][first:stop]
+            ids.append(block.ids_N[first:stop])
+            masks.append(block.loss_mask_N[first:stop])
+            at.append(start)
+            start += stop - first
+    order_S = np.concatenate(rows)
+    length_S = np.array(lengths)[order_S]
+    segment_L, ids_L = np.repeat(order_S, length_S), np.concatenate(ids)
+    position_L = np.arange(len(ids_L)) - np.repeat(np.cumsum(length_S) - length_S, length_S)
+    flat_L = np.repeat(at, length_S) + position_L
+
+    def laid_out(values_L: Array, padding: int) -> Array:
+        value = np.full(B * T, padding)
+        value[flat_L] = values_L
+        return value.reshape(B, T)
+
+    target_N = np.flatnonzero(np.concatenate(masks) & (position_L > 0))
+    segment_N, place_N = segment_L[target_N], position_L[target_N] - 1
+    document_S = np.array([block.document_S[place] for block, place in items])
+    sequence_S = np.array([block.sequence_S[place] for block, place in items])
     return Packed(
         arrays,
-        ids,
-        positions,
-        segments,
-        np.concatenate(wanted),
-        np.concatenate(targets),
-        np.concatenate(documents),
-        np.concatenate(sources),
-        tuple(int(block.sequence_S[i]) for block, i in items),
-        sum(lengths),
+        laid_out(ids_L, 0),
+        laid_out(position_L, 0),
+        laid_out(segment_L, -1),
+        flat_L[target_N] - 1,
+        ids_L[target_N],
+        document_S[segment_N],
+        np.stack([sequence_S[segment_N], place_N], axis=1),
+        tuple(sequence_S.tolist()),
+        len(ids_L),
         any(len(row) > 1 for row in rows),
         starts,
+        cut.whole,
+        cut.last,
     )

@@ -1,10 +1,11 @@
-"""Running an iterator ahead on a thread."""
+"""Running an iterator ahead: on a thread, or by the caller, of what is only begun."""
 
 from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Generator, Iterable
+from collections import deque
+from collections.abc import Generator, Iterable, Iterator
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -53,3 +54,26 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item]:
     finally:
         closed.set()
         thread.join()
+
+
+def look_ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
+    """Yield the items in order, each after ``depth`` more are there; an error is in its place.
+
+    For items that are only begun when they are made, such as futures.
+
+    >>> made = []
+    >>> next(look_ahead((made.append(number) or number for number in range(9)), 2)), made
+    (0, [0, 1, 2])
+    """
+    waiting: deque[Item] = deque()
+    failure: Exception | None = None
+    try:
+        for item in items:
+            waiting.append(item)
+            if len(waiting) > depth:
+                yield waiting.popleft()
+    except Exception as error:  # noqa: BLE001
+        failure = error  # raised behind what was there before it
+    yield from waiting
+    if failure is not None:
+        raise failure

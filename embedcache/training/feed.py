@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 
@@ -25,31 +25,31 @@ class Feed:
         self.members = members
         self.shortlist = shortlist
         self.batch: Batch | None = None
-        self._loader = loader
-        self._epoch: Iterator[Batch] | None = None
+        state = members[0].state
+        self._batches = loader.epochs(
+            range(state.epoch, max(member.config.epochs for member in members)),
+            skip=state.position,
+            draw=self._drawing(state.step),
+        )
 
     def advance(self) -> bool:
         """Have a batch due; False at the end of an epoch, once, after which the next one begins."""
         if self.batch is None:
-            if self._epoch is None:
-                state = self.members[0].state
-                self._epoch = self._loader.epoch(
-                    state.epoch, skip=state.position, draw=self._drawing(state.step)
-                )
-            self.batch = next(self._epoch, None)
-            if self.batch is None:
-                self._epoch = None
+            self.batch = next(self._batches)
         return self.batch is not None
+
+    def close(self) -> None:
+        """End the reading of batches."""
+        self._batches.close()
 
     def next_part(self) -> None:
         """Have the next part of the batch due; one without tokens where there is none."""
         assert self.batch is not None
-        assert self._epoch is not None
         if self.batch.last:
             self.batch = self.batch.without_tokens()
         else:
             self.batch = None  # gone before the next one is made
-            self.batch = next(self._epoch)
+            self.batch = next(self._batches)
 
     def _drawing(self, step: int) -> Callable[[Batch], list[Listed]] | None:
         """Return what draws the shortlists of batches from a step on, part by part."""

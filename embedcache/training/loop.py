@@ -83,6 +83,13 @@ class Loop:
 
     def train(self) -> None:
         """Step until no member is left."""
+        try:
+            self._train()
+        finally:
+            for feed in self._feeds:
+                feed.close()
+
+    def _train(self) -> None:
         self._let_go()
         self._clock, self._waited = time.perf_counter(), 0.0
         while self._feeds:
@@ -90,9 +97,10 @@ class Loop:
                 ended = [feed for feed in self._feeds if not feed.advance()]
             if ended:
                 self._read()
+                began = time.perf_counter()
                 for feed in ended:
                     self._end_epoch(feed)
-                self._clock, self._waited = time.perf_counter(), 0.0
+                self._clock += time.perf_counter() - began
             else:
                 self._step()
             self._let_go()
@@ -222,6 +230,8 @@ class Loop:
         if len(left) < len(self._rows()):
             for feed in self._feeds:
                 feed.members = [member for member in feed.members if member in staying]
+                if not feed.members:
+                    feed.close()
             self._feeds = [feed for feed in self._feeds if feed.members]
             if left:
                 self._on(self._stack.keep([index for index, _ in left]))

@@ -179,6 +179,24 @@ def test_contents_and_targets_match_each_sequence(split):
             assert {k: v for k, v in targets.items() if k[0] == segment} == wanted
 
 
+@pytest.mark.parametrize("one_row", [False, True])
+def test_a_sequence_s_first_token_is_nobody_s_target(split, monkeypatch, one_row):
+    read = type(split).stored
+
+    def all_wanted(self, number, taps):
+        block = read(self, number, taps)
+        return dataclasses.replace(block, loss_mask_N=np.ones_like(block.loss_mask_N))
+
+    monkeypatch.setattr(type(split), "stored", all_wanted)
+    for batch in batches(split, one_row=one_row):
+        wanted = batch.segments_BT >= 0
+        wanted &= batch.segments_BT == batch.segments_BT.roll(-1, 1)
+        wanted &= batch.positions_BT + 1 == batch.positions_BT.roll(-1, 1)
+        assert sorted(batch.wanted_N.tolist()) == wanted.flatten().nonzero()[:, 0].tolist()
+        assert torch.equal(batch.targets_N, batch.ids_BT.flatten()[batch.wanted_N + 1])
+        assert batch.whole == (batch.tokens, batch.tokens - len(batch.sequences))
+
+
 def test_the_branch_sees_each_sequence_alone(split):
     torch.manual_seed(0)
     model = CarryOn(CarryOnConfig(width=32), 32)
@@ -230,7 +248,7 @@ def test_the_blocks_of_two_windows_are_in_memory_at_most(split, monkeypatch):
         return block
 
     monkeypatch.setattr(type(split), "stored", held)
-    for _ in BatchLoader(split, batch_tokens=30, taps=("final",)).epoch(0):
+    for _ in BatchLoader(split, batch_tokens=30, taps=("final",)).epochs(range(3)):
         pass
     # Besides, each window's first batch may hold the last sequence of the window before.
     assert 0 < most <= 2 * (order_module.WINDOW + 1)
