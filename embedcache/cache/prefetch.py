@@ -12,33 +12,28 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item]:
-    """Yield the items in order, made up to ``depth`` ahead; an error is raised in its place.
+    """Yield the items in order, at most ``depth`` of them there or being made ahead of the last.
 
-    Closing the generator early stops the thread after the item that it is at.
+    An error is raised in its item's place. Closing the generator early stops the thread after the
+    item that it is at.
 
     >>> list(prefetch(range(4)))
     [0, 1, 2, 3]
     """
-    ready: queue.Queue[tuple[bool, Item | BaseException | None]] = queue.Queue(depth)
-    closed = threading.Event()
-
-    def put(entry: tuple[bool, Item | BaseException | None]) -> bool:
-        while not closed.is_set():
-            try:
-                ready.put(entry, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+    ready: queue.SimpleQueue[tuple[bool, Item | BaseException | None]] = queue.SimpleQueue()
+    room, closed = threading.Semaphore(depth), threading.Event()
 
     def produce() -> None:
+        room.acquire()
         try:
             for item in items:
-                if not put((True, item)):
+                ready.put((True, item))
+                room.acquire()
+                if closed.is_set():
                     return
-            put((False, None))
+            ready.put((False, None))
         except BaseException as error:  # noqa: BLE001
-            put((False, error))  # the consumer raises it
+            ready.put((False, error))  # the consumer raises it
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
@@ -46,6 +41,7 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item]:
         while True:
             more, value = ready.get()
             if more:
+                room.release()
                 yield value  # type: ignore[misc]
             elif isinstance(value, BaseException):
                 raise value
@@ -53,6 +49,7 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item]:
                 return
     finally:
         closed.set()
+        room.release()
         thread.join()
 
 

@@ -67,6 +67,7 @@ class Captured:
         self._recorded: dict[Shape, Recorded] = {}
         self._inputs: Inputs = {}
         self._pool: Any = None
+        self._done: torch.cuda.Event | None = None
         self.room = True
 
     def differentiate(self, work: Sequence[Work]) -> Tensor:
@@ -79,7 +80,16 @@ class Captured:
             return self._stack.differentiate(work)
         refill(recorded.batch, batch)
         recorded.graph.replay()
+        self._keep_up()
         return recorded.loss_K
+
+    def _keep_up(self) -> None:
+        """Wait for the part before this one: batches that are due later would fill the device."""
+        if self._device.type == "cuda":
+            before, self._done = self._done, torch.cuda.Event()
+            self._done.record()
+            if before is not None:
+                before.synchronize()
 
     def _fits(self, batch: Batch) -> bool:
         one_row = batch.starts_M is not None and len(batch.drawn) <= 1

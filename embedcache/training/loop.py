@@ -202,6 +202,8 @@ class Loop:
 
     def _end_epoch(self, feed: Feed) -> None:
         """Score dev and save."""
+        if self._stack.recipe.part_tokens is not None:
+            self._on(self._stack)  # within a budget, no recordings beside what scoring takes
         rows = [(index, member) for index, member in self._rows() if member in feed.members]
         stack = self._stack.model
         if len(self._feeds) > 1:

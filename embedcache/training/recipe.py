@@ -26,7 +26,7 @@ class Recipe:
         emitted: positions of which deltas, and what else is as wide as the base, exist at a time;
             None means all of a part.
         logit_bytes: logits that exist at a time; None leaves it to the device.
-        ahead: parts that wait on the device, beside the one that is used and one that is made.
+        ahead: parts that are on the device, or on their way, beside the one that is used.
         one_row: whether a part's sequences lie one behind the other, with attention over spans.
         capture: whether steps of few carry-ons are recorded as CUDA graphs, and replayed; needs
             ``one_row``.

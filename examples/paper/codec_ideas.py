@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -57,7 +57,6 @@ class Idea:
             values), "spread" (scaled to the component's variance), "noise" (zeros drawn from what
             becomes zero), "drawn" (the others, too, anywhere in their step).
         noise: share of that noise's deviation.
-        bridge: whether the carry-on sees decoded embeddings at inference, too.
     """
 
     known: tuple[str, ...] = ("token",)
@@ -66,7 +65,6 @@ class Idea:
     dead: float = 0.0
     rebuilt: str = "middle"
     noise: float = 1.0
-    bridge: bool = False
 
 
 IDEAS = {
@@ -87,7 +85,6 @@ IDEAS = {
     "noise for zeros, plain error": Idea(rebuilt="noise", metric="plain"),
     "noise for zeros, ten times the plain error": Idea(rebuilt="noise", isotropic=1.0),
     "noise for zeros, dead zone": Idea(rebuilt="noise", dead=0.12),
-    "decoded at inference, too": Idea(bridge=True),
 }
 
 
@@ -207,12 +204,12 @@ class Decoder:
 
 
 @contextmanager
-def read_through(splits: tuple[str, ...], change: Callable[[torch.Tensor, Array], torch.Tensor]):
-    """Let splits be read as if they had been stored by an idea."""
+def read_through(change: Callable[[torch.Tensor, Array], torch.Tensor]) -> Iterator[None]:
+    """Let train be read as if it had been stored by an idea."""
     opened = reader.open_codecs
 
     def codecs(cache: Path, split: str, settings: Any) -> Any:
-        return {"final": Decoder(change)} if split in splits else opened(cache, split, settings)
+        return {"final": Decoder(change)} if split == "train" else opened(cache, split, settings)
 
     with patch.object(reader, "open_codecs", codecs):
         yield
@@ -244,14 +241,13 @@ def base_rise(tried: Tried, held: Sample, head: Head) -> float:
     return 100 * float(found / exact - 1)
 
 
-def trained(cache: Path, out: Path, config: TrainConfig, seeds: int, at_test: Any) -> list[float]:
+def trained(cache: Path, out: Path, config: TrainConfig, seeds: int) -> list[float]:
     """Train with each seed, stacked; return the losses on test."""
     runs = {out / str(s): replace(config, seed=s, order_seed=0) for s in range(seeds)}
     for result in sweep(cache, runs=runs):
         if result.failure is not None:
             raise result.failure
-    with at_test:
-        found = [evaluate(folder, cache, alphas=(1.0,)).rows for folder in runs]
+    found = [evaluate(folder, cache, alphas=(1.0,)).rows for folder in runs]
     return [float(rows[-1]["cross_entropy"]) for rows in found]
 
 
@@ -279,24 +275,19 @@ def main() -> None:
     fit, held = sample.rows(~held_N), sample.rows(held_N)
     embedding = cache.base_array("token_embedding/weight")
     embedding_VH = (inputs.head.weight_VH if embedding is None else embedding).to(device)
-    unchanged = read_through((), lambda x, ids: x)
-    exact = trained(options.cache, options.out / "exact", config, options.seeds, unchanged)
+    exact = trained(options.cache, options.out / "lossless", config, options.seeds)
     rows = [{"idea": "lossless", "test": [round(loss, 4) for loss in exact]}]
     print(json.dumps(rows[0]), flush=True)
     for name in options.ideas:
-        idea = IDEAS[name]
-        tried = Tried(idea, fit, embedding_VH, inputs.head)
+        tried = Tried(IDEAS[name], fit, embedding_VH, inputs.head)
         bits = tried.calibrated(fit, held, options.bits)
 
         def change(x: torch.Tensor, ids: Array, tried: Tried = tried) -> torch.Tensor:
             found = tried.there_and_back(x.to(device), ids)
             return found.to(x.device)
 
-        at_test = read_through(("test",) if idea.bridge else (), change)
-        splits = ("train", "dev") if idea.bridge else ("train",)
-        folder = options.out / name.replace(" ", "_")
-        with read_through(splits, change):
-            found = trained(options.cache, folder, config, options.seeds, at_test)
+        with read_through(change):
+            found = trained(options.cache, options.out / name, config, options.seeds)
         rises = [100 * (a / b - 1) for a, b in zip(found, exact, strict=True)]
         row = {
             "idea": name,

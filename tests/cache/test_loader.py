@@ -293,6 +293,26 @@ def test_prefetch_raises_in_the_place_of_the_item():
         next(found)
 
 
+@pytest.mark.parametrize("depth", [1, 3])
+def test_prefetch_makes_no_more_ahead_than_it_is_told(depth):
+    begun = []
+
+    def items():
+        for number in range(20):
+            begun.append(number)
+            yield number
+
+    found = prefetch(items(), depth)
+    for taken in range(1, 4):
+        next(found)
+        started = time.perf_counter()
+        while len(begun) < taken + depth and time.perf_counter() - started < 5:
+            time.sleep(0.001)
+        time.sleep(0.02)
+        assert len(begun) == taken + depth
+    found.close()
+
+
 @pytest.mark.parametrize("shuffle", [True, False])
 @pytest.mark.parametrize("ranks", [2, 3, 7, 50])
 @pytest.mark.parametrize("skip", [0, 1, 4])
