@@ -265,12 +265,13 @@ class _Block(nn.Module):
         update: KeyValueUpdate | None,
     ) -> Tensor:
         qkv = self.qkv(self.norm_attention(h_BTR)).unflatten(-1, (3, -1, self.head_width))
-        q_BNTD, k_BNTD, v_BNTD = (part.transpose(-3, -2) for part in qkv.unbind(-3))
-        q_BNTD, k_BNTD = rotate(q_BNTD, rotary), rotate(k_BNTD, rotary)
+        q_BTND, k_BTND, v_BTND = qkv.unbind(-3)
+        q_BTND, k_BTND = rotate(q_BTND, rotary), rotate(k_BTND, rotary)
         if update is not None:
-            k_BNTD, v_BNTD = update(self.index, k_BNTD, v_BNTD)
-        attended_BNTD = attend(q_BNTD, k_BNTD, v_BNTD, where)
-        h_BTR = h_BTR + self.out(attended_BNTD.transpose(-3, -2).flatten(-2))
+            new = k_BTND.transpose(-3, -2), v_BTND.transpose(-3, -2)
+            k_BTND, v_BTND = (x.transpose(-3, -2) for x in update(self.index, *new))
+        attended_BTND = attend(q_BTND, k_BTND, v_BTND, where)
+        h_BTR = h_BTR + self.out(attended_BTND.flatten(-2))
         mlp: Tensor = self.down(F.gelu(self.up(self.norm_mlp(h_BTR))))
         return h_BTR + mlp
 
@@ -290,7 +291,7 @@ def _unit_rms(x_BTH: Tensor) -> Tensor:
 
 
 def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each [(K,) B, 1, T, D/2], of the rotary embedding (RoFormer, 2104.09864).
+    """Return (cos, sin), each [(K,) B, T, 1, D/2], of the rotary embedding (RoFormer, 2104.09864).
 
     ``positions_BT`` may have K as its first axis.
     """
@@ -298,19 +299,19 @@ def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor
     if positions_BT.device.type == "cpu":
         # By numpy: torch's first cosine in a process now and then comes out less accurate, which
         # would make two runs differ.
-        angles = positions_BT.numpy()[..., None, :, None] * 10000.0**-exponent
+        angles = positions_BT.numpy()[..., None, None] * 10000.0**-exponent
         cos, sin = torch.from_numpy(np.cos(angles)), torch.from_numpy(np.sin(angles))
     else:
         # Made there: a copy would wait for the device, and cannot be captured.
         steps = torch.arange(0, head_width, 2, dtype=torch.float64, device=positions_BT.device)
         frequency = 10000.0 ** -(steps / head_width)
-        on_device = positions_BT[..., None, :, None] * frequency
+        on_device = positions_BT[..., None, None] * frequency
         cos, sin = on_device.cos(), on_device.sin()
     return cos.float(), sin.float()
 
 
-def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BTND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate pairs (first half, second half) of each head by the angles of its position."""
-    cos, sin = (part.to(x_BNTD.dtype) for part in rotary)
-    first, second = x_BNTD.chunk(2, dim=-1)
+    cos, sin = (part.to(x_BTND.dtype) for part in rotary)
+    first, second = x_BTND.chunk(2, dim=-1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

@@ -13,7 +13,7 @@ STARTS = [[0, 3, 4, 9, 12, 12], [0, 5, 10, 12, 12, 12], [0, 1, 2, 3, 12, 12]]
 
 def parts(*lead: int) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return [torch.randn(*lead, 1, N, T, D, generator=draw, requires_grad=True) for _ in range(3)]
+    return [torch.randn(*lead, 1, T, N, D, generator=draw, requires_grad=True) for _ in range(3)]
 
 
 def segments(starts: list[int]) -> torch.Tensor:
