@@ -63,8 +63,13 @@ def _over_spans(q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, spans: Spans) ->
     starts_KM = spans.starts_M.expand(rows, -1)
     each = max(1, SPANS // starts_KM.shape[1])
     if rows > each:
-        cuts = zip(*(x.split(each) for x in (q_BTND, k_BTND, v_BTND, starts_KM)), strict=True)
-        return torch.cat([_over_spans(*parts, Spans(some, spans.longest)) for *parts, some in cuts])
+        cuts = [x.split(each) for x in (q_BTND, k_BTND, v_BTND, starts_KM)]
+        return torch.cat(
+            [
+                _over_spans(q, k, v, Spans(starts, spans.longest))
+                for q, k, v, starts in zip(*cuts, strict=True)
+            ]
+        )
     starts_M = starts_KM[0]
     if rows > 1:
         first_K1 = T * torch.arange(rows, device=starts_M.device, dtype=starts_M.dtype)[:, None]

@@ -5,7 +5,8 @@ import torch
 
 from embedcache.carryon.attention import segment_mask
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn, Spread, bridge, rotary_angles, rotate
+from embedcache.carryon.elementwise import rotary_angles, rotate
+from embedcache.carryon.model import CarryOn, Spread, bridge
 
 H = 16
 
