@@ -83,9 +83,10 @@ def _varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, starts_M: Tensor, longe
             q_TND, k_TND, v_TND, starts_M, starts_M, longest, longest, window_size=(-1, 0)
         )
         return cast("Tensor", attended)
-    time = torch.arange(len(q_TND), dtype=starts_M.dtype)
-    mask = segment_mask(torch.bucketize(time, starts_M, right=True)[None])
-    return attend(q_TND[None], k_TND[None], v_TND[None], mask)[0]
+    # A CPU, where this is only tried, takes one after the other: no span's nan reaches another.
+    lengths = starts_M.diff().tolist()
+    spans = zip(*(x[None].split(lengths, dim=1) for x in (q_TND, k_TND, v_TND)), strict=True)
+    return torch.cat([attend(q, k, v, None)[0] for q, k, v in spans if q.numel()])
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from embedcache.carryon import attention
 from embedcache.carryon.attention import Spans, attend, segment_mask
 
 N, T, D = 2, 12, 8
@@ -21,7 +22,9 @@ def segments(starts: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("lead", "starts"), [((), STARTS[0]), ((3,), STARTS[0]), ((3,), STARTS)])
-def test_spans_are_the_mask_they_stand_for(lead, starts):
+@pytest.mark.parametrize("most", [attention.SPANS, 13, 1])
+def test_spans_are_the_mask_they_stand_for(lead, starts, most, monkeypatch):
+    monkeypatch.setattr(attention, "SPANS", most)
     q, k, v = parts(*lead)
     spans = Spans(torch.tensor(starts, dtype=torch.int32), 9)
     many = isinstance(starts[0], list)
