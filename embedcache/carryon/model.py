@@ -204,7 +204,10 @@ class _Linear(nn.Linear):
             y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias)
             return y_KNO.unflatten(1, x_BTI.shape[1:3])
         y_BTO = F.linear(x_BTI, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return y_BTO if x_BTI.ndim == 4 else y_BTO.unflatten(-1, (K, -1)).movedim(2, 0)
+        if x_BTI.ndim == 4:
+            return y_BTO
+        # Each carry-on's lies close: all that is computed of it would be as scattered otherwise.
+        return y_BTO.unflatten(-1, (K, -1)).movedim(2, 0).contiguous()
 
 
 class _StackedProduct(torch.autograd.Function):
