@@ -158,7 +158,7 @@ def _turn(
     N, D = q.shape[-2:]
     strides = (N * D, 3 * N * D) if back else (3 * N * D, N * D)
     pairs = triton.next_power_of_2(D // 2)
-    heads, rows = q.numel() // D, TILE // pairs
+    heads, rows = q.numel() // D, max(1, TILE // pairs)
     with torch.cuda.device_of(q):
         _turned[(triton.cdiv(heads, rows),)](
             *(*given, strides[0], *made, strides[1]),

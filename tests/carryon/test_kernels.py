@@ -230,3 +230,45 @@ def test_a_carry_on_and_its_gradients(kernels, device, dtype, K, recompute, monk
         monkeypatch.setattr(elementwise, "fused", forced(True))
         with torch.autocast(device, torch.bfloat16, enabled=dtype is not None):
             torch.testing.assert_close(model(x, positions_BT=at).float(), results[0][0])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("K", "R", "D"), [(8, 64, 32), (1, 256, 64), (2, 1728, 48)])
+def test_sizes_that_they_are_made_for(K, R, D):
+    pytest.importorskip("triton", reason="Triton is not installed")
+    kernels = importlib.import_module("embedcache.carryon.kernels")
+    torch.manual_seed(0)
+    N, H, low, device = 5003, 576, torch.bfloat16, "cuda"
+
+    def weight(width: int) -> torch.Tensor:
+        return spaced(draw(K, width, dtype=torch.float32, device=device))
+
+    h = draw(K, 1, N, R, dtype=torch.float32, device=device)
+    more = draw(K, 1, N, R, dtype=low, device=device)
+    tolerance = 2 * TOLERANCE[low]
+    compare(
+        lambda *given: kernels.residual_norm(*given, low),
+        norm_by_torch,
+        (h, more, weight(R)),
+        tolerance,
+    )
+    cos, sin = rotary_angles(torch.arange(N, device=device)[None], D)
+    qkv = draw(K, 1, N, 3, R // D, D, dtype=low, device=device)
+
+    def turned(qkv):
+        q, k, v = qkv.unbind(-3)
+        return rotate(q, (cos, sin)), rotate(k, (cos, sin)), v
+
+    compare(lambda qkv: kernels.rotated(qkv, cos, sin), turned, (qkv,), tolerance)
+    branch, gate = (draw(K, 1, N, H, dtype=low, device=device) for _ in range(2))
+
+    def opened(branch, gate, branch_bias, gate_bias):
+        logit = gate + gate_bias[:, None, None]
+        return ((branch + branch_bias[:, None, None]) * torch.sigmoid(logit),)
+
+    compare(
+        lambda *given: (kernels.gated(*given),),
+        opened,
+        (branch, gate, weight(H), weight(H)),
+        tolerance,
+    )
