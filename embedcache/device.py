@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -65,6 +67,12 @@ def free_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+@cache
+def has_triton() -> bool:
+    """Say whether Triton is installed, which compiles kernels for a GPU."""
+    return find_spec("triton") is not None
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:

@@ -66,7 +66,7 @@ def test_those_stacked_on_a_gpu_come_to_what_each_does_alone(tmp_path, world, lo
 def test_spans_on_a_gpu_are_the_mask_they_stand_for():
     draw = torch.Generator("cuda").manual_seed(0)
     q, k, v = (
-        torch.randn(3, 1, 2, 300, 32, generator=draw, device="cuda", dtype=torch.bfloat16)
+        torch.randn(3, 1, 300, 2, 32, generator=draw, device="cuda", dtype=torch.bfloat16)
         for _ in range(3)
     )
     lengths = torch.tensor([100, 1, 59, 140, 0])

@@ -5,9 +5,9 @@ Axes: V rows of the matrix, H hidden, N rows wanted.
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 from torch import Tensor
+
+from embedcache.device import has_triton
 
 
 def rows_of(matrix_VH: Tensor, index_N: Tensor) -> Tensor:
@@ -19,7 +19,7 @@ def rows_of(matrix_VH: Tensor, index_N: Tensor) -> Tensor:
     device = index_N.device
     if matrix_VH.device == device:
         return matrix_VH[index_N]
-    if device.type == "cuda" and matrix_VH.is_pinned() and find_spec("triton") is not None:
+    if device.type == "cuda" and matrix_VH.is_pinned() and has_triton():
         from embedcache.base.gather import gathered
 
         return gathered(matrix_VH, index_N)

@@ -14,6 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+SPANS = 65_535
+"""Spans that a GPU attends over at once, at most: an axis of its grid."""
+
 
 @dataclass(frozen=True, slots=True)
 class Spans:
@@ -28,42 +31,50 @@ class Spans:
     longest: int
 
 
-def attend(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, where: Tensor | Spans | None) -> Tensor:
-    """Return attended_(K)BNTD, causal.
+def attend(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, where: Tensor | Spans | None) -> Tensor:
+    """Return attended_(K)BTND, causal.
 
     ``where`` says what a query may see: mask_(K)BTS, spans, or None for all that comes before.
     """
     if isinstance(where, Spans):
-        return _over_spans(q_BNTD, k_BNTD, v_BNTD, where)
-    if q_BNTD.ndim == 4:
+        return _over_spans(q_BTND, k_BSND, v_BSND, where)
+    if q_BTND.ndim == 4:
         mask = None if where is None else where[:, None]
-        return F.scaled_dot_product_attention(
-            q_BNTD, k_BNTD, v_BNTD, attn_mask=mask, is_causal=mask is None
+        q, k, v = (part.transpose(1, 2) for part in (q_BTND, k_BSND, v_BSND))
+        attended_BNTD = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None
         )
-    # A stack's K joins the axis that the mask does not tell apart.
-    K, B = q_BNTD.shape[:2]
-    if where is not None and where.ndim == 3:
-        q, k, v = (part.transpose(0, 1).flatten(1, 2) for part in (q_BNTD, k_BNTD, v_BNTD))
-        return attend(q, k, v, where).unflatten(1, (K, -1)).transpose(0, 1)
-    q, k, v = (part.flatten(0, 1) for part in (q_BNTD, k_BNTD, v_BNTD))
-    mask = None if where is None else where.flatten(0, 1)
+        return attended_BNTD.transpose(1, 2)
+    K, B = q_BTND.shape[:2]
+    if B > 1 and where is not None and where.ndim == 3:
+        # A stack's K joins the axis that the mask does not tell apart.
+        q, k, v = (part.movedim(0, 2).flatten(2, 3) for part in (q_BTND, k_BSND, v_BSND))
+        return attend(q, k, v, where).unflatten(2, (K, -1)).movedim(2, 0)
+    q, k, v = (part.flatten(0, 1) for part in (q_BTND, k_BSND, v_BSND))
+    mask = where.flatten(0, -3) if where is not None else None
     return attend(q, k, v, mask).unflatten(0, (K, B))
 
 
-def _over_spans(q_BNTD: Tensor, k_BNTD: Tensor, v_BNTD: Tensor, spans: Spans) -> Tensor:
-    """Attend with all of a stack as heads of one row, or as rows one behind the other."""
-    starts, T = spans.starts_M, q_BNTD.shape[-2]
-    q, k, v = (part.squeeze(-4) for part in (q_BNTD, k_BNTD, v_BNTD))
-    lead = q.shape[:-2]
-    if starts.ndim == 1:
-        q, k, v = (part.movedim(-2, 0).flatten(1, -2) for part in (q, k, v))
-        attended = _varlen(q, k, v, starts, spans.longest)
-        return attended.unflatten(1, lead).movedim(0, -2).unsqueeze(-4)
-    K = len(starts)
-    first_K1 = T * torch.arange(K, device=starts.device, dtype=starts.dtype)[:, None]
-    q, k, v = (part.transpose(1, 2).flatten(0, 1) for part in (q, k, v))
-    attended = _varlen(q, k, v, (starts + first_K1).flatten(), spans.longest)
-    return attended.unflatten(0, (K, T)).transpose(1, 2).unsqueeze(1)
+def _over_spans(q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, spans: Spans) -> Tensor:
+    """Attend over one row, or over those of a stack, one behind the other."""
+    q, k, v = (part.flatten(0, -3) for part in (q_BTND, k_BTND, v_BTND))
+    T = q_BTND.shape[-3]
+    rows = len(q) // T
+    starts_KM = spans.starts_M.expand(rows, -1)
+    each = max(1, SPANS // starts_KM.shape[1])
+    if rows > each:
+        cuts = [x.split(each) for x in (q_BTND, k_BTND, v_BTND, starts_KM)]
+        return torch.cat(
+            [
+                _over_spans(q, k, v, Spans(starts, spans.longest))
+                for q, k, v, starts in zip(*cuts, strict=True)
+            ]
+        )
+    starts_M = starts_KM[0]
+    if rows > 1:
+        first_K1 = T * torch.arange(rows, device=starts_M.device, dtype=starts_M.dtype)[:, None]
+        starts_M = (starts_KM + first_K1).flatten()
+    return _varlen(q, k, v, starts_M, spans.longest).view(q_BTND.shape)
 
 
 def _varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, starts_M: Tensor, longest: int) -> Tensor:
@@ -72,10 +83,10 @@ def _varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, starts_M: Tensor, longe
             q_TND, k_TND, v_TND, starts_M, starts_M, longest, longest, window_size=(-1, 0)
         )
         return cast("Tensor", attended)
-    time = torch.arange(len(q_TND), dtype=starts_M.dtype)
-    mask = segment_mask(torch.bucketize(time, starts_M, right=True)[None])
-    q, k, v = (part.transpose(0, 1)[None] for part in (q_TND, k_TND, v_TND))
-    return attend(q, k, v, mask)[0].transpose(0, 1)
+    # A CPU, where this is only tried, takes one after the other: no span's nan reaches another.
+    lengths = starts_M.diff().tolist()
+    spans = zip(*(x[None].split(lengths, dim=1) for x in (q_TND, k_TND, v_TND)), strict=True)
+    return torch.cat([attend(q, k, v, None)[0] for q, k, v in spans if q.numel()])
 
 
 def segment_mask(segments_BT: Tensor) -> Tensor:

@@ -18,7 +18,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -26,6 +25,13 @@ from torch.utils.checkpoint import checkpoint
 
 from embedcache.carryon.attention import Spans, attend
 from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.elementwise import (
+    gated,
+    product_dtype,
+    residual_norm,
+    rotary_angles,
+    rotated,
+)
 
 KeyValueUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a block's number and its new keys and values [B, N, T, D]; returns all of them so far."""
@@ -61,7 +67,7 @@ class CarryOn(nn.Module):
         self.register_buffer("scale_PH", torch.ones(len(config.taps), hidden))
         self.project = _Linear(hidden * inputs, config.width)
         self.blocks = nn.ModuleList(_Block(config, index) for index in range(config.blocks))
-        self.norm = _RMSNorm(config.width)
+        self.norm = _Norm(config.width)
         self.branch = _Linear(config.width, hidden)
         self.gate = _Linear(config.width, hidden) if config.gate else None
         # Adam moves every weight by the rate, so the output's first steps grow with the width:
@@ -137,14 +143,14 @@ class CarryOn(nn.Module):
                 )
             else:
                 h_BTR = block(h_BTR, rotary, where, update)
-        normed_BTR: Tensor = self.norm(h_BTR)
+        normed_BTR: Tensor = self.norm(h_BTR)[1]
         return normed_BTR
 
     def emit(self, h_BTR: Tensor) -> Tensor:
         """Return delta_(K)BTH of features, each position's for itself."""
-        delta_BTH: Tensor = self.branch(h_BTR)
         if self.gate is not None:
-            delta_BTH = delta_BTH * torch.sigmoid(self.gate(h_BTR))
+            return gated(h_BTR, self.branch, self.gate)
+        delta_BTH: Tensor = self.branch(h_BTR)
         return delta_BTH
 
     @torch.no_grad()
@@ -186,9 +192,9 @@ class CarryOn(nn.Module):
 class _Linear(nn.Linear):
     """A linear layer, or K of them: weight_(K)OI, bias_(K)O."""
 
-    def forward(self, x_BTI: Tensor) -> Tensor:
+    def forward(self, x_BTI: Tensor, *, biased: bool = True) -> Tensor:
         """Return y_(K)BTO; a stack takes x_BTI, seen by all, or x_KBTI."""
-        weight, bias = self.weight, self.bias
+        weight, bias = self.weight, self.bias if biased else None
         if weight.ndim == 2:
             return F.linear(x_BTI, weight, bias)
         K = len(weight)
@@ -198,7 +204,10 @@ class _Linear(nn.Linear):
             y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias)
             return y_KNO.unflatten(1, x_BTI.shape[1:3])
         y_BTO = F.linear(x_BTI, weight.flatten(0, 1), None if bias is None else bias.flatten())
-        return y_BTO if x_BTI.ndim == 4 else y_BTO.unflatten(-1, (K, -1)).movedim(2, 0)
+        if x_BTI.ndim == 4:
+            return y_BTO
+        # Each carry-on's lies close: all that is computed of it would be as scattered otherwise.
+        return y_BTO.unflatten(-1, (K, -1)).movedim(2, 0).contiguous()
 
 
 class _StackedProduct(torch.autograd.Function):
@@ -210,9 +219,7 @@ class _StackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_KNI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None) -> Tensor:
         device = x_KNI.device.type
-        low = x_KNI.dtype
-        if torch.is_autocast_enabled(device):
-            low = torch.get_autocast_dtype(device)
+        low = product_dtype(x_KNI)
         ctx.dtypes = x_KNI.dtype, weight_KOI.dtype
         x_KNI, weight_KOI = x_KNI.to(low), weight_KOI.to(low)
         ctx.save_for_backward(x_KNI, weight_KOI)
@@ -232,14 +239,16 @@ class _StackedProduct(torch.autograd.Function):
         )
 
 
-class _RMSNorm(nn.RMSNorm):
-    """A root-mean-square norm, or K of them: weight_(K)R."""
+class _Norm(nn.Module):
+    """A root-mean-square norm of the residual stream, or K of them: weight_(K)R."""
 
-    def forward(self, h_BTR: Tensor) -> Tensor:
-        """Return the normed h_(K)BTR."""
-        if self.weight.ndim == 1:
-            return super().forward(h_BTR)
-        return F.rms_norm(h_BTR, self.normalized_shape, eps=self.eps) * self.weight[:, None, None]
+    def __init__(self, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, h_BTR: Tensor, more_BTR: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Return h + more, and that normed, both (K)BTR."""
+        return residual_norm(h_BTR, more_BTR, self.weight)
 
 
 class _Block(nn.Module):
@@ -250,10 +259,10 @@ class _Block(nn.Module):
         width = config.width
         self.index = index
         self.head_width = config.head_width
-        self.norm_attention = _RMSNorm(width)
+        self.norm_attention = _Norm(width)
         self.qkv = _Linear(width, 3 * width, bias=False)
         self.out = _Linear(width, width, bias=False)
-        self.norm_mlp = _RMSNorm(width)
+        self.norm_mlp = _Norm(width)
         self.up = _Linear(width, config.mlp_ratio * width)
         self.down = _Linear(config.mlp_ratio * width, width)
 
@@ -264,15 +273,16 @@ class _Block(nn.Module):
         where: Tensor | Spans | None,
         update: KeyValueUpdate | None,
     ) -> Tensor:
-        qkv = self.qkv(self.norm_attention(h_BTR)).unflatten(-1, (3, -1, self.head_width))
-        q_BNTD, k_BNTD, v_BNTD = (part.transpose(-3, -2) for part in qkv.unbind(-3))
-        q_BNTD, k_BNTD = rotate(q_BNTD, rotary), rotate(k_BNTD, rotary)
+        h_BTR, normed_BTR = self.norm_attention(h_BTR)
+        qkv_BTPND = self.qkv(normed_BTR).unflatten(-1, (3, -1, self.head_width))
+        q_BTND, k_BTND, v_BTND = rotated(qkv_BTPND, rotary)
         if update is not None:
-            k_BNTD, v_BNTD = update(self.index, k_BNTD, v_BNTD)
-        attended_BNTD = attend(q_BNTD, k_BNTD, v_BNTD, where)
-        h_BTR = h_BTR + self.out(attended_BNTD.transpose(-3, -2).flatten(-2))
-        mlp: Tensor = self.down(F.gelu(self.up(self.norm_mlp(h_BTR))))
-        return h_BTR + mlp
+            new = k_BTND.transpose(-3, -2), v_BTND.transpose(-3, -2)
+            k_BTND, v_BTND = (x.transpose(-3, -2) for x in update(self.index, *new))
+        attended_BTND = attend(q_BTND, k_BTND, v_BTND, where)
+        h_BTR, normed_BTR = self.norm_mlp(h_BTR, self.out(attended_BTND.flatten(-2)))
+        mlp_BTR: Tensor = self.down(F.gelu(self.up(normed_BTR)))
+        return h_BTR + mlp_BTR
 
 
 def bridge(x_BTH: Tensor, bits: int) -> Tensor:
@@ -287,30 +297,3 @@ def bridge(x_BTH: Tensor, bits: int) -> Tensor:
 def _unit_rms(x_BTH: Tensor) -> Tensor:
     """Divide each token's vector by its root mean square: a few tokens are far from all others."""
     return F.rms_norm(x_BTH, (x_BTH.shape[-1],), eps=1e-6)
-
-
-def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each [(K,) B, 1, T, D/2], of the rotary embedding (RoFormer, 2104.09864).
-
-    ``positions_BT`` may have K as its first axis.
-    """
-    exponent = np.arange(0, head_width, 2) / head_width
-    if positions_BT.device.type == "cpu":
-        # By numpy: torch's first cosine in a process now and then comes out less accurate, which
-        # would make two runs differ.
-        angles = positions_BT.numpy()[..., None, :, None] * 10000.0**-exponent
-        cos, sin = torch.from_numpy(np.cos(angles)), torch.from_numpy(np.sin(angles))
-    else:
-        # Made there: a copy would wait for the device, and cannot be captured.
-        steps = torch.arange(0, head_width, 2, dtype=torch.float64, device=positions_BT.device)
-        frequency = 10000.0 ** -(steps / head_width)
-        on_device = positions_BT[..., None, :, None] * frequency
-        cos, sin = on_device.cos(), on_device.sin()
-    return cos.float(), sin.float()
-
-
-def rotate(x_BNTD: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotate pairs (first half, second half) of each head by the angles of its position."""
-    cos, sin = (part.to(x_BNTD.dtype) for part in rotary)
-    first, second = x_BNTD.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)

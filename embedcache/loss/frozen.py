@@ -13,14 +13,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from functools import cache
-from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from embedcache.base.head import Head
+from embedcache.device import has_triton
 from embedcache.errors import UsageError, nearest
 from embedcache.loss.absorb import absorb, combine
 from embedcache.loss.chunks import Chunks, plan_chunks
@@ -179,7 +178,7 @@ def _implementation(impl: str, x_NH: Tensor) -> Steps:
         raise UsageError(
             "impl 'triton' needs Triton, a CUDA device and a dtype below float64; found "
             f"{x_NH.dtype} on {x_NH.device}, Triton "
-            f"{'installed' if find_spec('triton') else 'missing'}. Type: impl='auto'"
+            f"{'installed' if has_triton() else 'missing'}. Type: impl='auto'"
         )
     if impl == "torch" or not possible or (impl == "auto" and x_NH.device.type != "cuda"):
         return Steps(absorb, combine)
@@ -188,9 +187,8 @@ def _implementation(impl: str, x_NH: Tensor) -> Steps:
     return Steps(kernels.absorb_by_triton, kernels.combine_by_triton)
 
 
-@cache
 def _triton_runs_on(device_type: str) -> bool:
     """Say whether Triton is installed and compiles for the device, or interprets."""
-    if find_spec("triton") is None:
+    if not has_triton():
         return False
     return device_type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

@@ -127,7 +127,9 @@ def estimate(
     """
     losses = []
     sizes = [len(one.index_N) for one in listed]
-    for one, x_GnH in zip(listed, x_GNH.split(sizes, dim=1), strict=True):
+    # All of it is not split: the gradient would be copied.
+    parts = [x_GNH] if len(sizes) == 1 else x_GNH.split(sizes, dim=1)
+    for one, x_GnH in zip(listed, parts, strict=True):
         columns = Columns(one.weight_CH, one.bias_C, one.log_weight_C)
         x_NH, index_N = x_GnH.flatten(0, 1), one.index_N.repeat(len(x_GnH))
         C, dtype = len(one.weight_CH), one.weight_CH.dtype

@@ -164,10 +164,12 @@ class Stack:
     def _losses(self, groups: Sequence[list[Work]], h_KnR: Tensor, rows: slice) -> Tensor:
         """Return the sums of losses loss_K over some of the wanted positions, from features."""
         delta_KnH = self._inputs.emit(self.model, h_KnR.unsqueeze(1)).squeeze(1)
-        losses, first = [], 0
-        for group in groups:
-            batch, delta_GnH = group[0].batch, delta_KnH[first : first + len(group)]
-            first += len(group)
+        losses = []
+        # All of it is not split: the gradient would be copied.
+        alone = len(groups) == 1
+        parts = [delta_KnH] if alone else delta_KnH.split([len(group) for group in groups])
+        for group, delta_GnH in zip(groups, parts, strict=True):
+            batch = group[0].batch
             here = slice(rows.start, min(rows.stop, rounded_up(len(batch.targets_N), WANTED)))
             if here.start >= here.stop:
                 losses.append(delta_GnH[:, :0].sum(dim=(1, 2)).float())

@@ -5,7 +5,8 @@ import torch
 
 from embedcache.carryon.attention import segment_mask
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn, Spread, bridge, rotary_angles, rotate
+from embedcache.carryon.elementwise import rotary_angles, rotate
+from embedcache.carryon.model import CarryOn, Spread, bridge
 
 H = 16
 
@@ -81,11 +82,11 @@ def test_positions_are_relative_and_matter():
 
 
 def test_rope_matches_complex_multiplication():
-    x = torch.randn(2, 3, 5, 8, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(2, 5, 3, 8, generator=torch.Generator().manual_seed(0))
     at = torch.randint(50, (2, 5), generator=torch.Generator().manual_seed(1))
     found = rotate(x, rotary_angles(at, 8))
     turn = torch.polar(
-        torch.ones(()), at[:, None, :, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
+        torch.ones(()), at[..., None, None] * 10000.0 ** (-torch.arange(0, 8, 2) / 8)
     )
     expected = torch.complex(x[..., :4], x[..., 4:]) * turn
     torch.testing.assert_close(found, torch.cat([expected.real, expected.imag], -1))
