@@ -90,7 +90,13 @@ def main() -> None:
     lora = max(loras.values(), default=float("nan"))
     narrow = replace(config, carryon=NARROW, order_seed=0, epochs=options.stacked_epochs)
     configs = [replace(narrow, seed=seed) for seed in range(options.stacked)]
+    few = (cache.split("train").documents[0],)
     for loss in ("shortlist", "exact"):
+        first = {  # kernels are compiled
+            folder / f"{loss}-{number}-first": replace(one, loss=loss, epochs=1, documents=few)
+            for number, one in enumerate(configs)
+        }
+        sweep(path, runs=first)
         runs = {
             folder / f"{loss}-{number}": replace(one, loss=loss)
             for number, one in enumerate(configs)
