@@ -23,6 +23,7 @@ from embedcache.cache.packing import Cut, Packed, cut_batch, pack
 from embedcache.cache.prefetch import look_ahead, prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
 from embedcache.cache.subset import Subset
+from embedcache.device import recording
 
 Array = np.ndarray[Any, Any]
 Blocks = dict[int, Future[StoredBlock]]
@@ -188,7 +189,8 @@ class BatchLoader:
             if one is None:
                 yield None
                 continue
-            with torch.cuda.stream(stream):  # not across a yield: another thread may close it
+            # Not across a yield: another thread may close it.
+            with recording, torch.cuda.stream(stream):
                 batch = self._made(one, draw)
                 copied = torch.cuda.Event()
                 copied.record()

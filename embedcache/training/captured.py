@@ -1,4 +1,4 @@
-"""A part of a step recorded once for each shape as a CUDA graph, and replayed.
+"""A part of a step recorded once for each shape as a CUDA graph, and replayed; its end, too.
 
 A part is some three hundred kernels of a few microseconds each, where it or its carry-ons are
 small: launched one by one, the GPU waits for Python. Replayed, all of them are one launch. What
@@ -11,15 +11,17 @@ Axes: K carry-ons, N wanted positions, C columns of a shortlist, V vocabulary.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
 
 from embedcache.cache.batch import Batch
+from embedcache.device import recording
 from embedcache.loss import Listed
 from embedcache.training.recipe import Recipe
 from embedcache.training.stack import WANTED, Stack, Work
@@ -36,6 +38,7 @@ and a recording would only hold memory."""
 WARM_UPS = 2
 """Times that a part is computed before it is recorded."""
 
+Made = TypeVar("Made")
 Shape = tuple[object, ...]
 Inputs = dict[tuple[object, ...], Tensor]
 """What recordings read, by name and shape: those of like parts share it."""
@@ -55,8 +58,18 @@ class Recorded:
     graph: Any
 
 
+@dataclass(frozen=True, slots=True)
+class End:
+    """The tensors of a step's end: its losses, those and the norms that come out, and its graph."""
+
+    given_K: Tensor
+    loss_K: Tensor
+    norm_K: Tensor
+    graph: Any
+
+
 class Captured:
-    """Differentiates a stack whose carry-ons all see one batch of one row by what was recorded.
+    """Takes the steps of a stack whose carry-ons all see one batch of one row by what was recorded.
 
     Parts of another kind, or of one too many shapes, are left to the stack; and so are all once
     there was no ``room`` for a recording.
@@ -69,6 +82,10 @@ class Captured:
         self._pool: Any = None
         self._done: torch.cuda.Event | None = None
         self.room = True
+        self._end: End | None = None
+        if stack.ends_on_device():
+            with self._recording():
+                self._end = self._record_end()
 
     def differentiate(self, work: Sequence[Work]) -> Tensor:
         """Do what `Stack.differentiate` does; the losses hold until the next time."""
@@ -80,8 +97,17 @@ class Captured:
             return self._stack.differentiate(work)
         refill(recorded.batch, batch)
         recorded.graph.replay()
-        self._keep_up()
+        if not batch.last:
+            self._keep_up()
         return recorded.loss_K
+
+    def finish(self, loss_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Do what `Stack.finish` does; what it returns holds until the next time."""
+        if self._end is None:
+            return self._stack.finish(loss_K)
+        self._end.given_K.copy_(loss_K)
+        self._end.graph.replay()
+        return self._end.loss_K, self._end.norm_K
 
     def _keep_up(self) -> None:
         """Wait for the part before this one: batches that are due later would fill the device."""
@@ -100,15 +126,21 @@ class Captured:
         shape = shape_of(work[0].batch)
         if shape in self._recorded or len(self._recorded) == SHAPES:
             return self._recorded.get(shape)
-        try:
+        with self._recording():
             self._recorded[shape] = self._record(work)
+        return self._recorded.get(shape)
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Go on without any recording if memory runs out: each holds that of a part."""
+        try:
+            yield
         except torch.OutOfMemoryError:
             self.room = False
-        if not self.room:  # recordings hold the memory of a part each: go on without
+        if not self.room:
             self._recorded.clear()
             self._inputs.clear()
-            self._pool = None
-        return self._recorded.get(shape)
+            self._pool = self._end = None
 
     def _record(self, work: Sequence[Work]) -> Recorded:
         """Record a part of this shape; nothing is added to a gradient by it."""
@@ -121,8 +153,18 @@ class Captured:
         self._pool = graph.pool()
         return Recorded(batch, loss_K, graph)
 
+    def _record_end(self) -> End:
+        """Record the end of a step, before any gradient is there; no carry-on moves by it."""
+        given_K = torch.zeros_like(self._stack.optimizer.gradient_KP[:, 0], dtype=torch.float32)
+        with self._stack.optimizer.held():
+            graph, (loss_K, norm_K) = record(
+                lambda: self._stack.finish(given_K), self._device, self._pool
+            )
+        self._pool = graph.pool()
+        return End(given_K, loss_K, norm_K, graph)
 
-def record(part: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple[Any, Tensor]:
+
+def record(part: Callable[[], Made], device: torch.device, pool: Any) -> tuple[Any, Made]:
     """Return a CUDA graph of what ``part`` does, in the memory of ``pool``, and its result.
 
     It is done a few times before: kernels are compiled then, and libraries take their memory.
@@ -137,8 +179,10 @@ def record(part: Callable[[], Tensor], device: torch.device, pool: Any) -> tuple
     with warnings.catch_warnings():
         # Of a part whose memory ran out before its first kernel, the error is enough.
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
-        # The loader's thread goes on taking memory meanwhile.
-        with torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"):
+        with (
+            recording,
+            torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"),
+        ):
             made = part()
     return graph, made
 

@@ -78,8 +78,10 @@ class Loop:
     def _on(self, stack: Stack) -> None:
         """Go on with a stack."""
         self._stack, self._differentiate = stack, stack.differentiate
+        self._end_step = stack.finish
         if recordable(stack.recipe, len(self._rows())):
-            self._differentiate = Captured(stack, self._device).differentiate
+            captured = Captured(stack, self._device)
+            self._differentiate, self._end_step = captured.differentiate, captured.finish
 
     def train(self) -> None:
         """Step until no member is left."""
@@ -181,7 +183,7 @@ class Loop:
                     feed.next_part()
             work = self._work(everywhere)
             loss_K += self._differentiate(work)
-        return self._stack.finish(loss_K)
+        return self._end_step(loss_K)
 
     def _batches(self) -> list[Batch]:
         return [feed.batch for feed in self._feeds if feed.batch is not None]

@@ -98,6 +98,7 @@ class MemoryPlan:
             *(["optimiser in host memory"] if recipe.offload else []),
             *(["head in host memory"] if recipe.host_head else []),
             *(["blocks computed again for their gradient"] if recipe.recompute else []),
+            *(["recorded"] if recipe.capture else []),
         ]
         return f"{size(self.expected)} expected of {size(self.budget)}: {', '.join(parts)}"
 

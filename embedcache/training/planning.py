@@ -140,7 +140,7 @@ class _Trials:
         with current(device), peak_of(device, resident.values()) as peak, ExitStack() as loaders:
             stack = Stack(self._models, configs, inputs, recipe)
             captured = Captured(stack, device) if recordable(recipe, len(configs)) else None
-            differentiate = stack.differentiate if captured is None else captured.differentiate
+            taker = captured or stack
             feeds = {
                 order: loaders.enter_context(closing(self._parts(config, recipe)))
                 for order, config in orders.items()
@@ -153,15 +153,15 @@ class _Trials:
                     for batch in (by_order[materials.order(config)] for config in configs)
                 ]
                 work.sort(key=lambda one: id(one.batch))
-                loss_K = differentiate(work)
+                loss_K = taker.differentiate(work)
                 if captured is not None and not captured.room:
                     raise torch.OutOfMemoryError
                 if whole:
                     with stack.optimizer.held():
-                        stack.finish(loss_K)
+                        taker.finish(loss_K)
                 given = max(given, *map(_size, batches))
                 del batches, by_order, work
-            del stack, captured, differentiate
+            del stack, captured, taker
         return given, peak[0]
 
     def _parts(self, config: TrainConfig, recipe: Recipe) -> Generator[Batch]:

@@ -141,6 +141,10 @@ class Stack:
         self.optimizer.step(loss_K, norm_K)
         return loss_K, norm_K
 
+    def ends_on_device(self) -> bool:
+        """Say whether `finish` needs neither the host's memory nor other processes."""
+        return self._ranks.count == 1 and not self.recipe.offload
+
     def _features(self, groups: Sequence[list[Work]]) -> Tensor:
         """Return the features h_KNR of wanted positions, as many of each, the last for nothing."""
         batches = [group[0].batch for group in groups]

@@ -16,7 +16,7 @@ from embedcache.train import sweep
 from embedcache.training import captured, materials, trainer
 from embedcache.training.captured import Captured
 from embedcache.training.config import TrainConfig
-from embedcache.training.ranks import ALONE
+from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.recipe import PLAIN, Recipe
 from embedcache.training.stack import Stack, Work
 
@@ -25,28 +25,41 @@ CONFIG = TrainConfig(carryon=CarryOnConfig(width=32, blocks=1), batch_tokens=500
 
 
 class Replayed:
-    """What a graph does, on a CPU: the same part into the same losses."""
+    """What a graph does, on a CPU: the same part into the same tensors."""
 
-    def __init__(self, part, made):
-        self.part, self.made, self.replays = part, made, 0
+    def __init__(self, part):
+        part()
+        self.part, self.made, self.replays = part, part(), 0
 
     def replay(self):
         self.replays += 1
-        self.made.copy_(self.part())
+        made = self.part()
+        for kept, found in zip(*map(tensors, (self.made, made)), strict=True):
+            kept.copy_(found)
 
     def pool(self):
         return None
 
 
+def tensors(made) -> tuple[torch.Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)
+
+
 @pytest.fixture
-def graphs(monkeypatch) -> list[Replayed]:
-    """What is recorded, in the place of CUDA graphs."""
+def ends(monkeypatch) -> list[Replayed]:
+    """Ends of steps that are recorded, in the place of CUDA graphs."""
+    return []
+
+
+@pytest.fixture
+def graphs(monkeypatch, ends) -> list[Replayed]:
+    """Parts that are recorded, in the place of CUDA graphs."""
     made: list[Replayed] = []
 
     def record(part, device, pool):
-        part()
-        made.append(Replayed(part, part()))
-        return made[-1], made[-1].made
+        graph = Replayed(part)
+        (ends if isinstance(graph.made, tuple) else made).append(graph)
+        return graph, graph.made
 
     monkeypatch.setattr(captured, "record", record)
     return made
@@ -94,10 +107,11 @@ def works(batches) -> list[list[Work]]:
     ]
 
 
-def step(stack: Stack, differentiate, parts: list[list[Work]]):
+def step(stack: Stack, taker: Stack | Captured, parts: list[list[Work]]):
     """Take a step, part by part."""
     stack.begin(parts[0])
-    return stack.finish(sum(differentiate(work).clone() for work in parts))
+    found = taker.finish(sum(taker.differentiate(work).clone() for work in parts))
+    return [value.clone() for value in found]
 
 
 def in_steps(batches) -> list[list[list[Work]]]:
@@ -110,21 +124,22 @@ def in_steps(batches) -> list[list[list[Work]]]:
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
-def test_recorded_parts_are_those_computed_alone(stacks, loss):
+def test_recorded_steps_are_those_computed_alone(stacks, ends, loss):
     make, graphs = stacks
     (plain, recorded), batches = make(loss)
     recorder = Captured(recorded, CPU)
     steps = in_steps(batches * 2)
     assert len(steps) < len(batches * 2)
     for parts in steps:
-        expected = step(plain, plain.differentiate, parts)
-        found = step(recorded, recorder.differentiate, parts)
+        expected = step(plain, plain, parts)
+        found = step(recorded, recorder, parts)
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
         recorded.optimizer.values_KP, plain.optimizer.values_KP, rtol=1e-3, atol=1e-5
     )
-    # Few shapes, each recorded once, in the middle of steps, too; all parts were replayed.
+    # Few shapes, each recorded once, in the middle of steps, too; all of it was replayed.
+    assert [end.replays for end in ends] == [len(steps)]
     assert sum(graph.replays for graph in graphs) == 2 * len(batches)
     assert len(graphs) == len({captured.shape_of(batch) for batch in batches}) < len(batches)
     moments = [stack.optimizer.moments(0)["step"] for stack in (plain, recorded)]
@@ -137,11 +152,8 @@ def test_a_part_without_targets_is_recorded_as_others_are(stacks):
     nothing = batches[0].wanted_N[:0]
     empty = replace(batches[0], wanted_N=nothing, targets_N=nothing)
     found = []
-    for stack, differentiate in (
-        (plain, plain.differentiate),
-        (recorded, Captured(recorded, CPU).differentiate),
-    ):
-        found.append(step(stack, differentiate, works([empty, batches[1]])))
+    for stack, taker in ((plain, plain), (recorded, Captured(recorded, CPU))):
+        found.append(step(stack, taker, works([empty, batches[1]])))
     for value, other in zip(*found, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
     assert sum(graph.replays for graph in graphs) == 2
@@ -152,11 +164,11 @@ def test_a_batch_that_is_no_number_moves_nobody_that_sees_it(stacks):
     (_, recorded), batches = make("exact")
     recorder = Captured(recorded, CPU)
     first, second = works(batches[:2])
-    step(recorded, recorder.differentiate, [first])
+    step(recorded, recorder, [first])
     before = recorded.optimizer.values_KP.clone()
     recorded.model.branch.bias.data[1] = torch.nan
     before[1] = recorded.optimizer.values_KP[1]
-    loss_K, _ = step(recorded, recorder.differentiate, [second])
+    loss_K, _ = step(recorded, recorder, [second])
     assert loss_K.isfinite().tolist() == [True, False]
     assert not torch.equal(recorded.optimizer.values_KP[0], before[0])
     torch.testing.assert_close(recorded.optimizer.values_KP[1], before[1], equal_nan=True)
@@ -172,8 +184,8 @@ def test_what_cannot_be_recorded_is_left_to_the_stack(stacks, monkeypatch):
     apart = [work[0], replace(work[1], batch=replace(batches[0]))]
 
     def check(work):
-        found = step(recorded, recorder.differentiate, [work])
-        for value, other in zip(found, step(plain, plain.differentiate, [work]), strict=True):
+        found = step(recorded, recorder, [work])
+        for value, other in zip(found, step(plain, plain, [work]), strict=True):
             torch.testing.assert_close(value, other)
 
     for one in (works([rows])[0], apart):
@@ -183,38 +195,39 @@ def test_what_cannot_be_recorded_is_left_to_the_stack(stacks, monkeypatch):
     assert not graphs
 
 
-def test_without_room_for_a_recording_parts_are_computed_without(stacks, monkeypatch):
+@pytest.mark.parametrize("room", [1, 3])  # the end is recorded first, then two shapes of parts
+def test_without_room_for_a_recording_steps_are_taken_without(stacks, monkeypatch, room):
     make, graphs = stacks
     (plain, recorded), batches = make("exact")
-    recorder = Captured(recorded, CPU)
     record, tried = captured.record, []
 
     def short(part, device, pool):
         tried.append(1)
-        if len(tried) == 2:
+        if len(tried) == room:
             part()
             raise torch.OutOfMemoryError
         return record(part, device, pool)
 
     monkeypatch.setattr(captured, "record", short)
+    recorder = Captured(recorded, CPU)
     parts = works(batches)
-    found = step(recorded, recorder.differentiate, parts)
-    for value, other in zip(found, step(plain, plain.differentiate, parts), strict=True):
+    found = step(recorded, recorder, parts)
+    for value, other in zip(found, step(plain, plain, parts), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
-    assert len(tried) == 2 and len(graphs) == 1
-    assert not recorder.room and not recorder._recorded
+    assert len(tried) == room and len(graphs) == room // 2
+    assert not recorder.room and not recorder._recorded and recorder._end is None
 
 
 def test_a_head_that_streams_is_not_recorded(stacks):
     make, graphs = stacks
     (_, recorded), batches = make("exact")
     recorded.streams = lambda batch: True
-    step(recorded, Captured(recorded, CPU).differentiate, works(batches[:1]))
+    step(recorded, Captured(recorded, CPU), works(batches[:1]))
     assert not graphs
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
-def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs, loss):
+def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs, ends, loss):
     found = []
     for capture in (False, True):
         recipe = Recipe(part_tokens=200, one_row=True, capture=capture)
@@ -224,13 +237,16 @@ def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs
             for seed in range(2)
         }
         results = sweep(world.cache_path, runs=runs, device="cpu")
-        assert bool(graphs) is capture
+        assert bool(graphs) is bool(ends) is capture
         found.append([one.summary.best_dev for one in results])
         for out in runs:
             lines = (out / "metrics.jsonl").read_text().splitlines()
             rows = [json.loads(line) for line in lines]
             found[-1] += [row["train_loss"] for row in rows if "train_loss" in row]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert all(graph.replays for graph in graphs)
+    # In parts, within a budget: none is there while dev is scored.
+    assert [end.replays > 0 for end in ends] == [True] * CONFIG.epochs + [False]
 
 
 def test_many_carryons_are_not_recorded(world, tmp_path, monkeypatch, graphs):
@@ -242,3 +258,26 @@ def test_many_carryons_are_not_recorded(world, tmp_path, monkeypatch, graphs):
         runs = {tmp_path / f"{many}.{seed}": replace(config, seed=seed) for seed in range(many)}
         assert not any(one.failure for one in sweep(world.cache_path, runs=runs, device="cpu"))
     assert graphs
+
+
+def test_an_end_that_needs_others_is_not_recorded(stacks, ends):
+    make, _ = stacks
+    (_, recorded), _ = make("exact")
+    for recipe, ranks in ((Recipe(offload=True), ALONE), (PLAIN, Ranks(count=2))):
+        recorded.recipe, recorded._ranks = recipe, ranks
+        Captured(recorded, CPU)
+    assert not ends
+
+
+def test_the_end_is_recorded_before_any_gradient(stacks):
+    """What clips and counts does so once for each step, the first one, too."""
+    make, _ = stacks
+    (plain, recorded), batches = make("exact")
+    for stack in (plain, recorded):
+        stack.optimizer._clip_K.fill_(1e-2)
+    recorder = Captured(recorded, CPU)
+    parts = works(batches[:1])
+    found, expected = step(recorded, recorder, parts), step(plain, plain, parts)
+    assert expected[1].min() > 1e-2
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other)

@@ -138,10 +138,10 @@ def test_a_plan_is_of_recorded_parts_where_there_is_room(world, recording, monke
         tried.append(1)
         if not room:
             raise torch.OutOfMemoryError
-        monkeypatch.setattr(captured, "record", lambda part, *given: (Mock(), part()))
         return record(self, work)
 
     monkeypatch.setattr(Captured, "_record", recorded)
+    monkeypatch.setattr(captured, "record", lambda part, *given: (Mock(), part()))
     materials = Materials(world.cache(), CPU, ALONE)
     plan = plan_memory(materials, [CONFIG], "exact", 12_000_000)
     assert tried
