@@ -116,7 +116,7 @@ def extract(
                     settings,
                     progress,
                 )
-            run = Extraction(out, claims, summary, settings, target, max_quarantined, progress)
+            run = Extraction(out, claims, summary, settings, max_quarantined, progress)
             if mended is not None or not (out / MANIFEST).is_file():
                 try:
                     run.compute(

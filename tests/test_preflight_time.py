@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fixtures_extract import corpus_config, small_settings, write_documents
+from spinning import spin
 from tiny import tiny_base_directory
 
 from embedcache.cache import base_arrays, commit
@@ -23,8 +24,6 @@ from embedcache.extraction.forward import CHECK_EVERY, BlockForward
 from embedcache.extraction.measure import Measured
 from embedcache.extraction.rehearsal import Encoded
 from embedcache.extraction.timing import blocks_seconds, pipeline_seconds
-
-CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(
@@ -44,13 +43,13 @@ def test_a_pipeline_takes_what_it_takes_by_hand(
     assert pipeline_seconds(stages, threads) == pytest.approx(seconds)
 
 
-def encoded(row: float = 0.0, commit: float = 0.0, core: float = 0.0) -> Encoded:
+def encoded(row: float = 0.0, commit: float = 0.0, late: float = 0.0) -> Encoded:
     return Encoded(
         row_bytes=1.0,
         block_bytes=1.0,
         row_seconds=row,
         commit_seconds=commit,
-        core_seconds=core,
+        late_seconds=late,
         arrays=(),
     )
 
@@ -59,32 +58,29 @@ def test_the_model_of_a_run_by_given_measurements() -> None:
     """Ten blocks of 1,000 tokens; 2 positions a token of 1 ms; then what comes on top."""
     todo = [("train", block) for block in range(10)]
 
-    def seconds(
-        device: torch.device = GPU, known: Any = None, threads: int = 2, **given: Any
-    ) -> float:
+    def seconds(known: Any = None, threads: int = 2, **given: Any) -> float:
         measured = Measured(
             position_seconds=0.001,
             padding=2.0,
             threads=threads,
-            sequence_tokens=given.pop("sequence", 0.0),
+            check_seconds=given.pop("check", 0.0),
             encoded={"train": encoded(**given)},
         )
-        return blocks_seconds({"train": 10_000}, todo, measured, known or {}, device)
+        return blocks_seconds({"train": 10_000}, todo, measured, known or {})
 
     assert seconds() == pytest.approx(20.0)
-    assert seconds(sequence=100.0) == pytest.approx(20.2)  # the first block's two sequences
+    assert seconds(check=0.1) == pytest.approx(20.2)  # the first block's two sequences
     assert seconds(row=0.001) == pytest.approx(30.0)
     assert seconds(commit=0.001) == pytest.approx(21.0)
     assert seconds(commit=0.008, threads=4) == pytest.approx(2 * 1 + 3 * 8 + 2)
-    assert seconds(commit=0.001, core=0.0005) == pytest.approx(21.0)
-    assert seconds(CPU, commit=0.001, core=0.0005) == pytest.approx(26.0)
+    assert seconds(commit=0.001, late=0.0005) == pytest.approx(26.0)
     batch = {"final": torch.empty(5, 1000, 3)}
     known = {("train", 3): {0: batch, 1: batch}, ("train", 99): {0: batch}}
     assert seconds(known=known) == pytest.approx(10.0)
     many = [("train", block) for block in range(CHECK_EVERY + 1)]
-    measured = Measured(position_seconds=1.0, sequence_tokens=2.0, encoded={"train": encoded()})
+    measured = Measured(position_seconds=1.0, check_seconds=2.0, encoded={"train": encoded()})
     tokens = {"train": len(many)}
-    assert blocks_seconds(tokens, many, measured, {}, GPU) == pytest.approx(len(many) + 6)
+    assert blocks_seconds(tokens, many, measured, {}) == pytest.approx(len(many) + 6)
 
 
 @pytest.fixture(scope="module")
@@ -177,3 +173,45 @@ def test_time_is_predicted_within_a_fifth_where_the_forward_pass_is_not_the_limi
         sum(summary.tokens.values()) / summary.seconds, rel=1e-3
     )
     assert read_manifest(out).extracted["predicted_seconds"] == summary.predicted_seconds
+
+
+@pytest.mark.parametrize(
+    ("launching", "computing", "locked"),
+    [(0.02, 0.0, 0.0), (0.02, 0.0, 0.015), (0.0, 4e-5, 0.02)],
+    ids=["launched", "locked", "computed"],
+)
+def test_time_is_predicted_within_a_fifth_where_a_thread_launches_what_a_device_computes(
+    place: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    launching: float,
+    computing: float,
+    locked: float,
+) -> None:
+    """As on a GPU: a batch takes a thread's time or that of its positions, some blocks end in a
+    small one, and four threads that commit hold the interpreter's lock for some time of a shard.
+    """
+    quick(monkeypatch)
+    batch, write_shard = BlockForward.batch, commit.write_shard
+
+    def launch(self: BlockForward, ids_N: Any, rows_B2: Any) -> Any:
+        spin(launching)
+        time.sleep(computing * self.positions(rows_B2))
+        return batch(self, ids_N, rows_B2)
+
+    def write(*arguments: Any) -> Any:
+        spin(locked)
+        time.sleep(0.02)
+        return write_shard(*arguments)
+
+    monkeypatch.setattr(BlockForward, "batch", launch)
+    monkeypatch.setattr(commit, "write_shard", write)
+    monkeypatch.setattr(measure, "is_launched", lambda device: True)
+    for module in (measure, rehearsal, pipeline):
+        monkeypatch.setattr(module, "encoder_threads", lambda device: 4)
+    corpus = corpus_config(write_documents(tmp_path / "corpus", 200, words=200))
+    settings = small_settings(block_tokens=1024, batch_tokens=1024)
+    asked: dict[str, Any] = {"base": str(place / "base"), "device": "cpu", "settings": settings}
+    summary = extract(corpus, out=tmp_path / "cache", **asked)
+    assert summary.seconds > 2
+    assert abs(summary.predicted_seconds / summary.seconds - 1) < 0.2

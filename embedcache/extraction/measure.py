@@ -18,6 +18,7 @@ from embedcache.cache.codecs import Codec
 from embedcache.cache.layout import ExtractSettings
 from embedcache.cache.tokens import SplitTokens
 from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.laps import Laps, Turn, is_launched, wait
 from embedcache.extraction.rehearsal import Encoded, Rehearsal, encoder_threads
 from embedcache.extraction.spread import Item, Known, SampledBlock, ids_of, rows_of, spread
 from embedcache.progress import Progress
@@ -30,6 +31,8 @@ ENOUGH_SECONDS = 15.0
 """No further batch is measured after so long, once there are enough tokens."""
 ENCODED_ROWS = 2048
 """Rows that are encoded of each batch, at most."""
+PLANS = 64
+"""Blocks whose batches are planned, about: how many there are and how full differs."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,8 +46,8 @@ class Measured:
     """Positions for each token."""
     threads: int = 1
     """That commit blocks."""
-    sequence_tokens: float = 0.0
-    """Mean length of the sampled blocks' sequences."""
+    check_seconds: float = 0.0
+    """Of a sequence's forward pass, computed alone."""
     encoded: dict[str, Encoded] = field(default_factory=dict)
     """By split."""
     known: Known = field(default_factory=dict)
@@ -68,56 +71,92 @@ def measure(
     todo = [(name, block) for name, block in todo if splits[name].block_rows(block)]
     if not todo:
         return Measured()
-    blocks: dict[Item, SampledBlock] = {}
-    known: Known = {}
-    sample: dict[str, list[torch.Tensor]] = {tap: [] for tap in settings.taps}
+    sample = _Sample(base, forward)
+    x_PNH: dict[str, list[torch.Tensor]] = {tap: [] for tap in settings.taps}
     ids: list[Array] = []
-    count, tokens, padded, seconds = 0, 0, 0, 0.0
+    tokens = 0
     with progress.bar("measuring", None, "tok") as bar:
-        for item, number in spread(splits, todo, forward, blocks):
-            block = blocks[item]
-            rows_B2 = block.rows(number)
-            if not count:
-                _warm_up(base, forward, block.ids_N, rows_B2)
-            started = time.perf_counter()
-            x_BTH = forward.batch(block.ids_N, rows_B2)
-            _wait(base)
-            seconds += time.perf_counter() - started
-            known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
-            for tap, x in known[item][number].items():
-                sample[tap].append(rows_of(x, rows_B2)[:ENCODED_ROWS])
-            ids.append(ids_of(block.ids_N, rows_B2)[:ENCODED_ROWS])
-            count += 1
-            padded += forward.positions(rows_B2)
-            tokens += int((rows_B2[:, 1] - rows_B2[:, 0]).sum())
-            bar.advance(int((rows_B2[:, 1] - rows_B2[:, 0]).sum()))
-            if tokens >= ENOUGH_TOKENS and (count >= ENOUGH_BATCHES or seconds > ENOUGH_SECONDS):
+        for item, number in spread(splits, todo, forward, sample.blocks):
+            ids_N, rows_B2 = sample.compute(item, number)
+            for tap, x in sample.known[item][number].items():
+                x_PNH[tap].append(rows_of(x, rows_B2)[:ENCODED_ROWS])
+            ids.append(ids_of(ids_N, rows_B2)[:ENCODED_ROWS])
+            count = int((rows_B2[:, 1] - rows_B2[:, 0]).sum())
+            tokens += count
+            bar.advance(count)
+            enough = len(sample.turns) >= ENOUGH_BATCHES or sample.seconds > ENOUGH_SECONDS
+            if tokens >= ENOUGH_TOKENS and enough:
                 break
-        x_NH = {tap: torch.cat(parts) for tap, parts in sample.items()}
-        x_NH = {tap: x.to(base.device) for tap, x in x_NH.items()}
-        encoded = Rehearsal(x_NH, np.concatenate(ids), settings, scratch).of({*dict(todo)}, codecs)
-    rows = sum(int((block.rows_S2[:, 1] - block.rows_S2[:, 0]).sum()) for block in blocks.values())
-    whole = sum(forward.positions(b.rows_S2[batch]) for b in blocks.values() for batch in b.batches)
+        plans = [splits[name].offsets(block) for name, block in todo[:: -(-len(todo) // PLANS)]]
+        rows = sum(int((rows_S2[:, 1] - rows_S2[:, 0]).sum()) for rows_S2 in plans)
+        positions = [
+            forward.positions(rows_S2[batch])
+            for rows_S2 in plans
+            for batch in forward.batches(rows_S2)
+        ]
+        if is_launched(base.device):
+            laps = sample.laps()
+            position_seconds = laps.seconds_of(positions) / sum(positions)
+            check_seconds = laps.sequence_seconds()
+        else:
+            laps = None
+            position_seconds = sample.seconds / sum(turn.positions for turn in sample.turns)
+            check_seconds = position_seconds * rows / sum(map(len, plans))
+        x_NH = {tap: torch.cat(parts).to(base.device) for tap, parts in x_PNH.items()}
+        rehearsal = Rehearsal(x_NH, np.concatenate(ids), settings, scratch, laps)
+        encoded = rehearsal.of({*dict(todo)}, codecs)
     return Measured(
         tokens=tokens,
-        position_seconds=seconds / padded,
-        padding=whole / rows,
+        position_seconds=position_seconds,
+        padding=sum(positions) / rows,
         threads=encoder_threads(base.device),
-        sequence_tokens=rows / sum(len(block.rows_S2) for block in blocks.values()),
+        check_seconds=check_seconds,
         encoded=encoded,
-        known=known,
+        known=sample.known,
     )
 
 
-def _warm_up(base: Base, forward: BlockForward, ids_N: Array, rows_B2: Array) -> None:
-    """Make the first forward pass untimed: whole on a GPU, where it is cheap, else a short one."""
-    if base.device.type == "cpu":
-        first, stop = (int(v) for v in rows_B2[0])
-        rows_B2 = np.array([[first, min(stop, first + 64)]])
-    forward.batch(ids_N, rows_B2)
-    _wait(base)
+class _Sample:
+    """The batches that are computed, and what they took."""
 
+    def __init__(self, base: Base, forward: BlockForward):
+        self._base = base
+        self._forward = forward
+        self.blocks: dict[Item, SampledBlock] = {}
+        self.known: Known = {}
+        self.turns: list[Turn] = []
+        self.seconds = 0.0
 
-def _wait(base: Base) -> None:
-    if base.device.type == "cuda":
-        torch.cuda.synchronize(base.device)
+    def compute(self, item: Item, number: int) -> tuple[Array, Array]:
+        """Compute and time a batch; return its block's ids_N, and its rows_B2."""
+        ids_N, rows_B2 = self.blocks[item].ids_N, self.blocks[item].rows(number)
+        if not self.turns:
+            self._warm_up(ids_N, rows_B2)
+        started = time.perf_counter()
+        x_BTH = self._forward.batch(ids_N, rows_B2)
+        wait(self._base.device)
+        seconds = time.perf_counter() - started
+        self.known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
+        self.turns.append(Turn(ids_N, rows_B2, self._forward.positions(rows_B2), seconds))
+        self.seconds += seconds
+        return ids_N, rows_B2
+
+    def laps(self) -> Laps:
+        """Have them computed over and over; with the fullest batch and the emptiest among them."""
+        sizes = {
+            (item, number): self._forward.positions(block.rows(number))
+            for item, block in self.blocks.items()
+            for number in range(len(block.batches))
+        }
+        for item, number in (max(sizes, key=sizes.__getitem__), min(sizes, key=sizes.__getitem__)):
+            if number not in self.known[item]:
+                self.compute(item, number)
+        return Laps(self._base, self._forward, self.turns)
+
+    def _warm_up(self, ids_N: Array, rows_B2: Array) -> None:
+        """Make the first forward pass untimed: a whole one where it is cheap, else a short one."""
+        if not is_launched(self._base.device):
+            first, stop = (int(v) for v in rows_B2[0])
+            rows_B2 = np.array([[first, min(stop, first + 64)]])
+        self._forward.batch(ids_N, rows_B2)
+        wait(self._base.device)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import torch
-
 from embedcache.base.load import Base
 from embedcache.base.taps import is_tied
 from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, Cost
@@ -64,7 +62,6 @@ def predict(
     stored: Cost,
     known: Known,
     spent: float,
-    device: torch.device,
     out: Path | None = None,
 ) -> Prediction:
     """Predict the finished cache from its sealed ``folder``; nothing is written.
@@ -78,7 +75,6 @@ def predict(
         stored: what it takes to store what is to be kept of the base and of the codec.
         known: the batches of ``todo`` that are computed already.
         spent: the seconds since the base was loaded, which what is known took.
-        device: what the base runs on.
         out: where the cache is to be, for its disk's free space, if it is not ``folder``.
     """
     tokens = tokens_to_go(splits, todo)
@@ -90,7 +86,7 @@ def predict(
         to_go += tokens[name] * encoded.row_bytes + blocks * (encoded.block_bytes + marker)
     if not (folder / MANIFEST).is_file():
         to_go += _manifest_bytes(folder, splits, measured, base)
-    seconds = spent + stored.seconds + blocks_seconds(tokens, todo, measured, known, device)
+    seconds = spent + stored.seconds + blocks_seconds(tokens, todo, measured, known)
     count = sum(tokens.values())
     return Prediction(
         tokens={name: split.totals["tokens"] for name, split in splits.items()},

@@ -114,7 +114,6 @@ def preview(
             stored=stored,
             known=known,
             spent=spent,
-            device=target,
             out=out,
         )
     if folder != out:

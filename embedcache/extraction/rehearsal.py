@@ -25,6 +25,7 @@ from embedcache.cache.layout import ExtractSettings
 from embedcache.cache.shard import shard_bytes
 from embedcache.extraction.buffers import HostBuffers, Slot
 from embedcache.extraction.encoder import BlockEncoder, finite_rows
+from embedcache.extraction.laps import Laps
 
 Array = np.ndarray[Any, Any]
 
@@ -32,6 +33,8 @@ ROUNDS = 8
 """Blocks that each thread commits, at most: what a small one takes differs from one to the next."""
 ENOUGH_SECONDS = 0.1
 """No further round is begun after so long."""
+ENOUGH_BESIDE = 0.4
+"""Nor beside laps, where few batches would tell little."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,8 +50,8 @@ class Encoded:
     """Of encoding on the device and copying to the host."""
     commit_seconds: float
     """Of coding, hashing, writing and flushing, on one thread while all are at it."""
-    core_seconds: float
-    """Of that, what it takes of a core."""
+    late_seconds: float
+    """By which the forward pass is late for committing beside it."""
     arrays: tuple[str, ...]
     """Paths of a block's arrays under its split."""
 
@@ -70,11 +73,17 @@ class Rehearsal:
         ids_N: Array,
         settings: ExtractSettings,
         scratch: Path | None,
+        laps: Laps | None = None,
     ):
+        """Commit beside ``laps``, where what that takes from the forward pass is seen there only.
+
+        Without, it takes its seconds of a core: they are the device's.
+        """
         self._x_NH = x_NH
         self._ids_N = ids_N
         self._settings = settings
         self._scratch = scratch
+        self._laps = laps
         self._finite_N = finite_rows(x_NH)
 
     def of(self, names: set[str], codecs: dict[str, dict[str, Codec]]) -> dict[str, Encoded]:
@@ -90,13 +99,13 @@ class Rehearsal:
 
     def _encoded(self, name: str, codecs: dict[str, Codec]) -> Encoded:
         row_bytes, block_bytes, arrays = self._bytes(name, codecs)
-        encode, commit, core = self._seconds(name, codecs)
+        encode, commit, late = self._seconds(name, codecs)
         return Encoded(
             row_bytes=row_bytes,
             block_bytes=block_bytes,
             row_seconds=encode,
             commit_seconds=commit,
-            core_seconds=core,
+            late_seconds=late,
             arrays=arrays,
         )
 
@@ -125,7 +134,7 @@ class Rehearsal:
         return row_bytes, block_bytes, tuple(arrays)
 
     def _seconds(self, name: str, codecs: dict[str, Codec]) -> tuple[float, float, float]:
-        """Return the seconds of a row: of encoding, of committing, and of a core in that.
+        """Return the seconds of a row: of encoding, of committing, and lost to that beside it.
 
         Every thread commits blocks at once, full of the sample over and over.
         """
@@ -159,9 +168,20 @@ class Rehearsal:
                 writer.commit(name, block, arrays)
                 return time.thread_time() - began
 
-            started, committing, cores = time.perf_counter(), 0.0, list[float]()
-            while len(cores) < ROUNDS * threads and committing < ENOUGH_SECONDS:
-                cores += pool.map(commit, range(len(cores), len(cores) + threads), held)
-                committing = time.perf_counter() - started
+            def commit_all() -> tuple[float, list[float]]:
+                """Return the seconds in all, and those of a core for each block."""
+                enough = ENOUGH_SECONDS if self._laps is None else ENOUGH_BESIDE
+                started, committing, cores = time.perf_counter(), 0.0, list[float]()
+                while len(cores) < ROUNDS * threads and committing < enough:
+                    numbers = range(len(cores), len(cores) + threads)
+                    cores += pool.map(commit, numbers, held)
+                    committing = time.perf_counter() - started
+                return committing, cores
+
+            if self._laps is None:
+                committing, cores = commit_all()
+                late = sum(cores)
+            else:
+                (committing, cores), late = self._laps.beside(commit_all)
         each = rows * len(cores)
-        return encoding / rows, committing * threads / each, sum(cores) / each
+        return encoding / rows, committing * threads / each, late / each

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from embedcache.base.load import Base
 from embedcache.cache.base_arrays import Cost
 from embedcache.cache.block_files import block_ledgers
@@ -88,13 +86,11 @@ class Extraction:
         claims: Claims,
         corpus_summary: dict[str, Any],
         settings: ExtractSettings,
-        device: torch.device,
         max_quarantined: float,
         progress: Progress,
     ):
         self._out = out
         self._claims = claims
-        self._device = device
         self._corpus_summary = corpus_summary
         self._settings = settings
         self._progress = progress
@@ -176,7 +172,6 @@ class Extraction:
             stored=stored,
             known=known,
             spent=spent,
-            device=self._device,
         )
         if base is not None:
             progress.say(str(predicted))

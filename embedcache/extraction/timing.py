@@ -23,13 +23,12 @@ def blocks_seconds(
     todo: list[Item],
     measured: Measured,
     known: Known,
-    device: torch.device,
 ) -> float:
     """Return the time from the first of the blocks ``todo`` to the last one's commit.
 
     ``tokens`` are theirs, by split; batches that are ``known`` are not computed again.
     """
-    return pipeline_seconds(_stages(tokens, todo, measured, known, device), measured.threads)
+    return pipeline_seconds(_stages(tokens, todo, measured, known), measured.threads)
 
 
 def pipeline_seconds(stages: Iterable[tuple[float, float]], threads: int) -> float:
@@ -52,23 +51,19 @@ def _stages(
     todo: list[Item],
     measured: Measured,
     known: Known,
-    device: torch.device,
 ) -> Iterator[tuple[float, float]]:
     """Yield the seconds of computing and of committing each block, self-checks included."""
     positions = sum(tokens.values()) * measured.padding
     there = sum(map(_positions, (known[item] for item in todo if item in known)))
     forward = max(0.0, 1 - there / max(1, positions)) * measured.padding * measured.position_seconds
-    check = measured.sequence_tokens * measured.position_seconds
     blocks = Counter(name for name, _ in todo)
     for number, (name, _) in enumerate(todo):
         if name not in measured.encoded:
             continue  # its blocks hold nothing
         rows, encoded = tokens[name] / blocks[name], measured.encoded[name]
-        computing = rows * (forward + encoded.row_seconds)
-        if device.type == "cpu":  # committing takes its time from the forward pass
-            computing += rows * encoded.core_seconds
+        computing = rows * (forward + encoded.row_seconds + encoded.late_seconds)
         if number % CHECK_EVERY == 0:
-            computing += check if number else 2 * check
+            computing += measured.check_seconds if number else 2 * measured.check_seconds
         yield computing, rows * encoded.commit_seconds
 
 

@@ -1,0 +1,104 @@
+"""Batches of the sample computed over and over: with nothing beside them, and beside commits.
+
+A GPU is as fast as its kernels are launched where a base is small, and threads that commit blocks
+take the interpreter's lock from the one that launches: how much is only seen beside them.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from statistics import mean
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from embedcache.base.load import Base
+from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.spread import Array
+
+Result = TypeVar("Result")
+
+ENOUGH_SECONDS = 0.3
+"""Batches are timed with nothing beside them until then."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """A batch that was computed once, and the seconds that it took then."""
+
+    ids_N: Array
+    rows_B2: Array
+    positions: int
+    seconds: float
+
+
+def is_launched(device: torch.device) -> bool:
+    """Return whether a device computes what a thread launches, rather than the thread."""
+    return device.type != "cpu"
+
+
+def wait(device: torch.device) -> None:
+    """Return when all that was launched is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+class Laps:
+    """Computes ``turns`` over and over: their shapes are planned, which is not timed again."""
+
+    def __init__(self, base: Base, forward: BlockForward, turns: Sequence[Turn]):
+        self._base = base
+        self._forward = forward
+        self._turns = turns
+        self._alone = self._times()
+
+    def _times(self) -> list[float]:
+        """Return the mean seconds of each turn, nothing beside it.
+
+        Where time does not suffice a batch takes long, and planning next to nothing of that.
+        """
+        times: list[list[float]] = [[] for _ in self._turns]
+        ends = time.perf_counter() + ENOUGH_SECONDS
+        for turn, taken in itertools.cycle(zip(self._turns, times, strict=True)):
+            taken.append(self._seconds(turn.ids_N, turn.rows_B2))
+            if time.perf_counter() > ends:
+                break
+        return [mean(t or [turn.seconds]) for turn, t in zip(self._turns, times, strict=True)]
+
+    def seconds_of(self, positions: Sequence[int]) -> float:
+        """Return what batches of so many positions take, by those next to each in size."""
+        by_size: dict[int, list[float]] = {}
+        for turn, seconds in zip(self._turns, self._alone, strict=True):
+            by_size.setdefault(turn.positions, []).append(seconds)
+        sizes = sorted(by_size)
+        return float(np.interp(positions, sizes, [mean(by_size[size]) for size in sizes]).sum())
+
+    def sequence_seconds(self) -> float:
+        """Return what a sequence takes that is computed alone."""
+        return self._seconds(self._turns[0].ids_N, self._turns[0].rows_B2[:1])
+
+    def beside(self, work: Callable[[], Result]) -> tuple[Result, float]:
+        """Do ``work`` on a thread; return its result, and how late batches beside it were in all.
+
+        Raises what ``work`` raises.
+        """
+        late = 0.0
+        with ThreadPoolExecutor(1) as pool:
+            future = pool.submit(work)
+            for turn, alone in itertools.cycle(zip(self._turns, self._alone, strict=True)):
+                if future.done():
+                    break
+                late += self._seconds(turn.ids_N, turn.rows_B2) - alone
+        return future.result(), max(0.0, late)
+
+    def _seconds(self, ids_N: Array, rows_B2: Array) -> float:
+        """Compute some of a block's sequences as the run does; return what it took."""
+        started = time.perf_counter()
+        self._forward(ids_N, rows_B2)
+        wait(self._base.device)
+        return time.perf_counter() - started

@@ -1,0 +1,96 @@
+"""What batches take that are computed over and over: alone, by size, and beside other work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from spinning import spin
+
+from embedcache.extraction import laps
+from embedcache.extraction.laps import Laps, Turn
+
+BASE: Any = SimpleNamespace(device=torch.device("cpu"))
+
+
+def laps_of(forward: Callable[[int], None], *sizes: int, planned: float = 9.0) -> Laps:
+    """Return laps over batches of two like sequences; ``forward`` is told how many tokens."""
+
+    def compute(ids_N: Any, rows_B2: Any) -> None:
+        forward(int((rows_B2[:, 1] - rows_B2[:, 0]).sum()))
+
+    turns = [Turn(np.arange(9), np.array([[0, size // 2]] * 2), size, planned) for size in sizes]
+    computing: Any = compute
+    return Laps(BASE, computing, turns)
+
+
+class Clock:
+    """Time that passes only where one says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(laps, "time", clock)
+    return clock
+
+
+def test_batches_take_what_those_next_to_them_in_size_do(clock: Clock) -> None:
+    launched = laps_of(lambda size: clock.sleep(0.01), 1000, 100)
+    assert launched.seconds_of([1000, 700, 100, 20]) == pytest.approx(0.04)
+    computed = laps_of(lambda size: clock.sleep(size * 1e-5), 1000, 100, 100)
+    assert computed.seconds_of([1000, 550, 100]) == pytest.approx(0.0165)
+
+
+def test_a_sequence_is_computed_alone(clock: Clock) -> None:
+    some = laps_of(lambda size: clock.sleep(size / 100), 40, 10)
+    assert some.sequence_seconds() == pytest.approx(0.2)
+
+
+def test_batches_are_repeated_for_a_while_and_what_planning_took_is_left_out(clock: Clock) -> None:
+    later = {0.01: 0.02, 0.02: 0.01}
+    takes = [0.02]
+
+    def forward(size: int) -> None:
+        takes.append(later[takes[-1]])
+        clock.sleep(takes[-1])
+
+    some = laps_of(forward, 10, planned=9.0)
+    assert laps.ENOUGH_SECONDS < clock.now < laps.ENOUGH_SECONDS + 0.02
+    assert some.seconds_of([10]) == pytest.approx(0.015, rel=0.05)
+
+
+def test_batches_that_time_does_not_suffice_for_take_what_they_took(clock: Clock) -> None:
+    some = laps_of(lambda size: clock.sleep(0.2), 10, 20, 30, planned=5.0)
+    assert [some.seconds_of([size]) for size in (10, 20, 30)] == pytest.approx([0.2, 0.2, 5.0])
+
+
+def test_batches_are_late_beside_what_holds_the_lock_and_no_other() -> None:
+    launched = laps_of(lambda size: spin(0.01), 10, 20)
+    assert launched.beside(lambda: spin(0.3))[1] > 0.2
+    waited_for = laps_of(lambda size: time.sleep(0.01), 10, 20)
+    result, late = waited_for.beside(lambda: time.sleep(0.3) or "done")
+    assert result == "done"
+    assert late < 0.1
+
+
+def test_what_fails_beside_batches_is_raised() -> None:
+    def fail() -> None:
+        raise OSError("the disk is full")
+
+    with pytest.raises(OSError, match="the disk is full"):
+        laps_of(lambda size: spin(0.01), 10).beside(fail)
