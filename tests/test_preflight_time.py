@@ -175,6 +175,7 @@ def test_time_is_predicted_within_a_fifth_where_the_forward_pass_is_not_the_limi
     assert read_manifest(out).extracted["predicted_seconds"] == summary.predicted_seconds
 
 
+@pytest.mark.slow  # of time that passes: for a machine that has nothing else to do
 @pytest.mark.parametrize(
     ("launching", "computing", "locked"),
     [(0.02, 0.0, 0.0), (0.02, 0.0, 0.015), (0.0, 4e-5, 0.02)],
