@@ -93,7 +93,7 @@ class _Rotated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         cos, sin = cos.contiguous(), sin.contiguous()
-        q_from, k_from, v = (qkv.contiguous().select(-3, part) for part in range(3))
+        q_from, k_from, v = qkv.contiguous().unbind(-3)
         q, k = v.new_empty(v.shape), v.new_empty(v.shape)
         _turn((q_from, k_from, None), (q, k, None), cos, sin, back=False)
         ctx.save_for_backward(cos, sin)

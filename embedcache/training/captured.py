@@ -10,12 +10,13 @@ Axes: K carry-ons, N wanted positions, C columns of a shortlist, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -39,7 +40,6 @@ WARM_UPS = 2
 """Times that a part is computed before it is recorded."""
 
 Made = TypeVar("Made")
-Shape = tuple[object, ...]
 Inputs = dict[tuple[object, ...], Tensor]
 """What recordings read, by name and shape: those of like parts share it."""
 
@@ -47,6 +47,28 @@ Inputs = dict[tuple[object, ...], Tensor]
 def recordable(recipe: Recipe, carryons: int) -> bool:
     """Say whether a recipe's steps of so many carry-ons are recorded."""
     return recipe.capture and carryons <= MOST
+
+
+class Shape(NamedTuple):
+    """What batches must have in common to be computed by one recording.
+
+    ``row``: tokens of the row, padding included. Of what follows, a recording takes less, too:
+    ``starts`` of sequences, wanted ``positions``, and ``columns`` of a shortlist, 0 without one.
+    """
+
+    row: int
+    starts: int
+    positions: int
+    columns: int
+
+    def takes(self, other: Shape) -> bool:
+        """Say whether a recording of this shape computes batches of another."""
+        like = self.row == other.row and bool(self.columns) == bool(other.columns)
+        return like and self.around(other) == self
+
+    def around(self, other: Shape) -> Shape:
+        """Return the shape that takes both, of one row."""
+        return Shape(*map(max, zip(self, other, strict=True)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +102,7 @@ class Captured:
         self._recorded: dict[Shape, Recorded] = {}
         self._inputs: Inputs = {}
         self._pool: Any = None
+        self._tight = stack.recipe.part_tokens is not None
         self._done: torch.cuda.Event | None = None
         self.room = True
         self._end: End | None = None
@@ -123,12 +146,28 @@ class Captured:
 
     def _of_shape(self, work: Sequence[Work]) -> Recorded | None:
         """Return what was recorded for parts of this shape, now if it is new and there is room."""
-        shape = shape_of(work[0].batch)
+        shape = shape_of(work[0].batch, whole=self._tight)
+        if self._tight:  # a second recording would want a part's memory again: one for all
+            for other, recorded in self._recorded.items():
+                if other.takes(shape):
+                    return recorded
+                if other.row == shape.row:
+                    shape = other.around(shape)
+            if self._recorded:
+                self._drop()
         if shape in self._recorded or len(self._recorded) == SHAPES:
             return self._recorded.get(shape)
         with self._recording():
-            self._recorded[shape] = self._record(work)
+            self._recorded[shape] = self._record(work, shape)
         return self._recorded.get(shape)
+
+    def _drop(self) -> None:
+        """Let all recordings go, once the device is done with them."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._recorded.clear()
+        self._inputs.clear()
+        self._pool = None
 
     @contextmanager
     def _recording(self) -> Iterator[None]:
@@ -138,13 +177,13 @@ class Captured:
         except torch.OutOfMemoryError:
             self.room = False
         if not self.room:
-            self._recorded.clear()
-            self._inputs.clear()
-            self._pool = self._end = None
+            gc.collect()  # what the error held
+            self._drop()
+            self._end = None
 
-    def _record(self, work: Sequence[Work]) -> Recorded:
+    def _record(self, work: Sequence[Work], shape: Shape) -> Recorded:
         """Record a part of this shape; nothing is added to a gradient by it."""
-        batch = filled_up(work[0].batch, self._inputs)
+        batch = filled_up(work[0].batch, shape, self._inputs)
         work = [replace(one, batch=batch) for one in work]
         with self._stack.counting_nothing():
             graph, loss_K = record(
@@ -171,10 +210,12 @@ def record(part: Callable[[], Made], device: torch.device, pool: Any) -> tuple[A
     """
     here, aside = torch.cuda.current_stream(device), _aside(device)
     aside.wait_stream(here)
-    with torch.cuda.stream(aside):
-        for _ in range(WARM_UPS):
-            part()
-    here.wait_stream(aside)
+    try:
+        with torch.cuda.stream(aside):
+            for _ in range(WARM_UPS):
+                part()
+    finally:  # also where memory ran out: what was begun is still at the gradients
+        here.wait_stream(aside)
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
         # Of a part whose memory ran out before its first kernel, the error is enough.
@@ -189,34 +230,41 @@ def record(part: Callable[[], Made], device: torch.device, pool: Any) -> tuple[A
 
 @cache
 def _aside(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream that a device's recordings are made on: libraries keep memory for each."""
-    return torch.cuda.Stream(device)
+    """Return the stream that a device's recordings are made on: libraries keep memory for each.
+
+    They take it now, and not amid a part's memory, which would not be given back around it.
+    """
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream), torch.enable_grad():
+        ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device, requires_grad=True)
+        (ones @ ones).sum().backward()
+    return stream
 
 
-def shape_of(batch: Batch) -> Shape:
-    """Return what batches must have in common to be computed by one recording."""
+def shape_of(batch: Batch, *, whole: bool) -> Shape:
+    """Return the shape that a batch is filled up to.
+
+    Wanted positions to a quarter of the row, or more, or, where ``whole``, to all of it.
+    """
     assert batch.starts_M is not None
-    return (
-        tuple(batch.ids_BT.shape),
-        len(batch.starts_M),
-        positions_of(batch),
-        *(rounded_up(len(one.weight_CH), COLUMNS) for one in cast("Sequence[Listed]", batch.drawn)),
+    row = batch.ids_BT.shape[1]
+    piece = rounded_up(row if whole else -(-row // PIECES), WANTED)
+    columns = [len(one.weight_CH) for one in cast("Sequence[Listed]", batch.drawn)]
+    return Shape(
+        row=row,
+        starts=len(batch.starts_M),
+        positions=rounded_up(max(1, len(batch.targets_N)), piece),
+        columns=rounded_up(sum(columns), COLUMNS),
     )
 
 
-def positions_of(batch: Batch) -> int:
-    """Return how many wanted positions a batch is filled up to."""
-    piece = rounded_up(-(-batch.ids_BT.shape[1] // PIECES), WANTED)
-    return rounded_up(len(batch.targets_N), piece)
-
-
-def filled_up(batch: Batch, inputs: Inputs) -> Batch:
-    """Return a copy of a batch, its positions and columns filled up with such as count nothing.
+def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
+    """Return a copy of a batch that is filled up to a shape with what counts nothing.
 
     It is made of tensors of ``inputs``, which grow by those that are missing.
     """
     assert batch.starts_M is not None
-    N = positions_of(batch)
+    N, C = shape.positions, shape.columns
 
     def shared(name: str, like: Tensor, *shape: int) -> Tensor:
         key = (name, shape, like.dtype)
@@ -226,7 +274,6 @@ def filled_up(batch: Batch, inputs: Inputs) -> Batch:
 
     drawn = []
     for one in cast("Sequence[Listed]", batch.drawn):
-        C = rounded_up(len(one.weight_CH), COLUMNS)
         drawn.append(
             Listed(
                 shared("weight_CH", one.weight_CH, C, one.weight_CH.shape[1]),
@@ -241,7 +288,7 @@ def filled_up(batch: Batch, inputs: Inputs) -> Batch:
         ids_BT=shared("ids_BT", batch.ids_BT, *batch.ids_BT.shape),
         positions_BT=shared("positions_BT", batch.positions_BT, *batch.positions_BT.shape),
         segments_BT=shared("segments_BT", batch.segments_BT, *batch.segments_BT.shape),
-        starts_M=shared("starts_M", batch.starts_M, *batch.starts_M.shape),
+        starts_M=shared("starts_M", batch.starts_M, shape.starts),
         wanted_N=shared("wanted_N", batch.wanted_N, N),
         targets_N=shared("targets_N", batch.targets_N, N),
         counts_N=shared("counts_N", batch.x_BTH["final"].new_zeros(0).float(), N),
@@ -256,9 +303,10 @@ def refill(made: Batch, batch: Batch) -> None:
     assert made.starts_M is not None and batch.starts_M is not None and made.counts_N is not None
     for tap, x_BTH in made.x_BTH.items():
         x_BTH.copy_(batch.x_BTH[tap])
-    for name in ("ids_BT", "positions_BT", "segments_BT", "starts_M"):
+    for name in ("ids_BT", "positions_BT", "segments_BT"):
         getattr(made, name).copy_(getattr(batch, name))
-    N = len(batch.targets_N)
+    M, N = len(batch.starts_M), len(batch.targets_N)
+    made.starts_M[:M], made.starts_M[M:] = batch.starts_M, batch.ids_BT.shape[1]
     made.wanted_N[:N], made.targets_N[:N] = batch.wanted_N, batch.targets_N
     made.wanted_N[N:], made.targets_N[N:] = 0, 0
     made.counts_N[:N], made.counts_N[N:] = 1.0, 0.0

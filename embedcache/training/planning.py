@@ -161,6 +161,8 @@ class _Trials:
                         taker.finish(loss_K)
                 given = max(given, *map(_size, batches))
                 del batches, by_order, work
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)  # what is recorded goes when nothing of it runs
             del stack, captured, taker
         return given, peak[0]
 

@@ -141,7 +141,11 @@ def test_recorded_steps_are_those_computed_alone(stacks, ends, loss):
     # Few shapes, each recorded once, in the middle of steps, too; all of it was replayed.
     assert [end.replays for end in ends] == [len(steps)]
     assert sum(graph.replays for graph in graphs) == 2 * len(batches)
-    assert len(graphs) == len({captured.shape_of(batch) for batch in batches}) < len(batches)
+    assert (
+        len(graphs)
+        == len({captured.shape_of(batch, whole=False) for batch in batches})
+        < len(batches)
+    )
     moments = [stack.optimizer.moments(0)["step"] for stack in (plain, recorded)]
     assert moments == [len(steps)] * 2
 
@@ -281,3 +285,31 @@ def test_the_end_is_recorded_before_any_gradient(stacks):
     assert expected[1].min() > 1e-2
     for value, other in zip(found, expected, strict=True):
         torch.testing.assert_close(value, other)
+
+
+def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends):
+    """A larger part's takes the place of the one before; smaller parts are filled up to it."""
+    make, graphs = stacks
+    (plain, recorded), batches = make("shortlist")
+    for stack in (plain, recorded):
+        stack.recipe = replace(PLAIN, part_tokens=200)
+    recorder = Captured(recorded, CPU)
+    widest = max(batches, key=lambda batch: len(batch.drawn[0].weight_CH))
+    few = widest.drawn[0]
+    many = few._replace(
+        weight_CH=torch.cat([few.weight_CH] * 3),
+        log_weight_C=torch.cat([few.log_weight_C, few.log_weight_C - 9, few.log_weight_C - 8]),
+    )
+    wide = replace(
+        widest, drawn=[many], starts_M=torch.cat([widest.starts_M] + [widest.starts_M[-1:]] * 8)
+    )
+    for one in (batches[0], wide, *batches):
+        expected = step(plain, plain, works([one]))
+        found = step(recorded, recorder, works([one]))
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+        assert len(recorder._recorded) == 1
+    assert len(graphs) == 2 and len(ends) == 1
+    (shape,) = recorder._recorded
+    assert shape.columns == 384 * -(-3 * len(few.weight_CH) // 384)
+    assert shape.positions >= 200 and shape.starts == len(wide.starts_M)
