@@ -303,13 +303,15 @@ def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends):
     wide = replace(
         widest, drawn=[many], starts_M=torch.cat([widest.starts_M] + [widest.starts_M[-1:]] * 8)
     )
-    for one in (batches[0], wide, *batches):
+    some = batches[0]  # of more sequences, and of fewer columns, than the widest
+    longer = replace(some, starts_M=torch.cat([some.starts_M] + [some.starts_M[-1:]] * 24))
+    for one in (some, wide, longer, wide, *batches):
         expected = step(plain, plain, works([one]))
         found = step(recorded, recorder, works([one]))
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
         assert len(recorder._recorded) == 1
-    assert len(graphs) == 2 and len(ends) == 1
+    assert len(graphs) == 3 and len(ends) == 1
     (shape,) = recorder._recorded
     assert shape.columns == 384 * -(-3 * len(few.weight_CH) // 384)
-    assert shape.positions >= 200 and shape.starts == len(wide.starts_M)
+    assert shape.positions >= 200 and shape.starts == len(longer.starts_M)
