@@ -70,6 +70,12 @@ def free_memory(device: torch.device) -> int:
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def wait_for(device: torch.device) -> None:
+    """Return when all is done that was launched on a device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 recording = threading.Lock()
 """Held while a CUDA graph is recorded: the allocator gives nothing back meanwhile, so that others
 who take memory on the device wait."""

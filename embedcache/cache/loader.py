@@ -87,9 +87,7 @@ class BatchLoader:
     ) -> Generator[Batch]:
         """Yield this rank's batches of one epoch; see `epochs`."""
         with closing(self.epochs(range(epoch, epoch + 1), skip=skip, draw=draw)) as batches:
-            for batch in batches:
-                if batch is not None:
-                    yield batch
+            yield from filter(None, batches)
 
     def epochs(
         self, epochs: range, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None
@@ -121,8 +119,7 @@ class BatchLoader:
             _stream(self._device).wait_stream(torch.cuda.current_stream(self._device))
             for run in self._runs(packed, len(epochs)):
                 with closing(prefetch(self._copied(run, draw), self._ahead)) as made:
-                    for one in made:
-                        yield None if one is None else self._arrived(*one)
+                    yield from map(self._arrived, made)  # a name would keep a batch too long
 
     def _cut(self, epochs: range, skip: int, readers: Executor) -> Iterator[Cut | None]:
         """Cut the batches out of windows; the next one's blocks are read meanwhile."""
@@ -191,12 +188,14 @@ class BatchLoader:
                 continue
             # Not across a yield: another thread may close it.
             with recording, torch.cuda.stream(stream):
-                batch = self._made(one, draw)
-                copied = torch.cuda.Event()
-                copied.record()
-            yield batch, copied
+                made = [(self._made(one, draw), torch.cuda.Event())]
+                made[0][1].record()
+            yield made.pop()
 
-    def _arrived(self, batch: Batch, copied: torch.cuda.Event) -> Batch:
+    def _arrived(self, made: tuple[Batch, torch.cuda.Event] | None) -> Batch | None:
+        if made is None:
+            return None
+        batch, copied = made
         here = torch.cuda.current_stream(self._device)
         here.wait_event(copied)
         for tensor in batch.tensors():

@@ -14,39 +14,39 @@ Item = TypeVar("Item")
 def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item]:
     """Yield the items in order, at most ``depth`` of them there or being made ahead of the last.
 
-    An error is raised in its item's place. Closing the generator early stops the thread after the
-    item that it is at.
+    What was yielded is not kept here. An error is raised in its item's place. Closing the generator
+    early stops the thread after the item that it is at.
 
     >>> list(prefetch(range(4)))
     [0, 1, 2, 3]
     """
-    ready: queue.SimpleQueue[tuple[bool, Item | BaseException | None]] = queue.SimpleQueue()
+    ready: queue.SimpleQueue[list[Item] | BaseException | None] = queue.SimpleQueue()
     room, closed = threading.Semaphore(depth), threading.Event()
 
     def produce() -> None:
         room.acquire()
         try:
             for item in items:
-                ready.put((True, item))
+                ready.put([item])
+                del item  # whoever takes it has it alone
                 room.acquire()
                 if closed.is_set():
                     return
-            ready.put((False, None))
+            ready.put(None)
         except BaseException as error:  # noqa: BLE001
-            ready.put((False, error))  # the consumer raises it
+            ready.put(error)  # the consumer raises it
 
     thread = threading.Thread(target=produce, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
-            more, value = ready.get()
-            if more:
-                room.release()
-                yield value  # type: ignore[misc]
-            elif isinstance(value, BaseException):
-                raise value
-            else:
+            made = ready.get()
+            if made is None:
                 return
+            if isinstance(made, BaseException):
+                raise made
+            room.release()
+            yield made.pop()
     finally:
         closed.set()
         room.release()

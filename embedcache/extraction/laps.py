@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from embedcache.base.load import Base
+from embedcache.device import wait_for
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.spread import Array
 
@@ -40,12 +41,6 @@ class Turn:
 def is_launched(device: torch.device) -> bool:
     """Return whether a device computes what a thread launches, rather than the thread."""
     return device.type != "cpu"
-
-
-def wait(device: torch.device) -> None:
-    """Return when all that was launched is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 class Laps:
@@ -102,5 +97,5 @@ class Laps:
         """Compute some of a block's sequences as the run does; return what it took."""
         started = time.perf_counter()
         self._forward(ids_N, rows_B2)
-        wait(self._base.device)
+        wait_for(self._base.device)
         return time.perf_counter() - started

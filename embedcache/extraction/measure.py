@@ -17,8 +17,9 @@ from embedcache.base.load import Base
 from embedcache.cache.codecs import Codec
 from embedcache.cache.layout import ExtractSettings
 from embedcache.cache.tokens import SplitTokens
+from embedcache.device import wait_for
 from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.laps import Laps, Turn, is_launched, wait
+from embedcache.extraction.laps import Laps, Turn, is_launched
 from embedcache.extraction.rehearsal import Encoded, Rehearsal, encoder_threads
 from embedcache.extraction.spread import Item, Known, SampledBlock, ids_of, rows_of, spread
 from embedcache.progress import Progress
@@ -134,7 +135,7 @@ class _Sample:
             self._warm_up(ids_N, rows_B2)
         started = time.perf_counter()
         x_BTH = self._forward.batch(ids_N, rows_B2)
-        wait(self._base.device)
+        wait_for(self._base.device)
         seconds = time.perf_counter() - started
         self.known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
         self.turns.append(Turn(ids_N, rows_B2, self._forward.positions(rows_B2), seconds))
@@ -159,4 +160,4 @@ class _Sample:
             first, stop = (int(v) for v in rows_B2[0])
             rows_B2 = np.array([[first, min(stop, first + 64)]])
         self._forward.batch(ids_N, rows_B2)
-        wait(self._base.device)
+        wait_for(self._base.device)

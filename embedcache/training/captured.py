@@ -15,22 +15,18 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cache
-from typing import Any, NamedTuple, TypeVar, cast
+from functools import cache, partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from embedcache.cache.batch import Batch
-from embedcache.device import recording
-from embedcache.loss import Listed
+from embedcache.device import recording, wait_for
+from embedcache.training.filled import Inputs, Shape, filled_up, shape_of
 from embedcache.training.recipe import Recipe
-from embedcache.training.stack import WANTED, Stack, Work
-from embedcache.units import rounded_up
+from embedcache.training.stack import Stack, Work
 
-PIECES, COLUMNS = 4, 1024
-"""Wanted positions are filled up to so many parts of a row, and columns of a shortlist to a
-multiple, so that shapes recur."""
 SHAPES = 12
 """Shapes that are recorded; parts of further ones are computed kernel by kernel."""
 MOST = 8
@@ -40,8 +36,6 @@ WARM_UPS = 2
 """Times that a part is computed before it is recorded."""
 
 Made = TypeVar("Made")
-Inputs = dict[tuple[object, ...], Tensor]
-"""What recordings read, by name and shape: those of like parts share it."""
 
 
 def recordable(recipe: Recipe, carryons: int) -> bool:
@@ -49,33 +43,10 @@ def recordable(recipe: Recipe, carryons: int) -> bool:
     return recipe.capture and carryons <= MOST
 
 
-class Shape(NamedTuple):
-    """What batches must have in common to be computed by one recording.
-
-    ``row``: tokens of the row, padding included. Of what follows, a recording takes less, too:
-    ``starts`` of sequences, wanted ``positions``, and ``columns`` of a shortlist, 0 without one.
-    """
-
-    row: int
-    starts: int
-    positions: int
-    columns: int
-
-    def takes(self, other: Shape) -> bool:
-        """Say whether a recording of this shape computes batches of another."""
-        like = self.row == other.row and bool(self.columns) == bool(other.columns)
-        return like and self.around(other) == self
-
-    def around(self, other: Shape) -> Shape:
-        """Return the shape that takes both, of one row."""
-        return Shape(*map(max, zip(self, other, strict=True)))
-
-
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """The tensors of one shape: what goes in, the losses that come out, and their graph."""
+    """A graph, and the losses that come out of it. What goes in are the `Inputs`."""
 
-    batch: Batch
     loss_K: Tensor
     graph: Any
 
@@ -110,17 +81,31 @@ class Captured:
             with self._recording():
                 self._end = self._record_end()
 
-    def differentiate(self, work: Sequence[Work]) -> Tensor:
-        """Do what `Stack.differentiate` does; the losses hold until the next time."""
-        batch = work[0].batch
-        recorded = None
+    def prepared(self, work: Sequence[Work]) -> Callable[[], Tensor]:
+        """Return what does `Stack.differentiate`; its losses hold until the next time.
+
+        A batch that is recorded, or will be, is copied now: nobody needs it after that.
+        """
+        batch, filled = work[0].batch, None
         if self.room and all(one.batch is batch for one in work) and self._fits(batch):
-            recorded = self._of_shape(work)
-        if recorded is None:
+            shape = self._shape(batch)
+            if shape in self._recorded or len(self._recorded) < SHAPES:
+                with self._recording():
+                    filled = filled_up(batch, shape, self._inputs)
+        if filled is None:
+            return self._stack.prepared(work)
+        return partial(self._take, shape, [replace(one, batch=filled) for one in work])
+
+    def _take(self, shape: Shape, work: Sequence[Work]) -> Tensor:
+        """Replay the parts of a shape, recorded now if it is new and there is room."""
+        if shape not in self._recorded:
+            with self._recording():
+                self._recorded[shape] = self._record(work)
+        if shape not in self._recorded:
             return self._stack.differentiate(work)
-        refill(recorded.batch, batch)
+        recorded = self._recorded[shape]
         recorded.graph.replay()
-        if not batch.last:
+        if not work[0].batch.last:
             self._keep_up()
         return recorded.loss_K
 
@@ -144,27 +129,22 @@ class Captured:
         one_row = batch.starts_M is not None and len(batch.drawn) <= 1
         return one_row and not self._stack.streams(batch)
 
-    def _of_shape(self, work: Sequence[Work]) -> Recorded | None:
-        """Return what was recorded for parts of this shape, now if it is new and there is room."""
-        shape = shape_of(work[0].batch, whole=self._tight)
+    def _shape(self, batch: Batch) -> Shape:
+        """Return the shape to take a batch in."""
+        shape = shape_of(batch, whole=self._tight)
         if self._tight:  # a second recording would want a part's memory again: one for all
-            for other, recorded in self._recorded.items():
+            for other in self._recorded:
                 if other.takes(shape):
-                    return recorded
+                    return other
                 if other.row == shape.row:
                     shape = other.around(shape)
             if self._recorded:
                 self._drop()
-        if shape in self._recorded or len(self._recorded) == SHAPES:
-            return self._recorded.get(shape)
-        with self._recording():
-            self._recorded[shape] = self._record(work, shape)
-        return self._recorded.get(shape)
+        return shape
 
     def _drop(self) -> None:
         """Let all recordings go, once the device is done with them."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        wait_for(self._device)
         self._recorded.clear()
         self._inputs.clear()
         self._pool = None
@@ -181,16 +161,14 @@ class Captured:
             self._drop()
             self._end = None
 
-    def _record(self, work: Sequence[Work], shape: Shape) -> Recorded:
-        """Record a part of this shape; nothing is added to a gradient by it."""
-        batch = filled_up(work[0].batch, shape, self._inputs)
-        work = [replace(one, batch=batch) for one in work]
+    def _record(self, work: Sequence[Work]) -> Recorded:
+        """Record a part that was filled up; nothing is added to a gradient by it."""
         with self._stack.counting_nothing():
             graph, loss_K = record(
                 lambda: self._stack.differentiate(work), self._device, self._pool
             )
         self._pool = graph.pool()
-        return Recorded(batch, loss_K, graph)
+        return Recorded(loss_K, graph)
 
     def _record_end(self) -> End:
         """Record the end of a step, before any gradient is there; no carry-on moves by it."""
@@ -239,84 +217,3 @@ def _aside(device: torch.device) -> torch.cuda.Stream:
         ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device, requires_grad=True)
         (ones @ ones).sum().backward()
     return stream
-
-
-def shape_of(batch: Batch, *, whole: bool) -> Shape:
-    """Return the shape that a batch is filled up to.
-
-    Wanted positions to a quarter of the row, or more, or, where ``whole``, to all of it.
-    """
-    assert batch.starts_M is not None
-    row = batch.ids_BT.shape[1]
-    piece = rounded_up(row if whole else -(-row // PIECES), WANTED)
-    columns = [len(one.weight_CH) for one in cast("Sequence[Listed]", batch.drawn)]
-    return Shape(
-        row=row,
-        starts=len(batch.starts_M),
-        positions=rounded_up(max(1, len(batch.targets_N)), piece),
-        columns=rounded_up(sum(columns), COLUMNS),
-    )
-
-
-def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
-    """Return a copy of a batch that is filled up to a shape with what counts nothing.
-
-    It is made of tensors of ``inputs``, which grow by those that are missing.
-    """
-    assert batch.starts_M is not None
-    N, C = shape.positions, shape.columns
-
-    def shared(name: str, like: Tensor, *shape: int) -> Tensor:
-        key = (name, shape, like.dtype)
-        if key not in inputs:
-            inputs[key] = like.new_zeros(shape)
-        return inputs[key]
-
-    drawn = []
-    for one in cast("Sequence[Listed]", batch.drawn):
-        drawn.append(
-            Listed(
-                shared("weight_CH", one.weight_CH, C, one.weight_CH.shape[1]),
-                None if one.bias_C is None else shared("bias_C", one.bias_C, C),
-                shared("log_weight_C", one.log_weight_C, C),
-                shared("index_N", one.index_N, N),
-            )
-        )
-    made = replace(
-        batch,
-        x_BTH={tap: shared(f"x_BTH {tap}", x, *x.shape) for tap, x in batch.x_BTH.items()},
-        ids_BT=shared("ids_BT", batch.ids_BT, *batch.ids_BT.shape),
-        positions_BT=shared("positions_BT", batch.positions_BT, *batch.positions_BT.shape),
-        segments_BT=shared("segments_BT", batch.segments_BT, *batch.segments_BT.shape),
-        starts_M=shared("starts_M", batch.starts_M, shape.starts),
-        wanted_N=shared("wanted_N", batch.wanted_N, N),
-        targets_N=shared("targets_N", batch.targets_N, N),
-        counts_N=shared("counts_N", batch.x_BTH["final"].new_zeros(0).float(), N),
-        drawn=drawn,
-    )
-    refill(made, batch)
-    return made
-
-
-def refill(made: Batch, batch: Batch) -> None:
-    """Copy a batch into one of the same shape that was filled up."""
-    assert made.starts_M is not None and batch.starts_M is not None and made.counts_N is not None
-    for tap, x_BTH in made.x_BTH.items():
-        x_BTH.copy_(batch.x_BTH[tap])
-    for name in ("ids_BT", "positions_BT", "segments_BT"):
-        getattr(made, name).copy_(getattr(batch, name))
-    M, N = len(batch.starts_M), len(batch.targets_N)
-    made.starts_M[:M], made.starts_M[M:] = batch.starts_M, batch.ids_BT.shape[1]
-    made.wanted_N[:N], made.targets_N[:N] = batch.wanted_N, batch.targets_N
-    made.wanted_N[N:], made.targets_N[N:] = 0, 0
-    made.counts_N[:N], made.counts_N[N:] = 1.0, 0.0
-    pairs = zip(
-        cast("Sequence[Listed]", made.drawn), cast("Sequence[Listed]", batch.drawn), strict=True
-    )
-    for kept, one in pairs:
-        C = len(one.weight_CH)
-        kept.weight_CH[:C] = one.weight_CH
-        kept.log_weight_C[:C], kept.log_weight_C[C:] = one.log_weight_C, -torch.inf
-        kept.index_N[:N], kept.index_N[N:] = one.index_N, 0
-        if kept.bias_C is not None and one.bias_C is not None:
-            kept.bias_C[:C] = one.bias_C

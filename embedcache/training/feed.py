@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -15,8 +16,9 @@ from embedcache.training.member import Member
 class Feed:
     """One order of batches, and the members that are at the same place in it.
 
-    ``batch`` is the one that is due, or the part of it that is, None before `advance` and after the
-    step that used it. With a shortlist, its columns come along.
+    ``batch`` is the one that is due, or the part of it that is; None before `advance`, and once it
+    was let go of. ``ended``: whether that was the batch's last part. With a shortlist, its columns
+    come along.
     """
 
     def __init__(
@@ -25,6 +27,8 @@ class Feed:
         self.members = members
         self.shortlist = shortlist
         self.batch: Batch | None = None
+        self.ended = False
+        self._nothing: Batch | None = None
         state = members[0].state
         self._batches = loader.epochs(
             range(state.epoch, max(member.config.epochs for member in members)),
@@ -42,14 +46,17 @@ class Feed:
         """End the reading of batches."""
         self._batches.close()
 
+    def let_go(self) -> None:
+        """Let go of what is due, which is used: its memory is that of the next."""
+        assert self.batch is not None
+        self.ended = self.batch.last
+        nothing = self._nothing or self.batch.without_tokens()
+        self._nothing = replace(nothing, whole=self.batch.whole)
+        self.batch = None
+
     def next_part(self) -> None:
         """Have the next part of the batch due; one without tokens where there is none."""
-        assert self.batch is not None
-        if self.batch.last:
-            self.batch = self.batch.without_tokens()
-        else:
-            self.batch = None  # gone before the next one is made
-            self.batch = next(self._batches)
+        self.batch = self._nothing if self.ended else next(self._batches)
 
     def _drawing(self, step: int) -> Callable[[Batch], list[Listed]] | None:
         """Return what draws the shortlists of batches from a step on, part by part."""

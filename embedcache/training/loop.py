@@ -77,11 +77,9 @@ class Loop:
 
     def _on(self, stack: Stack) -> None:
         """Go on with a stack."""
-        self._stack, self._differentiate = stack, stack.differentiate
-        self._end_step = stack.finish
-        if recordable(stack.recipe, len(self._rows())):
-            captured = Captured(stack, self._device)
-            self._differentiate, self._end_step = captured.differentiate, captured.finish
+        self._stack = stack
+        recorded = recordable(stack.recipe, len(self._rows()))
+        self._taker = Captured(stack, self._device) if recorded else stack
 
     def train(self) -> None:
         """Step until no member is left."""
@@ -122,8 +120,6 @@ class Loop:
         here = [batch.whole for batch in self._batches()]
         everywhere = self._ranks.totals(here, self._device)
         values = self._take(everywhere)
-        for feed in self._feeds:
-            feed.batch = None
         counts = [
             one for one, feed in zip(everywhere, self._feeds, strict=True) for _ in feed.members
         ]
@@ -172,18 +168,22 @@ class Loop:
             self._bar.advance(one.tokens, f"loss {member.train_loss:.4f}")
 
     def _take(self, everywhere: Sequence[Counts]) -> tuple[Tensor, Tensor]:
-        """Take a step, part by part, of which only one is kept; return losses and norms."""
-        work = self._work(everywhere)
-        self._stack.begin(work)
-        loss_K = self._differentiate(work).clone()
-        while not all(batch.last for batch in self._batches()):
-            del work
+        """Take a step, part by part; return losses and norms."""
+        self._stack.begin(self._work(everywhere))
+        loss_K = self._take_part(everywhere).clone()
+        while not all(feed.ended for feed in self._feeds):
             with self._waiting():
                 for feed in self._feeds:
                     feed.next_part()
-            work = self._work(everywhere)
-            loss_K += self._differentiate(work)
-        return self._end_step(loss_K)
+            loss_K += self._take_part(everywhere)
+        return self._taker.finish(loss_K)
+
+    def _take_part(self, everywhere: Sequence[Counts]) -> Tensor:
+        """Add the gradients of the part that is due, which nobody has after that."""
+        differentiate = self._taker.prepared(self._work(everywhere))
+        for feed in self._feeds:
+            feed.let_go()
+        return differentiate()
 
     def _batches(self) -> list[Batch]:
         return [feed.batch for feed in self._feeds if feed.batch is not None]

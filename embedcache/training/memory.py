@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from embedcache.device import wait_for
 from embedcache.errors import DeviceMemoryError
 from embedcache.training.recipe import Recipe, plain_recipe
 from embedcache.units import size
@@ -89,6 +90,12 @@ class MemoryPlan:
             recipe=replace(self.recipe, part_tokens=tokens),
             expected=round(self.expected - self.per_token * (self.part_tokens - tokens)),
         )
+
+    def unrecorded(self) -> MemoryPlan | None:
+        """Return the same without recordings, which takes less; None where there are none."""
+        if not self.recipe.capture:
+            return None
+        return replace(self, recipe=replace(self.recipe, capture=False))
 
     def __str__(self) -> str:
         recipe = self.recipe
@@ -230,10 +237,10 @@ def peak_of(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[
     """
     peak: list[int] = []
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
+        wait_for(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
-        torch.cuda.synchronize(device)
+        wait_for(device)
         peak.append(torch.cuda.max_memory_allocated(device))
         return
     with _LiveBytes() as live:
@@ -244,11 +251,12 @@ def peak_of(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[
 def spare_reserves() -> None:
     """Have libraries reserve little of a GPU that nothing was computed on yet in this process.
 
-    Unless the user says otherwise: segments that grow leave no gaps, and cuBLAS keeps 8 MiB for
-    each of its streams instead of 32.
+    Unless the user says otherwise: segments that grow leave no gaps, and do so by 2 MiB instead of
+    20; and cuBLAS keeps 8 MiB for each of its streams instead of 32.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+        growing = f"expandable_segments:True,large_segment_size_mb:{SEGMENT >> 20}"
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", growing)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
 
 

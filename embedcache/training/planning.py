@@ -6,13 +6,12 @@ import gc
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from itertools import islice
 
 import torch
 
 from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
-from embedcache.device import current, fast_dtype
+from embedcache.device import current, fast_dtype, wait_for
 from embedcache.training.captured import Captured, recordable
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
@@ -30,6 +29,8 @@ from embedcache.training.stack import Stack, Work
 
 TRIED = 512
 """Tokens of the smaller of two parts that are tried: less are lost in what is rounded up."""
+HELD = 0.97
+"""Share of a budget within which a plan has to hold when it is tried: later parts take more."""
 PARTS = 4
 """Parts that are tried: on a GPU, others are made ahead by then, as they are in training."""
 
@@ -116,7 +117,7 @@ class _Trials:
             return True
         held_it = True
         try:
-            with held(budget, self._materials.device):
+            with held(int(budget * HELD), self._materials.device):
                 self._try(recipe, whole=True)
         except torch.OutOfMemoryError:
             held_it = False
@@ -145,25 +146,27 @@ class _Trials:
                 order: loaders.enter_context(closing(self._parts(config, recipe)))
                 for order, config in orders.items()
             }
-            parts = zip(*feeds.values(), strict=False)
-            for batches in islice(parts, 2 * PARTS if whole else PARTS):
-                by_order = dict(zip(feeds, batches, strict=True))
+            loaders.callback(wait_for, device)  # what is recorded goes when nothing of it runs
+            for _ in range(2 * PARTS if whole else PARTS):
+                batches = {order: next(parts, None) for order, parts in feeds.items()}
                 work = [
                     Work(batch=batch, targets=batch.whole.targets, rate=0.0)
-                    for batch in (by_order[materials.order(config)] for config in configs)
+                    for batch in (batches[materials.order(config)] for config in configs)
+                    if batch is not None
                 ]
+                if len(work) < len(configs):
+                    break
                 work.sort(key=lambda one: id(one.batch))
-                loss_K = taker.differentiate(work)
+                given = max(given, *(_size(one.batch) for one in work))
+                differentiate = taker.prepared(work)
+                del batches, work  # their memory is the next ones'
+                loss_K = differentiate()
                 if captured is not None and not captured.room:
                     raise torch.OutOfMemoryError
                 if whole:
                     with stack.optimizer.held():
                         taker.finish(loss_K)
-                given = max(given, *map(_size, batches))
-                del batches, by_order, work
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)  # what is recorded goes when nothing of it runs
-            del stack, captured, taker
+                del differentiate
         return given, peak[0]
 
     def _parts(self, config: TrainConfig, recipe: Recipe) -> Generator[Batch]:

@@ -5,9 +5,10 @@ Axes: K carry-ons, G of them that see the same batch, N wanted positions of a ba
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, groupby
 from typing import cast
 
@@ -103,6 +104,10 @@ class Stack:
             yield
         finally:
             self._share_K.copy_(share_K)
+
+    def prepared(self, work: Sequence[Work]) -> Callable[[], Tensor]:
+        """Return what does `differentiate`."""
+        return partial(self.differentiate, work)
 
     @any_shape_attention()
     def differentiate(self, work: Sequence[Work]) -> Tensor:

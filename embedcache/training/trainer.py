@@ -102,10 +102,11 @@ class Trainer:
             return
         gc.collect()  # what the steps held
         members = [member for member, _ in begun]
-        smaller = plan and plan.smaller(self._cache.attributes.settings.context)
-        if smaller is not None and all(m.state.step == m.resumed_at for m in members):
-            self._progress.say(f"that does not hold ({why}): once more, with smaller parts")
-            self.run(members, smaller)
+        longest = self._cache.attributes.settings.context
+        less = plan and (plan.smaller(longest) or plan.unrecorded())
+        if less is not None and all(m.state.step == m.resumed_at for m in members):
+            self._progress.say(f"that does not hold ({why}): once more, with less")
+            self.run(members, less)
         else:
             self._fail_for_memory(members, why)
 

@@ -7,6 +7,7 @@ import itertools
 import threading
 import time
 import weakref
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -291,6 +292,20 @@ def test_prefetch_raises_in_the_place_of_the_item():
     assert [next(found), next(found)] == [1, 2]
     with pytest.raises(KeyError, match="third"):
         next(found)
+
+
+def test_prefetch_keeps_nothing_of_what_was_taken():
+    def items():
+        yield from (Mock() for _ in range(9))
+
+    found = prefetch(items(), 1)
+    for _ in range(3):
+        kept = weakref.ref(next(found))
+        stop = time.perf_counter() + 5
+        while kept() is not None and time.perf_counter() < stop:
+            time.sleep(0.001)
+        assert kept() is None
+    found.close()
 
 
 @pytest.mark.parametrize("depth", [1, 3])

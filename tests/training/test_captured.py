@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -13,7 +15,7 @@ from embedcache.cache import packing
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn
 from embedcache.train import sweep
-from embedcache.training import captured, materials, trainer
+from embedcache.training import captured, filled, materials, trainer
 from embedcache.training.captured import Captured
 from embedcache.training.config import TrainConfig
 from embedcache.training.ranks import ALONE, Ranks
@@ -69,7 +71,7 @@ def graphs(monkeypatch, ends) -> list[Replayed]:
 def stacks(world: World, monkeypatch, graphs):
     """Two equal stacks of two, and batches in parts of one row."""
     monkeypatch.setattr(packing, "STARTS", 8)
-    monkeypatch.setattr(captured, "COLUMNS", 384)  # shortlists have 256
+    monkeypatch.setattr(filled, "COLUMNS", 384)  # shortlists have 256
     monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
 
     def make(loss: str):
@@ -110,7 +112,7 @@ def works(batches) -> list[list[Work]]:
 def step(stack: Stack, taker: Stack | Captured, parts: list[list[Work]]):
     """Take a step, part by part."""
     stack.begin(parts[0])
-    found = taker.finish(sum(taker.differentiate(work).clone() for work in parts))
+    found = taker.finish(sum(taker.prepared(work)().clone() for work in parts))
     return [value.clone() for value in found]
 
 
@@ -143,7 +145,7 @@ def test_recorded_steps_are_those_computed_alone(stacks, ends, loss):
     assert sum(graph.replays for graph in graphs) == 2 * len(batches)
     assert (
         len(graphs)
-        == len({captured.shape_of(batch, whole=False) for batch in batches})
+        == len({filled.shape_of(batch, whole=False) for batch in batches})
         < len(batches)
     )
     moments = [stack.optimizer.moments(0)["step"] for stack in (plain, recorded)]
@@ -315,3 +317,21 @@ def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends):
     (shape,) = recorder._recorded
     assert shape.columns == 384 * -(-3 * len(few.weight_CH) // 384)
     assert shape.positions >= 200 and shape.starts == len(longer.starts_M)
+
+
+def test_a_batch_is_let_go_of_before_its_recording_is_replayed(stacks):
+    """Within a budget, the memory of what was copied is that of the next part."""
+    make, graphs = stacks
+    (_, recorded), batches = make("shortlist")
+    recorder = Captured(recorded, CPU)
+    for _ in range(2):  # the first is recorded, the second only copied
+        batch = replace(batches[0], x_BTH={k: v.clone() for k, v in batches[0].x_BTH.items()})
+        kept = weakref.ref(batch.x_BTH["final"])
+        (work,) = works([batch])
+        recorded.begin(work)
+        differentiate = recorder.prepared(work)
+        del batch, work
+        gc.collect()
+        assert kept() is None
+        differentiate()
+    assert [graph.replays for graph in graphs] == [2]

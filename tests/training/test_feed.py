@@ -47,10 +47,12 @@ def test_draws_are_those_of_the_step_over_epochs_and_parts(
                 assert torch.equal(found.weight_CH, expected.weight_CH)
                 assert torch.equal(found.index_N, expected.index_N)
                 drawn.append(found.log_weight_C)
-                if feed.batch.last:
+                feed.let_go()
+                assert feed.batch is None
+                if feed.ended:
                     break
                 feed.next_part()
-            feed.batch, step = None, step + 1
+            step += 1
         whole = loader.epoch(at, skip=position if at == epoch else 0)
         assert seen == [batch.sequences for batch in whole]
     assert len(drawn) > step - 7 > 3 if part_tokens else len(drawn) == step - 7 > 3

@@ -134,11 +134,11 @@ def test_the_last_resort_is_not_recorded(recording):
 def test_a_plan_is_of_recorded_parts_where_there_is_room(world, recording, monkeypatch, room):
     record, tried = Captured._record, []
 
-    def recorded(self, work, shape):
+    def recorded(self, work):
         tried.append(1)
         if not room:
             raise torch.OutOfMemoryError
-        return record(self, work, shape)
+        return record(self, work)
 
     monkeypatch.setattr(Captured, "_record", recorded)
     monkeypatch.setattr(captured, "record", lambda part, *given: (Mock(), part()))
