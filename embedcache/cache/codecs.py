@@ -84,7 +84,10 @@ class Int8Codec(Codec):
 
     def decode(self, stored: dict[str, torch.Tensor], ids_N: Array) -> torch.Tensor:
         """Return scale * q in bfloat16."""
-        return (stored["embeddings"].float() * stored["scale"][..., None]).to(torch.bfloat16)
+        q_NH, scale_N = stored["embeddings"], stored["scale"]
+        # Into its place: in float32 they would take four times as much of a device, twice.
+        x_NH = torch.empty(q_NH.shape, dtype=torch.bfloat16, device=q_NH.device)
+        return torch.mul(q_NH, scale_N[..., None], out=x_NH)
 
 
 STATELESS: dict[str, Codec] = {"bf16": Bf16Codec(), "int8": Int8Codec()}

@@ -28,8 +28,8 @@ EMITTED = 512
 """Positions of which deltas exist at a time within a budget: more would hardly be faster."""
 LOGIT_SHARE = 16
 """A budget's part that logits take, at most."""
-SEGMENT = 2 << 20
-"""Bytes that a CUDA allocator reserves at a time."""
+SEGMENT = 12 << 20
+"""Bytes that a CUDA allocator reserves at a time within a budget: it takes no less than that."""
 LEAST_LOGITS, LOGITS_OF_HIDDEN = 1 << 20, 1024
 """Bytes that logits need for a product to be worth while, and those by width for a streamed head's
 tiles."""
@@ -251,7 +251,7 @@ def peak_of(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[
 def spare_reserves() -> None:
     """Have libraries reserve little of a GPU that nothing was computed on yet in this process.
 
-    Unless the user says otherwise: segments that grow leave no gaps, and do so by 2 MiB instead of
+    Unless the user says otherwise: segments that grow leave no gaps, and do so by 12 MiB instead of
     20; and cuBLAS keeps 8 MiB for each of its streams instead of 32.
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before
