@@ -18,6 +18,7 @@ from embedcache.cache.loader import BatchLoader
 from embedcache.cache.verify import verify
 from embedcache.carryon.attention import Spans, attend, segment_mask
 from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn
 from embedcache.evaluate import evaluate
 from embedcache.train import sweep, train
 from embedcache.training import trainer
@@ -203,6 +204,7 @@ WITHIN = """
 import sys, torch
 from pathlib import Path
 from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn
 from embedcache.train import train
 from embedcache.training.config import TrainConfig
 cache, out, loss, budget = sys.argv[1:]
@@ -222,3 +224,45 @@ def test_a_gpu_s_allocator_keeps_within_the_budget(tmp_path, world, loss):
     done = subprocess.run([*command, str(budget)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 0 < int(done.stdout.split()[-1]) <= budget
+
+
+def test_the_gradient_of_a_bias_takes_little_memory():
+    """Torch's sum takes several times what it sums, where that is few rows."""
+    carryon = CarryOn.stack([CarryOn(CarryOnConfig(width=256, blocks=1), 64)]).cuda()
+    up = carryon.blocks[0].up
+    x = torch.randn(1, 1, 1024, 256, device="cuda")
+    upstream = torch.randn(1, 1, 1024, 1024, device="cuda")
+    with torch.autocast("cuda", torch.bfloat16):
+        y = up(x)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    y.backward(upstream.bfloat16())
+    assert torch.cuda.max_memory_allocated() - before < 2 * upstream.nbytes
+    torch.testing.assert_close(up.bias.grad, upstream.sum(dim=(1, 2)), rtol=0.02, atol=0.5)
+
+
+PIECES = """
+import torch
+from embedcache.training.captured import record
+from embedcache.training.memory import spare_reserves
+spare_reserves()
+
+def part():
+    few = [torch.ones(size << 20, dtype=torch.uint8, device="cuda") for size in (14, 20, 30)]
+    first = sum(one[0] for one in few)
+    del few
+    return first + torch.ones(60 << 20, dtype=torch.uint8, device="cuda")[0]
+
+graph, made = record(part, torch.device("cuda:0"), None)
+graph.replay()
+assert made.item() == 4
+segments = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == graph.pool()]
+print(sum(segment["total_size"] for segment in segments if segment["segment_type"] == "large"))
+"""
+
+
+def test_a_recording_takes_its_memory_in_one_piece():
+    command = [sys.executable, "-c", PIECES]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert 60 << 20 <= int(done.stdout) <= 80 << 20  # piece by piece 124 MiB

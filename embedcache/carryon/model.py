@@ -197,46 +197,57 @@ class _Linear(nn.Linear):
         weight, bias = self.weight, self.bias if biased else None
         if weight.ndim == 2:
             return F.linear(x_BTI, weight, bias)
+        apply: Any = _Product.apply  # torch leaves it untyped
         K = len(weight)
         # One alone: a GPU's plain product adds the bias on its way.
         if x_BTI.ndim == 4 and (K > 1 or not x_BTI.is_cuda):
-            apply: Any = _StackedProduct.apply  # torch leaves it untyped
             y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias)
             return y_KNO.unflatten(1, x_BTI.shape[1:3])
-        y_BTO = F.linear(x_BTI, weight.flatten(0, 1), None if bias is None else bias.flatten())
+        flat = weight.flatten(0, 1), None if bias is None else bias.flatten()
+        y_BTO: Tensor = apply(x_BTI.flatten(0, -2), *flat).unflatten(0, x_BTI.shape[:-1])
         if x_BTI.ndim == 4:
             return y_BTO
         # Each carry-on's lies close: all that is computed of it would be as scattered otherwise.
         return y_BTO.unflatten(-1, (K, -1)).movedim(2, 0).contiguous()
 
 
-class _StackedProduct(torch.autograd.Function):
-    """A linear layer for each of K inputs; gradients of weights come out as weights lie.
+class _Product(torch.autograd.Function):
+    """A linear layer of x_NI, or one for each of K inputs; all have K as first axis then.
 
-    (Of `torch.baddbmm` they come out transposed, and are copied.)
+    Gradients of weights come out as weights lie: of `torch.baddbmm` they come out transposed, and
+    are copied. That of a bias is a product on a GPU: torch's sum takes several times the memory of
+    what it sums there, more than all else that a part of few tokens has at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_KNI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None) -> Tensor:
-        device = x_KNI.device.type
-        low = product_dtype(x_KNI)
-        ctx.dtypes = x_KNI.dtype, weight_KOI.dtype
-        x_KNI, weight_KOI = x_KNI.to(low), weight_KOI.to(low)
-        ctx.save_for_backward(x_KNI, weight_KOI)
-        with torch.autocast(device, enabled=False):
-            if bias_KO is None:
-                return torch.bmm(x_KNI, weight_KOI.mT)
-            return torch.baddbmm(bias_KO.to(low)[:, None], x_KNI, weight_KOI.mT)
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        low = product_dtype(x_NI)
+        ctx.dtypes = x_NI.dtype, weight_OI.dtype
+        x_NI, weight_OI = x_NI.to(low), weight_OI.to(low)
+        bias_O = None if bias_O is None else bias_O.to(low)
+        ctx.save_for_backward(x_NI, weight_OI)
+        with torch.autocast(x_NI.device.type, enabled=False):
+            if x_NI.ndim == 2:
+                return F.linear(x_NI, weight_OI, bias_O)
+            if bias_O is None:
+                return torch.bmm(x_NI, weight_OI.mT)
+            return torch.baddbmm(bias_O[:, None], x_NI, weight_OI.mT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g_KNO,), (x_KNI, weight_KOI) = gradients, ctx.saved_tensors
+        (g_NO,), (x_NI, weight_OI) = gradients, ctx.saved_tensors
         needed, (x_dtype, dtype) = ctx.needs_input_grad, ctx.dtypes
         return (
-            torch.bmm(g_KNO, weight_KOI).to(x_dtype) if needed[0] else None,
-            torch.bmm(g_KNO.mT, x_KNI).to(dtype) if needed[1] else None,
-            g_KNO.sum(dim=1).to(dtype) if needed[2] else None,
+            (g_NO @ weight_OI).to(x_dtype) if needed[0] else None,
+            (g_NO.mT @ x_NI).to(dtype) if needed[1] else None,
+            _summed(g_NO).to(dtype) if needed[2] else None,
         )
+
+
+def _summed(g_NO: Tensor) -> Tensor:
+    """Return the sums (K)O over N."""
+    alone = g_NO.ndim == 2 and g_NO.is_cuda
+    return g_NO.new_ones(len(g_NO)) @ g_NO if alone else g_NO.sum(dim=-2)
 
 
 class _Norm(nn.Module):
