@@ -59,7 +59,7 @@ def train(
         DeviceMemoryError: if the budget holds no sequence, or the device runs out of memory.
     """
     runs = {out: config or TrainConfig()}
-    target = local_device(resolve_device(device))
+    target = _target(device, memory)
     with joined(target) as ranks:
         shared = _Shared(cache_path, target, progress, ranks, memory)
         for out, settings in runs.items():
@@ -99,7 +99,7 @@ def sweep(
     was stopped goes on by the same call. Raises what `train` does for settings and folders, before
     anything is written.
     """
-    target = local_device(resolve_device(device))
+    target = _target(device, memory)
     shared = _Shared(cache_path, target, progress, memory=memory)
     with joined(target) as ranks:
         done = {out: shared.finished(out, config) for out, config in runs.items()}
@@ -139,7 +139,7 @@ def preview(
     memory: int | None = None,
 ) -> TrainPlan:
     """Make every check that `train` makes before it writes; return the plan."""
-    shared = _Shared(cache_path, local_device(resolve_device(device)), SILENT, memory=memory)
+    shared = _Shared(cache_path, _target(device, memory), SILENT, memory=memory)
     shared.check(out, config)
     loss, plan = _loss_name(config, shared.vocabulary), None
     if memory is not None:
@@ -159,6 +159,14 @@ def preview(
     )
 
 
+def _target(device: str, memory: int | None) -> torch.device:
+    """Return the device named, whose allocator is sparing where there is a budget."""
+    target = resolve_device(device)
+    if memory is not None and target.type == "cuda":
+        spare_reserves()  # before torch asks the device for anything: settings are read then
+    return local_device(target)
+
+
 class _Shared:
     """An open cache and what is checked before anything is written."""
 
@@ -170,8 +178,6 @@ class _Shared:
         ranks: Ranks = ALONE,
         memory: int | None = None,
     ):
-        if memory is not None and device.type == "cuda":
-            spare_reserves()
         self.cache = Cache(cache_path)
         self.device = device
         self.progress = progress

@@ -20,8 +20,9 @@ from embedcache.units import size
 
 USED = 0.95
 """Share of a budget that a plan counts on; the rest is an allocator's gaps."""
-GOOD_TOKENS = (2048, 1024, 512)
-"""Parts of at least so many tokens are looked for first: smaller ones are slower by the token."""
+GOOD_TOKENS = {True: (1024, 512), False: (2048, 1024, 512)}
+"""Tokens that parts are looked for with first, recorded or not: smaller ones are slower by the token.
+Small ones that are recorded are faster than large ones that are not."""
 STEP_TOKENS = 64
 """Parts are a multiple of this."""
 EMITTED = 512
@@ -151,9 +152,12 @@ def choose(
     found: dict[int, Footprint | None] = {}
     room = budget * USED
     step_tokens = max(step_tokens, longest)
-    for least in (*GOOD_TOKENS, longest):
+    wanted = [(kind, least) for kind, good in GOOD_TOKENS.items() for least in (*good, longest)]
+    for recorded, least in wanted:
         least = max(longest, min(least, step_tokens))
         for number, recipe in enumerate(recipes):
+            if recipe.capture is not recorded:
+                continue
             if number not in found:
                 found[number] = footprint(recipe, budget)
             measured = found[number]

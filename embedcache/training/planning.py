@@ -12,6 +12,7 @@ import torch
 from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import current, fast_dtype, wait_for
+from embedcache.errors import DeviceMemoryError
 from embedcache.training.captured import Captured, recordable
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
@@ -49,15 +50,21 @@ def plan_memory(
     longest = materials.cache.attributes.settings.context
     trials = _Trials(materials, configs, loss)
     shape = configs[0].carryon
-    recipes = candidates(materials.device, budget, materials.hidden, shape.head_width)
+    recipes = found = candidates(materials.device, budget, materials.hidden, shape.head_width)
     while recipes:
-        plan: MemoryPlan | None = choose(
-            recipes,
-            budget,
-            trials.footprint,
-            longest=longest,
-            step_tokens=max(materials.batch_tokens(config) for config in configs),
-        )
+        plan: MemoryPlan | None
+        try:
+            plan = choose(
+                recipes,
+                budget,
+                trials.footprint,
+                longest=longest,
+                step_tokens=max(materials.batch_tokens(config) for config in configs),
+            )
+        except DeviceMemoryError:
+            if recipes is found:
+                raise
+            break  # of those that are left none was thought to hold
         assert plan is not None
         recipes = [one for one in recipes if one != replace(plan.recipe, part_tokens=None)]
         while plan is not None:
