@@ -21,8 +21,8 @@ from embedcache.units import size
 USED = 0.95
 """Share of a budget that a plan counts on; the rest is an allocator's gaps."""
 GOOD_TOKENS = {True: (1024, 512), False: (2048, 1024, 512)}
-"""Tokens that parts are looked for with first, recorded or not: smaller ones are slower by the token.
-Small ones that are recorded are faster than large ones that are not."""
+"""Tokens of the parts that are looked for first, recorded or not: smaller ones are slower by the
+token. Small ones that are recorded are faster than large ones that are not."""
 STEP_TOKENS = 64
 """Parts are a multiple of this."""
 EMITTED = 512
