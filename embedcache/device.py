@@ -64,9 +64,13 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has free; of the machine for the CPU."""
+    """Return the bytes of memory that a device has free; of the machine for the CPU.
+
+    What torch keeps of a GPU without using it is free, too.
+    """
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 

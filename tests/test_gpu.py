@@ -19,10 +19,12 @@ from embedcache.cache.verify import verify
 from embedcache.carryon.attention import Spans, attend, segment_mask
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.model import CarryOn
+from embedcache.device import free_memory
 from embedcache.evaluate import evaluate
 from embedcache.train import sweep, train
 from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
+from embedcache.training.marks import Mark
 from embedcache.training.recipe import PLAIN, Recipe
 from embedcache.training.stack import Stack
 
@@ -269,3 +271,27 @@ def test_a_recording_takes_its_memory_in_one_piece():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert 60 << 20 <= int(done.stdout) <= 80 << 20  # piece by piece 124 MiB
+
+
+def test_waits_count_while_a_gpu_has_no_work():
+    device, busy = torch.device("cuda:0"), torch.ones(1 << 28, device="cuda")
+    found = []
+    for rounds in (1, 400):  # of about a millisecond
+        torch.cuda.synchronize()
+        for _ in range(rounds):
+            busy.mul_(1.0)
+        before = Mark(device)
+        time.sleep(0.1)
+        found.append((before, Mark(device)))
+    torch.cuda.synchronize()
+    idle, working = (before.until(after) for before, after in found)
+    assert 0.08 < idle < 0.2 and working < 0.02
+
+
+def test_what_torch_keeps_unused_of_a_gpu_is_free():
+    torch.cuda.empty_cache()
+    before = free_memory(torch.device("cuda:0"))
+    kept = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    assert before - free_memory(torch.device("cuda:0")) >= 1 << 30
+    del kept
+    assert abs(before - free_memory(torch.device("cuda:0"))) < 1 << 26

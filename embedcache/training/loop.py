@@ -17,6 +17,7 @@ from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
 from embedcache.training.captured import Captured, recordable
 from embedcache.training.feed import Feed
+from embedcache.training.marks import Mark
 from embedcache.training.member import Member
 from embedcache.training.ranks import Ranks
 from embedcache.training.scoring import DevLoss
@@ -43,11 +44,12 @@ class Arriving:
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """A step that was begun: whose, how much each saw, and what came of it."""
+    """A step that was begun: whose, how much each saw, what came of it, and waits for batches."""
 
     members: list[Member]
     counts: list[Counts]
     values: Arriving
+    waits: list[tuple[Mark, Mark]]
 
 
 class Loop:
@@ -91,7 +93,8 @@ class Loop:
 
     def _train(self) -> None:
         self._let_go()
-        self._clock, self._waited = time.perf_counter(), 0.0
+        self._clock = time.perf_counter()
+        self._waits: list[tuple[Mark, Mark]] = []
         while self._feeds:
             with self._waiting():
                 ended = [feed for feed in self._feeds if not feed.advance()]
@@ -107,10 +110,10 @@ class Loop:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Count the time of a wait for batches."""
-        began = time.perf_counter()
+        """Mark a wait for batches: what of it the device is without work, counts."""
+        began = Mark(self._device)
         yield
-        self._waited += time.perf_counter() - began
+        self._waits.append((began, Mark(self._device)))
 
     def _rows(self) -> list[tuple[int, Member]]:
         return list(enumerate(member for feed in self._feeds for member in feed.members))
@@ -123,7 +126,8 @@ class Loop:
         counts = [
             one for one, feed in zip(everywhere, self._feeds, strict=True) for _ in feed.members
         ]
-        taken = Taken([member for _, member in self._rows()], counts, Arriving(*values))
+        waits, self._waits = self._waits, []
+        taken = Taken([member for _, member in self._rows()], counts, Arriving(*values), waits)
         self._read()
         self._taken = taken
         due = any(member.save_due for member in taken.members)
@@ -144,7 +148,7 @@ class Loop:
         losses, norms = taken.values.lists()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        waited, self._waited = self._waited, 0.0
+        waited = sum(began.until(ended) for began, ended in taken.waits)
         rows = zip(taken.members, taken.counts, losses, norms, strict=True)
         for index, (member, one, loss, norm) in enumerate(rows):
             if member.failure is not None:

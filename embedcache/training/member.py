@@ -41,8 +41,8 @@ class TrainSummary:
     """What a run did. Cross-entropies are in nats a token; the speed excludes evaluation.
 
     ``shortlist_bias``: what the shortlist makes of the kept epoch's dev loss, less the exact one.
-    ``data_wait``: share of the time that went by waiting for batches; on a GPU, which has work
-    queued meanwhile, at most. ``memory``: how it kept within its budget, if it had one.
+    ``data_wait``: share of the time that went by waiting for batches; of a GPU, while it had no
+    work left. ``memory``: how it kept within its budget, if it had one.
     """
 
     out: str

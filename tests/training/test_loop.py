@@ -15,7 +15,7 @@ from embedcache.cache.reader import SplitReader
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.errors import CacheError
 from embedcache.train import sweep, train
-from embedcache.training import loop
+from embedcache.training import loop, marks
 from embedcache.training.config import TrainConfig
 from embedcache.training.feed import Feed
 from embedcache.training.metrics import METRICS_FILE
@@ -126,7 +126,8 @@ def test_waiting_for_an_epoch_s_first_batch_counts_and_scoring_does_not(
             first = batch is None and self._split.name == "train"
             yield batch
 
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for module in (loop, marks):
+        monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Trainer, "score", lambda *given: take(10_000) or score(*given))
     monkeypatch.setattr(Stack, "finish", lambda *given: take(100) or finish(*given))
     monkeypatch.setattr(BatchLoader, "epochs", slow_start)
