@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from embedcache.cache.batch import Batch, Drawn
-from embedcache.cache.order import BatchOrder
+from embedcache.cache.order import WINDOW, BatchOrder
 from embedcache.cache.packing import Cut, Packed, cut_batch, pack
 from embedcache.cache.prefetch import look_ahead, prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
@@ -80,7 +80,7 @@ class BatchLoader:
         )
         self._taps = taps
         self._device = device or torch.device("cpu")
-        self._threads = min(8, os.cpu_count() or 1)
+        self._threads = min(2 * WINDOW, os.cpu_count() or 1)  # of as many blocks, at most
 
     def epoch(
         self, epoch: int, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import gc
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -32,6 +33,9 @@ SHAPES = 12
 MOST = 8
 """Carry-ons of a stack of which parts are recorded: with more, the GPU is what a step waits for,
 and a recording would only hold memory."""
+OFTEN = 20
+"""Times that a shape comes before it is recorded, where a larger one's recording takes it till
+then: most shapes are of epochs' last batches, and to record one takes long."""
 WARM_UPS = 2
 """Times that a part is computed before it is recorded."""
 
@@ -72,6 +76,7 @@ class Captured:
         self._stack, self._device = stack, device
         self._recorded: dict[Shape, Recorded] = {}
         self._inputs: Inputs = {}
+        self._seen: Counter[Shape] = Counter()
         self._pool: Any = None
         self._tight = stack.recipe.part_tokens is not None
         self._done: torch.cuda.Event | None = None
@@ -140,6 +145,11 @@ class Captured:
                     shape = other.around(shape)
             if self._recorded:
                 self._drop()
+            return shape
+        self._seen[shape] += 1
+        larger = [other for other in self._recorded if other.takes(shape)]
+        if self._seen[shape] < OFTEN or len(self._recorded) == SHAPES:
+            return min(larger, key=Shape.size, default=shape)
         return shape
 
     def _drop(self) -> None:

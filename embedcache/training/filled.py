@@ -42,6 +42,10 @@ class Shape(NamedTuple):
         like = self.row == other.row and bool(self.columns) == bool(other.columns)
         return like and self.around(other) == self
 
+    def size(self) -> int:
+        """Return what its loss takes, by which recordings are compared."""
+        return self.positions * max(1, self.columns)
+
     def around(self, other: Shape) -> Shape:
         """Return the shape that takes both, of one row."""
         return Shape(*map(max, zip(self, other, strict=True)))

@@ -71,6 +71,7 @@ def graphs(monkeypatch, ends) -> list[Replayed]:
 def stacks(world: World, monkeypatch, graphs):
     """Two equal stacks of two, and batches in parts of one row."""
     monkeypatch.setattr(packing, "STARTS", 8)
+    monkeypatch.setattr(captured, "OFTEN", 1)
     monkeypatch.setattr(filled, "COLUMNS", 384)  # shortlists have 256
     monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
 
@@ -335,3 +336,50 @@ def test_a_batch_is_let_go_of_before_its_recording_is_replayed(stacks):
         assert kept() is None
         differentiate()
     assert [graph.replays for graph in graphs] == [2]
+
+
+def test_a_shape_that_is_rare_is_taken_by_a_larger_one_s_recording(stacks, monkeypatch):
+    make, graphs = stacks
+    monkeypatch.setattr(captured, "OFTEN", 4)
+    (plain, recorded), batches = make("shortlist")
+    recorder = Captured(recorded, CPU)
+    whole = batches[0]
+    few = replace(
+        whole,
+        wanted_N=whole.wanted_N[:20],
+        targets_N=whole.targets_N[:20],
+        drawn=[whole.drawn[0]._replace(index_N=whole.drawn[0].index_N[:20])],
+    )
+    fewer, more = (filled.shape_of(one, whole=False) for one in (few, whole))
+    assert more.takes(fewer) and fewer.size() < more.size()
+    made = []
+    for one in (whole, few, few, few, few, few, whole):
+        found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+        made.append(len(graphs))
+    assert made == [1, 1, 1, 1, 2, 2, 2]
+    assert [graph.replays for graph in graphs] == [5, 2]  # each by the smallest that takes it
+
+
+def test_a_shape_that_nothing_takes_is_recorded_at_once(stacks, monkeypatch):
+    make, graphs = stacks
+    monkeypatch.setattr(captured, "OFTEN", 4)
+    (_, recorded), batches = make("exact")
+    recorder = Captured(recorded, CPU)
+    few = replace(
+        batches[0], wanted_N=batches[0].wanted_N[:20], targets_N=batches[0].targets_N[:20]
+    )
+
+    def longer(batch, more):
+        return replace(
+            batch, starts_M=torch.cat([batch.starts_M, batch.starts_M[-1:].repeat(more)])
+        )
+
+    for one in (few, longer(batches[0], 16)):
+        step(recorded, recorder, works([one]))
+    assert len(graphs) == 2
+    monkeypatch.setattr(captured, "SHAPES", 2)
+    for _ in range(6):  # one shape too many: the larger one's recording takes it for good
+        step(recorded, recorder, works([longer(few, 8)]))
+    assert [graph.replays for graph in graphs] == [1, 7]
