@@ -32,6 +32,7 @@ from commands import embedcache, extract
 
 from embedcache.base.load import load_tokenizer
 from embedcache.training import planning
+from embedcache.training.memory import spare_reserves
 from embedcache.training.recipe import Recipe
 
 BUDGETS = {
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1728)
     parser.add_argument("--lean-memory", default="400MB")
     options = parser.parse_args()
+    spare_reserves()  # this process's, too, before it computes anything
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"memory": [], "quality": []}

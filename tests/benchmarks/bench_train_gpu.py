@@ -101,7 +101,11 @@ def main() -> None:
             folder / f"{loss}-{number}": replace(one, loss=loss)
             for number, one in enumerate(configs)
         }
-        found = [one.summary for one in sweep(path, runs=runs) if one.summary is not None]
+        results = sweep(path, runs=runs)
+        failed = {str(one.failure) for one in results if one.failure is not None}
+        if failed:
+            raise SystemExit("\n".join(sorted(failed)))
+        found = [one.summary for one in results if one.summary is not None]
         if len(found) < len(runs) or len({one.seconds for one in found}) > 1:
             raise SystemExit("expected all in one stack: fewer --stacked, or a larger GPU")
         rates[f"stacked {loss}"] = sum(one.tokens for one in found) / found[0].seconds

@@ -148,6 +148,56 @@ def test_a_plan_is_of_recorded_parts_where_there_is_room(world, recording, monke
     assert plan.recipe.capture is room
 
 
+def test_small_parts_that_are_recorded_come_before_large_ones_that_are_not(recording):
+    recipes = candidates(CUDA, 1 << 30, 64, 32)
+
+    def plan(budget: int, recorded: float) -> Recipe:
+        def footprint(recipe: Recipe, most: int | None) -> Footprint:
+            return Footprint(0, recorded if recipe.capture else 100.0)
+
+        return choose(recipes, budget, footprint, longest=100, step_tokens=16384).recipe
+
+    assert plan(1_000_000, 1500.0).capture  # parts of 633 tokens at most, and of 9,500
+    assert plan(1_000_000, 9000.0).capture
+    assert not plan(1_000_000, 9800.0).capture  # no sequence
+
+
+def test_what_a_recipe_that_is_left_would_take_is_not_told_once_one_did_not_hold(
+    world, monkeypatch
+):
+    footprint = planning._Trials.footprint
+
+    def measured(self, recipe, budget):
+        return None if recipe.recompute else footprint(self, recipe, budget)
+
+    monkeypatch.setattr(planning._Trials, "footprint", measured)
+    monkeypatch.setattr(planning._Trials, "holds", lambda *given: False)
+    with pytest.raises(DeviceMemoryError, match="--memory 13"):
+        plan_memory(Materials(world.cache(), CPU, ALONE), [CONFIG], "exact", 12_000_000)
+
+
+def test_a_recorded_plan_that_does_not_hold_is_tried_without_recordings(
+    world, tmp_path, monkeypatch, recording
+):
+    monkeypatch.setattr(captured, "record", lambda part, *given: (Mock(), part()))
+    take, tried = Loop._take, []
+
+    def tight(self, everywhere):
+        recipe = self._stack.recipe
+        tried.append((recipe.part_tokens, recipe.capture))
+        if recipe.capture:
+            raise torch.OutOfMemoryError
+        return take(self, everywhere)
+
+    monkeypatch.setattr(Loop, "_take", tight)
+    out = tmp_path / "c"
+    result = train(world.cache_path, out=out, config=CONFIG, device="cpu", memory=12_000_000)
+    parts = [tokens for tokens, recorded in tried if recorded]
+    assert parts == sorted(set(parts), reverse=True) and parts[-1] == 64 < parts[0]
+    assert tried[len(parts)] == (64, False)
+    assert "recorded" not in result.memory and result.best_dev < result.base_dev
+
+
 def test_what_is_kept_alone_is_more_than_a_budget(world, monkeypatch):
     """Nothing is tried then, but for the least that would do."""
     tried, measured = [], planning._Trials._measured
