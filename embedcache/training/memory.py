@@ -23,6 +23,8 @@ USED = 0.95
 GOOD_TOKENS = {True: (1024, 512), False: (2048, 1024, 512)}
 """Tokens of the parts that are looked for first, recorded or not: smaller ones are slower by the
 token. Small ones that are recorded are faster than large ones that are not."""
+STREAMED_TOKENS = (8192, 4096, *GOOD_TOKENS[False])
+"""The same where all of the head goes by for each part."""
 STEP_TOKENS = 64
 """Parts are a multiple of this."""
 EMITTED = 512
@@ -111,10 +113,13 @@ class MemoryPlan:
         return f"{size(self.expected)} expected of {size(self.budget)}: {', '.join(parts)}"
 
 
-def candidates(device: torch.device, budget: int, hidden: int, head_width: int) -> list[Recipe]:
+def candidates(
+    device: torch.device, budget: int, hidden: int, head_width: int, *, loss: str
+) -> list[Recipe]:
     """Return recipes in the order in which they are to be tried: the fastest first.
 
-    Host memory is a place of its own beside a GPU alone.
+    Host memory is a place of its own beside a GPU alone. An exact loss streams a head that lies
+    there, which is not recorded.
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
     plain = replace(plain_recipe(device, head_width), logit_bytes=logits, emitted=EMITTED, ahead=1)
@@ -123,9 +128,15 @@ def candidates(device: torch.device, budget: int, hidden: int, head_width: int) 
         kinds = (plain, replace(plain, dtype=torch.bfloat16, offload=True))
         found = [replace(kind, host_head=host) for kind in kinds for host in (False, True)]
     found = [
-        replace(recipe, recompute=recompute) for recipe in found for recompute in (False, True)
+        replace(
+            recipe,
+            recompute=recompute,
+            capture=recipe.capture and not (recipe.host_head and loss == "exact"),
+        )
+        for recipe in found
+        for recompute in (False, True)
     ]
-    if plain.capture:  # a recording has copies of what goes in
+    if found[-1].capture:  # a recording has copies of what goes in
         found.append(replace(found[-1], capture=False))
     return found
 
@@ -137,6 +148,7 @@ def choose(
     *,
     longest: int,
     step_tokens: int,
+    loss: str,
 ) -> MemoryPlan:
     """Return the first recipe that holds good parts, or else less good ones, within a budget.
 
@@ -146,14 +158,17 @@ def choose(
         footprint: measures a recipe within so many bytes; None where it took more than that.
         longest: tokens of the longest sequence, which is never cut.
         step_tokens: tokens of a step: larger parts are of no use.
+        loss: of those that are trained.
 
     Raises ``DeviceMemoryError``, with the least that would do, if none holds a sequence.
     """
     found: dict[int, Footprint | None] = {}
     room = budget * USED
     step_tokens = max(step_tokens, longest)
-    wanted = [(kind, least) for kind, good in GOOD_TOKENS.items() for least in (*good, longest)]
-    for recorded, least in wanted:
+    good = GOOD_TOKENS
+    if loss == "exact" and recipes[-1].host_head:
+        good = good | {False: STREAMED_TOKENS}
+    for recorded, least in [(kind, least) for kind in good for least in (*good[kind], longest)]:
         least = max(longest, min(least, step_tokens))
         for number, recipe in enumerate(recipes):
             if recipe.capture is not recorded:

@@ -50,7 +50,9 @@ def plan_memory(
     longest = materials.cache.attributes.settings.context
     trials = _Trials(materials, configs, loss)
     shape = configs[0].carryon
-    recipes = found = candidates(materials.device, budget, materials.hidden, shape.head_width)
+    recipes = found = candidates(
+        materials.device, budget, materials.hidden, shape.head_width, loss=loss
+    )
     while recipes:
         plan: MemoryPlan | None
         try:
@@ -60,6 +62,7 @@ def plan_memory(
                 trials.footprint,
                 longest=longest,
                 step_tokens=max(materials.batch_tokens(config) for config in configs),
+                loss=loss,
             )
         except DeviceMemoryError:
             if recipes is found:

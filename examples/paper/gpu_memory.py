@@ -121,8 +121,8 @@ def leanest() -> Iterator[None]:
     """Let budgets choose the leanest recipe alone, recorded or not."""
     candidates = planning.candidates
 
-    def last(*given: Any) -> list[Recipe]:
-        found = candidates(*given)
+    def last(*given: Any, **more: Any) -> list[Recipe]:
+        found = candidates(*given, **more)
         lean = replace(found[-1], capture=False)
         return [one for one in found if replace(one, capture=False) == lean]
 

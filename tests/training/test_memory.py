@@ -32,6 +32,7 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CONFIG = TrainConfig(
     carryon=CarryOnConfig(width=32, blocks=2), epochs=1, batch_tokens=1024, loss="exact"
 )
+CHOICE = {"longest": 100, "step_tokens": 16384, "loss": "shortlist"}
 
 
 def test_the_peak_is_of_all_that_lives_at_a_time():
@@ -63,8 +64,8 @@ def test_a_line_through_two_sizes():
     assert Footprint(1000, 5.0).tokens(10) < 1
 
 
-def chosen(budget: int, footprints: dict[str, Footprint], *, freely=None, **more: int):
-    recipes = candidates(CUDA, 100_000_000, 64, 32)
+def chosen(budget: int, footprints: dict[str, Footprint], *, freely=None, **more):
+    recipes = candidates(CUDA, 100_000_000, 64, 32, loss="shortlist")
 
     def footprint(recipe: Recipe, most: int | None) -> Footprint | None:
         if most is None:
@@ -76,7 +77,12 @@ def chosen(budget: int, footprints: dict[str, Footprint], *, freely=None, **more
         name += "-again" if recipe.recompute else ""
         return footprints.get(name)
 
-    return choose(recipes, budget, footprint, **({"longest": 100, "step_tokens": 16384} | more))
+    return choose(
+        recipes,
+        budget,
+        footprint,
+        **({"longest": 100, "step_tokens": 16384, "loss": "shortlist"} | more),
+    )
 
 
 def test_the_first_recipe_that_holds_good_parts_is_chosen():
@@ -111,9 +117,12 @@ def test_a_budget_that_is_too_small_is_told_the_least_that_would_do():
 
 
 def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone():
-    found = candidates(CPU, 1 << 30, 64, 32)
+    found = candidates(CPU, 1 << 30, 64, 32, loss="shortlist")
     assert [(r.offload, r.host_head) for r in found] == [(False, False)] * 2
-    assert len({(r.offload, r.host_head) for r in candidates(CUDA, 1 << 30, 64, 32)}) == 4
+    assert (
+        len({(r.offload, r.host_head) for r in candidates(CUDA, 1 << 30, 64, 32, loss="shortlist")})
+        == 4
+    )
 
 
 @pytest.fixture
@@ -125,7 +134,7 @@ def recording(monkeypatch):
 
 
 def test_the_last_resort_is_not_recorded(recording):
-    found = candidates(CUDA, 1 << 30, 64, 32)
+    found = candidates(CUDA, 1 << 30, 64, 32, loss="shortlist")
     assert [recipe.capture for recipe in found] == [True] * 8 + [False]
     assert replace(found[-1], capture=True) == found[-2]
 
@@ -149,17 +158,37 @@ def test_a_plan_is_of_recorded_parts_where_there_is_room(world, recording, monke
 
 
 def test_small_parts_that_are_recorded_come_before_large_ones_that_are_not(recording):
-    recipes = candidates(CUDA, 1 << 30, 64, 32)
+    recipes = candidates(CUDA, 1 << 30, 64, 32, loss="shortlist")
 
     def plan(budget: int, recorded: float) -> Recipe:
         def footprint(recipe: Recipe, most: int | None) -> Footprint:
             return Footprint(0, recorded if recipe.capture else 100.0)
 
-        return choose(recipes, budget, footprint, longest=100, step_tokens=16384).recipe
+        return choose(
+            recipes, budget, footprint, longest=100, step_tokens=16384, loss="shortlist"
+        ).recipe
 
     assert plan(1_000_000, 1500.0).capture  # parts of 633 tokens at most, and of 9,500
     assert plan(1_000_000, 9000.0).capture
     assert not plan(1_000_000, 9800.0).capture  # no sequence
+
+
+def test_a_head_that_streams_wants_large_parts_and_is_not_recorded(recording):
+    found = candidates(CUDA, 1 << 30, 64, 32, loss="exact")
+    assert [recipe.capture for recipe in found] == [not recipe.host_head for recipe in found]
+    assert len(found) == 8
+
+    def plan(loss: str) -> Recipe:
+        def footprint(recipe: Recipe, most: int | None) -> Footprint | None:
+            if not (recipe.host_head and recipe.offload):
+                return None  # the head alone is more than the budget
+            return Footprint(0, 100.0 if recipe.recompute else 300.0)
+
+        recipes = candidates(CUDA, 1_000_000, 64, 32, loss=loss)
+        return choose(recipes, 1_000_000, footprint, **CHOICE | {"loss": loss}).recipe
+
+    assert (plan("exact").recompute, plan("exact").part_tokens) == (True, 9472)
+    assert (plan("shortlist").recompute, plan("shortlist").part_tokens) == (False, 3136)
 
 
 def test_what_a_recipe_that_is_left_would_take_is_not_told_once_one_did_not_hold(
