@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 
@@ -50,8 +49,7 @@ class Feed:
         """Let go of what is due, which is used: its memory is that of the next."""
         assert self.batch is not None
         self.ended = self.batch.last
-        nothing = self._nothing or self.batch.without_tokens()
-        self._nothing = replace(nothing, whole=self.batch.whole)
+        self._nothing = self._nothing or self.batch.without_tokens()
         self.batch = None
 
     def next_part(self) -> None:

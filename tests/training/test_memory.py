@@ -225,6 +225,16 @@ def test_a_recorded_plan_that_does_not_hold_is_tried_without_recordings(
     assert parts == sorted(set(parts), reverse=True) and parts[-1] == 64 < parts[0]
     assert tried[len(parts)] == (64, False)
     assert "recorded" not in result.memory and result.best_dev < result.base_dev
+    tried.clear()
+
+    def never(self, everywhere):
+        tried.append((self._stack.recipe.part_tokens, self._stack.recipe.capture))
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(Loop, "_take", never)
+    with pytest.raises(DeviceMemoryError, match="step 0"):
+        train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu", memory=12_000_000)
+    assert tried == [*((tokens, True) for tokens in parts), (64, False)]
 
 
 def test_what_is_kept_alone_is_more_than_a_budget(world, monkeypatch):
@@ -309,8 +319,11 @@ def test_a_sweep_that_does_not_fit_is_trained_in_halves(world, tmp_path, monkeyp
 
 
 def test_a_budget_that_holds_no_sequence_leaves_nothing(world, tmp_path):
-    with pytest.raises(DeviceMemoryError, match="a sequence of 64 tokens"):
+    with pytest.raises(DeviceMemoryError, match="a sequence of 64 tokens") as refused:
         train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu", memory=200_000)
+    least = bytes_of(str(refused.value).split()[-1])
+    assert least > 300_000  # as measured, not by the budget
+    train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu", memory=least)
     assert not (tmp_path / "c").exists()
 
 
