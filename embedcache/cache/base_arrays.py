@@ -72,24 +72,19 @@ def base_array_cost(value: torch.Tensor, scratch: Path | None = None) -> Cost:
     chunks = value.split(rows)
     sampled = sorted({len(chunks) * i // SAMPLED_CHUNKS for i in range(SAMPLED_CHUNKS)})
     array, _ = _stored(torch.cat([chunks[number] for number in sampled]))
-    seconds = time.perf_counter() - started
     with tempfile.TemporaryDirectory(prefix="embedcache-", dir=scratch) as folder:
-        written = _write_chunks(Path(folder), "sample", array, rows)
-    share = len(value) / len(array)
-    return Cost(int(written.bytes * share) + METADATA_BYTES, (seconds + written.seconds) * share)
+        size = _write_chunks(Path(folder), "sample", array, rows)
+        share = len(value) / len(array)
+        return Cost(int(size * share) + METADATA_BYTES, (time.perf_counter() - started) * share)
 
 
-def _write_chunks(root: Path, name: str, array: Array, rows: int) -> Cost:
-    """Write an array's chunks, as zarr would, and flush each to the disk.
+def _write_chunks(root: Path, name: str, array: Array, rows: int) -> int:
+    """Write an array's chunks, as zarr would, and flush each to the disk; return their bytes.
 
-    By zarr it takes twice as long: its event loop copies every chunk. Returns their bytes, and the
-    seconds for as long as no thread has run out of them.
+    By zarr it takes twice as long: its event loop copies every chunk.
     """
-    count = -(-len(array) // rows)
-    threads = min(WRITERS, os.cpu_count() or 1, count)
 
-    def write(number: int) -> Cost:
-        started = time.perf_counter()
+    def write(number: int) -> int:
         chunk = array[number * rows : (number + 1) * rows]
         if len(chunk) < rows:
             chunk = np.concatenate(
@@ -98,10 +93,10 @@ def _write_chunks(root: Path, name: str, array: Array, rows: int) -> Cost:
         path = root / shard_name(name, number, array.ndim)
         write_chunk(path, chunk, CODERS["blosc"])
         fsync_path(path)
-        return Cost(path.stat().st_size, (time.perf_counter() - started) / threads)
+        return path.stat().st_size
 
-    with ThreadPoolExecutor(threads) as pool:
-        return sum(pool.map(write, range(count)), Cost())
+    with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1)) as pool:
+        return sum(pool.map(write, range(-(-len(array) // rows))))
 
 
 def _stored(value: torch.Tensor) -> tuple[Array, str]:

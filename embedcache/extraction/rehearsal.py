@@ -161,26 +161,27 @@ class Rehearsal:
             ThreadPoolExecutor(threads) as pool,
         ):
 
-            def commit(block: int, slot: Slot) -> tuple[float, float]:
-                """Return the seconds that it took, and those of a core."""
-                began, core = time.perf_counter(), time.thread_time()
+            def commit(block: int, slot: Slot) -> float:
+                began = time.thread_time()
                 values = slot.arrays.items()
                 arrays = {path: (encoder.specs[path], value.numpy()) for path, value in values}
                 writer.commit(name, block, arrays)
-                return time.perf_counter() - began, time.thread_time() - core
+                return time.thread_time() - began
 
-            def commit_all() -> list[tuple[float, float]]:
-                """Return what each block took."""
+            def commit_all() -> tuple[float, list[float]]:
+                """Return the seconds in all, and those of a core for each block."""
                 enough = ENOUGH_SECONDS if self._laps is None else ENOUGH_BESIDE
-                took, ends = list[tuple[float, float]](), time.perf_counter() + enough
-                while len(took) < ROUNDS * threads and time.perf_counter() < ends:
-                    took += pool.map(commit, range(len(took), len(took) + threads), held)
-                return took
+                started, committing, cores = time.perf_counter(), 0.0, list[float]()
+                while len(cores) < ROUNDS * threads and committing < enough:
+                    numbers = range(len(cores), len(cores) + threads)
+                    cores += pool.map(commit, numbers, held)
+                    committing = time.perf_counter() - started
+                return committing, cores
 
             if self._laps is None:
-                took = commit_all()
-                late = sum(core for _, core in took)
+                committing, cores = commit_all()
+                late = sum(cores)
             else:
-                took, late = self._laps.beside(commit_all)
-        each = rows * len(took)
-        return encoding / rows, sum(seconds for seconds, _ in took) / each, late / each
+                (committing, cores), late = self._laps.beside(commit_all)
+        each = rows * len(cores)
+        return encoding / rows, committing * threads / each, late / each
