@@ -206,7 +206,6 @@ WITHIN = """
 import sys, torch
 from pathlib import Path
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn
 from embedcache.train import train
 from embedcache.training.config import TrainConfig
 cache, out, loss, budget = sys.argv[1:]
@@ -214,8 +213,9 @@ shape = CarryOnConfig(width=64)
 config = TrainConfig(carryon=shape, epochs=1, loss=loss, batch_tokens=2048)
 summary = train(Path(cache), out=Path(out), config=config, device="cuda", memory=int(budget))
 assert summary.memory is not None
-assert all(segment["is_expandable"] for segment in torch.cuda.memory_snapshot()
-           if segment["segment_pool_id"] == (0, 0))
+segments = torch.cuda.memory_snapshot()
+kinds = [one["is_expandable"] for one in segments if one["segment_pool_id"] == (0, 0)]
+assert kinds and all(kinds)
 print(torch.cuda.max_memory_reserved())
 """
 
@@ -258,7 +258,7 @@ def part():
     del few
     return first + torch.ones(60 << 20, dtype=torch.uint8, device="cuda")[0]
 
-graph, made = record(part, torch.device("cuda:0"), None)
+graph, made = record(part, torch.device("cuda:0"), None, whole=True)
 graph.replay()
 assert made.item() == 4
 segments = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == graph.pool()]

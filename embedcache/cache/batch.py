@@ -70,11 +70,11 @@ class Batch:
 
     def without_tokens(self) -> Batch:
         """Return a batch of padding alone, for one that has no more parts beside one that has."""
-        nothing = self.wanted_N[:0]
+        nothing = self.wanted_N[:0].clone()
         return replace(
             self,
             x_BTH={tap: torch.zeros_like(x[:1, :1]) for tap, x in self.x_BTH.items()},
-            ids_BT=self.ids_BT[:1, :1],
+            ids_BT=self.ids_BT[:1, :1].clone(),  # a view would keep all of it
             positions_BT=torch.zeros_like(self.positions_BT[:1, :1]),
             segments_BT=torch.full_like(self.segments_BT[:1, :1], -1),
             wanted_N=nothing,

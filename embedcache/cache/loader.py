@@ -6,9 +6,10 @@ Blocks are read and decoded on threads, ahead of the trainer: those of two windo
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
 from itertools import chain, starmap
@@ -30,6 +31,10 @@ Blocks = dict[int, Future[StoredBlock]]
 
 PACKERS = {"cuda": 2}
 """Threads that pack batches, by device: one does not keep up with a GPU. Else the caller does."""
+
+
+PATIENCE, PAUSE_SECONDS = 5, 0.02
+"""How often, and how long, making a part waits for the memory of the one that is being used."""
 
 
 class BatchLoader:
@@ -186,11 +191,26 @@ class BatchLoader:
             if one is None:
                 yield None
                 continue
-            # Not across a yield: another thread may close it.
-            with recording, torch.cuda.stream(stream):
-                made = [(self._made(one, draw), torch.cuda.Event())]
-                made[0][1].record()
-            yield made.pop()
+            yield self._copy(one, draw, stream)
+
+    def _copy(
+        self, packed: Packed, draw: Callable[[Batch], Drawn], stream: torch.cuda.Stream
+    ) -> tuple[Batch, torch.cuda.Event]:
+        """Make a batch on a stream; where memory is short, once the one before has gone."""
+        for _ in range(PATIENCE if self._in_parts else 0):
+            with suppress(torch.OutOfMemoryError):
+                return self._copy_now(packed, draw, stream)
+            time.sleep(PAUSE_SECONDS)
+        return self._copy_now(packed, draw, stream)
+
+    def _copy_now(
+        self, packed: Packed, draw: Callable[[Batch], Drawn], stream: torch.cuda.Stream
+    ) -> tuple[Batch, torch.cuda.Event]:
+        # Not across a yield: another thread may close it.
+        with recording, torch.cuda.stream(stream):
+            batch, copied = self._made(packed, draw), torch.cuda.Event()
+            copied.record()
+        return batch, copied
 
     def _arrived(self, made: tuple[Batch, torch.cuda.Event] | None) -> Batch | None:
         if made is None:

@@ -175,7 +175,10 @@ class Captured:
         """Record a part that was filled up; nothing is added to a gradient by it."""
         with self._stack.counting_nothing():
             graph, loss_K = record(
-                lambda: self._stack.differentiate(work), self._device, self._pool
+                lambda: self._stack.differentiate(work),
+                self._device,
+                self._pool,
+                whole=self._tight,
             )
         self._pool = graph.pool()
         return Recorded(loss_K, graph)
@@ -184,21 +187,26 @@ class Captured:
         """Record the end of a step, before any gradient is there; no carry-on moves by it."""
         given_K = torch.zeros_like(self._stack.optimizer.gradient_KP[:, 0], dtype=torch.float32)
         with self._stack.optimizer.held():
+            # In memory of its own: that of parts would stay for it when they are let go of.
             graph, (loss_K, norm_K) = record(
-                lambda: self._stack.finish(given_K), self._device, self._pool
+                lambda: self._stack.finish(given_K), self._device, None
             )
-        self._pool = graph.pool()
         return End(given_K, loss_K, norm_K, graph)
 
 
-def record(part: Callable[[], Made], device: torch.device, pool: Any) -> tuple[Any, Made]:
+def record(
+    part: Callable[[], Made], device: torch.device, pool: Any, *, whole: bool = False
+) -> tuple[Any, Made]:
     """Return a CUDA graph of what ``part`` does, in the memory of ``pool``, and its result.
 
     It is done a few times before: kernels are compiled then, libraries take their memory, and how
-    much the part wants is seen. The recording takes that much first, in one piece: piece by piece
-    it would take half as much again, since nothing is given back before it ends.
+    much the part wants is seen. ``whole``: the recording takes that much first, in one piece. Piece
+    by piece it would take half as much again, since nothing is given back before it ends; but
+    pieces are what several recordings of one pool can share.
     """
     here, aside = torch.cuda.current_stream(device), _aside(device)
+    if whole:
+        torch.cuda.empty_cache()  # what one before it left would count
     aside.wait_stream(here)
     try:
         with torch.cuda.stream(aside):
@@ -206,7 +214,7 @@ def record(part: Callable[[], Made], device: torch.device, pool: Any) -> tuple[A
                 part()
     finally:  # also where memory ran out: what was begun is still at the gradients
         here.wait_stream(aside)
-    wanted = _idle_bytes(aside)
+    wanted = _idle_bytes(aside) if whole else 0
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
         # Of a part whose memory ran out before its first kernel, the error is enough.
@@ -221,7 +229,9 @@ def record(part: Callable[[], Made], device: torch.device, pool: Any) -> tuple[A
 
 
 def _idle_bytes(stream: torch.cuda.Stream) -> int:
-    """Return what the allocator keeps for tensors of a stream, of which none is there."""
+    """Return what torch's own allocator keeps for tensors of a stream, of which none is there."""
+    if torch.cuda.get_allocator_backend() != "native":
+        return 0
     return sum(
         segment["total_size"] - segment["allocated_size"]
         for segment in torch.cuda.memory_snapshot()

@@ -66,7 +66,12 @@ class Feed:
         def draw(batch: Batch) -> list[Listed]:
             nonlocal generator, step
             generator = generator or shortlist.generator(step)
-            listed = shortlist.draw(batch.targets_N, generator)
+            before = generator.get_state()
+            try:
+                listed = shortlist.draw(batch.targets_N, generator)
+            except torch.OutOfMemoryError:
+                generator.set_state(before)  # the same once more, if it is tried again
+                raise
             if batch.last:
                 generator, step = None, step + 1
             return listed

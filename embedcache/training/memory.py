@@ -20,11 +20,14 @@ from embedcache.units import size
 
 USED = 0.95
 """Share of a budget that a plan counts on; the rest is an allocator's gaps."""
-GOOD_TOKENS = {True: (1024, 512), False: (2048, 1024, 512)}
-"""Tokens of the parts that are looked for first, recorded or not: smaller ones are slower by the
-token. Small ones that are recorded are faster than large ones that are not."""
-STREAMED_TOKENS = (8192, 4096, *GOOD_TOKENS[False])
-"""The same where all of the head goes by for each part."""
+GOOD_TOKENS = {
+    "recorded": (1024, 512, 0),
+    "plain": (2048, 1024, 512),
+    "streamed": (8192, 4096, 2048, 1024, 512, 0),
+}
+"""Tokens of the parts that are looked for, by how they are computed: smaller ones are slower by the
+token. Small ones that are recorded are faster than large ones that are not; where they are
+streamed, all of the head goes by for each."""
 STEP_TOKENS = 64
 """Parts are a multiple of this."""
 EMITTED = 512
@@ -95,7 +98,10 @@ class MemoryPlan:
         )
 
     def unrecorded(self) -> MemoryPlan | None:
-        """Return the same without recordings, which takes less; None where there are none."""
+        """Return the same without recordings; None where there are none.
+
+        It takes less than ``expected``, how much was not measured.
+        """
         if not self.recipe.capture:
             return None
         return replace(self, recipe=replace(self.recipe, capture=False))
@@ -114,12 +120,19 @@ class MemoryPlan:
 
 
 def candidates(
-    device: torch.device, budget: int, hidden: int, head_width: int, *, loss: str
+    device: torch.device,
+    budget: int,
+    hidden: int,
+    head_width: int,
+    *,
+    loss: str,
+    recorded: bool = True,
 ) -> list[Recipe]:
     """Return recipes in the order in which they are to be tried: the fastest first.
 
-    Host memory is a place of its own beside a GPU alone. An exact loss streams a head that lies
-    there, which is not recorded.
+    Host memory is a place of its own beside a GPU alone. ``recorded``: whether steps of those that
+    are trained can be recorded at all. An exact loss streams a head that lies in host memory, which
+    never is.
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
     plain = replace(plain_recipe(device, head_width), logit_bytes=logits, emitted=EMITTED, ahead=1)
@@ -131,7 +144,7 @@ def candidates(
         replace(
             recipe,
             recompute=recompute,
-            capture=recipe.capture and not (recipe.host_head and loss == "exact"),
+            capture=recipe.capture and recorded and not (recipe.host_head and loss == "exact"),
         )
         for recipe in found
         for recompute in (False, True)
@@ -165,13 +178,11 @@ def choose(
     found: dict[int, Footprint | None] = {}
     room = budget * USED
     step_tokens = max(step_tokens, longest)
-    good = GOOD_TOKENS
-    if loss == "exact" and recipes[-1].host_head:
-        good = good | {False: STREAMED_TOKENS}
-    for recorded, least in [(kind, least) for kind in good for least in (*good[kind], longest)]:
+    wanted = [(kind, least) for kind, good in GOOD_TOKENS.items() for least in good]
+    for kind, least in [*wanted, ("plain", 0)]:
         least = max(longest, min(least, step_tokens))
         for number, recipe in enumerate(recipes):
-            if recipe.capture is not recorded:
+            if _kind(recipe, loss) != kind:
                 continue
             if number not in found:
                 found[number] = footprint(recipe, budget)
@@ -193,6 +204,12 @@ def choose(
         found[-1] = footprint(recipes[-1], None)
     known = [measured.at(longest) / USED for measured in found.values() if measured is not None]
     raise too_small(budget, longest, min(known, default=None))
+
+
+def _kind(recipe: Recipe, loss: str) -> str:
+    if recipe.capture:
+        return "recorded"
+    return "streamed" if recipe.host_head and loss == "exact" else "plain"
 
 
 def too_small(budget: int, longest: int, least: float | None) -> DeviceMemoryError:

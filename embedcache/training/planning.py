@@ -13,7 +13,7 @@ from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import current, fast_dtype, wait_for
 from embedcache.errors import DeviceMemoryError
-from embedcache.training.captured import Captured, recordable
+from embedcache.training.captured import MOST, Captured, recordable
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
 from embedcache.training.memory import (
@@ -51,7 +51,12 @@ def plan_memory(
     trials = _Trials(materials, configs, loss)
     shape = configs[0].carryon
     recipes = found = candidates(
-        materials.device, budget, materials.hidden, shape.head_width, loss=loss
+        materials.device,
+        budget,
+        materials.hidden,
+        shape.head_width,
+        loss=loss,
+        recorded=len(configs) <= MOST and len(set(map(materials.order, configs))) == 1,
     )
     while recipes:
         plan: MemoryPlan | None

@@ -121,7 +121,7 @@ class Stack:
         loss_K = torch.zeros_like(self._share_K)
         gradients = []
         # From here on each position is for itself, and as wide as the base: some at a time.
-        streamed = self.streams(work[0].batch)  # all of the head goes by each time
+        streamed = all(self.streams(one.batch) for one in work)  # all of the head, each time
         emitted = None if streamed else self.recipe.emitted
         for rows in cut(h_KNR.shape[1], emitted or h_KNR.shape[1]):
             h_KnR = h_KNR.detach()[:, rows].requires_grad_()

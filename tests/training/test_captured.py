@@ -58,7 +58,7 @@ def graphs(monkeypatch, ends) -> list[Replayed]:
     """Parts that are recorded, in the place of CUDA graphs."""
     made: list[Replayed] = []
 
-    def record(part, device, pool):
+    def record(part, device, pool, **more):
         graph = Replayed(part)
         (ends if isinstance(graph.made, tuple) else made).append(graph)
         return graph, graph.made
@@ -208,12 +208,12 @@ def test_without_room_for_a_recording_steps_are_taken_without(stacks, monkeypatc
     (plain, recorded), batches = make("exact")
     record, tried = captured.record, []
 
-    def short(part, device, pool):
+    def short(part, device, pool, **more):
         tried.append(1)
         if len(tried) == room:
             part()
             raise torch.OutOfMemoryError
-        return record(part, device, pool)
+        return record(part, device, pool, **more)
 
     monkeypatch.setattr(captured, "record", short)
     recorder = Captured(recorded, CPU)
@@ -388,3 +388,18 @@ def test_a_shape_that_nothing_takes_is_recorded_at_once(stacks, monkeypatch):
     for _ in range(6):  # one shape too many: the larger one's recording takes it for good
         step(recorded, recorder, works([longer(few, 8)]))
     assert [graph.replays for graph in graphs] == [1, 7]
+
+
+def test_one_feed_s_end_does_not_have_all_deltas_made_at_once(stacks, monkeypatch):
+    """A batch without tokens has no shortlist; that of the one beside it has."""
+    make, _ = stacks
+    (plain, _), batches = make("shortlist")
+    plain.recipe = replace(PLAIN, emitted=32)
+    plain.streams = lambda batch: not batch.drawn
+    losses, rows = plain._losses, []
+    plain._losses = lambda groups, h_KnR, some: (
+        rows.append(h_KnR.shape[1]) or losses(groups, h_KnR, some)
+    )
+    seen = [batches[0].without_tokens(), batches[0]]
+    plain.differentiate([Work(batch=batch, targets=9, rate=0.0) for batch in seen])
+    assert len(rows) > 1 and max(rows) == 32

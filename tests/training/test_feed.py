@@ -9,13 +9,14 @@ import pytest
 import torch
 from conftest import World
 
+from embedcache.cache import loader as loader_module
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.training.checkpoint import TrainState
 from embedcache.training.config import TrainConfig
 from embedcache.training.feed import Feed
 from embedcache.training.materials import Materials
-from embedcache.training.ranks import Ranks
-from embedcache.training.recipe import Recipe
+from embedcache.training.ranks import ALONE, Ranks
+from embedcache.training.recipe import PLAIN, Recipe
 
 
 @pytest.mark.parametrize("part_tokens", [None, 80])
@@ -57,3 +58,52 @@ def test_draws_are_those_of_the_step_over_epochs_and_parts(
         assert seen == [batch.sequences for batch in whole]
     assert len(drawn) > step - 7 > 3 if part_tokens else len(drawn) == step - 7 > 3
     assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_what_memory_ran_out_for_is_drawn_again_as_it_was(world: World, monkeypatch):
+    config = TrainConfig(carryon=CarryOnConfig(width=32), batch_tokens=200, samples=30)
+    shared = Materials(world.cache(), torch.device("cpu"), ALONE)
+    loader, shortlist = shared.train_loader(config, PLAIN), shared.shortlist(config, PLAIN)
+    members = [SimpleNamespace(state=TrainState(), config=config)]
+    draw = Feed(loader, members, shortlist)._drawing(3)
+    batch = next(loader.epoch(0))
+    (expected,) = Feed(loader, members, shortlist)._drawing(3)(replace(batch, last=False))
+    columns, failed = shortlist.columns, []
+
+    def short(*given):
+        found = columns(*given)
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(shortlist, "columns", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(batch)
+    (found,) = draw(batch)
+    assert torch.equal(found.log_weight_C, expected.log_weight_C)
+
+
+@pytest.mark.parametrize(("part_tokens", "tries"), [(None, 1), (80, 6)])
+def test_making_a_part_waits_for_memory_within_a_budget(
+    world: World, monkeypatch, part_tokens, tries
+):
+    monkeypatch.setattr(loader_module, "PAUSE_SECONDS", 0.0)
+    config = TrainConfig(carryon=CarryOnConfig(width=32), batch_tokens=200)
+    shared = Materials(world.cache(), torch.device("cpu"), ALONE)
+    loader = shared.train_loader(config, Recipe(part_tokens=part_tokens))
+    tried = []
+
+    def full(*given):
+        tried.append(1)
+        if len(tried) < tries or tries == 1:
+            raise torch.OutOfMemoryError
+        return "made"
+
+    loader._copy_now = full
+    if tries == 1:
+        with pytest.raises(torch.OutOfMemoryError):
+            loader._copy(None, None, None)
+    else:
+        assert loader._copy(None, None, None) == "made"
+    assert len(tried) == tries

@@ -134,3 +134,22 @@ def test_waiting_for_an_epoch_s_first_batch_counts_and_scoring_does_not(
     result = train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     assert result.seconds == 100 * result.steps + 3 * 7
     assert result.data_wait == round(3 * 7 / result.seconds, 4)
+
+
+def test_batches_are_let_go_of_before_they_are_differentiated(world, tmp_path, monkeypatch):
+    """What is copied of them is all that a recording needs."""
+    feeds, seen, prepared, init = [], [], Stack.prepared, Feed.__init__
+
+    def kept(self, *given):
+        feeds.append(self)
+        init(self, *given)
+
+    def checked(self, work):
+        differentiate = prepared(self, work)
+        return lambda: seen.append([feed.batch for feed in feeds]) or differentiate()
+
+    monkeypatch.setattr(Feed, "__init__", kept)
+    monkeypatch.setattr(Stack, "prepared", checked)
+    runs = {tmp_path / str(seed): replace(CONFIG, epochs=1, seed=seed) for seed in (0, 1)}
+    assert not any(one.failure for one in sweep(world.cache_path, runs=runs, device="cpu"))
+    assert len(feeds) == 2 and seen and all(one == [None, None] for one in seen)

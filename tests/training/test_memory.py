@@ -77,12 +77,7 @@ def chosen(budget: int, footprints: dict[str, Footprint], *, freely=None, **more
         name += "-again" if recipe.recompute else ""
         return footprints.get(name)
 
-    return choose(
-        recipes,
-        budget,
-        footprint,
-        **({"longest": 100, "step_tokens": 16384, "loss": "shortlist"} | more),
-    )
+    return choose(recipes, budget, footprint, **(CHOICE | more))
 
 
 def test_the_first_recipe_that_holds_good_parts_is_chosen():
@@ -150,7 +145,7 @@ def test_a_plan_is_of_recorded_parts_where_there_is_room(world, recording, monke
         return record(self, work)
 
     monkeypatch.setattr(Captured, "_record", recorded)
-    monkeypatch.setattr(captured, "record", lambda part, *given: (Mock(), part()))
+    monkeypatch.setattr(captured, "record", lambda part, *given, **more: (Mock(), part()))
     materials = Materials(world.cache(), CPU, ALONE)
     plan = plan_memory(materials, [CONFIG], "exact", 12_000_000)
     assert tried
@@ -164,9 +159,7 @@ def test_small_parts_that_are_recorded_come_before_large_ones_that_are_not(recor
         def footprint(recipe: Recipe, most: int | None) -> Footprint:
             return Footprint(0, recorded if recipe.capture else 100.0)
 
-        return choose(
-            recipes, budget, footprint, longest=100, step_tokens=16384, loss="shortlist"
-        ).recipe
+        return choose(recipes, budget, footprint, **CHOICE).recipe
 
     assert plan(1_000_000, 1500.0).capture  # parts of 633 tokens at most, and of 9,500
     assert plan(1_000_000, 9000.0).capture
@@ -187,6 +180,13 @@ def test_a_head_that_streams_wants_large_parts_and_is_not_recorded(recording):
         recipes = candidates(CUDA, 1_000_000, 64, 32, loss=loss)
         return choose(recipes, 1_000_000, footprint, **CHOICE | {"loss": loss}).recipe
 
+    def beside(recipe: Recipe, most: int | None) -> Footprint:
+        return Footprint(0, 100.0 if recipe.recompute or recipe.host_head else 300.0)
+
+    # A head that the device has room for goes by nobody.
+    recipes = candidates(CUDA, 1_000_000, 64, 32, loss="exact", recorded=False)
+    found = choose(recipes, 1_000_000, beside, **CHOICE | {"loss": "exact"}).recipe
+    assert (found.host_head, found.recompute, found.part_tokens) == (False, False, 3136)
     assert (plan("exact").recompute, plan("exact").part_tokens) == (True, 9472)
     assert (plan("shortlist").recompute, plan("shortlist").part_tokens) == (False, 3136)
 
@@ -208,7 +208,7 @@ def test_what_a_recipe_that_is_left_would_take_is_not_told_once_one_did_not_hold
 def test_a_recorded_plan_that_does_not_hold_is_tried_without_recordings(
     world, tmp_path, monkeypatch, recording
 ):
-    monkeypatch.setattr(captured, "record", lambda part, *given: (Mock(), part()))
+    monkeypatch.setattr(captured, "record", lambda part, *given, **more: (Mock(), part()))
     take, tried = Loop._take, []
 
     def tight(self, everywhere):
@@ -235,6 +235,16 @@ def test_a_recorded_plan_that_does_not_hold_is_tried_without_recordings(
     with pytest.raises(DeviceMemoryError, match="step 0"):
         train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu", memory=12_000_000)
     assert tried == [*((tokens, True) for tokens in parts), (64, False)]
+
+
+def test_plans_say_recorded_of_what_is(world, recording, monkeypatch):
+    """Not of carry-ons that see batches of their own, nor of many."""
+    monkeypatch.setattr(captured, "record", lambda part, *given, **more: (Mock(), part()))
+    materials = Materials(world.cache(), CPU, ALONE)
+    for seeds, order, recorded in ((2, 0, True), (2, None, False), (captured.MOST + 1, 0, False)):
+        configs = [replace(CONFIG, seed=seed, order_seed=order) for seed in range(seeds)]
+        plan = plan_memory(materials, configs, "exact", 50_000_000)
+        assert plan.recipe.capture is recorded
 
 
 def test_what_is_kept_alone_is_more_than_a_budget(world, monkeypatch):
