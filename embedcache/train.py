@@ -17,9 +17,9 @@ from embedcache.disk import writing
 from embedcache.errors import EmbedcacheError
 from embedcache.files import LOCK, writer_lock
 from embedcache.progress import SILENT, Progress
+from embedcache.training.allocator import spare_reserves
 from embedcache.training.config import TrainConfig
 from embedcache.training.member import Member, TrainSummary
-from embedcache.training.memory import spare_reserves
 from embedcache.training.output import check_out
 from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE, Ranks, joined, local_device

@@ -249,7 +249,7 @@ def test_the_gradient_of_a_bias_takes_little_memory():
 PIECES = """
 import torch
 from embedcache.training.captured import record
-from embedcache.training.memory import spare_reserves
+from embedcache.training.allocator import spare_reserves
 spare_reserves()
 
 def part():

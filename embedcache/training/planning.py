@@ -13,6 +13,7 @@ from embedcache.cache.batch import Batch
 from embedcache.carryon.model import CarryOn
 from embedcache.device import current, fast_dtype, wait_for
 from embedcache.errors import DeviceMemoryError
+from embedcache.training.allocator import held, peak_of
 from embedcache.training.captured import MOST, Captured, recordable
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
@@ -21,8 +22,6 @@ from embedcache.training.memory import (
     MemoryPlan,
     candidates,
     choose,
-    held,
-    peak_of,
     too_small,
 )
 from embedcache.training.recipe import Recipe

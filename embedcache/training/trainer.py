@@ -13,11 +13,12 @@ from embedcache.carryon.model import CarryOn
 from embedcache.device import current, free_memory
 from embedcache.errors import DeviceMemoryError
 from embedcache.progress import Progress
+from embedcache.training.allocator import held
 from embedcache.training.feed import Feed
 from embedcache.training.loop import Loop, failing
 from embedcache.training.materials import Materials, Patterns
 from embedcache.training.member import Member
-from embedcache.training.memory import MemoryPlan, held, rounded
+from embedcache.training.memory import MemoryPlan, rounded
 from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.recipe import PLAIN, Recipe, plain_recipe

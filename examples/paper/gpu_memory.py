@@ -33,7 +33,7 @@ from commands import embedcache, extract
 
 from embedcache.base.load import load_tokenizer
 from embedcache.training import planning
-from embedcache.training.memory import spare_reserves
+from embedcache.training.allocator import spare_reserves
 from embedcache.training.recipe import Recipe
 
 BUDGETS = {

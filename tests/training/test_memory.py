@@ -16,11 +16,12 @@ from embedcache.carryon.model import CarryOn
 from embedcache.errors import DeviceMemoryError, UsageError
 from embedcache.train import sweep, train
 from embedcache.training import captured, memory, planning, trainer
+from embedcache.training.allocator import peak_of
 from embedcache.training.captured import Captured
 from embedcache.training.config import TrainConfig
 from embedcache.training.loop import Loop
 from embedcache.training.materials import Materials
-from embedcache.training.memory import Footprint, candidates, choose, peak_of
+from embedcache.training.memory import Footprint, candidates, choose
 from embedcache.training.planning import plan_memory
 from embedcache.training.ranks import ALONE
 from embedcache.training.recipe import PLAIN, Recipe
