@@ -196,8 +196,8 @@ def test_a_dev_score_that_is_no_number_stops_the_run(world, tmp_path, monkeypatc
 def test_a_poisoned_cache_stops_the_run_before_the_harm(world, tmp_path, monkeypatch):
     read = SplitReader.stored
 
-    def poisoned(self, number, taps):
-        block = read(self, number, taps)
+    def poisoned(self, number, *more):
+        block = read(self, number, *more)
         if self.name == "train" and number == self.manifest.blocks - 1:
             block.arrays["final"]["embeddings"][3] = 0x7FC0  # NaN in bfloat16
         return block

@@ -23,6 +23,7 @@ from embedcache.cache.order import WINDOW, BatchOrder
 from embedcache.cache.packing import Cut, Packed, cut_batch, pack
 from embedcache.cache.prefetch import look_ahead, prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
+from embedcache.cache.shard import Each
 from embedcache.cache.subset import Subset
 from embedcache.device import recording
 
@@ -85,7 +86,7 @@ class BatchLoader:
         )
         self._taps = taps
         self._device = device or torch.device("cpu")
-        self._threads = min(2 * WINDOW, os.cpu_count() or 1)  # of as many blocks, at most
+        self._cores = os.cpu_count() or 1
 
     def epoch(
         self, epoch: int, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None
@@ -110,8 +111,9 @@ class BatchLoader:
         """
         draw = draw or _nothing
         with (
-            _threads(self._threads) as readers,
-            self._packed(self._cut(epochs, skip, readers)) as packed,
+            self._decoding() as each,
+            _threads(min(WINDOW, self._cores)) as readers,
+            self._packed(self._cut(epochs, skip, readers, each)) as packed,
         ):
             if self._device.type != "cuda":
                 # Not on a thread: torch's products on the caller's threads slow down by a third
@@ -126,9 +128,18 @@ class BatchLoader:
                 with closing(prefetch(self._copied(run, draw), self._ahead)) as made:
                     yield from map(self._arrived, made)  # a name would keep a batch too long
 
-    def _cut(self, epochs: range, skip: int, readers: Executor) -> Iterator[Cut | None]:
+    @contextmanager
+    def _decoding(self) -> Iterator[Each]:
+        """Have blocks decoded chunk by chunk, by all cores where a window has fewer blocks."""
+        if self._cores <= WINDOW:
+            yield map
+            return
+        with _threads(self._cores) as pool:
+            yield pool.map
+
+    def _cut(self, epochs: range, skip: int, readers: Executor, each: Each) -> Iterator[Cut | None]:
         """Cut the batches out of windows; the next one's blocks are read meanwhile."""
-        windows = look_ahead(self._windows(epochs, skip, readers), 1)
+        windows = look_ahead(self._windows(epochs, skip, readers, each), 1)
         return chain.from_iterable(starmap(self._cuts, windows))
 
     @contextmanager
@@ -153,14 +164,15 @@ class BatchLoader:
             yield chain(iter(partial(next, packed), None), [None])
 
     def _windows(
-        self, epochs: range, skip: int, readers: Executor
+        self, epochs: range, skip: int, readers: Executor, each: Each
     ) -> Iterator[tuple[list[Array | None], Blocks]]:
         """Yield windows of batches, and their blocks, of which reading has begun."""
         blocks: Blocks = {}
         for batches in self._order.windows(epochs, skip):
             numbers = [items[:, 0].tolist() for items in batches if items is not None]
             blocks = {
-                block: blocks.get(block) or readers.submit(self._split.stored, block, self._taps)
+                block: blocks.get(block)
+                or readers.submit(self._split.stored, block, self._taps, each)
                 for block in dict.fromkeys(chain(*numbers))
             }
             yield batches, blocks

@@ -26,7 +26,7 @@ from embedcache.cache.manifest import Manifest, SplitManifest, read_manifest
 from embedcache.cache.records import check_files
 from embedcache.cache.sealed import Seal
 from embedcache.cache.sealed_files import SealedFiles
-from embedcache.cache.shard import read_shard
+from embedcache.cache.shard import Each, read_shard
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import Calibration, codecs_of
 from embedcache.errors import CacheError, nearest
@@ -139,8 +139,8 @@ class SplitReader:
             stored.document_S,
         )
 
-    def stored(self, block: int, taps: tuple[str, ...]) -> StoredBlock:
-        """Read a block's tokens and integers.
+    def stored(self, block: int, taps: tuple[str, ...], each: Each = map) -> StoredBlock:
+        """Read a block's tokens and integers; ``each`` has its chunks decoded.
 
         Raises ``CacheError`` where a file is missing or not the one that the manifest states, or
         where a chunk fails its checksum.
@@ -150,13 +150,16 @@ class SplitReader:
         ids_N, loss_mask_N = self.tokens(block)
         with reading(self._cache / self.name):
             arrays = {
-                tap: {spec.group: self._shard(spec, tap, block, len(ids_N)) for spec in self._specs}
+                tap: {
+                    spec.group: self._shard(spec, tap, block, len(ids_N), each)
+                    for spec in self._specs
+                }
                 for tap in taps
             }
         sequence_S, rows_S2, document_S = self.sequences(block)
         return StoredBlock(ids_N, loss_mask_N, arrays, rows_S2, sequence_S, document_S)
 
-    def _shard(self, spec: ArraySpec, tap: str, block: int, rows: int) -> Array:
+    def _shard(self, spec: ArraySpec, tap: str, block: int, rows: int, each: Each) -> Array:
         columns = (self._hidden,) if spec.wide else ()
         size = chunk_rows(spec, self._rows)
         return read_shard(
@@ -167,6 +170,7 @@ class SplitReader:
             chunk_rows=size,
             chunks=self._rows // size,
             coder=CODERS[spec.coder],
+            each=each,
         )
 
     @cached_property

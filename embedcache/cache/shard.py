@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +22,9 @@ from embedcache.cache.damaged import WAY_OUT
 from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
+Stored = tuple[bytes, bytes]
+Each = Callable[..., Iterable[None]]
+"""As `map` does, or an executor's."""
 
 
 def write_shard(path: Path, values: Array, chunk_rows: int, coder: Coder) -> tuple[int, str]:
@@ -64,22 +68,31 @@ def read_shard(
     chunk_rows: int,
     chunks: int,
     coder: Coder,
+    each: Each = map,
 ) -> Array:
     """Return the first ``rows`` of a shard of ``chunks`` chunks, decoded into one new array.
 
-    Raises ``CacheError`` where the index or a chunk fails its checksum or does not decode.
+    ``each`` has the chunks decoded, one after the other or by an executor's threads. Raises
+    ``CacheError`` where the index or a chunk fails its checksum or does not decode.
     """
     needed = -(-rows // chunk_rows)
     values = np.empty((needed * chunk_rows, *columns), dtype=dtype)
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        table = _checked(file, size - 16 * chunks - 4, 16 * chunks + 4, "its index", path)
+        index = _stored(file, size - 16 * chunks - 4, 16 * chunks + 4, "its index", path)
+        table = _checked(index, "its index", path)
         places = np.frombuffer(table, dtype="<u8").reshape(chunks, 2)[:needed].tolist()
-        for number, (offset, length) in enumerate(places):
-            chunk = _checked(file, offset, length, f"chunk {number}", path)
-            decode(
-                coder, chunk, values[number * chunk_rows :][:chunk_rows], f"chunk {number}", path
-            )
+
+        def unpack(number: int, stored: Stored) -> None:
+            what, out = f"chunk {number}", values[number * chunk_rows :][:chunk_rows]
+            decode(coder, _checked(stored, what, path), out, what, path)
+
+        read = (
+            _stored(file, offset, length, f"chunk {number}", path)
+            for number, (offset, length) in enumerate(places)
+        )
+        for _ in each(unpack, range(needed), read):
+            pass
     return values[:rows]
 
 
@@ -94,7 +107,8 @@ def read_chunk(path: Path, *, shape: tuple[int, ...], dtype: str, coder: Coder) 
         raise CacheError(f"{path} is missing: the cache is damaged. {WAY_OUT}")
     with path.open("rb") as file:
         size = os.fstat(file.fileno()).st_size
-        decode(coder, _checked(file, 0, size, "the chunk", path), values, "the chunk", path)
+        stored = _stored(file, 0, size, "the chunk", path)
+        decode(coder, _checked(stored, "the chunk", path), values, "the chunk", path)
     return values
 
 
@@ -113,14 +127,19 @@ def decode(coder: Coder, data: bytes, out: Array, what: str, path: Path) -> None
         raise _damaged(path, f"{what} does not decode: {error}") from error
 
 
-def _checked(file: BinaryIO, offset: int, length: int, what: str, path: Path) -> bytes:
-    """Return ``length`` bytes less the checksum that ends them, once that agrees."""
+def _stored(file: BinaryIO, offset: int, length: int, what: str, path: Path) -> Stored:
+    """Return ``length`` bytes: the data, and the checksum that ends them."""
     size = os.fstat(file.fileno()).st_size
     if length < 4 or offset < 0 or offset + length > size:
         raise _damaged(path, f"{what} lies outside its {size} bytes")
     file.seek(offset)
-    data, stated = file.read(length - 4), file.read(4)
-    if stated != _checksum(data):
+    return file.read(length - 4), file.read(4)
+
+
+def _checked(stored: Stored, what: str, path: Path) -> bytes:
+    """Return the data, once the checksum agrees."""
+    data, checksum = stored
+    if checksum != _checksum(data):
         raise _damaged(path, f"{what} fails its checksum")
     return data
 

@@ -184,8 +184,8 @@ def test_contents_and_targets_match_each_sequence(split):
 def test_a_sequence_s_first_token_is_nobody_s_target(split, monkeypatch, one_row):
     read = type(split).stored
 
-    def all_wanted(self, number, taps):
-        block = read(self, number, taps)
+    def all_wanted(self, number, *more):
+        block = read(self, number, *more)
         return dataclasses.replace(block, loss_mask_N=np.ones_like(block.loss_mask_N))
 
     monkeypatch.setattr(type(split), "stored", all_wanted)
@@ -240,9 +240,9 @@ def test_the_blocks_of_two_windows_are_in_memory_at_most(split, monkeypatch):
     alive, most = weakref.WeakSet(), 0
     read = type(split).stored
 
-    def held(self, number, taps):
+    def held(self, number, *more):
         nonlocal most
-        stored = read(self, number, taps)
+        stored = read(self, number, *more)
         block = Held(*(getattr(stored, name.name) for name in dataclasses.fields(stored)))
         alive.add(block)
         most = max(most, len(alive))
@@ -259,10 +259,10 @@ def test_the_blocks_of_two_windows_are_in_memory_at_most(split, monkeypatch):
 def test_an_error_of_a_reading_thread_reaches_the_consumer(split, monkeypatch):
     read = type(split).stored
 
-    def broken(self, number, taps):
+    def broken(self, number, *more):
         if number == 3:
             raise OSError("the disk is gone")
-        return read(self, number, taps)
+        return read(self, number, *more)
 
     monkeypatch.setattr(type(split), "stored", broken)
     with pytest.raises(OSError, match="the disk is gone"):
@@ -365,7 +365,7 @@ def test_a_rank_reads_only_the_blocks_of_its_batches(split, monkeypatch):
     read: list[int] = []
     stored = type(split).stored
     monkeypatch.setattr(
-        type(split), "stored", lambda self, b, taps: read.append(b) or stored(self, b, taps)
+        type(split), "stored", lambda self, *given: read.append(given[0]) or stored(self, *given)
     )
     for rank in range(4):
         read.clear()

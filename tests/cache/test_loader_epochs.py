@@ -55,7 +55,7 @@ def reads(split, monkeypatch) -> list[int]:
     found: list[int] = []
     stored = type(split).stored
     monkeypatch.setattr(
-        type(split), "stored", lambda self, b, taps: found.append(b) or stored(self, b, taps)
+        type(split), "stored", lambda self, *given: found.append(given[0]) or stored(self, *given)
     )
     return found
 
@@ -120,9 +120,7 @@ def test_closing_stops_every_thread_and_what_was_not_begun(split, packers, batch
     before = set(threading.enumerate())
     found = reads(split, monkeypatch)
     noted = type(split).stored
-    monkeypatch.setattr(
-        type(split), "stored", lambda self, b, taps: time.sleep(0.02) or noted(self, b, taps)
-    )
+    monkeypatch.setattr(type(split), "stored", lambda *given: time.sleep(0.02) or noted(*given))
     stream = loader(split).epochs(range(100))
     if batches == "end":
         assert None in stream
@@ -145,11 +143,11 @@ def test_a_damaged_block_of_the_next_epoch_is_told_of_at_its_batch(split, packer
     end = whole.index(None)
     due = next(n for n in range(end + 1, len(whole)) if inside & set(whole[n][0]))
 
-    def broken(self, number, taps):
+    def broken(self, number, *more):
         found.append(number)
         if number == damaged and found.count(number) > 1:
             raise OSError("the disk is gone")
-        return stored(self, number, taps)
+        return stored(self, number, *more)
 
     monkeypatch.setattr(type(split), "stored", broken)
     stream = loader(split).epochs(range(2))
@@ -173,3 +171,19 @@ def test_looking_ahead_raises_in_the_place_of_the_item():
         assert [next(found), next(found)] == [1, 2]
         with pytest.raises(KeyError, match="third"):
             next(found)
+
+
+def test_chunks_are_decoded_on_all_cores_where_those_are_many(split, monkeypatch):
+    found, seen, stored = [], [], type(split).stored
+    monkeypatch.setattr(
+        type(split),
+        "stored",
+        lambda self, number, taps, each: seen.append(each) or stored(self, number, taps, each),
+    )
+    for cores in (2, 16):
+        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
+        seen.clear()
+        found.append([told(batch) for batch in loader(split).epochs(range(2))])
+        assert all((each is map) is (cores == 2) for each in seen) and seen
+    assert found[0] == found[1]
+    assert not [one for one in threading.enumerate() if "ThreadPool" in one.name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ def test_a_shard_of_several_chunks_is_zarrs_own(
     settings: dict[str, Any] = {"columns": columns, "dtype": dtype, "chunk_rows": 16, "chunks": 3}
     settings["coder"] = CODERS[coder]
     assert np.array_equal(read_shard(place, rows=20, **settings), values[48:68])
+    with ThreadPoolExecutor(3) as pool:
+        found = read_shard(place, rows=48, each=pool.map, **settings)
+        assert np.array_equal(found, values[48:])
+        place.write_bytes(flipped := bytes([place.read_bytes()[0] ^ 8]) + place.read_bytes()[1:])
+        with pytest.raises(CacheError, match="chunk 0"):
+            read_shard(place, rows=48, each=pool.map, **settings)
+        place.write_bytes(bytes([flipped[0] ^ 8]) + flipped[1:])
     data = place.read_bytes()
     for position in range(0, len(data), 11):  # a flipped bit anywhere, the index included
         place.write_bytes(data[:position] + bytes([data[position] ^ 8]) + data[position + 1 :])

@@ -95,12 +95,12 @@ def test_an_error_elsewhere_closes_the_streams(world, tmp_path, streams, monkeyp
 def test_a_damaged_block_of_the_next_epoch_is_told_of_then(world, tmp_path, streams, monkeypatch):
     stored, reads = SplitReader.stored, []
 
-    def damaged(self, number, taps):
+    def damaged(self, number, taps, *more):
         if self.name == "train" and streams:
             reads.append(number)
         if self.name == "train" and number == 3 and reads.count(3) == 2:
             raise CacheError("damaged in the second epoch")
-        return stored(self, number, taps)
+        return stored(self, number, taps, *more)
 
     monkeypatch.setattr(order, "WINDOW", 1)
     monkeypatch.setattr(SplitReader, "stored", damaged)
