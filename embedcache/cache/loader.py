@@ -198,28 +198,24 @@ class BatchLoader:
         self, packed: Iterable[Packed | None], draw: Callable[[Batch], Drawn]
     ) -> Iterator[tuple[Batch, torch.cuda.Event] | None]:
         """Make batches on a stream of their own, each with the event of when it is there."""
-        stream = _stream(self._device)
         for one in packed:
-            if one is None:
-                yield None
-                continue
-            yield self._copy(one, draw, stream)
+            yield None if one is None else self._copy(one, draw)
 
     def _copy(
-        self, packed: Packed, draw: Callable[[Batch], Drawn], stream: torch.cuda.Stream
+        self, packed: Packed, draw: Callable[[Batch], Drawn]
     ) -> tuple[Batch, torch.cuda.Event]:
-        """Make a batch on a stream; where memory is short, once the one before has gone."""
+        """Make a batch; where memory is short, once the one before has gone."""
         for _ in range(PATIENCE if self._in_parts else 0):
             with suppress(torch.OutOfMemoryError):
-                return self._copy_now(packed, draw, stream)
+                return self._copy_now(packed, draw)
             time.sleep(PAUSE_SECONDS)
-        return self._copy_now(packed, draw, stream)
+        return self._copy_now(packed, draw)
 
     def _copy_now(
-        self, packed: Packed, draw: Callable[[Batch], Drawn], stream: torch.cuda.Stream
+        self, packed: Packed, draw: Callable[[Batch], Drawn]
     ) -> tuple[Batch, torch.cuda.Event]:
         # Not across a yield: another thread may close it.
-        with recording, torch.cuda.stream(stream):
+        with recording, torch.cuda.stream(_stream(self._device)):
             batch, copied = self._made(packed, draw), torch.cuda.Event()
             copied.record()
         return batch, copied

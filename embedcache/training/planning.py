@@ -14,7 +14,7 @@ from embedcache.carryon.model import CarryOn
 from embedcache.device import current, fast_dtype, wait_for
 from embedcache.errors import DeviceMemoryError
 from embedcache.training.allocator import held, peak_of
-from embedcache.training.captured import MOST, Captured, recordable
+from embedcache.training.captured import MOST, Captured
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
 from embedcache.training.memory import (
@@ -154,7 +154,7 @@ class _Trials:
         given = 0
         with current(device), peak_of(device, resident.values()) as peak, ExitStack() as loaders:
             stack = Stack(self._models, configs, inputs, recipe)
-            captured = Captured(stack, device) if recordable(recipe, len(configs)) else None
+            captured = Captured(stack, device) if recipe.capture else None
             taker = captured or stack
             feeds = {
                 order: loaders.enter_context(closing(self._parts(config, recipe)))

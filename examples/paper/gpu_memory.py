@@ -45,8 +45,8 @@ BUDGETS = {
 TRAIN = ["--epochs", "1", "--batch-tokens", "16384", "--lr", "5e-4"]
 LEAN = ["--width", "256", "--no-gate", "--epochs", "3", "--batch-tokens", "16384"]
 
-SPARING = ("PYTORCH_ALLOC_CONF", "CUBLAS_WORKSPACE_CONFIG")
-"""What a memory budget sets for the libraries of its process."""
+ENVIRONMENT = dict(os.environ)
+"""Of children: without what a memory budget sets for the libraries of this process."""
 
 KEPT = ["refused", "parameters", "tokens_per_second", "data_wait", "memory"]
 KEPT += ["reserved_gb", "allocated_gb", "driver_mib"]
@@ -108,12 +108,10 @@ def random_base(folder: Path, tokenizer: str, hidden: int, vocabulary: int) -> P
 def trained(cache: Path, out: Path, flags: list[str]) -> dict[str, Any]:
     """Train in a process of its own; return its summary and its memory, or why it was refused."""
     command = [sys.executable, "-c", CHILD, str(cache), "--out", str(out), *flags]
-    # This process's settings for budgets are not for a child that has none.
-    environment = {key: os.environ[key] for key in os.environ if key not in SPARING}
     done = subprocess.run(
         command,
         cwd=Path(__file__).parent,
-        env=environment,
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         check=False,

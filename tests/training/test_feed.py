@@ -103,7 +103,7 @@ def test_making_a_part_waits_for_memory_within_a_budget(
     loader._copy_now = full
     if tries == 1:
         with pytest.raises(torch.OutOfMemoryError):
-            loader._copy(None, None, None)
+            loader._copy(None, None)
     else:
-        assert loader._copy(None, None, None) == "made"
+        assert loader._copy(None, None) == "made"
     assert len(tried) == tries
