@@ -1,0 +1,16 @@
+"""What tests of budgets share."""
+
+from __future__ import annotations
+
+import pytest
+
+from embedcache.training import memory
+from embedcache.training.recipe import Recipe
+
+
+@pytest.fixture
+def recording(monkeypatch):
+    """Recipes as on a GPU that records them."""
+    monkeypatch.setattr(
+        memory, "plain_recipe", lambda *given: Recipe(one_row=True, capture=True, ahead=1)
+    )
