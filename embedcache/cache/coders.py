@@ -35,7 +35,7 @@ class Coder(Protocol):
         """Return the bytes of a chunk [rows, ...]."""
         ...
 
-    def decode(self, data: bytes, out: Array) -> None:
+    def decode(self, data: bytes | memoryview, out: Array) -> None:
         """Decode into ``out`` [rows, ...]; raises ``ValueError`` or ``RuntimeError`` if damaged."""
         ...
 
@@ -56,7 +56,7 @@ class BloscCoder(Coder):
         """Compress the chunk's bytes."""
         return bytes(self._blosc.encode(np.ascontiguousarray(chunk)))
 
-    def decode(self, data: bytes, out: Array) -> None:
+    def decode(self, data: bytes | memoryview, out: Array) -> None:
         """Decompress into ``out``."""
         holds = int.from_bytes(data[4:8], "little")  # blosc's header; a shorter chunk decodes
         if holds != out.nbytes:
@@ -104,7 +104,7 @@ class PcoCoder(Coder):
         numbers = np.array([rows, *map(len, streams)], "<u4")
         return b"".join([numbers.tobytes(), *streams])
 
-    def decode(self, data: bytes, out: Array) -> None:
+    def decode(self, data: bytes | memoryview, out: Array) -> None:
         """Decode into ``out``, int16 [rows, columns]."""
         width = out.shape[1]
         count = 1 + -(-width // COMPONENTS)

@@ -15,6 +15,11 @@ WAY_OUT = (
 """What a reader's message ends in."""
 
 
+def damaged(path: Path, fault: str) -> CacheError:
+    """Return the error for a file that is not as it was written."""
+    return CacheError(f"{path} {fault}: the cache is damaged. {WAY_OUT}")
+
+
 def rewritten(path: Path, fault: str) -> CacheError:
     """Return the error for a file that is not what it was when its cache was opened."""
     return CacheError(

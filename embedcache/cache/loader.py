@@ -23,7 +23,6 @@ from embedcache.cache.order import WINDOW, BatchOrder
 from embedcache.cache.packing import Cut, Packed, cut_batch, pack
 from embedcache.cache.prefetch import look_ahead, prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
-from embedcache.cache.shard import Each
 from embedcache.cache.subset import Subset
 from embedcache.device import recording
 
@@ -86,7 +85,6 @@ class BatchLoader:
         )
         self._taps = taps
         self._device = device or torch.device("cpu")
-        self._cores = os.cpu_count() or 1
 
     def epoch(
         self, epoch: int, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None
@@ -111,9 +109,8 @@ class BatchLoader:
         """
         draw = draw or _nothing
         with (
-            self._decoding() as each,
-            _threads(min(WINDOW, self._cores)) as readers,
-            self._packed(self._cut(epochs, skip, readers, each)) as packed,
+            _threads(min(WINDOW, os.cpu_count() or 1)) as readers,
+            self._packed(self._cut(epochs, skip, readers)) as packed,
         ):
             if self._device.type != "cuda":
                 # Not on a thread: torch's products on the caller's threads slow down by a third
@@ -128,18 +125,9 @@ class BatchLoader:
                 with closing(prefetch(self._copied(run, draw), self._ahead)) as made:
                     yield from map(self._arrived, made)  # a name would keep a batch too long
 
-    @contextmanager
-    def _decoding(self) -> Iterator[Each]:
-        """Have blocks decoded chunk by chunk, by all cores where a window has fewer blocks."""
-        if self._cores <= WINDOW:
-            yield map
-            return
-        with _threads(self._cores) as pool:
-            yield pool.map
-
-    def _cut(self, epochs: range, skip: int, readers: Executor, each: Each) -> Iterator[Cut | None]:
+    def _cut(self, epochs: range, skip: int, readers: Executor) -> Iterator[Cut | None]:
         """Cut the batches out of windows; the next one's blocks are read meanwhile."""
-        windows = look_ahead(self._windows(epochs, skip, readers, each), 1)
+        windows = look_ahead(self._windows(epochs, skip, readers), 1)
         return chain.from_iterable(starmap(self._cuts, windows))
 
     @contextmanager
@@ -164,15 +152,14 @@ class BatchLoader:
             yield chain(iter(partial(next, packed), None), [None])
 
     def _windows(
-        self, epochs: range, skip: int, readers: Executor, each: Each
+        self, epochs: range, skip: int, readers: Executor
     ) -> Iterator[tuple[list[Array | None], Blocks]]:
         """Yield windows of batches, and their blocks, of which reading has begun."""
         blocks: Blocks = {}
         for batches in self._order.windows(epochs, skip):
             numbers = [items[:, 0].tolist() for items in batches if items is not None]
             blocks = {
-                block: blocks.get(block)
-                or readers.submit(self._split.stored, block, self._taps, each)
+                block: blocks.get(block) or readers.submit(self._split.stored, block, self._taps)
                 for block in dict.fromkeys(chain(*numbers))
             }
             yield batches, blocks
@@ -226,32 +213,29 @@ class BatchLoader:
         batch, copied = made
         here = torch.cuda.current_stream(self._device)
         here.wait_event(copied)
-        for tensor in batch.tensors():
+        by_memory = {tensor.untyped_storage().data_ptr(): tensor for tensor in batch.tensors()}
+        for tensor in by_memory.values():
             tensor.record_stream(here)
         return batch
 
     def _decoded(self, packed: Packed) -> Batch:
         """Copy a batch, or a part of one, to the device and decode its embeddings there."""
-
-        def moved(values: Array) -> torch.Tensor:
-            value = torch.from_numpy(values)
-            if self._device.type == "cuda":
-                value = value.pin_memory()
-            return value.to(self._device, non_blocking=True)
-
-        segments_BT = moved(packed.segments_BT)
+        moved = partial(torch.Tensor.to, device=self._device, non_blocking=True)
+        ids_BT, positions_BT, segments_BT = moved(packed.rows_3BT)
+        wanted_N, targets_N = moved(packed.wanted_2N)
+        padding_BT1 = (segments_BT < 0)[..., None]
         x_BTH = {}
         for tap, arrays in packed.arrays.items():
-            stored = {name: a.to(self._device, non_blocking=True) for name, a in arrays.items()}
-            x = self._split.codecs[tap].decode(stored, packed.ids_BT)
-            x_BTH[tap] = x.masked_fill_((segments_BT < 0)[..., None], 0)
+            stored = {name: moved(integers) for name, integers in arrays.items()}
+            x = self._split.codecs[tap].decode(stored, packed.rows_3BT[0].numpy())
+            x_BTH[tap] = x.masked_fill_(padding_BT1, 0)
         return Batch(
             x_BTH,
-            moved(packed.ids_BT),
-            moved(packed.positions_BT),
+            ids_BT,
+            positions_BT,
             segments_BT,
-            moved(packed.wanted_N),
-            moved(packed.targets_N),
+            wanted_N,
+            targets_N,
             packed.documents_N,
             packed.places_N2,
             packed.sequences,

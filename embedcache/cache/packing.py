@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -86,20 +87,21 @@ def pack_rows(lengths: list[int], width: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A batch on the host, its embeddings still integers, undefined on padding; see `Batch`."""
+    """A batch on the host, its embeddings still integers, undefined on padding; see `Batch`.
+
+    What is copied to the device together is one tensor: ``rows_3BT`` are ids_BT, positions_BT and
+    segments_BT, ``wanted_2N`` wanted_N and targets_N.
+    """
 
     arrays: dict[str, dict[str, torch.Tensor]]
-    ids_BT: Array
-    positions_BT: Array
-    segments_BT: Array
-    wanted_N: Array
-    targets_N: Array
+    rows_3BT: torch.Tensor
+    wanted_2N: torch.Tensor
     documents_N: Array
     places_N2: Array
     sequences: tuple[int, ...]
     tokens: int
     packed: bool
-    starts_M: Array | None
+    starts_M: torch.Tensor | None
     whole: Counts
     last: bool
 
@@ -112,14 +114,15 @@ def pack(
     *,
     row_tokens: int | None = None,
 ) -> Packed:
-    """Pack sequences into rows; the integers into pinned memory for CUDA.
+    """Pack sequences into rows; what goes to the device into pinned memory for CUDA.
 
     With ``row_tokens`` into one row of that length, or of theirs if they are longer.
     """
     items = cut.items
     spans = [block.rows_S2[place].tolist() for block, place in items]
     lengths = [stop - first for first, stop in spans]
-    starts = None
+    made = partial(torch.empty, pin_memory=device.type == "cuda")
+    starts_M = None
     if row_tokens is None:
         T = rounded_up(max(lengths), COLUMNS)
         rows = pack_rows(lengths, T)
@@ -128,15 +131,14 @@ def pack(
         # The padding in pieces: attention over spans takes time for what the longest might hold.
         padding = range(sum(lengths) + max(lengths), T, max(lengths))
         begin = [*np.cumsum([0, *lengths]).tolist(), *padding]
-        starts = np.full(rounded_up(len(begin) + 1, STARTS), T, np.int32)
-        starts[: len(begin)] = begin
+        starts_M = made(rounded_up(len(begin) + 1, STARTS), dtype=torch.int32).fill_(T)
+        starts_M.numpy()[: len(begin)] = begin
     B = len(rows)
     arrays = {
         tap: {
-            spec.group: torch.empty(
+            spec.group: made(
                 (B, T, *items[0][0].arrays[tap][spec.group].shape[1:]),
                 dtype=getattr(torch, spec.dtype),
-                pin_memory=device.type == "cuda",
             )
             for spec in specs
         }
@@ -161,29 +163,28 @@ def pack(
     segment_L, ids_L = np.repeat(order_S, length_S), np.concatenate(ids)
     position_L = np.arange(len(ids_L)) - np.repeat(np.cumsum(length_S) - length_S, length_S)
     flat_L = np.repeat(at, length_S) + position_L
-
-    def laid_out(values_L: Array, padding: int) -> Array:
-        value = np.full(B * T, padding)
-        value[flat_L] = values_L
-        return value.reshape(B, T)
-
+    rows_3BT = made((3, B, T), dtype=torch.int64)
+    for values, values_L, unused in zip(
+        rows_3BT.flatten(1).numpy(), (ids_L, position_L, segment_L), (0, 0, -1), strict=True
+    ):
+        values.fill(unused)
+        values[flat_L] = values_L
     target_N = np.flatnonzero(np.concatenate(masks) & (position_L > 0))
+    wanted_2N = made((2, len(target_N)), dtype=torch.int64)
+    wanted_2N.numpy()[:] = flat_L[target_N] - 1, ids_L[target_N]
     segment_N, place_N = segment_L[target_N], position_L[target_N] - 1
     document_S = np.array([block.document_S[place] for block, place in items])
     sequence_S = np.array([block.sequence_S[place] for block, place in items])
     return Packed(
         arrays,
-        laid_out(ids_L, 0),
-        laid_out(position_L, 0),
-        laid_out(segment_L, -1),
-        flat_L[target_N] - 1,
-        ids_L[target_N],
+        rows_3BT,
+        wanted_2N,
         document_S[segment_N],
         np.stack([sequence_S[segment_N], place_N], axis=1),
         tuple(sequence_S.tolist()),
         len(ids_L),
         any(len(row) > 1 for row in rows),
-        starts,
+        starts_M,
         cut.whole,
         cut.last,
     )

@@ -23,10 +23,10 @@ from embedcache.cache.layout import (
     shard_name,
 )
 from embedcache.cache.manifest import Manifest, SplitManifest, read_manifest
-from embedcache.cache.records import check_files
+from embedcache.cache.records import FileRecord
 from embedcache.cache.sealed import Seal
 from embedcache.cache.sealed_files import SealedFiles
-from embedcache.cache.shard import Each, read_shard
+from embedcache.cache.shard import read_shard
 from embedcache.cache.tokens import SplitTokens
 from embedcache.cache.transform import Calibration, codecs_of
 from embedcache.errors import CacheError, nearest
@@ -139,19 +139,18 @@ class SplitReader:
             stored.document_S,
         )
 
-    def stored(self, block: int, taps: tuple[str, ...], each: Each = map) -> StoredBlock:
-        """Read a block's tokens and integers; ``each`` has its chunks decoded.
+    def stored(self, block: int, taps: tuple[str, ...]) -> StoredBlock:
+        """Read a block's tokens and integers.
 
         Raises ``CacheError`` where a file is missing or not the one that the manifest states, or
         where a chunk fails its checksum.
         """
-        chunks = self._rows // chunk_rows(self._specs[0], self._rows)
-        check_files(self._cache, self.files[block], chunks=chunks)
+        records = {record.path: record for record in self.files[block]}
         ids_N, loss_mask_N = self.tokens(block)
         with reading(self._cache / self.name):
             arrays = {
                 tap: {
-                    spec.group: self._shard(spec, tap, block, len(ids_N), each)
+                    spec.group: self._shard(spec, tap, records, block, len(ids_N))
                     for spec in self._specs
                 }
                 for tap in taps
@@ -159,18 +158,21 @@ class SplitReader:
         sequence_S, rows_S2, document_S = self.sequences(block)
         return StoredBlock(ids_N, loss_mask_N, arrays, rows_S2, sequence_S, document_S)
 
-    def _shard(self, spec: ArraySpec, tap: str, block: int, rows: int, each: Each) -> Array:
+    def _shard(
+        self, spec: ArraySpec, tap: str, records: dict[str, FileRecord], block: int, rows: int
+    ) -> Array:
         columns = (self._hidden,) if spec.wide else ()
         size = chunk_rows(spec, self._rows)
+        name = shard_name(f"{self.name}/{spec.group}/{tap}", block, 1 + spec.wide)
         return read_shard(
-            self._cache / shard_name(f"{self.name}/{spec.group}/{tap}", block, 1 + spec.wide),
+            self._cache / name,
             rows=rows,
             columns=columns,
             dtype=spec.dtype,
             chunk_rows=size,
             chunks=self._rows // size,
             coder=CODERS[spec.coder],
-            each=each,
+            record=records[name],
         )
 
     @cached_property

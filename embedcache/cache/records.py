@@ -15,8 +15,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from embedcache.cache.damaged import WAY_OUT
-from embedcache.errors import CacheError
+from embedcache.cache.damaged import damaged
 from embedcache.files import hash_file
 
 
@@ -28,6 +27,14 @@ class FileRecord:
     bytes: int
     sha256: str
     crc32c: str
+
+    def size_fault(self, found: int) -> str | None:
+        """Return what is wrong with a file of so many bytes; None if nothing is."""
+        return None if found == self.bytes else f"has {found} bytes, expected {self.bytes}"
+
+    def chunks_fault(self, found: str) -> str | None:
+        """Return what is wrong with a file of these `chunks_crc32c`; None if nothing is."""
+        return None if found == self.crc32c else "holds other chunks than were written there"
 
 
 FILE = np.dtype([("bytes", "<u8"), ("crc32c", "<u4"), ("sha256", "V32")])
@@ -73,7 +80,12 @@ def chunks_crc32c(path: Path, chunks: int | None) -> str:
         if any(not 4 <= place <= size for place in places):
             return ""
         sums = b"".join(os.pread(descriptor, 4, place - 4) for place in places)
-    return f"{google_crc32c.value(sums):08x}"
+    return hex_crc32c(sums)
+
+
+def hex_crc32c(data: bytes) -> str:
+    """Return the CRC-32C of bytes in hex, as records have it."""
+    return f"{google_crc32c.value(data):08x}"
 
 
 def fault_in(cache: Path, record: FileRecord, *, chunks: int | None = None) -> str | None:
@@ -82,8 +94,7 @@ def fault_in(cache: Path, record: FileRecord, *, chunks: int | None = None) -> s
     try:
         if (fault := _size_fault(path, record)) is not None:
             return fault
-        same = chunks_crc32c(path, chunks) == record.crc32c
-        return None if same else "holds other chunks than were written there"
+        return record.chunks_fault(chunks_crc32c(path, chunks))
     except OSError as error:  # a disk that is failing
         return f"cannot be read ({error.strerror})"
 
@@ -102,15 +113,14 @@ def content_fault(cache: Path, record: FileRecord) -> str | None:
 def _size_fault(path: Path, record: FileRecord) -> str | None:
     if not path.is_file():
         return "is missing"
-    size = path.stat().st_size
-    return None if size == record.bytes else f"has {size} bytes, expected {record.bytes}"
+    return record.size_fault(path.stat().st_size)
 
 
-def check_files(cache: Path, records: Iterable[FileRecord], *, chunks: int | None = None) -> None:
-    """Raise ``CacheError`` for the first file that is not what was recorded.
+def check_files(cache: Path, records: Iterable[FileRecord]) -> None:
+    """Raise ``CacheError`` for the first file, each of one chunk, that is not what was recorded.
 
     That a chunk holds what its own checksum says is for its reader to check.
     """
     for record in records:
-        if (fault := fault_in(cache, record, chunks=chunks)) is not None:
-            raise CacheError(f"{cache / record.path} {fault}: the cache is damaged. {WAY_OUT}")
+        if (fault := fault_in(cache, record)) is not None:
+            raise damaged(cache / record.path, fault)

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.damaged import WAY_OUT
+from embedcache.cache.damaged import WAY_OUT, damaged
 from embedcache.cache.layout import SEALED
 from embedcache.cache.ledger import LedgerSeal
 from embedcache.cache.records import FileRecord, check_files, record_file
@@ -98,7 +98,7 @@ class Seal:
         """
         for name, text in self.metadata.items():
             if (fault := metadata_fault(cache / name, text)) is not None:
-                raise CacheError(f"{cache / name} {fault}: the cache is damaged. {WAY_OUT}")
+                raise damaged(cache / name, fault)
         check_files(cache, self.files)
 
 
@@ -142,6 +142,6 @@ def read_seal(cache: Path) -> Seal:
     try:
         return Seal.parse(path.read_bytes().decode())
     except FileNotFoundError as error:
-        raise CacheError(f"{path} is missing: the cache is damaged. {WAY_OUT}") from error
+        raise damaged(path, "is missing") from error
     except ValueError as error:
         raise CacheError(f"{path} {error}. {WAY_OUT}") from error

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Iterable
+from functools import partial
+from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import google_crc32c
 import numpy as np
 
 from embedcache.cache.coders import Coder
-from embedcache.cache.damaged import WAY_OUT
+from embedcache.cache.damaged import WAY_OUT, damaged
+from embedcache.cache.records import FileRecord, hex_crc32c
 from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
-Stored = tuple[bytes, bytes]
-Each = Callable[..., Iterable[None]]
-"""As `map` does, or an executor's."""
 
 
 def write_shard(path: Path, values: Array, chunk_rows: int, coder: Coder) -> tuple[int, str]:
@@ -68,31 +67,34 @@ def read_shard(
     chunk_rows: int,
     chunks: int,
     coder: Coder,
-    each: Each = map,
+    record: FileRecord | None = None,
 ) -> Array:
     """Return the first ``rows`` of a shard of ``chunks`` chunks, decoded into one new array.
 
-    ``each`` has the chunks decoded, one after the other or by an executor's threads. Raises
-    ``CacheError`` where the index or a chunk fails its checksum or does not decode.
+    Raises ``CacheError`` where the index or a chunk fails its checksum or does not decode, or where
+    the file is not the one of the ``record``. Each chunk is one read: for every call that lets go
+    of the interpreter's lock, whoever launches a GPU's kernels may wait.
     """
     needed = -(-rows // chunk_rows)
     values = np.empty((needed * chunk_rows, *columns), dtype=dtype)
-    with path.open("rb") as file:
+    sums = []
+    with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
-        index = _stored(file, size - 16 * chunks - 4, 16 * chunks + 4, "its index", path)
-        table = _checked(index, "its index", path)
-        places = np.frombuffer(table, dtype="<u8").reshape(chunks, 2)[:needed].tolist()
-
-        def unpack(number: int, stored: Stored) -> None:
-            what, out = f"chunk {number}", values[number * chunk_rows :][:chunk_rows]
-            decode(coder, _checked(stored, what, path), out, what, path)
-
-        read = (
-            _stored(file, offset, length, f"chunk {number}", path)
-            for number, (offset, length) in enumerate(places)
-        )
-        for _ in each(unpack, range(needed), read):
-            pass
+        if record is not None and (fault := record.size_fault(size)):
+            raise damaged(path, fault)
+        part = partial(_part, file.fileno(), size, path)
+        table = part(size - 16 * chunks - 4, 16 * chunks + 4, "its index")
+        places = np.frombuffer(table[:-4], dtype="<u8").reshape(chunks, 2).tolist()
+        for number, (offset, length) in enumerate(places):
+            if number < needed:
+                what, out = f"chunk {number}", values[number * chunk_rows :][:chunk_rows]
+                stored = part(offset, length, what)
+                decode(coder, stored[:-4], out, what, path)
+                sums.append(bytes(stored[-4:]))
+            elif record is not None:
+                sums.append(os.pread(file.fileno(), 4, offset + length - 4))
+    if record is not None and (fault := record.chunks_fault(hex_crc32c(b"".join(sums)))):
+        raise damaged(path, fault)
     return values[:rows]
 
 
@@ -103,12 +105,10 @@ def read_chunk(path: Path, *, shape: tuple[int, ...], dtype: str, coder: Coder) 
     way, to read zeros for a file that is not there, serves what is damaged.
     """
     values = np.empty(shape, dtype)
-    if not path.is_file():
-        raise CacheError(f"{path} is missing: the cache is damaged. {WAY_OUT}")
-    with path.open("rb") as file:
+    with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
-        stored = _stored(file, 0, size, "the chunk", path)
-        decode(coder, _checked(stored, "the chunk", path), values, "the chunk", path)
+        stored = _part(file.fileno(), size, path, 0, size, "the chunk")
+    decode(coder, stored[:-4], values, "the chunk", path)
     return values
 
 
@@ -119,34 +119,40 @@ def write_chunk(path: Path, values: Array, coder: Coder) -> None:
     path.write_bytes(chunk + _checksum(chunk))
 
 
-def decode(coder: Coder, data: bytes, out: Array, what: str, path: Path) -> None:
+def decode(coder: Coder, data: bytes | memoryview, out: Array, what: str, path: Path) -> None:
     """Decode a chunk into ``out``; raises ``CacheError`` naming the file."""
     try:
         coder.decode(data, out)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise _damaged(path, f"{what} does not decode: {error}") from error
+        raise _unreadable(path, f"{what} does not decode: {error}") from error
 
 
-def _stored(file: BinaryIO, offset: int, length: int, what: str, path: Path) -> Stored:
-    """Return ``length`` bytes: the data, and the checksum that ends them."""
-    size = os.fstat(file.fileno()).st_size
+def _opened(path: Path) -> FileIO:
+    try:
+        return path.open("rb", buffering=0)
+    except FileNotFoundError as error:
+        raise damaged(path, "is missing") from error
+
+
+def _part(
+    descriptor: int, size: int, path: Path, offset: int, length: int, what: str
+) -> memoryview:
+    """Return ``length`` bytes of a file, of which the last four are the checksum of the others."""
     if length < 4 or offset < 0 or offset + length > size:
-        raise _damaged(path, f"{what} lies outside its {size} bytes")
-    file.seek(offset)
-    return file.read(length - 4), file.read(4)
-
-
-def _checked(stored: Stored, what: str, path: Path) -> bytes:
-    """Return the data, once the checksum agrees."""
-    data, checksum = stored
-    if checksum != _checksum(data):
-        raise _damaged(path, f"{what} fails its checksum")
-    return data
+        raise _unreadable(path, f"{what} lies outside its {size} bytes")
+    stored = os.pread(descriptor, length, offset)
+    if google_crc32c.value(stored) != RESIDUE:
+        raise _unreadable(path, f"{what} fails its checksum")
+    return memoryview(stored)
 
 
 def _checksum(data: bytes) -> bytes:
     return int(google_crc32c.value(data)).to_bytes(4, "little")
 
 
-def _damaged(path: Path, why: str) -> CacheError:
+RESIDUE: int = google_crc32c.value(_checksum(b""))
+"""The checksum of any bytes and their checksum behind them."""
+
+
+def _unreadable(path: Path, why: str) -> CacheError:
     return CacheError(f"{path} is damaged ({why}). {WAY_OUT}")

@@ -113,24 +113,37 @@ def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
 
 
 def _copy(batch: Batch, made: Batch) -> None:
-    """Copy a batch into one that is as large or larger, and fill that up."""
+    """Copy a batch into one that is as large or larger, and fill that up.
+
+    By few calls: each lets go of the interpreter's lock, which the loader's threads are after.
+    """
     assert made.starts_M is not None and batch.starts_M is not None and made.counts_N is not None
-    for tap, x_BTH in made.x_BTH.items():
-        x_BTH.copy_(batch.x_BTH[tap])
-    for name in ("ids_BT", "positions_BT", "segments_BT"):
-        getattr(made, name).copy_(getattr(batch, name))
     M, N = len(batch.starts_M), len(batch.targets_N)
-    made.starts_M[:M], made.starts_M[M:] = batch.starts_M, batch.ids_BT.shape[1]
-    made.wanted_N[:N], made.targets_N[:N] = batch.wanted_N, batch.targets_N
-    made.wanted_N[N:], made.targets_N[N:] = 0, 0
-    made.counts_N[:N], made.counts_N[N:] = 1.0, 0.0
-    pairs = zip(
+    pairs = [(x_BTH, batch.x_BTH[tap]) for tap, x_BTH in made.x_BTH.items()]
+    pairs += [
+        (made.ids_BT, batch.ids_BT),
+        (made.positions_BT, batch.positions_BT),
+        (made.segments_BT, batch.segments_BT),
+        (made.starts_M[:M], batch.starts_M),
+        (made.wanted_N[:N], batch.wanted_N),
+        (made.targets_N[:N], batch.targets_N),
+    ]
+    zeros = [made.wanted_N[N:], made.targets_N[N:], made.counts_N[N:]]
+    listed = zip(
         cast("Sequence[Listed]", made.drawn), cast("Sequence[Listed]", batch.drawn), strict=True
     )
-    for kept, one in pairs:
+    for kept, one in listed:
         C = len(one.weight_CH)
-        kept.weight_CH[:C] = one.weight_CH
-        kept.log_weight_C[:C], kept.log_weight_C[C:] = one.log_weight_C, -torch.inf
-        kept.index_N[:N], kept.index_N[N:] = one.index_N, 0
+        pairs += [
+            (kept.weight_CH[:C], one.weight_CH),
+            (kept.log_weight_C[:C], one.log_weight_C),
+            (kept.index_N[:N], one.index_N),
+        ]
         if kept.bias_C is not None and one.bias_C is not None:
-            kept.bias_C[:C] = one.bias_C
+            pairs.append((kept.bias_C[:C], one.bias_C))
+        zeros.append(kept.index_N[N:])
+        kept.log_weight_C[C:] = -torch.inf
+    made.starts_M[M:] = batch.ids_BT.shape[1]
+    made.counts_N[:N] = 1.0
+    torch._foreach_copy_([to for to, _ in pairs], [value for _, value in pairs])
+    torch._foreach_zero_(zeros)

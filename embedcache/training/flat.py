@@ -62,9 +62,10 @@ class FlatAdamW:
         # All that a step depends on is on the device, so that it can be captured and replayed.
         device = self.values_KP.device
         self._clip_K = torch.tensor([config.clip for config in configs], device=device)
-        self._rate_K, self._idle_K, self._taken_K, self._broken_K = torch.zeros(
-            4, len(configs), device=device
+        self._due_2K, (self._taken_K, self._broken_K) = torch.zeros(
+            2, 2, len(configs), device=device
         )
+        self._rate_K, self._idle_K = self._due_2K
 
     def clip(self) -> Tensor:
         """Scale each carry-on's gradient to its largest norm; return norm_K before that."""
@@ -74,8 +75,8 @@ class FlatAdamW:
 
     def schedule(self, rates: Sequence[float | None]) -> None:
         """Set each carry-on's learning rate; None leaves that one as it is in the next step."""
-        send([rate or 0.0 for rate in rates], self._rate_K)
-        send([float(rate is None) for rate in rates], self._idle_K)
+        due = [[rate or 0.0 for rate in rates], [float(rate is None) for rate in rates]]
+        send(due, self._due_2K)
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -149,10 +150,9 @@ class FlatAdamW:
             self.values_KP[index] = row[EXACT] if EXACT in row else moments[EXACT]
 
 
-def send(values: Sequence[float], to_K: Tensor) -> None:
-    """Copy values to a tensor on the device; the host does not wait for that."""
-    host_K = torch.tensor(values, pin_memory=to_K.is_cuda)
-    to_K.copy_(host_K, non_blocking=True)
+def send(values: Sequence[float] | Sequence[Sequence[float]], to: Tensor) -> None:
+    """Copy values to a tensor on the device, of their shape; the host does not wait for that."""
+    to.copy_(torch.tensor(values, pin_memory=to.is_cuda), non_blocking=True)
 
 
 def _move(gradient: Tensor, parameter: Tensor) -> None:

@@ -171,19 +171,3 @@ def test_looking_ahead_raises_in_the_place_of_the_item():
         assert [next(found), next(found)] == [1, 2]
         with pytest.raises(KeyError, match="third"):
             next(found)
-
-
-def test_chunks_are_decoded_on_all_cores_where_those_are_many(split, monkeypatch):
-    found, seen, stored = [], [], type(split).stored
-    monkeypatch.setattr(
-        type(split),
-        "stored",
-        lambda self, number, taps, each: seen.append(each) or stored(self, number, taps, each),
-    )
-    for cores in (2, 16):
-        monkeypatch.setattr("os.cpu_count", lambda cores=cores: cores)
-        seen.clear()
-        found.append([told(batch) for batch in loader(split).epochs(range(2))])
-        assert all((each is map) is (cores == 2) for each in seen) and seen
-    assert found[0] == found[1]
-    assert not [one for one in threading.enumerate() if "ThreadPool" in one.name]

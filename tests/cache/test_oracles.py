@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.coders import CODERS
 from embedcache.cache.layout import shard_name
 from embedcache.cache.reader import Cache
+from embedcache.cache.records import record_file
 from embedcache.cache.shard import read_shard, write_shard
 from embedcache.errors import CacheError
 
@@ -103,13 +104,20 @@ def test_a_shard_of_several_chunks_is_zarrs_own(
     settings: dict[str, Any] = {"columns": columns, "dtype": dtype, "chunk_rows": 16, "chunks": 3}
     settings["coder"] = CODERS[coder]
     assert np.array_equal(read_shard(place, rows=20, **settings), values[48:68])
-    with ThreadPoolExecutor(3) as pool:
-        found = read_shard(place, rows=48, each=pool.map, **settings)
-        assert np.array_equal(found, values[48:])
-        place.write_bytes(flipped := bytes([place.read_bytes()[0] ^ 8]) + place.read_bytes()[1:])
-        with pytest.raises(CacheError, match="chunk 0"):
-            read_shard(place, rows=48, each=pool.map, **settings)
-        place.write_bytes(bytes([flipped[0] ^ 8]) + flipped[1:])
+    record, other = (
+        record_file(tmp_path / name, name, chunks=3)
+        for name in (shard_name("a", number, values.ndim) for number in (1, 0))
+    )
+    for rows in (20, 48):  # some of its chunks are not needed, and still its own
+        found = read_shard(place, rows=rows, record=record, **settings)
+        assert np.array_equal(found, values[48 : 48 + rows])
+        with pytest.raises(CacheError, match="holds other chunks than were written there"):
+            same_size = replace(other, bytes=record.bytes)
+            read_shard(place, rows=rows, record=same_size, **settings)
+        with pytest.raises(CacheError, match=f"has {record.bytes} bytes, expected 7"):
+            read_shard(place, rows=rows, record=replace(record, bytes=7), **settings)
+    with pytest.raises(CacheError, match="is missing"):
+        read_shard(tmp_path / "none", rows=48, **settings)
     data = place.read_bytes()
     for position in range(0, len(data), 11):  # a flipped bit anywhere, the index included
         place.write_bytes(data[:position] + bytes([data[position] ^ 8]) + data[position + 1 :])
