@@ -12,7 +12,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from dataclasses import replace
 from functools import cache, partial
-from itertools import chain, starmap
+from itertools import chain, islice, starmap
 from typing import Any
 
 import numpy as np
@@ -28,6 +28,8 @@ from embedcache.device import recording
 
 Array = np.ndarray[Any, Any]
 Blocks = dict[int, Future[StoredBlock]]
+Window = tuple[list[Array | None], Blocks]
+"""The batches of a window, None where an epoch ends, and its blocks, of which reading has begun."""
 
 PACKERS = {"cuda": 2}
 """Threads that pack batches, by device: one does not keep up with a GPU. Else the caller does."""
@@ -98,8 +100,8 @@ class BatchLoader:
     ) -> Generator[Batch | None]:
         """Yield this rank's batches of some epochs, and None at the end of each.
 
-        They are one stream: while an epoch's last batches are used, and until more are asked for
-        after its end, the next one's first are read and made.
+        Reading begins at once. They are one stream: while an epoch's last batches are used, and
+        until more are asked for after its end, the next one's first are read and made.
 
         It begins at the first epoch's batch number ``skip``, which counts those of all ranks
         together, so a run goes on with another number of them. Skipped batches are never read: only
@@ -107,11 +109,25 @@ class BatchLoader:
         on a stream of their own. ``draw`` is called there with each; what it returns comes along as
         ``drawn``. An error is raised where its batch is due.
         """
-        draw = draw or _nothing
-        with (
-            _threads(min(WINDOW, os.cpu_count() or 1)) as readers,
-            self._packed(self._cut(epochs, skip, readers)) as packed,
-        ):
+        batches = self._stream(epochs, skip, draw or _nothing)
+        next(batches)
+        return batches
+
+    def _stream(
+        self, epochs: range, skip: int, draw: Callable[[Batch], Drawn]
+    ) -> Generator[Batch | None]:
+        """Yield None once reading has begun, then what `epochs` yields."""
+        with _threads(min(WINDOW, os.cpu_count() or 1)) as readers:
+            windows = self._windows(epochs, skip, readers)
+            begun = iter([*islice(windows, 1)])  # the list would keep a window all the time
+            yield None
+            yield from self._batches(chain(begun, windows), len(epochs), draw)
+
+    def _batches(
+        self, windows: Iterator[Window], epochs: int, draw: Callable[[Batch], Drawn]
+    ) -> Generator[Batch | None]:
+        """Yield the batches of windows that are some epochs, as `epochs` does."""
+        with self._packed(self._cut(windows)) as packed:
             if self._device.type != "cuda":
                 # Not on a thread: torch's products on the caller's threads slow down by a third
                 # once another thread has begun a team of its own. Blocks are read ahead in any
@@ -121,14 +137,13 @@ class BatchLoader:
                 return
             # What shortlists are drawn by is made on the caller's stream.
             _stream(self._device).wait_stream(torch.cuda.current_stream(self._device))
-            for run in self._runs(packed, len(epochs)):
+            for run in self._runs(packed, epochs):
                 with closing(prefetch(self._copied(run, draw), self._ahead)) as made:
                     yield from map(self._arrived, made)  # a name would keep a batch too long
 
-    def _cut(self, epochs: range, skip: int, readers: Executor) -> Iterator[Cut | None]:
+    def _cut(self, windows: Iterator[Window]) -> Iterator[Cut | None]:
         """Cut the batches out of windows; the next one's blocks are read meanwhile."""
-        windows = look_ahead(self._windows(epochs, skip, readers), 1)
-        return chain.from_iterable(starmap(self._cuts, windows))
+        return chain.from_iterable(starmap(self._cuts, look_ahead(windows, 1)))
 
     @contextmanager
     def _packed(self, cuts: Iterator[Cut | None]) -> Iterator[Iterator[Packed | None]]:
@@ -151,10 +166,8 @@ class BatchLoader:
         for _ in range(epochs):
             yield chain(iter(partial(next, packed), None), [None])
 
-    def _windows(
-        self, epochs: range, skip: int, readers: Executor
-    ) -> Iterator[tuple[list[Array | None], Blocks]]:
-        """Yield windows of batches, and their blocks, of which reading has begun."""
+    def _windows(self, epochs: range, skip: int, readers: Executor) -> Iterator[Window]:
+        """Yield the windows of some epochs."""
         blocks: Blocks = {}
         for batches in self._order.windows(epochs, skip):
             numbers = [items[:, 0].tolist() for items in batches if items is not None]

@@ -56,8 +56,9 @@ class Loop:
     """Steps a stack until each of its carry-ons is finished or has failed.
 
     The stack's rows are the feeds' members, in order. What a step comes to is read while the device
-    is at the next one, so that it never waits for the host. ``score`` returns the dev losses of the
-    members of a feed, stacked; ``finish`` publishes a member.
+    is at the next one, so that it never waits for the host. A feed is closed with its last member,
+    and else by whoever made it. ``score`` returns the dev losses of the members of a feed, stacked;
+    ``finish`` publishes a member.
     """
 
     def __init__(
@@ -85,13 +86,6 @@ class Loop:
 
     def train(self) -> None:
         """Step until no member is left."""
-        try:
-            self._train()
-        finally:
-            for feed in self._feeds:
-                feed.close()
-
-    def _train(self) -> None:
         self._let_go()
         self._clock = time.perf_counter()
         self._waits: list[tuple[Mark, Mark]] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from itertools import groupby
 
 import torch
@@ -112,12 +113,18 @@ class Trainer:
             self._fail_for_memory(members, why)
 
     def _train(self, begun: Sequence[Begun], recipe: Recipe) -> None:
-        for member, _ in begun:
-            with failing(member):
-                member.take_base(self._base(member, recipe))
-        begun = [one for one in begun if one[0].failure is None]
-        if not begun:
-            return
+        with ExitStack() as reading:
+            feeds = []
+            for _, group in groupby(begun, key=self._place):
+                feeds.append(self._feed([member for member, _ in group], recipe))
+                reading.callback(feeds[-1].close)
+            # The first batches are read meanwhile.
+            for member, _ in begun:
+                with failing(member):
+                    member.take_base(self._base(member, recipe))
+            self._step(begun, feeds, recipe)
+
+    def _step(self, begun: Sequence[Begun], feeds: list[Feed], recipe: Recipe) -> None:
         members, models = [member for member, _ in begun], [model for _, model in begun]
         carryon = members[0].config.carryon
         stack = Stack(
@@ -130,10 +137,6 @@ class Trainer:
         for index, member in enumerate(members):
             member.enter(stack, index)
         self._say_loss(members, recipe)
-        feeds = [
-            self._feed([member for member, _ in group], recipe)
-            for group in (list(group) for _, group in groupby(begun, key=self._place))
-        ]
 
         def score(feed: Feed, stack: CarryOn) -> list[DevLoss] | None:
             return self.score(feed.members[0], stack, recipe, feed)

@@ -171,3 +171,15 @@ def test_looking_ahead_raises_in_the_place_of_the_item():
         assert [next(found), next(found)] == [1, 2]
         with pytest.raises(KeyError, match="third"):
             next(found)
+
+
+@pytest.mark.parametrize("split", [2], indirect=True)
+def test_reading_begins_before_a_batch_is_asked_for(split, monkeypatch):
+    found = reads(split, monkeypatch)
+    stream = loader(split).epochs(range(2))
+    ends = time.monotonic() + 10
+    while len(set(found)) < 2 and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert len(found) == len(set(found)) == 2  # a window's
+    stream.close()
+    assert not [one for one in threading.enumerate() if "ThreadPool" in one.name]
