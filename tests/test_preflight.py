@@ -17,6 +17,7 @@ from embedcache.cache.layout import ExtractSettings
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import OutputError
 from embedcache.extract import extract
+from embedcache.extraction import measure as measuring
 from embedcache.extraction import run as stage_one
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.measure import Measured
@@ -136,6 +137,25 @@ def test_time_is_predicted_within_a_fifth(
     )
 
 
+def test_batches_that_are_slow_at_first_are_not_taken_for_all(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, real = [0], BlockForward.batch
+    first = measuring.ENOUGH_BATCHES + 1  # and what warms up
+
+    def slow_at_first(self: BlockForward, ids_N: Any, rows_B2: Any) -> Any:
+        calls[0] += 1
+        if calls[0] <= first:
+            time.sleep(0.05)
+        return real(self, ids_N, rows_B2)
+
+    monkeypatch.setattr(measuring, "ENOUGH_TOKENS", 1)
+    monkeypatch.setattr(BlockForward, "batch", slow_at_first)
+    summary = extract(corpus_config(place / "corpus"), **request(place, tmp_path / "cache"))
+    assert calls[0] > 10 * first
+    assert summary.predicted_seconds < summary.seconds + 0.5
+
+
 def test_what_was_measured_is_not_computed_again(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -151,6 +171,7 @@ def test_what_was_measured_is_not_computed_again(
         return real(self, ids_N, rows_B2)
 
     monkeypatch.setattr(BlockForward, "batch", counted)
+    monkeypatch.setattr(measuring, "AGAIN", 0)
     extract(corpus, **request(place, tmp_path / "cache", block_tokens=1024))
     warm_up, *rest = computed
     assert warm_up not in rest or rest.count(warm_up) == 1

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from statistics import mean
+from statistics import mean, median
 from typing import TypeVar
 
 import numpy as np
@@ -53,7 +53,7 @@ class Laps:
         self._alone = self._times()
 
     def _times(self) -> list[float]:
-        """Return the mean seconds of each turn, nothing beside it.
+        """Return the median seconds of each turn, nothing beside it.
 
         Where time does not suffice a batch takes long, and planning next to nothing of that.
         """
@@ -63,7 +63,7 @@ class Laps:
             taken.append(self._seconds(turn.ids_N, turn.rows_B2))
             if time.perf_counter() > ends:
                 break
-        return [mean(t or [turn.seconds]) for turn, t in zip(self._turns, times, strict=True)]
+        return [median(t or [turn.seconds]) for turn, t in zip(self._turns, times, strict=True)]
 
     def seconds_of(self, positions: Sequence[int]) -> float:
         """Return what batches of so many positions take, by those next to each in size."""
