@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
@@ -79,18 +82,61 @@ def test_batches_that_time_does_not_suffice_for_take_what_they_took(clock: Clock
     assert [some.seconds_of([size]) for size in (10, 20, 30)] == pytest.approx([0.2, 0.2, 5.0])
 
 
-def test_batches_are_late_beside_what_holds_the_lock_and_no_other() -> None:
+@pytest.fixture
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(4) as pool:
+        yield pool
+
+
+def test_batches_are_late_beside_what_holds_the_lock_and_no_other(pool: ThreadPoolExecutor) -> None:
     launched = laps_of(lambda size: spin(0.01), 10, 20)
-    assert launched.beside(lambda: spin(0.3))[1] > 0.15
+    given: Any = {"every": 60, "at_once": 4}
+    assert 0.02 < launched.beside(lambda _: pool.submit(spin, 0.03), **given)[1] < 0.06
     waited_for = laps_of(lambda size: time.sleep(0.01), 10, 20)
-    result, late = waited_for.beside(lambda: time.sleep(0.3) or "done")
-    assert result == "done"
-    assert late < 0.15
+    results, late = waited_for.beside(lambda n: pool.submit(lambda: n), **given)
+    assert results == [*range(len(results))]
+    assert late < 0.01
 
 
-def test_what_fails_beside_batches_is_raised() -> None:
+def test_work_is_begun_as_blocks_are_computed_and_waits_for_what_is_under_way(
+    monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+) -> None:
+    monkeypatch.setattr(laps, "BESIDE_SECONDS", 0.5)
+    begun: list[float] = []
+    running, most = 0, 0
+
+    def work() -> float:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        begun.append(time.perf_counter())
+        time.sleep(0.1)
+        running -= 1
+        return 0.1
+
+    for at_once, between in ((4, 0.05), (1, 0.1)):
+        begun.clear()
+        most = 0
+        some = laps_of(lambda size: time.sleep(0.01), 10)
+        results, late = some.beside(lambda _: pool.submit(work), every=50, at_once=at_once)
+        assert len(results) == len(begun) >= 5
+        gaps = [later - earlier for earlier, later in pairwise(begun)]
+        assert median(gaps) == pytest.approx(between, rel=0.3)
+        assert most == (1 if at_once == 1 else 2)
+        assert late < 0.02  # to wait for a place is not to be late
+
+
+def test_a_slow_block_is_not_waited_for_once_its_work_is_done(pool: ThreadPoolExecutor) -> None:
+    some = laps_of(lambda size: time.sleep(0.05), 10)
+    results, _ = some.beside(lambda n: pool.submit(lambda: n), every=10_000, at_once=4)
+    assert results == [0]
+
+
+def test_what_fails_beside_batches_is_raised(pool: ThreadPoolExecutor) -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
     with pytest.raises(OSError, match="the disk is full"):
-        laps_of(lambda size: spin(0.01), 10).beside(fail)
+        laps_of(lambda size: spin(0.01), 10).beside(
+            lambda _: pool.submit(fail), every=10, at_once=1
+        )

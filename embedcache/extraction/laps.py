@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from statistics import mean, median
-from typing import TypeVar
 
 import numpy as np
 import torch
@@ -22,10 +22,10 @@ from embedcache.device import wait_for
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.spread import Array
 
-Result = TypeVar("Result")
-
 ENOUGH_SECONDS = 0.3
 """Batches are timed with nothing beside them until then."""
+BESIDE_SECONDS = 1.0
+"""And beside work; longer where there was too little of it by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,19 +79,33 @@ class Laps:
         self._seconds(*alone)
         return self._seconds(*alone)
 
-    def beside(self, work: Callable[[], Result]) -> tuple[Result, float]:
-        """Do ``work`` on a thread; return its result, and how late batches beside it were in all.
+    def beside(
+        self, begin: Callable[[int], Future[float]], *, every: int, at_once: int
+    ) -> tuple[list[float], float]:
+        """Begin pieces of work, one whenever so many positions were computed, as a run does.
 
-        Raises what ``work`` raises.
+        Work that is always there would make batches later than the run's does. ``begin`` is given
+        its number; it waits where so many are under way ``at_once``. Returns what came of each, and
+        by how much the batches beside one were late. Raises what the work raises.
         """
-        late = 0.0
-        with ThreadPoolExecutor(1) as pool:
-            future = pool.submit(work)
-            for turn, alone in itertools.cycle(zip(self._turns, self._alone, strict=True)):
-                if future.done():
-                    break
-                late += self._seconds(turn.ids_N, turn.rows_B2) - alone
-        return future.result(), max(0.0, late)
+        results, late = list[float](), list[float]()
+        running: deque[Future[float]] = deque()
+        positions, ends = 0, time.perf_counter() + BESIDE_SECONDS
+        for turn, alone in itertools.cycle(zip(self._turns, self._alone, strict=True)):
+            over = all(future.done() for future in running)
+            if late and time.perf_counter() > ends and (over or len(late) > at_once):
+                break
+            if positions >= len(late) * every:
+                if len(running) == at_once:
+                    results.append(running.popleft().result())
+                running.append(begin(len(late)))
+                late.append(0.0)
+            late[-1] += self._seconds(turn.ids_N, turn.rows_B2) - alone
+            positions += turn.positions
+        results += [future.result() for future in running]
+        if len(late) > 1 and not over:
+            late.pop()  # not all of what was beside that one
+        return results, max(0.0, mean(late[len(late) // 2 :]))
 
     def _seconds(self, ids_N: Array, rows_B2: Array) -> float:
         """Compute some of a block's sequences as the run does; return what it took."""

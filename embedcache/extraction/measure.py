@@ -111,7 +111,10 @@ def measure(
                 position_seconds = min(position_seconds, sample.position_seconds_again())
             check_seconds = position_seconds * rows / sum(map(len, plans))
         x_NH = {tap: torch.cat(parts).to(base.device) for tap, parts in x_PNH.items()}
-        rehearsal = Rehearsal(x_NH, np.concatenate(ids), settings, scratch, laps)
+        block_positions = round(settings.block_tokens * sum(positions) / rows)
+        rehearsal = Rehearsal(
+            x_NH, np.concatenate(ids), settings, scratch, laps, positions=block_positions
+        )
         encoded = rehearsal.of({*dict(todo)}, codecs)
     return Measured(
         tokens=tokens,

@@ -30,12 +30,12 @@ from embedcache.extraction.laps import Laps
 
 Array = np.ndarray[Any, Any]
 
-ROUNDS = 8
-"""Blocks that each thread commits, at most: what a small one takes differs from one to the next."""
+MOST = 8
+"""Blocks that are committed, at most: what a small one takes differs from one to the next."""
 ENCODINGS = 3
 """Times that a block is encoded, of which the shortest counts: the first one's memory is new."""
 ENOUGH_SECONDS = 0.4
-"""No further round is begun after so long; beside laps few batches would tell little."""
+"""No further block is committed after so long."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,7 +50,7 @@ class Encoded:
     row_seconds: float
     """Of encoding on the device and copying to the host."""
     commit_seconds: float
-    """Of coding, hashing, writing and flushing, on one thread while all are at it."""
+    """Of coding, hashing, writing and flushing, on one thread while others are at it, too."""
     late_seconds: float
     """By which the forward pass is late for committing beside it."""
     arrays: tuple[str, ...]
@@ -75,16 +75,19 @@ class Rehearsal:
         settings: ExtractSettings,
         scratch: Path | None,
         laps: Laps | None = None,
+        positions: int = 0,
     ):
         """Commit beside ``laps``, where what that takes from the forward pass is seen there only.
 
-        Without, it takes its seconds of a core: they are the device's.
+        They are one block's whenever they come to so many ``positions``. Without, it takes its
+        seconds of a core: they are the device's.
         """
         self._x_NH = x_NH
         self._ids_N = ids_N
         self._settings = settings
         self._scratch = scratch
         self._laps = laps
+        self._every = positions
         self._finite_N = finite_rows(x_NH)
 
     def of(self, names: set[str], codecs: dict[str, dict[str, Codec]]) -> dict[str, Encoded]:
@@ -137,7 +140,7 @@ class Rehearsal:
     def _seconds(self, name: str, codecs: dict[str, Codec]) -> tuple[float, float, float]:
         """Return the seconds of a row: of encoding, of committing, and lost to that beside it.
 
-        Every thread commits blocks at once, full of the sample over and over.
+        Blocks are full of the sample over and over.
         """
         rows = self._settings.block_tokens
         device = self._finite_N.device
@@ -164,26 +167,23 @@ class Rehearsal:
             ThreadPoolExecutor(threads) as pool,
         ):
 
-            def commit(block: int, slot: Slot) -> float:
-                began = time.thread_time()
+            def commit(block: int, slot: Slot) -> tuple[float, float]:
+                """Return the seconds that it took, and those of a core."""
+                began, core = time.perf_counter(), time.thread_time()
                 values = slot.arrays.items()
                 arrays = {path: (encoder.specs[path], value.numpy()) for path, value in values}
                 writer.commit(name, block, arrays)
-                return time.thread_time() - began
-
-            def commit_all() -> tuple[list[float], list[float]]:
-                """Return the seconds of each round, and those of a core for each block."""
-                spent, cores = list[float](), list[float]()
-                while len(spent) < ROUNDS and sum(spent) < ENOUGH_SECONDS:
-                    started = time.perf_counter()
-                    numbers = range(len(cores), len(cores) + threads)
-                    cores += pool.map(commit, numbers, held)
-                    spent.append(time.perf_counter() - started)
-                return spent, cores
+                return time.perf_counter() - began, time.thread_time() - core
 
             if self._laps is None:
-                spent, cores = commit_all()
-                late = median(cores) * len(cores)
+                taken = [commit(0, held[0])]
+                while len(taken) < MOST and sum(seconds for seconds, _ in taken) < ENOUGH_SECONDS:
+                    taken.append(commit(len(taken), held[0]))
+                spent, late = [seconds for seconds, _ in taken], median(core for _, core in taken)
             else:
-                (spent, cores), late = self._laps.beside(commit_all)
-        return encoding / rows, median(spent) / rows, late / (rows * len(cores))
+                spent, late = self._laps.beside(
+                    lambda block: pool.submit(lambda: commit(block, held[0])[0]),
+                    every=self._every,
+                    at_once=threads,
+                )
+        return encoding / rows, median(spent) / rows, late / rows
