@@ -57,7 +57,7 @@ GONE = "000.txt"
 @pytest.fixture(autouse=True)
 def one_round(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run take the same steps each time, however fast the disk is."""
-    monkeypatch.setattr(rehearsal, "ROUNDS", 1)
+    monkeypatch.setattr(rehearsal, "MOST", 1)
 
 
 @pytest.fixture(scope="module")
