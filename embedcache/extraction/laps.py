@@ -22,7 +22,11 @@ from embedcache.device import wait_for
 from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.spread import Array
 
-ENOUGH_SECONDS = 0.3
+IN_A_ROW = 3
+"""Times that a batch is computed before the device is waited for, as a run hardly ever does."""
+QUICK_SECONDS = 0.2
+"""Batches that take longer are computed once: to wait for them is next to nothing of that."""
+ENOUGH_SECONDS = 1.0
 """Batches are timed with nothing beside them until then."""
 BESIDE_SECONDS = 1.0
 """And beside work; longer where there was too little of it by then."""
@@ -50,6 +54,8 @@ class Laps:
         self._base = base
         self._forward = forward
         self._turns = turns
+        quick = median(turn.seconds for turn in turns) < QUICK_SECONDS
+        self._in_a_row = IN_A_ROW if quick else 1
         self._alone = self._times()
 
     def _times(self) -> list[float]:
@@ -60,7 +66,7 @@ class Laps:
         times: list[list[float]] = [[] for _ in self._turns]
         ends = time.perf_counter() + ENOUGH_SECONDS
         for turn, taken in itertools.cycle(zip(self._turns, times, strict=True)):
-            taken.append(self._seconds(turn.ids_N, turn.rows_B2))
+            taken.append(self._each(turn))
             if time.perf_counter() > ends:
                 break
         return [median(t or [turn.seconds]) for turn, t in zip(self._turns, times, strict=True)]
@@ -76,8 +82,8 @@ class Laps:
     def sequence_seconds(self) -> float:
         """Return what a sequence takes that is computed alone; planning it is not timed."""
         alone = self._turns[0].ids_N, self._turns[0].rows_B2[:1]
-        self._seconds(*alone)
-        return self._seconds(*alone)
+        self._seconds(*alone, 1)
+        return self._seconds(*alone, 1)
 
     def beside(
         self, begin: Callable[[int], Future[float]], *, every: int, at_once: int
@@ -95,21 +101,26 @@ class Laps:
             over = all(future.done() for future in running)
             if late and time.perf_counter() > ends and (over or len(late) > at_once):
                 break
-            if positions >= len(late) * every:
+            while positions >= len(late) * every:
                 if len(running) == at_once:
                     results.append(running.popleft().result())
                 running.append(begin(len(late)))
                 late.append(0.0)
-            late[-1] += self._seconds(turn.ids_N, turn.rows_B2) - alone
-            positions += turn.positions
+            late[-1] += self._in_a_row * (self._each(turn) - alone)
+            positions += self._in_a_row * turn.positions
         results += [future.result() for future in running]
         if len(late) > 1 and not over:
             late.pop()  # not all of what was beside that one
         return results, max(0.0, mean(late[len(late) // 2 :]))
 
-    def _seconds(self, ids_N: Array, rows_B2: Array) -> float:
+    def _each(self, turn: Turn) -> float:
+        """Compute a turn some times in a row; return what one took."""
+        return self._seconds(turn.ids_N, turn.rows_B2, self._in_a_row) / self._in_a_row
+
+    def _seconds(self, ids_N: Array, rows_B2: Array, times: int) -> float:
         """Compute some of a block's sequences as the run does; return what it took."""
         started = time.perf_counter()
-        self._forward(ids_N, rows_B2)
+        for _ in range(times):
+            self._forward(ids_N, rows_B2)
         wait_for(self._base.device)
         return time.perf_counter() - started
