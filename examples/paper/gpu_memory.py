@@ -42,7 +42,7 @@ BUDGETS = {
     "exact loss, the head streamed": ["--memory", "0.95GB", "--loss", "exact"],
     "shortlist, no budget": ["--loss", "shortlist"],
 }
-TRAIN = ["--epochs", "1", "--batch-tokens", "16384", "--lr", "5e-4"]
+TRAIN = ["--epochs", "4", "--batch-tokens", "16384", "--lr", "5e-4"]
 LEAN = ["--width", "256", "--no-gate", "--epochs", "3", "--batch-tokens", "16384"]
 
 ENVIRONMENT = dict(os.environ)
