@@ -141,6 +141,8 @@ def _part(
     if length < 4 or offset < 0 or offset + length > size:
         raise _unreadable(path, f"{what} lies outside its {size} bytes")
     stored = os.pread(descriptor, length, offset)
+    while len(stored) < length and (more := os.pread(descriptor, length, offset + len(stored))):
+        stored = (stored + more)[:length]  # a file system may give less at a time
     if google_crc32c.value(stored) != RESIDUE:
         raise _unreadable(path, f"{what} fails its checksum")
     return memoryview(stored)
