@@ -97,7 +97,10 @@ def test_batches_that_time_does_not_suffice_for_take_what_they_took(clock: Clock
 
 
 @pytest.fixture
-def pool() -> Iterator[ThreadPoolExecutor]:
+def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPoolExecutor]:
+    """Threads for work beside batches, which take real time: little of it."""
+    monkeypatch.setattr(laps, "ENOUGH_SECONDS", 0.2)
+    monkeypatch.setattr(laps, "BESIDE_SECONDS", 0.6)
     with ThreadPoolExecutor(4) as pool:
         yield pool
 
@@ -113,9 +116,8 @@ def test_batches_are_late_beside_what_holds_the_lock_and_no_other(pool: ThreadPo
 
 
 def test_work_is_begun_as_blocks_are_computed_and_waits_for_what_is_under_way(
-    monkeypatch: pytest.MonkeyPatch, pool: ThreadPoolExecutor
+    pool: ThreadPoolExecutor,
 ) -> None:
-    monkeypatch.setattr(laps, "BESIDE_SECONDS", 0.5)
     begun: list[float] = []
     running, most = 0, 0
 
