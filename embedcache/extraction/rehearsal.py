@@ -167,22 +167,22 @@ class Rehearsal:
             ThreadPoolExecutor(threads) as pool,
         ):
 
-            def commit(block: int, slot: Slot) -> tuple[float, float]:
+            def commit(block: int) -> tuple[float, float]:
                 """Return the seconds that it took, and those of a core."""
                 began, core = time.perf_counter(), time.thread_time()
-                values = slot.arrays.items()
+                values = held[0].arrays.items()
                 arrays = {path: (encoder.specs[path], value.numpy()) for path, value in values}
                 writer.commit(name, block, arrays)
                 return time.perf_counter() - began, time.thread_time() - core
 
             if self._laps is None:
-                taken = [commit(0, held[0])]
+                taken = [commit(0)]
                 while len(taken) < MOST and sum(seconds for seconds, _ in taken) < ENOUGH_SECONDS:
-                    taken.append(commit(len(taken), held[0]))
+                    taken.append(commit(len(taken)))
                 spent, late = [seconds for seconds, _ in taken], median(core for _, core in taken)
             else:
                 spent, late = self._laps.beside(
-                    lambda block: pool.submit(lambda: commit(block, held[0])[0]),
+                    lambda block: pool.submit(lambda: commit(block)[0]),
                     every=self._every,
                     at_once=threads,
                 )
