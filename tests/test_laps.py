@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
 from statistics import median
 from types import SimpleNamespace
@@ -158,3 +158,15 @@ def test_what_fails_beside_batches_is_raised(pool: ThreadPoolExecutor) -> None:
         laps_of(lambda size: spin(0.01), 10).beside(
             lambda _: pool.submit(fail), every=10, at_once=1
         )
+
+
+def test_batches_that_were_slower_alone_by_chance_count_as_they_are_beside_work(
+    clock: Clock,
+) -> None:
+    takes = 0.05
+    some = laps_of(lambda size: clock.sleep(takes), 10)
+    takes = 0.02
+    done: Future[float] = Future()
+    done.set_result(0.1)
+    _, late = some.beside(lambda _: done, every=100, at_once=4)
+    assert some.seconds_of([10] * 10) + late == pytest.approx(0.2)

@@ -28,8 +28,8 @@ QUICK_SECONDS = 0.2
 """Batches that take longer are computed once: to wait for them is next to nothing of that."""
 ENOUGH_SECONDS = 1.0
 """Batches are timed with nothing beside them until then."""
-BESIDE_SECONDS = 1.0
-"""And beside work; longer where there was too little of it by then."""
+BESIDE_SECONDS = 1.5
+"""And beside work, as a run computes; longer where there was too little of it by then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +92,8 @@ class Laps:
 
         Work that is always there would make batches later than the run's does. ``begin`` is given
         its number; it waits where so many are under way ``at_once``. Returns what came of each, and
-        by how much the batches beside one were late. Raises what the work raises.
+        by how much the batches beside one were late: less than nothing where those alone happened
+        to be slower, so that the sum of both is what was seen beside work. Raises what that raises.
         """
         results, late = list[float](), list[float]()
         running: deque[Future[float]] = deque()
@@ -109,9 +110,9 @@ class Laps:
             late[-1] += self._in_a_row * (self._each(turn) - alone)
             positions += self._in_a_row * turn.positions
         results += [future.result() for future in running]
-        if len(late) > 1 and not over:
-            late.pop()  # not all of what was beside that one
-        return results, max(0.0, mean(late[len(late) // 2 :]))
+        if len(late) > 1:
+            late.pop()  # not all of its batches were computed
+        return results, mean(late)
 
     def _each(self, turn: Turn) -> float:
         """Compute a turn some times in a row; return what one took."""

@@ -52,7 +52,7 @@ class Encoded:
     commit_seconds: float
     """Of coding, hashing, writing and flushing, on one thread while others are at it, too."""
     late_seconds: float
-    """By which the forward pass is late for committing beside it."""
+    """By which the forward pass is late for committing beside it, or was early by chance."""
     arrays: tuple[str, ...]
     """Paths of a block's arrays under its split."""
 
