@@ -1,6 +1,7 @@
 """Training batches in a deterministic order (see `embedcache.cache.order`).
 
-Blocks are read and decoded on threads, ahead of the trainer: those of two windows are in memory.
+Blocks are read and decoded on threads, ahead of the trainer: those of two windows are in memory,
+and from one epoch to the next those that there is room for.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from embedcache.cache.packing import Cut, Packed, cut_batch, pack
 from embedcache.cache.prefetch import look_ahead, prefetch
 from embedcache.cache.reader import SplitReader, StoredBlock
 from embedcache.cache.subset import Subset
-from embedcache.device import recording
+from embedcache.device import free_memory, recording
 
 Array = np.ndarray[Any, Any]
 Blocks = dict[int, Future[StoredBlock]]
@@ -34,6 +35,9 @@ Window = tuple[list[Array | None], Blocks]
 PACKERS = {"cuda": 2}
 """Threads that pack batches, by device: one does not keep up with a GPU. Else the caller does."""
 
+KEPT_BYTES = 1 << 30
+"""Of blocks that are kept from one epoch to the next, at most; and no more than an eighth of the
+memory that is free when the first epoch begins."""
 
 PATIENCE, PAUSE_SECONDS = 5, 0.02
 """How often, and how long, making a part waits for the memory of the one that is being used."""
@@ -41,6 +45,8 @@ PATIENCE, PAUSE_SECONDS = 5, 0.02
 
 class BatchLoader:
     """Iterates over one split, or a subset of it, in batches of at most ``batch_tokens`` tokens.
+
+    Over several epochs, the first blocks are kept, integers as they were read, in `KEPT_BYTES`.
 
     With ``ranks``, one loader for each ``rank`` of a data-parallel trainer: batch by batch in turn,
     they yield the very batches of a single one. Each reads the blocks that its own batches need.
@@ -169,12 +175,19 @@ class BatchLoader:
     def _windows(self, epochs: range, skip: int, readers: Executor) -> Iterator[Window]:
         """Yield the windows of some epochs."""
         blocks: Blocks = {}
+        kept: Blocks = {}
+        free = min(KEPT_BYTES, free_memory(torch.device("cpu")) // 8)
+        most = free // self._split.block_bytes(self._taps) if len(epochs) > 1 else 0
         for batches in self._order.windows(epochs, skip):
             numbers = [items[:, 0].tolist() for items in batches if items is not None]
             blocks = {
-                block: blocks.get(block) or readers.submit(self._split.stored, block, self._taps)
+                block: blocks.get(block)
+                or kept.get(block)
+                or readers.submit(self._split.stored, block, self._taps)
                 for block in dict.fromkeys(chain(*numbers))
             }
+            others = (item for item in blocks.items() if item[0] not in kept)
+            kept |= islice(others, most - len(kept))
             yield batches, blocks
 
     def _cuts(self, batches: list[Array | None], blocks: Blocks) -> Iterator[Cut | None]:

@@ -118,6 +118,14 @@ class SplitReader:
         """The arrays that the split's codec stores of a tap."""
         return self._specs
 
+    def block_bytes(self, taps: tuple[str, ...]) -> int:
+        """Return the bytes that a full block takes in memory, as `stored` reads it."""
+        token = np.dtype(np.int64).itemsize + np.dtype(bool).itemsize
+        return self._rows * (token + len(taps) * sum(map(self._row_bytes, self._specs)))
+
+    def _row_bytes(self, spec: ArraySpec) -> int:
+        return np.dtype(spec.dtype).itemsize * (self._hidden if spec.wide else 1)
+
     def block(self, block: int, taps: tuple[str, ...] | None = None) -> Block:
         """Read and decode a block on the CPU; ``taps`` defaults to all that are stored.
 

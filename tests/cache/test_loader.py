@@ -231,7 +231,12 @@ def test_rows_hold_whole_sequences_without_overlap():
         assert max(sum(lengths[i] for i in row) for row in rows) <= max(lengths)
 
 
-def test_the_blocks_of_two_windows_are_in_memory_at_most(split, monkeypatch):
+@pytest.mark.parametrize(("epochs", "room", "kept"), [(3, 0, 0), (3, 3, 3), (1, 3, 0)])
+def test_the_blocks_of_two_windows_are_in_memory_at_most_and_those_kept(
+    split, epochs, room, kept, monkeypatch
+):
+    monkeypatch.setattr(loader_module, "KEPT_BYTES", room * split.block_bytes(("final",)))
+
     class Held(StoredBlock):
         """One that can be referred to weakly, and is itself alone."""
 
@@ -249,10 +254,10 @@ def test_the_blocks_of_two_windows_are_in_memory_at_most(split, monkeypatch):
         return block
 
     monkeypatch.setattr(type(split), "stored", held)
-    for _ in BatchLoader(split, batch_tokens=30, taps=("final",)).epochs(range(3)):
+    for _ in BatchLoader(split, batch_tokens=30, taps=("final",)).epochs(range(epochs)):
         pass
     # Besides, each window's first batch may hold the last sequence of the window before.
-    assert 0 < most <= 2 * (order_module.WINDOW + 1)
+    assert 0 < most <= 2 * (order_module.WINDOW + 1) + kept
     assert split.manifest.blocks == 10
 
 

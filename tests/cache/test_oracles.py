@@ -34,6 +34,14 @@ def by_tensorstore(path: Path) -> np.ndarray[Any, Any]:
     return tensorstore.open(spec, read=True, open=True).result().read().result()
 
 
+def test_a_full_block_takes_the_bytes_that_are_stated(caches: dict[str, Path], codec: str) -> None:
+    reader = Cache(caches[codec]).split("train")
+    stored = reader.stored(0, reader.taps)
+    arrays = [values for tap in stored.arrays.values() for values in tap.values()]
+    held = sum(values.nbytes for values in (stored.ids_N, stored.loss_mask_N, *arrays))
+    assert held * 256 == reader.block_bytes(reader.taps) * len(stored.ids_N)
+
+
 @pytest.mark.parametrize("split", ["train", "dev", "test"])
 def test_zarr_and_tensorstore_read_our_integers(
     caches: dict[str, Path], codec: str, split: str
