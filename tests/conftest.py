@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 from collections.abc import Iterator
@@ -21,14 +22,39 @@ from embedcache.carryon.model import CarryOn
 from embedcache.carryon.store import CarryOnRecord, save_carryon
 from embedcache.corpus.config import CorpusConfig
 from embedcache.extract import extract
-from embedcache.extraction import plan, rehearsal
+from embedcache.extraction import measure, plan, rehearsal
 
 # Products of so small a base are done before a second thread is awake; where processes share the
 # cores, each would wait for it. Children take it from the environment.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+MEASURED = [(measure, "AGAIN", 0), (rehearsal, "MOST", 1), (rehearsal, "ENCODINGS", 1)]
+MEASURED_IN_FULL = [(module, name, getattr(module, name)) for module, name, _ in MEASURED]
+
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "Paris"]
+
+
+def pytest_collection_finish() -> None:
+    """Have no collection of garbage look at libraries and tests again: trainings ask for many."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Time what is measured before a run once, and so take the same steps on every machine."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, once in MEASURED:
+            patch.setattr(module, name, once)
+        yield
+
+
+@pytest.fixture
+def measured_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Time it as often as for a user: for tests of the time that is predicted."""
+    for module, name, often in MEASURED_IN_FULL:
+        monkeypatch.setattr(module, name, often)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -102,10 +102,11 @@ def _die_at_step(step: int, call: Callable[[], object], told: Connection) -> Non
 class ForkedCommand:
     """``embedcache`` in a process; of `subprocess.Popen`'s methods those that tests call."""
 
-    def __init__(self, *arguments: str):
+    def __init__(self, *arguments: str, environment: dict[str, str] | None = None):
         self._folder = tempfile.TemporaryDirectory()
         self._texts = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        self._process = FORKS.Process(target=_command, args=(arguments, *self._texts), daemon=True)
+        given = (arguments, environment or {}, *self._texts)
+        self._process = FORKS.Process(target=_command, args=given, daemon=True)
         self._process.start()
 
     @property
@@ -114,6 +115,9 @@ class ForkedCommand:
 
     def poll(self) -> int | None:
         return self._process.exitcode
+
+    def send_signal(self, number: int) -> None:
+        os.kill(self._process.pid, number)
 
     def kill(self) -> None:
         self._process.kill()
@@ -126,9 +130,11 @@ class ForkedCommand:
         return printed, said
 
 
-def _command(arguments: tuple[str, ...], *texts: Path) -> None:
+def _command(arguments: tuple[str, ...], environment: dict[str, str], *texts: Path) -> None:
     from embedcache_cli.app import main
 
+    os.environ.update(environment)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's foreground job has it
     for descriptor, path in zip((1, 2), texts, strict=True):
         with path.open("w") as file:
             os.dup2(file.fileno(), descriptor)

@@ -15,7 +15,6 @@ from fixtures_extract import (
     corpus_config,
     small_flags,
     small_settings,
-    start_command,
     write_documents,
 )
 from forked import ForkedCommand
@@ -105,7 +104,7 @@ def test_killed_it_resumes_to_the_same_bytes(
 def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     flags = small_flags(long_place / "corpus", long_place / "base", out)
-    process = start_command(*flags, "--json")
+    process = ForkedCommand(*flags, "--json")
     wait_for(lambda: markers(out) >= 3, process)
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=30)

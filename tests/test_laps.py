@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import itertools
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import pairwise
-from statistics import median
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from spinning import spin
 
 from embedcache.extraction import laps
 from embedcache.extraction.laps import Laps, Turn
@@ -96,68 +93,92 @@ def test_batches_that_time_does_not_suffice_for_take_what_they_took(clock: Clock
     assert [some.seconds_of([size]) for size in (10, 20, 30)] == pytest.approx([0.6, 0.6, 5.0])
 
 
-@pytest.fixture
-def pool(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadPoolExecutor]:
-    """Threads for work beside batches, which take real time: little of it."""
-    monkeypatch.setattr(laps, "ENOUGH_SECONDS", 0.2)
-    monkeypatch.setattr(laps, "BESIDE_SECONDS", 0.6)
-    with ThreadPoolExecutor(4) as pool:
-        yield pool
+class Work(Future[Any]):
+    """Work beside batches, whose time passes by a clock; it comes to ``value``."""
+
+    def __init__(self, clock: Clock, seconds: float, value: Any = 0.0) -> None:
+        super().__init__()
+        self._clock, self._ends = clock, clock.now + seconds
+        self.set_result(value)
+
+    def done(self) -> bool:
+        return self._clock.now >= self._ends
+
+    def result(self, timeout: float | None = None) -> Any:
+        self._clock.sleep(max(0.0, self._ends - self._clock.now))
+        return super().result(timeout)
 
 
-@pytest.mark.slow  # of time that passes: for a machine that has nothing else to do
-def test_batches_are_late_beside_what_holds_the_lock_and_no_other(pool: ThreadPoolExecutor) -> None:
-    launched = laps_of(lambda size: spin(0.01), 10, 20)
-    given: Any = {"every": 60, "at_once": 4}
-    assert 0.02 < launched.beside(lambda _: pool.submit(spin, 0.03), **given)[1] < 0.06
-    waited_for = laps_of(lambda size: time.sleep(0.01), 10, 20)
-    results, late = waited_for.beside(lambda n: pool.submit(lambda: n), **given)
+def test_batches_are_late_beside_what_holds_the_lock_and_no_other(clock: Clock) -> None:
+    free = 0.0  # when the lock is
+
+    def launch(size: int) -> None:
+        clock.sleep(max(0.0, free - clock.now) + 0.01)
+
+    def hold(number: int) -> Work:
+        nonlocal free
+        free = clock.now + 0.03
+        return Work(clock, 0.03, number)
+
+    launched = laps_of(launch, 10, 20, planned=0.01)  # some in a row
+    started = clock.now
+    results, late = launched.beside(hold, every=90, at_once=4)
     assert results == [*range(len(results))]
-    assert late < 0.01
+    assert late == pytest.approx(0.03)
+    # One for each two turns, which take 0.06 s, and 0.03 s that they wait.
+    assert len(results) == pytest.approx((clock.now - started) / 0.09, abs=1)
+    results, late = launched.beside(lambda n: Work(clock, 0.03, n), every=60, at_once=4)
+    assert results == [*range(len(results))]
+    assert late == pytest.approx(0.0)
 
 
-@pytest.mark.slow  # of time that passes: for a machine that has nothing else to do
+@pytest.mark.parametrize(
+    ("at_once", "between", "most"), [(4, 0.05, 2), (2, 0.05, 2), (1, 0.1, 1)], ids=str
+)
 def test_work_is_begun_as_blocks_are_computed_and_waits_for_what_is_under_way(
-    pool: ThreadPoolExecutor,
+    clock: Clock, at_once: int, between: float, most: int
 ) -> None:
+    """Of 0.1 s, begun at every fifth batch of 0.01 s: two pieces at a time, where that may be."""
     begun: list[float] = []
-    running, most = 0, 0
+    under_way: list[int] = []
+    works: list[Work] = []
 
-    def work() -> float:
-        nonlocal running, most
-        running += 1
-        most = max(most, running)
-        begun.append(time.perf_counter())
-        time.sleep(0.1)
-        running -= 1
-        return 0.1
+    def begin(number: int) -> Work:
+        begun.append(clock.now)
+        works.append(Work(clock, 0.0999, number))  # done before the tenth batch, for certain
+        under_way.append(sum(not work.done() for work in works))
+        return works[-1]
 
-    for at_once, between in ((4, 0.05), (1, 0.1)):
-        begun.clear()
-        most = 0
-        some = laps_of(lambda size: time.sleep(0.01), 10)
-        results, late = some.beside(lambda _: pool.submit(work), every=50, at_once=at_once)
-        assert len(results) == len(begun) >= 5
-        gaps = [later - earlier for earlier, later in pairwise(begun)]
-        assert median(gaps) == pytest.approx(between, rel=0.3)
-        assert most == (1 if at_once == 1 else 2)
-        assert late < 0.02  # to wait for a place is not to be late
+    some = laps_of(lambda size: clock.sleep(0.01), 10)
+    started = clock.now
+    results, late = some.beside(begin, every=50, at_once=at_once)
+    assert results == [*range(len(begun))]
+    assert begun[0] == started
+    gaps = [later - earlier for earlier, later in pairwise(begun)]
+    assert gaps == pytest.approx([between] * len(gaps), abs=1e-3)
+    assert len(begun) == pytest.approx(laps.BESIDE_SECONDS / between, abs=2)
+    assert max(under_way) == most
+    assert late == pytest.approx(0.0)  # to wait for a place is not to be late
 
 
-def test_a_slow_block_is_not_waited_for_once_its_work_is_done(pool: ThreadPoolExecutor) -> None:
-    some = laps_of(lambda size: time.sleep(0.05), 10)
-    results, _ = some.beside(lambda n: pool.submit(lambda: n), every=10_000, at_once=4)
+def test_a_slow_block_is_not_waited_for_once_its_work_is_done(clock: Clock) -> None:
+    some = laps_of(lambda size: clock.sleep(0.05), 10)
+    started = clock.now
+    results, _ = some.beside(lambda n: Work(clock, 0.01, n), every=10_000, at_once=4)
     assert results == [0]
+    assert clock.now - started < laps.BESIDE_SECONDS + 0.1
 
 
-def test_what_fails_beside_batches_is_raised(pool: ThreadPoolExecutor) -> None:
+def test_what_fails_beside_batches_is_raised(clock: Clock) -> None:
     def fail() -> None:
         raise OSError("the disk is full")
 
-    with pytest.raises(OSError, match="the disk is full"):
-        laps_of(lambda size: spin(0.01), 10).beside(
-            lambda _: pool.submit(fail), every=10, at_once=1
-        )
+    some = laps_of(lambda size: clock.sleep(0.01), 10)
+    with (
+        ThreadPoolExecutor(4) as pool,
+        pytest.raises(OSError, match="the disk is full"),
+    ):
+        some.beside(lambda _: pool.submit(fail), every=10, at_once=1)
 
 
 def test_batches_that_were_slower_alone_by_chance_count_as_they_are_beside_work(
@@ -166,7 +187,5 @@ def test_batches_that_were_slower_alone_by_chance_count_as_they_are_beside_work(
     takes = 0.05
     some = laps_of(lambda size: clock.sleep(takes), 10)
     takes = 0.02
-    done: Future[float] = Future()
-    done.set_result(0.1)
-    _, late = some.beside(lambda _: done, every=100, at_once=4)
+    _, late = some.beside(lambda number: Work(clock, 0.1, number), every=100, at_once=4)
     assert some.seconds_of([10] * 10) + late == pytest.approx(0.2)

@@ -112,6 +112,7 @@ def test_what_is_left_of_a_begun_cache_is_predicted_from_what_is_there(
     assert heard.remarks[1].startswith(f"{beforehand.tokens_to_go:,} tokens to go: about ")
 
 
+@pytest.mark.usefixtures("measured_in_full")
 def test_time_is_predicted_within_a_fifth(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -120,7 +121,7 @@ def test_time_is_predicted_within_a_fifth(
 
     def slow(self: BlockForward, ids_N: Any, rows_S2: Any, width: int) -> torch.Tensor:
         ids_BT = real(self, ids_N, rows_S2, width)
-        time.sleep(5e-4 * ids_BT.numel())
+        time.sleep(2e-4 * ids_BT.numel())
         return ids_BT
 
     monkeypatch.setattr(BlockForward, "_padded", slow)
@@ -137,6 +138,7 @@ def test_time_is_predicted_within_a_fifth(
     )
 
 
+@pytest.mark.usefixtures("measured_in_full")
 def test_batches_that_are_slow_at_first_are_not_taken_for_all(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +223,7 @@ class TestDisk:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("measured_in_full")
 @pytest.mark.parametrize(
     "changes", [{}, {"codec": "int8", "taps": ("final", "layer_15")}], ids=["bf16", "int8"]
 )

@@ -25,6 +25,8 @@ from embedcache.extraction.measure import Measured
 from embedcache.extraction.rehearsal import Encoded
 from embedcache.extraction.timing import blocks_seconds, pipeline_seconds
 
+pytestmark = pytest.mark.usefixtures("measured_in_full")
+
 
 @pytest.mark.parametrize(
     ("stages", "threads", "seconds"),
@@ -138,15 +140,15 @@ def slow_flushing(patch: pytest.MonkeyPatch) -> None:
 
 
 def slow_base(patch: pytest.MonkeyPatch) -> None:
-    """Let the head and the token embedding be of 24 chunks each, of 100 ms."""
+    """Let the head and the token embedding be of 24 chunks each, of 60 ms."""
     patch.setattr(base_arrays, "CHUNK_ROWS", 16)
-    patch.setattr(base_arrays, "write_chunk", slowed(base_arrays.write_chunk, 0.1))
+    patch.setattr(base_arrays, "write_chunk", slowed(base_arrays.write_chunk, 0.06))
 
 
 def slow_calibrating(patch: pytest.MonkeyPatch) -> None:
-    """Let calibrating take two seconds."""
+    """Let calibrating take a second and a half."""
     for module in (stage_one, preview):
-        patch.setattr(module, "calibrations_of", slowed(module.calibrations_of, 2.0))
+        patch.setattr(module, "calibrations_of", slowed(module.calibrations_of, 1.5))
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import World
+from forked import ForkedCommand
 
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.sample import sample_embeddings
@@ -56,6 +58,27 @@ def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProc
         text=True,
         timeout=300,
     )
+
+
+def forked_ranks(*arguments: object) -> list[tuple[int | None, str, str]]:
+    """Run the command in two processes as ``torchrun`` starts them: exit codes, and what is said.
+
+    They import nothing anew. That ``torchrun`` starts them so, another test shows.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    ranks = [
+        ForkedCommand(
+            *map(str, arguments),
+            *("--device", "cpu"),
+            environment=here | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+    said = [process.communicate() for process in ranks]
+    return [(process.returncode, *texts) for process, texts in zip(ranks, said, strict=True)]
 
 
 def reference(world: World, ranks: int) -> CarryOn:
@@ -124,21 +147,21 @@ def test_two_processes_share_each_step(world, tmp_path):
 
 def test_a_run_of_two_processes_is_not_gone_on_with_by_one(world, tmp_path):
     flags = [*FLAGS, "--lr", "1e30"]  # the last one counts
-    done = torchrun("train", world.cache_path, "--out", tmp_path / "c", *flags)
-    assert done.returncode != 0
-    assert "training stopped at step" in done.stderr
+    for code, _, said in forked_ranks("train", world.cache_path, "--out", tmp_path / "c", *flags):
+        assert code == 1
+        assert "training stopped at step" in said
     with pytest.raises(Exception, match="another processes: 2, now 1"):
         train(world.cache_path, out=tmp_path / "c", config=replace(CONFIG, lr=1e30), device="cpu")
 
 
 def test_a_sweep_is_dealt_out(world, tmp_path):
     (tmp_path / "s.toml").write_text("[grid]\nseed = [0, 1, 2]")
-    done = torchrun(
+    ranks = forked_ranks(
         *("train", world.cache_path, "--out", tmp_path / "all"),
         *("--sweep", tmp_path / "s.toml", *FLAGS),
     )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("3 of 3 carry-ons") == 1
+    assert [code for code, _, _ in ranks] == [0, 0], ranks
+    assert "".join(printed for _, printed, _ in ranks).count("3 of 3 carry-ons") == 1
     for seed in range(3):
         out = tmp_path / str(seed)
         train(world.cache_path, out=out, config=replace(CONFIG, seed=seed), device="cpu")

@@ -6,6 +6,7 @@ import random
 import shutil
 import signal
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -72,8 +73,12 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
     spans += [(committed + 2, placed), (placed, steps)]
     moments = [draw.randrange(*spans[number % 6]) for number in range(count)]
     caches = {shutil.copytree(place / "old", tmp_path / f"{n}"): at for n, at in enumerate(moments)}
-    for cache, step in caches.items():
-        assert run_until_step(step, appending(place, cache)) == -signal.SIGKILL
+    with ThreadPoolExecutor(2) as both:
+        ends = [
+            both.submit(run_until_step, step, appending(place, cache))
+            for cache, step in caches.items()
+        ]
+    assert {end.result() for end in ends} == {-signal.SIGKILL}
     before, after = served(place / "old"), served(place / "new")
     states: set[str] = set()
     for number, (cache, step) in enumerate(caches.items()):
