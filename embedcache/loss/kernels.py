@@ -1,8 +1,8 @@
 """What `absorb` does, its oracle, each in one Triton kernel.
 
-One program has one position: it reads its logits once for peak, total and label, and again to
-write the slopes in their place. Where a tile's rows in flight fit the L2 cache the second reading
-costs no memory traffic.
+One program has one position, whose logits it reads once: each block's are turned into slopes as
+soon as they are there. They are relative to the highest logit of the first block, which is near the
+highest of all; where a later one is too far above that for exp, what was written is scaled down.
 
 Axes: R positions, C columns of a tile, B columns of a block.
 """
@@ -18,10 +18,13 @@ from embedcache.loss.running import Running
 from embedcache.loss.tiles import Tile
 from embedcache.units import rounded_up
 
-BLOCK = 8192
-"""Columns at a time: two 16-byte loads of bfloat16 for each of 512 threads."""
-LANES = 16
-"""Columns a thread."""
+BLOCK = 4096
+"""Columns at a time."""
+LANES = 8
+"""Columns a thread: a 16-byte load of bfloat16."""
+FAR = 60.0
+"""Nats by which a logit may be above the one that all are relative to: float32 and bfloat16 hold
+e^88, and sums of many e^60. In float16, whose largest is e^11, none is."""
 
 
 def absorb_by_triton(
@@ -42,8 +45,7 @@ def absorb_by_triton(
     shrink_R = torch.empty_like(running.peak_R)
     if not rows:
         return shrink_R
-    # Of few columns the second reading comes from the nearest cache: small programs hide its wait.
-    block = min(BLOCK if columns > 2 * BLOCK else BLOCK // 4, triton.next_power_of_2(columns))
+    block = min(BLOCK, triton.next_power_of_2(columns))
     with torch.cuda.device_of(logits_RC):  # Triton launches on the current device
         _absorb[(rows,)](
             logits_RC,
@@ -62,6 +64,7 @@ def absorb_by_triton(
             1.0 if softcap is None else softcap,
             HAS_SOFTCAP=softcap is not None,
             NEEDS_GRADIENT=needs_gradient,
+            FAR=0.0 if logits_RC.dtype == torch.float16 else FAR,
             BLOCK=block,
             num_warps=max(1, block // (32 * LANES)),
         )
@@ -86,47 +89,50 @@ def _absorb(
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRADIENT: tl.constexpr,
+    FAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
     logits += row.to(tl.int64) * stride
-    # A peak and a total for each lane: no lane waits for another until the end.
-    peak_B = tl.full([BLOCK], -3.0e38, tl.float32)
-    total_B = tl.zeros([BLOCK], tl.float32)
-    for first in range(0, padded, BLOCK):
-        place_B = first + tl.arange(0, BLOCK)
-        # The padding is read, too: a mask of 16 columns keeps loads wide whatever C is.
-        raw_B = tl.load(logits + place_B, mask=place_B < padded, other=0.0)
-        value_B, _ = _logit(raw_B, place_B, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP)
-        above_B = value_B - peak_B
-        smaller_B = tl.exp(-tl.abs(above_B))
-        total_B = tl.where(above_B > 0, total_B * smaller_B + 1.0, total_B + smaller_B)
-        peak_B = tl.maximum(peak_B, value_B)
-
-    before = tl.load(peaks + row)
-    peak = tl.maximum(before, tl.max(peak_B, axis=0))
-    shrink = tl.exp(before - peak)
-    total = tl.load(totals + row) * shrink + tl.sum(total_B * tl.exp(peak_B - peak), axis=0)
     label = tl.load(targets + row) - start
     if (label >= 0) & (label < columns):
         value, _ = _logit(
             tl.load(logits + label), label, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP
         )
         tl.store(labels + row, value)
-    tl.store(peaks + row, peak)
-    tl.store(totals + row, total)
-    tl.store(shrinks + row, shrink)
     if NEEDS_GRADIENT:
         tl.debug_barrier()  # every thread has read the label's logit before any writes there
-        for first in range(0, padded, BLOCK):
-            place_B = first + tl.arange(0, BLOCK)
-            raw_B = tl.load(logits + place_B, mask=place_B < padded, other=0.0)
-            value_B, slope_B = _logit(
-                raw_B, place_B, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP
-            )
-            slope_B *= tl.exp(value_B - peak)
-            slope_B = tl.where(place_B == label, 0.0, slope_B)
+
+    before = tl.load(peaks + row)
+    peak = before
+    total_B = tl.zeros([BLOCK], tl.float32)
+    for first in range(0, padded, BLOCK):
+        place_B = first + tl.arange(0, BLOCK)
+        # The padding is read, too: a mask of 16 columns keeps loads wide whatever C is.
+        raw_B = tl.load(logits + place_B, mask=place_B < padded, other=0.0)
+        value_B, slope_B = _logit(
+            raw_B, place_B, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP
+        )
+        highest = tl.max(value_B, axis=0)
+        if (highest > peak + FAR) | ((first == 0) & (highest > peak)):
+            lower = tl.exp(peak - highest)
+            total_B *= lower
+            if NEEDS_GRADIENT:
+                for earlier in range(0, first, BLOCK):
+                    written = logits + earlier + tl.arange(0, BLOCK)
+                    slopes_B = tl.load(written).to(tl.float32) * lower
+                    tl.store(written, slopes_B.to(raw_B.dtype))
+            peak = highest
+        share_B = tl.exp(value_B - peak)
+        total_B += share_B
+        if NEEDS_GRADIENT:
+            slope_B = tl.where(place_B == label, 0.0, slope_B * share_B)
             tl.store(logits + place_B, slope_B.to(raw_B.dtype), mask=place_B < padded)
+
+    shrink = tl.exp(before - peak)
+    tl.store(peaks + row, peak)
+    tl.store(totals + row, tl.load(totals + row) * shrink + tl.sum(total_B, axis=0))
+    tl.store(shrinks + row, shrink)
 
 
 def combine_by_triton(

@@ -15,8 +15,8 @@ from torch import Tensor
 class Running:
     """What a position's softmax needs of the tiles that went by; updated in place.
 
-    ``peak_R``, the largest logit; ``total_R``, the sum of exp(logit - peak); ``label_R``, the
-    label's logit, NaN until its tile comes by.
+    ``peak_R``, the largest logit, or one that is near enough to it for exp; ``total_R``, the sum of
+    exp(logit - peak); ``label_R``, the label's logit, NaN until its tile comes by.
     """
 
     peak_R: Tensor

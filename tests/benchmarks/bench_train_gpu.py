@@ -35,6 +35,8 @@ from embedcache.train import sweep, train
 from embedcache.training.config import TrainConfig
 
 STEP = 16_384
+EPOCHS = 4
+"""Of each carry-on in the totals."""
 WIDE, NARROW = CarryOnConfig(width=256, gate=False), CarryOnConfig(width=64)
 
 
@@ -49,7 +51,7 @@ def main() -> None:
     parser.add_argument("--base", default="builtin:smollm2-135m")
     parser.add_argument("--corpus", default="stdlib:")
     parser.add_argument("--tokens", type=int, default=2_000_000)
-    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--stacked", type=int, default=64)
     parser.add_argument("--stacked-epochs", type=int, default=2)
     parser.add_argument("--alone", type=int, default=3)
@@ -133,10 +135,10 @@ def main() -> None:
         rows.append(row(name, 1 + off, "of alone", peer=alone, peer_value=1, **shared))
     tokens = cache.split("train").manifest.tokens
     for count in CARRY_ONS:
-        epochs = count * options.epochs * tokens
+        epochs = count * EPOCHS * tokens
         # One is trained alone, more are stacked.
         rate = rates["shortlist"] if count == 1 else rates["stacked shortlist"]
-        what = f"{count:,} carry-ons of {options.epochs} epochs, extraction included"
+        what = f"{count:,} carry-ons of {EPOCHS} epochs, extraction included"
         total = extracted.seconds + epochs / rate
         peer["peer_value"] = epochs / lora
         rows.append(row(what, total, "s, by these speeds", **peer, **shared))

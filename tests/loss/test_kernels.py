@@ -38,10 +38,12 @@ def kernels() -> ModuleType:
 @pytest.mark.parametrize("options", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("block", [16, 8192])
+@pytest.mark.parametrize("far", [0.0, 2.0, 60.0])
 def test_a_step_of_the_running_softmax(
-    kernels, device, softcap, options, dtype, block, monkeypatch
+    kernels, device, softcap, options, dtype, block, far, monkeypatch
 ):
     monkeypatch.setattr(kernels, "BLOCK", block)
+    monkeypatch.setattr(kernels, "FAR", far)
     R, C, width = 5, 43, 64
     torch.manual_seed(0)
     padded = torch.full((R, width), torch.nan, dtype=dtype, device=device)
@@ -62,10 +64,16 @@ def test_a_step_of_the_running_softmax(
             shrink = step(
                 buffer[:, :C], tile, targets, running, needs_gradient=needs_gradient, **settings
             )
-            slopes = buffer[:, :C].float() if needs_gradient else torch.zeros(1)
+            slopes = buffer[:, :C].float() if needs_gradient else torch.zeros(R, 1, device=device)
             results.append([slopes, shrink, running.peak_R, running.total_R, running.label_R])
-    # The interpreter cuts bfloat16 off where a GPU rounds: a unit in the last place.
-    tolerance = 1e-6 if dtype == torch.float32 else 2**-7
+    for ours, oracle in zip(results[2:], results[:2], strict=True):
+        below = oracle[2] - ours[2]
+        assert ((below >= 0) & (below <= far)).all()
+        factor = torch.exp(-below)  # as if ours were relative to the same peak
+        ours[:4] = ours[0] * factor[:, None], ours[1] * factor, ours[2] + below, ours[3] * factor
+    # The interpreter cuts bfloat16 off where a GPU rounds: a unit in the last place, each time that
+    # a slope is written.
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7 * (1 if block > C else -(-C // block))
     for ours, oracle in zip(results[2:], results[:2], strict=True):
         torch.testing.assert_close(ours[0], oracle[0], rtol=tolerance, atol=1e-6)
         torch.testing.assert_close(ours[1:], oracle[1:], rtol=2e-6, atol=2e-6, equal_nan=True)
@@ -110,6 +118,24 @@ def test_values_and_gradients(kernels, device, kind, dtype, nats, share, cuts):
     expected, gradient = reference(x, head, targets, torch.ones(7, device=device))
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=nats)
     assert difference(x.grad, gradient) <= share
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("columns", [101, 50])
+def test_logits_far_above_those_before_are_all_there_is(kernels, device, columns, monkeypatch):
+    """By 300 nats, past what float32 holds of exp, in a block of its own."""
+    monkeypatch.setattr(kernels, "BLOCK", 16)
+    x, head, targets = problem("plain", 7, 101, 16, torch.float32, device)
+    with torch.no_grad():
+        x[:4] = x[:4].abs()
+        head.weight_VH[70] = 300 / x[:4].sum(dim=1).min()
+    chunks = Chunks(rows=10_000, columns=columns)
+    found = cross_entropy(x, head, targets, impl="triton", chunks=chunks)
+    found.sum().backward()
+    expected, gradient = reference(x, head, targets, torch.ones(7, device=device))
+    assert (expected[:4] > 200).all()
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=2e-5)
+    assert difference(x.grad, gradient) <= 1e-5
 
 
 @pytest.mark.parametrize("device", DEVICES)
