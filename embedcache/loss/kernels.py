@@ -20,8 +20,8 @@ from embedcache.units import rounded_up
 
 BLOCK = 4096
 """Columns at a time."""
-LANES = 8
-"""Columns a thread: a 16-byte load of bfloat16."""
+LANES = 16
+"""Columns a thread: two 16-byte loads of bfloat16."""
 FAR = 60.0
 """Nats by which a logit may be above the one that all are relative to: float32 and bfloat16 hold
 e^88, and sums of many e^60. In float16, whose largest is e^11, none is."""
@@ -45,7 +45,8 @@ def absorb_by_triton(
     shrink_R = torch.empty_like(running.peak_R)
     if not rows:
         return shrink_R
-    block = min(BLOCK, triton.next_power_of_2(columns))
+    # Of few columns there is little to read at a time: smaller programs hide each other's waits.
+    block = min(BLOCK if columns > 4 * BLOCK else BLOCK // 2, triton.next_power_of_2(columns))
     with torch.cuda.device_of(logits_RC):  # Triton launches on the current device
         _absorb[(rows,)](
             logits_RC,
@@ -118,6 +119,7 @@ def _absorb(
             lower = tl.exp(peak - highest)
             total_B *= lower
             if NEEDS_GRADIENT:
+                tl.debug_barrier()
                 for earlier in range(0, first, BLOCK):
                     written = logits + earlier + tl.arange(0, BLOCK)
                     slopes_B = tl.load(written).to(tl.float32) * lower

@@ -68,12 +68,12 @@ def test_a_step_of_the_running_softmax(
             results.append([slopes, shrink, running.peak_R, running.total_R, running.label_R])
     for ours, oracle in zip(results[2:], results[:2], strict=True):
         below = oracle[2] - ours[2]
-        assert ((below >= 0) & (below <= far)).all()
+        assert ((below > -1e-6) & (below <= far + 1e-6)).all()
         factor = torch.exp(-below)  # as if ours were relative to the same peak
         ours[:4] = ours[0] * factor[:, None], ours[1] * factor, ours[2] + below, ours[3] * factor
     # The interpreter cuts bfloat16 off where a GPU rounds: a unit in the last place, each time that
     # a slope is written.
-    tolerance = 1e-6 if dtype == torch.float32 else 2**-7 * (1 if block > C else -(-C // block))
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-7 * (6 if block < C else 1)
     for ours, oracle in zip(results[2:], results[:2], strict=True):
         torch.testing.assert_close(ours[0], oracle[0], rtol=tolerance, atol=1e-6)
         torch.testing.assert_close(ours[1:], oracle[1:], rtol=2e-6, atol=2e-6, equal_nan=True)
