@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from embedcache.cache import order
+from embedcache.cache import loader, order
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.reader import SplitReader
 from embedcache.carryon.config import CarryOnConfig
@@ -116,6 +116,7 @@ def test_a_damaged_block_of_the_next_epoch_is_told_of_then(world, tmp_path, stre
 
     monkeypatch.setattr(order, "WINDOW", 1)
     monkeypatch.setattr(SplitReader, "stored", damaged)
+    monkeypatch.setattr(loader, "KEPT_BYTES", 0)  # it is read again
     with pytest.raises(CacheError, match="damaged in the second epoch"):
         train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     assert closed(streams)
