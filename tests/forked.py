@@ -12,8 +12,9 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import Any
 
@@ -33,18 +34,30 @@ CHANGING = ("link", "rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
 """Calls of `os` that change the disk."""
 
 
+_one = threading.Lock()
+"""Held where exit codes are read, which `start`, too, does of all: each can be read once."""
+
+
+def started(target: Callable[..., object], *arguments: Any) -> Any:
+    """Return a process that calls ``target``, of a module that can be imported."""
+    process = FORKS.Process(target=target, args=arguments, daemon=True)
+    with _one:
+        process.start()
+    return process
+
+
 def exit_code(process: Any, timeout: float = 120) -> int:
     """Wait for a process that was started; return its exit code, less than 0 if by a signal."""
-    process.join(timeout)
-    assert process.exitcode is not None, "it has not come to its end"
-    return int(process.exitcode)
+    wait([process.sentinel], timeout)
+    with _one:
+        code = process.exitcode
+    assert code is not None, "it has not come to its end"
+    return int(code)
 
 
 def run_forked(target: Callable[..., object], *arguments: Any) -> int:
     """Call ``target``, of a module that can be imported, in a process; return its exit code."""
-    process = FORKS.Process(target=target, args=arguments, daemon=True)
-    process.start()
-    return exit_code(process)
+    return exit_code(started(target, *arguments))
 
 
 def die(*_: object, **__: object) -> None:
@@ -105,9 +118,7 @@ class ForkedCommand:
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None):
         self._folder = tempfile.TemporaryDirectory()
         self._texts = [Path(self._folder.name) / name for name in ("stdout", "stderr")]
-        given = (arguments, environment or {}, *self._texts)
-        self._process = FORKS.Process(target=_command, args=given, daemon=True)
-        self._process.start()
+        self._process = started(_command, arguments, environment or {}, *self._texts)
 
     @property
     def returncode(self) -> int | None:

@@ -79,6 +79,11 @@ def test_the_model_of_a_run_by_given_measurements() -> None:
     batch = {"final": torch.empty(5, 1000, 3)}
     known = {("train", 3): {0: batch, 1: batch}, ("train", 99): {0: batch}}
     assert seconds(known=known) == pytest.approx(10.0)
+    # What is late beside commits is batches: of those known, none is; nor do they take less than
+    # no time where others happened to be faster beside them.
+    assert seconds(known=known, row=0.001, late=0.0005) == pytest.approx(22.5)
+    assert seconds(known=known, row=0.001, late=-0.0005) == pytest.approx(17.5)
+    assert seconds(row=0.001, late=-0.005) == pytest.approx(10.0)
     many = [("train", block) for block in range(CHECK_EVERY + 1)]
     measured = Measured(position_seconds=1.0, check_seconds=2.0, encoded={"train": encoded()})
     tokens = {"train": len(many)}

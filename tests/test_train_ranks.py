@@ -77,7 +77,11 @@ def forked_ranks(*arguments: object) -> list[tuple[int | None, str, str]]:
         )
         for rank in range(2)
     ]
-    said = [process.communicate() for process in ranks]
+    try:
+        said = [process.communicate() for process in ranks]
+    finally:
+        for process in ranks:  # where one has failed, the other waits for it
+            process.kill()
     return [(process.returncode, *texts) for process, texts in zip(ranks, said, strict=True)]
 
 

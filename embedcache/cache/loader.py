@@ -36,8 +36,7 @@ PACKERS = {"cuda": 2}
 """Threads that pack batches, by device: one does not keep up with a GPU. Else the caller does."""
 
 KEPT_BYTES = 1 << 30
-"""Of blocks that are kept from one epoch to the next, at most; and no more than an eighth of the
-memory that is free when the first epoch begins."""
+"""Of blocks that a machine keeps from one epoch to the next, at most."""
 
 PATIENCE, PAUSE_SECONDS = 5, 0.02
 """How often, and how long, making a part waits for the memory of the one that is being used."""
@@ -46,7 +45,8 @@ PATIENCE, PAUSE_SECONDS = 5, 0.02
 class BatchLoader:
     """Iterates over one split, or a subset of it, in batches of at most ``batch_tokens`` tokens.
 
-    Over several epochs, the first blocks are kept, integers as they were read, in `KEPT_BYTES`.
+    Over several epochs, the first blocks are kept, integers as they were read, as many as
+    ``kept_bytes`` hold; see `room_to_keep`.
 
     With ``ranks``, one loader for each ``rank`` of a data-parallel trainer: batch by batch in turn,
     they yield the very batches of a single one. Each reads the blocks that its own batches need.
@@ -75,8 +75,10 @@ class BatchLoader:
         one_row: bool = False,
         part_tokens: int | None = None,
         ahead: int = 2,
+        kept_bytes: int = 0,
     ):
         """Open it; ``ahead`` batches, or parts, are made before they are asked for."""
+        self._kept_bytes = kept_bytes
         self._split = split
         self._in_parts = part_tokens is not None
         self._part_tokens = part_tokens or batch_tokens
@@ -176,8 +178,9 @@ class BatchLoader:
         """Yield the windows of some epochs."""
         blocks: Blocks = {}
         kept: Blocks = {}
-        free = min(KEPT_BYTES, free_memory(torch.device("cpu")) // 8)
-        most = free // self._split.block_bytes(self._taps) if len(epochs) > 1 else 0
+        most = 0
+        if self._kept_bytes and len(epochs) > 1:
+            most = self._kept_bytes // self._split.block_bytes(self._taps)
         for batches in self._order.windows(epochs, skip):
             numbers = [items[:, 0].tolist() for items in batches if items is not None]
             blocks = {
@@ -271,6 +274,14 @@ class BatchLoader:
             packed.whole,
             packed.last,
         )
+
+
+def room_to_keep(loaders: int) -> int:
+    """Return the bytes of blocks that each of so many loaders on a machine may keep.
+
+    Together they keep `KEPT_BYTES`, and no more than an eighth of the memory that is free.
+    """
+    return min(KEPT_BYTES, free_memory(torch.device("cpu")) // 8) // loaders
 
 
 def _nothing(batch: Batch) -> Drawn:

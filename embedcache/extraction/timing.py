@@ -55,13 +55,15 @@ def _stages(
     """Yield the seconds of computing and of committing each block, self-checks included."""
     positions = sum(tokens.values()) * measured.padding
     there = sum(map(_positions, (known[item] for item in todo if item in known)))
-    forward = max(0.0, 1 - there / max(1, positions)) * measured.padding * measured.position_seconds
+    todo_share = max(0.0, 1 - there / max(1, positions))
+    forward = todo_share * measured.padding * measured.position_seconds
     blocks = Counter(name for name, _ in todo)
     for number, (name, _) in enumerate(todo):
         if name not in measured.encoded:
             continue  # its blocks hold nothing
         rows, encoded = tokens[name] / blocks[name], measured.encoded[name]
-        computing = rows * (forward + encoded.row_seconds + encoded.late_seconds)
+        late = todo_share * encoded.late_seconds
+        computing = rows * (max(0.0, forward + late) + encoded.row_seconds)
         if number % CHECK_EVERY == 0:
             computing += measured.check_seconds if number else 2 * measured.check_seconds
         yield computing, rows * encoded.commit_seconds

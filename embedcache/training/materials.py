@@ -127,7 +127,9 @@ class Materials:
         proposal_V = self._proposal_V.to(self.device)
         return Shortlist(head, proposal_V, samples=config.samples, seed=config.order)
 
-    def train_loader(self, config: TrainConfig, recipe: Recipe) -> BatchLoader:
+    def train_loader(
+        self, config: TrainConfig, recipe: Recipe, *, kept_bytes: int = 0
+    ) -> BatchLoader:
         """Return the batches that a carry-on is trained on, in the order of its seed."""
         return BatchLoader(
             self.train,
@@ -141,6 +143,7 @@ class Materials:
             one_row=recipe.one_row,
             part_tokens=recipe.part_tokens,
             ahead=recipe.ahead,
+            kept_bytes=kept_bytes,
         )
 
     def dev_loader(self, patterns: Patterns, taps: tuple[str, ...], recipe: Recipe) -> BatchLoader:

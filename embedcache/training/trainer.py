@@ -9,6 +9,7 @@ from itertools import groupby
 
 import torch
 
+from embedcache.cache.loader import room_to_keep
 from embedcache.cache.reader import Cache
 from embedcache.carryon.model import CarryOn
 from embedcache.device import current, free_memory
@@ -115,8 +116,10 @@ class Trainer:
     def _train(self, begun: Sequence[Begun], recipe: Recipe) -> None:
         with ExitStack() as reading:
             feeds = []
-            for _, group in groupby(begun, key=self._place):
-                feeds.append(self._feed([member for member, _ in group], recipe))
+            groups = [[member for member, _ in of] for _, of in groupby(begun, key=self._place)]
+            room = room_to_keep(len(groups) * self._ranks.count)
+            for members in groups:
+                feeds.append(self._feed(members, recipe, room))
                 reading.callback(feeds[-1].close)
             # The first batches are read meanwhile.
             for member, _ in begun:
@@ -187,10 +190,10 @@ class Trainer:
                     f"{way_out}. What was saved last in {member.out} stands, and is gone on from"
                 )
 
-    def _feed(self, members: list[Member], recipe: Recipe) -> Feed:
+    def _feed(self, members: list[Member], recipe: Recipe, kept_bytes: int) -> Feed:
         """Return the batches of members that are at one place in one order."""
         config = members[0].config
-        loader = self.materials.train_loader(config, recipe)
+        loader = self.materials.train_loader(config, recipe, kept_bytes=kept_bytes)
         if members[0].loss != "shortlist":
             return Feed(loader, members)
         return Feed(loader, members, self.materials.shortlist(config, recipe))

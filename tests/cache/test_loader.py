@@ -235,8 +235,6 @@ def test_rows_hold_whole_sequences_without_overlap():
 def test_the_blocks_of_two_windows_are_in_memory_at_most_and_those_kept(
     split, epochs, room, kept, monkeypatch
 ):
-    monkeypatch.setattr(loader_module, "KEPT_BYTES", room * split.block_bytes(("final",)))
-
     class Held(StoredBlock):
         """One that can be referred to weakly, and is itself alone."""
 
@@ -254,7 +252,9 @@ def test_the_blocks_of_two_windows_are_in_memory_at_most_and_those_kept(
         return block
 
     monkeypatch.setattr(type(split), "stored", held)
-    for _ in BatchLoader(split, batch_tokens=30, taps=("final",)).epochs(range(epochs)):
+    kept_bytes = room * split.block_bytes(("final",))
+    loader = BatchLoader(split, batch_tokens=30, taps=("final",), kept_bytes=kept_bytes)
+    for _ in loader.epochs(range(epochs)):
         pass
     # Besides, each window's first batch may hold the last sequence of the window before.
     assert 0 < most <= 2 * (order_module.WINDOW + 1) + kept

@@ -21,9 +21,8 @@ SEED = 5
 
 @pytest.fixture(params=[1, 2, 8, 20])
 def split(request, world, monkeypatch):
-    """The train split, of 10 blocks, in windows of several sizes; none is kept for a next epoch."""
+    """The train split, of 10 blocks, in windows of several sizes."""
     monkeypatch.setattr(order_module, "WINDOW", request.param)
-    monkeypatch.setattr(loader_module, "KEPT_BYTES", 0)
     return world.cache().split("train")
 
 
@@ -36,9 +35,9 @@ def loader(split, **settings) -> BatchLoader:
     return BatchLoader(split, **{"batch_tokens": 60, "taps": ("final",), "seed": SEED} | settings)
 
 
-def keep(blocks: int, split, monkeypatch) -> None:
-    """Have room for so many blocks from one epoch to the next."""
-    monkeypatch.setattr(loader_module, "KEPT_BYTES", blocks * split.block_bytes(("final",)))
+def room(blocks: int, split) -> dict[str, int]:
+    """Room for so many blocks from one epoch to the next."""
+    return {"kept_bytes": blocks * split.block_bytes(("final",))}
 
 
 def told(batch: Batch | None) -> object:
@@ -79,9 +78,8 @@ def again(found: list[int], expected: set[int]) -> set[int]:
 
 @pytest.mark.parametrize(("ranks", "part_tokens"), [(1, None), (1, 40), (3, None)])
 @pytest.mark.parametrize(("epoch", "skip"), [(0, 0), (2, 3), (1, 999)])
-def test_a_stream_is_epoch_by_epoch(split, packers, ranks, part_tokens, epoch, skip, monkeypatch):
-    keep(3, split, monkeypatch)
-    settings = {"ranks": ranks, "part_tokens": part_tokens}
+def test_a_stream_is_epoch_by_epoch(split, packers, ranks, part_tokens, epoch, skip):
+    settings = {"ranks": ranks, "part_tokens": part_tokens} | room(3, split)
     for rank in range(ranks):
         one, number = loader(split, rank=rank, **settings), itertools.count()
         expected = []
@@ -122,16 +120,20 @@ def test_an_epoch_of_one_window_is_read_once(split, monkeypatch):
     assert len(found) == 10 if order_module.WINDOW == 20 else len(found) > 10
 
 
-@pytest.mark.parametrize(("room", "free", "kept"), [(3, 99, 3), (10, 99, 10), (10, 4.99, 4)])
-def test_blocks_that_there_is_room_for_are_read_once(split, room, free, kept, monkeypatch):
-    """Room for so many, and an eighth of what is free, in blocks."""
-    keep(room, split, monkeypatch)
-    eighth = int(free * split.block_bytes(("final",)))
-    monkeypatch.setattr(loader_module, "free_memory", lambda device: 8 * eighth)
+@pytest.mark.parametrize("kept", [3, 10])
+def test_blocks_that_there_is_room_for_are_read_once(split, kept, monkeypatch):
     found = reads(split, monkeypatch)
-    list(loader(split).epochs(range(4)))
+    list(loader(split, **room(kept, split)).epochs(range(4)))
     once = [block for block in range(10) if found.count(block) == 1]
     assert len(once) == (10 if order_module.WINDOW == 20 else kept)
+
+
+@pytest.mark.parametrize(("free", "together"), [(1 << 40, 1 << 30), (800 << 20, 100 << 20)])
+def test_loaders_share_the_room_to_keep_blocks_in(free, together, monkeypatch):
+    """1 GiB of a machine, and an eighth of what is free, however many loaders there are."""
+    monkeypatch.setattr(loader_module, "free_memory", lambda device: free)
+    assert loader_module.room_to_keep(1) == together
+    assert loader_module.room_to_keep(64) == together // 64
 
 
 @pytest.mark.parametrize("batches", [1, 20, "end"])

@@ -104,6 +104,20 @@ def test_an_error_elsewhere_closes_the_streams(world, tmp_path, streams, monkeyp
     assert len(streams) == 2 and closed(streams)
 
 
+def test_those_of_several_orders_share_the_room_to_keep_blocks_in(world, tmp_path, monkeypatch):
+    kept, made = [], Trainer._feed
+
+    def noted(self, members, recipe, kept_bytes):
+        kept.append(kept_bytes)
+        return made(self, members, recipe, kept_bytes)
+
+    monkeypatch.setattr(loader, "KEPT_BYTES", 100)
+    monkeypatch.setattr(Trainer, "_feed", noted)
+    runs = {tmp_path / str(seed): replace(CONFIG, seed=seed) for seed in range(3)}
+    assert not any(one.failure for one in sweep(world.cache_path, runs=runs, device="cpu"))
+    assert kept == [33, 33, 33]
+
+
 def test_a_damaged_block_of_the_next_epoch_is_told_of_then(world, tmp_path, streams, monkeypatch):
     stored, reads = SplitReader.stored, []
 
