@@ -31,10 +31,12 @@ from embedcache.units import rounded_up
 
 
 class Steps(NamedTuple):
-    """`absorb` and `combine`, or Triton's of the same arguments."""
+    """`absorb` and `combine`, or Triton's of the same arguments; and what is faster, if it fits."""
 
     absorb: Callable[..., Tensor]
     combine: Callable[..., None]
+    whole: Callable[..., None] | None = None
+    """The product and `absorb` in one, of a tile that is the whole softmax."""
 
 
 IMPLS = ("auto", "torch", "triton")
@@ -69,7 +71,7 @@ def frozen_head_loss(
             streamed_hidden=weight_CH.shape[1] if streamed else 0,
         )
     apply: Any = _FrozenHeadLoss.apply  # torch leaves it untyped
-    steps = _implementation(impl, x_NH)
+    steps = _implementation(impl, x_NH, columns)
     loss_N: Tensor = apply(x_NH, columns, head.logit_scale, head.softcap, targets_N, chunks, steps)
     return loss_N
 
@@ -99,21 +101,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
         elif needs_gradient:
             sum_NH = x_NH.new_zeros(x_NH.shape, dtype=wide)
         labels = LabelRows(columns, targets_N, device)
+        settings = {"scale": scale, "softcap": softcap, "needs_gradient": needs_gradient}
+        whole = steps.whole if len(cuts) == 1 else None
         with torch.autocast(device.type, enabled=False):
             for tile in tiles(columns, cuts, device):
                 weight_CH = tile.columns.weight_CH
                 for chunk in rows:
                     logits_RC = _matrix(buffer, chunk.stop - chunk.start, len(weight_CH))
-                    torch.mm(x_NH[chunk], weight_CH.T, out=logits_RC)
-                    shrink_R = steps.absorb(
-                        logits_RC,
-                        tile,
-                        targets_N[chunk],
-                        running.of(chunk),
-                        scale=scale,
-                        softcap=softcap,
-                        needs_gradient=needs_gradient,
-                    )
+                    seen = tile, targets_N[chunk], running.of(chunk)
+                    if whole is not None:
+                        whole(x_NH[chunk], *seen, out=logits_RC, **settings)
+                    else:
+                        torch.mm(x_NH[chunk], weight_CH.T, out=logits_RC)
+                        shrink_R = steps.absorb(logits_RC, *seen, **settings)
                     if sum_NH is not None and len(cuts) == 1:
                         torch.mm(logits_RC, weight_CH, out=sum_NH[chunk])
                     elif sum_NH is not None:
@@ -166,7 +166,7 @@ def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * width].view(rows, width)[:, :columns]
 
 
-def _implementation(impl: str, x_NH: Tensor) -> Steps:
+def _implementation(impl: str, x_NH: Tensor, columns: Columns) -> Steps:
     """Return the functions that the loss is computed by.
 
     Raises ``UsageError`` for an unknown name, or ``triton`` where it cannot run.
@@ -182,9 +182,10 @@ def _implementation(impl: str, x_NH: Tensor) -> Steps:
         )
     if impl == "torch" or not possible or (impl == "auto" and x_NH.device.type != "cuda"):
         return Steps(absorb, combine)
-    from embedcache.loss import kernels
+    from embedcache.loss import fused, kernels
 
-    return Steps(kernels.absorb_by_triton, kernels.combine_by_triton)
+    whole = fused.fused_slopes if fused.fits(x_NH, columns) else None
+    return Steps(kernels.absorb_by_triton, kernels.combine_by_triton, whole)
 
 
 def _triton_runs_on(device_type: str) -> bool:

@@ -97,7 +97,7 @@ def _absorb(
     logits += row.to(tl.int64) * stride
     label = tl.load(targets + row) - start
     if (label >= 0) & (label < columns):
-        value, _ = _logit(
+        value, _ = logits_of(
             tl.load(logits + label), label, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP
         )
         tl.store(labels + row, value)
@@ -111,7 +111,7 @@ def _absorb(
         place_B = first + tl.arange(0, BLOCK)
         # The padding is read, too: a mask of 16 columns keeps loads wide whatever C is.
         raw_B = tl.load(logits + place_B, mask=place_B < padded, other=0.0)
-        value_B, slope_B = _logit(
+        value_B, slope_B = logits_of(
             raw_B, place_B, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP
         )
         highest = tl.max(value_B, axis=0)
@@ -181,7 +181,7 @@ def _combine(
 
 
 @triton.jit
-def _logit(raw, place, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP: tl.constexpr):
+def logits_of(raw, place, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP: tl.constexpr):
     """Return the logits of products ``raw``, and their slopes but for the scale."""
     value = raw.to(tl.float32)
     inside = place < columns

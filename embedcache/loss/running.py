@@ -36,4 +36,4 @@ class Running:
 
     def cross_entropy(self) -> Tensor:
         """Return -log p(label) of each position, [R]."""
-        return self.peak_R + self.total_R.log() - self.label_R
+        return (self.peak_R - self.label_R) + self.total_R.log()  # a small sum keeps its digits

@@ -178,7 +178,8 @@ def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(kernels, device, kind
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 3, 2), (300, 50_257, 64), (130, 9_001, 576)])
-def test_both_implementations_agree_on_a_gpu(kernels, kind, dtype, shape):
+def test_both_implementations_agree_on_a_gpu(kernels, kind, dtype, shape, monkeypatch):
+    monkeypatch.setattr("embedcache.loss.fused.MOST_HIDDEN", 0)  # whose logits are finer
     x, head, targets = problem(kind, *shape, dtype, "cuda")
     if kind in ("plain", "bias"):
         head.weight_VH.mul_(shape[2] ** -0.5)
