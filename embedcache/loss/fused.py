@@ -2,10 +2,9 @@
 
 What `absorb` does reads and writes all logits once more; here they go from a matrix unit's
 accumulators, in float32, through exp into the buffer as slopes. They are relative to the label's
-logit, which a product of two rows gives beforehand: its own term of the total is 1, so that small
-losses are exact. Where the total comes out beyond what exp and sums hold, the position's logits
-lie far above its label's: `_total` computes that one again, relative to its highest, without the
-host's knowing.
+logit, which a product of two rows gives beforehand: its own term of the total is 1. Where the total
+comes out beyond what exp and sums hold, the position's logits lie far above its label's: `_total`
+computes that one again, relative to its highest, without the host's knowing.
 
 Written for NVIDIA's Hopper: tiles come and go by its tensor memory accelerator. For wide
 embeddings the plain product is so much longer that a library's is ahead.
@@ -86,8 +85,8 @@ def fused_slopes(
     columns, device = len(weight_CH), x_RH.device
     if not rows:
         return
-    partial_RT = torch.empty(rows, triton.cdiv(columns, COLUMNS), device=device)
-    count = triton.cdiv(rows, POSITIONS) * partial_RT.shape[1]
+    partial_TR = torch.empty(triton.cdiv(columns, COLUMNS), rows, device=device)
+    count = triton.cdiv(rows, POSITIONS) * len(partial_TR)
     head = (tile.columns.bias_C, tile.columns.log_weight_C, columns, hidden, scale)
     cap = 1.0 if softcap is None else softcap
     inputs = (x_RH, x_RH.stride(0), weight_CH, weight_CH.stride(0))
@@ -109,10 +108,12 @@ def fused_slopes(
             TensorDescriptor.from_tensor(out, [POSITIONS, COLUMNS // 2]),
             targets_R,
             running.peak_R,
-            partial_RT,
+            partial_TR,
             rows,
-            *head,
+            *head[:3],
+            scale,
             cap,
+            H=hidden,
             HAS_SOFTCAP=softcap is not None,
             NEEDS_GRADIENT=needs_gradient,
             M=POSITIONS,
@@ -127,7 +128,8 @@ def fused_slopes(
             *inputs,
             out,
             out.stride(0),
-            partial_RT,
+            partial_TR,
+            rows,
             targets_R,
             running.peak_R,
             running.total_R,
@@ -136,8 +138,8 @@ def fused_slopes(
             HAS_SOFTCAP=softcap is not None,
             NEEDS_GRADIENT=needs_gradient,
             MOST=MOST,
-            TILES=partial_RT.shape[1],
-            T=triton.next_power_of_2(partial_RT.shape[1]),
+            TILES=len(partial_TR),
+            T=triton.next_power_of_2(len(partial_TR)),
             B=64,
             K=64,
         )
@@ -194,9 +196,9 @@ def _slopes(
     bias,
     log_weight,
     columns,
-    hidden,
     scale,
     softcap,
+    H: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRADIENT: tl.constexpr,
     M: tl.constexpr,
@@ -213,25 +215,26 @@ def _slopes(
         high = tl.minimum(tiles_down - first, GROUP)
         down, across = first + number % together % high, number % together // high
         product_MN = tl.zeros([M, N], tl.float32)
-        for slice in range(0, hidden, K):
+        for slice in range(0, H, K):
             x_MK, weight_NK = x.load([down * M, slice]), weight.load([across * N, slice])
             product_MN = tl.dot(x_MK, weight_NK.T, product_MN)
         row_M = down * M + tl.arange(0, M)
-        place_1N = (across * N + tl.arange(0, N))[None, :]
+        place_N = across * N + tl.arange(0, N)
         inside_M = row_M < rows
         label_M1 = tl.load(targets + row_M, mask=inside_M, other=-1)[:, None]
         peak_M1 = tl.load(peaks + row_M, mask=inside_M, other=0.0)[:, None]
         value_MN, slope_MN = logits_of(
-            product_MN, place_1N, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP
+            product_MN, place_N, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP, True
         )
-        share_MN = tl.exp(value_MN - peak_M1)
-        share_MN = tl.where(place_1N == label_M1, 1.0, share_MN)
-        at = partials + row_M.to(tl.int64) * tiles_across + across
+        # The label's is 1, and added at the end.
+        share_MN = tl.where(place_N[None, :] == label_M1, 0.0, tl.exp(value_MN - peak_M1))
+        at = partials + across.to(tl.int64) * rows + row_M
         tl.store(at, tl.sum(share_MN, axis=1), mask=inside_M)
         if NEEDS_GRADIENT:
-            slope_MN = tl.where(place_1N == label_M1, 0.0, slope_MN * share_MN)
+            if HAS_SOFTCAP:
+                share_MN *= slope_MN
             # By halves, for which there is room beside the slices to come.
-            halves = tl.permute(tl.reshape(slope_MN, (M, 2, N // 2)), (0, 2, 1))
+            halves = tl.permute(tl.reshape(share_MN, (M, 2, N // 2)), (0, 2, 1))
             left, right = tl.split(halves)
             out.store([down * M, across * N], left.to(out.dtype))
             out.store([down * M, across * N + N // 2], right.to(out.dtype))
@@ -246,6 +249,7 @@ def _total(
     out,
     out_stride,
     partials,
+    rows,
     targets,
     peaks,
     totals,
@@ -266,8 +270,8 @@ def _total(
     """Add up a position's total; where it is too much, compute all of that position anew."""
     row = tl.program_id(0).to(tl.int64)
     place_T = tl.arange(0, T)
-    partial_T = tl.load(partials + row * TILES + place_T, mask=place_T < TILES, other=0.0)
-    total = tl.sum(partial_T, axis=0)
+    partial_T = tl.load(partials + place_T * rows + row, mask=place_T < TILES, other=0.0)
+    total = 1.0 + tl.sum(partial_T, axis=0)
     if total > MOST:  # where it is NaN, so is the embedding
         x += row * x_stride
         out += row * out_stride

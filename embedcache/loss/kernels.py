@@ -181,18 +181,41 @@ def _combine(
 
 
 @triton.jit
-def logits_of(raw, place, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP: tl.constexpr):
-    """Return the logits of products ``raw``, and their slopes but for the scale."""
+def logits_of(
+    raw,
+    place,
+    bias,
+    log_weight,
+    columns,
+    scale,
+    softcap,
+    HAS_SOFTCAP: tl.constexpr,
+    OF_ROWS: tl.constexpr = False,
+):
+    """Return the logits of products ``raw``, and their slopes but for the scale.
+
+    ``place`` are their columns; ``raw`` is a row of those, or ``OF_ROWS``.
+    """
     value = raw.to(tl.float32)
     inside = place < columns
     if bias is not None:
-        value += tl.load(bias + place, mask=inside, other=0.0).to(tl.float32)
+        value += _across(tl.load(bias + place, mask=inside, other=0.0).to(tl.float32), OF_ROWS)
     value *= scale
-    slope = tl.where(inside, 1.0, 0.0)
+    slope = tl.where(_across(inside, OF_ROWS), 1.0, 0.0)
     if HAS_SOFTCAP:
         tanh = 1.0 - 2.0 / (tl.exp(2.0 * value / softcap) + 1.0)
         slope *= 1.0 - tanh * tanh
         value = tanh * softcap
     if log_weight is not None:
-        value += tl.load(log_weight + place, mask=inside, other=0.0)
+        value += _across(tl.load(log_weight + place, mask=inside, other=0.0), OF_ROWS)
+    inside = _across(inside, OF_ROWS)
     return tl.where(inside, value, float("-inf")), tl.where(inside, slope, 0.0)
+
+
+@triton.jit
+def _across(values, OF_ROWS: tl.constexpr):
+    """Return columns' values as a row, where they are for several rows."""
+    if OF_ROWS:
+        return values[None, :]
+    else:  # noqa: RET505 - Triton compiles what follows a return
+        return values

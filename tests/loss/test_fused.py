@@ -20,7 +20,7 @@ DEVICES = [
     pytest.param("cpu", torch.float32, id="cpu"),
     pytest.param("cuda", torch.bfloat16, marks=pytest.mark.gpu, id="cuda"),
 ]
-SHAPES = [(1, 4, 8), (37, 104, 40), (300, 1000, 72)]  # N, V, H
+SHAPES = [(37, 104, 40), (300, 1000, 40)]  # N, V, H: compiled once for all H that are the same
 WHOLE = Chunks(rows=128, columns=10**6)
 pytestmark = [
     pytest.mark.filterwarnings("ignore::RuntimeWarning"),
@@ -76,6 +76,12 @@ def test_values_and_gradients(fused, device, dtype, kind, shape):
     found = computed(x, head, targets)
     assert fused.positions == shape[0]
     assert close(found, reference(x, head, targets, torch.ones(shape[0], device=device)), dtype)
+
+
+def test_one_position_of_few_columns_and_no_gradient(fused, device, dtype):
+    x, head, targets = problem("all", 1, 4, 40, dtype, device)
+    found = computed(x, head, targets)
+    assert close(found, reference(x, head, targets, torch.ones(1, device=device)), dtype)
     with torch.no_grad():
         assert cross_entropy(x, head, targets, impl="triton", chunks=WHOLE).equal(found[0])
 
