@@ -79,12 +79,17 @@ def absorb(
 def combine(
     sum_RH: Tensor,
     factor_R: Tensor,
-    weight_CH: Tensor,
-    place_R: Tensor,
-    label_R: Tensor,
+    label: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
     out: Tensor,
 ) -> None:
-    """Put into ``out`` sums times a factor, and the label's row of the head times another."""
+    """Put into ``out`` sums times a factor, and the label's row of the head times another.
+
+    ``label`` are the head's weight_CH, place_R there, and factors, [R].
+    """
+    if label is None:
+        torch.mul(sum_RH, factor_R[:, None], out=out)  # nothing wider is made on the way
+        return
+    weight_CH, place_R, label_R = label
     gradient_RH = sum_RH * factor_R[:, None]  # wide until it is whole
     out.copy_(gradient_RH.add_(weight_CH[place_R] * label_R[:, None]))

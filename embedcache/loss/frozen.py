@@ -136,18 +136,19 @@ class _FrozenHeadLoss(torch.autograd.Function):
                 steps.combine(
                     sum_NH[chunk],
                     scale / running.total_R[chunk],
-                    *labels.source(chunk),
-                    label_R,
+                    (*labels.source(chunk), label_R),
                     out=gradient_NH[chunk],
                 )
             ctx.save_for_backward(gradient_NH)
+            ctx.combine = steps.combine
         return loss_N
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (gradient_NH,) = ctx.saved_tensors
-        x_gradient_NH = torch.empty_like(gradient_NH)  # nothing wider is made on the way
-        return torch.mul(gradient_NH, gradients[0][:, None], out=x_gradient_NH), *(None,) * 6
+        x_gradient_NH = torch.empty_like(gradient_NH)
+        ctx.combine(gradient_NH, gradients[0], out=x_gradient_NH)
+        return x_gradient_NH, *(None,) * 6
 
 
 def _width(columns: int, device: torch.device) -> int:

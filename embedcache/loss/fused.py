@@ -29,7 +29,7 @@ from embedcache.loss.kernels import logits_of
 from embedcache.loss.running import Running
 from embedcache.loss.tiles import Tile
 
-MOST_HIDDEN = 1024
+MOST_HIDDEN = 2048
 """Width of embeddings up to which this is faster than a library's product and `absorb`."""
 POSITIONS, COLUMNS, SLICE, GROUP = 128, 256, 64, 8
 """A tile, the hidden components of it at a time, and tiles of positions that share columns."""

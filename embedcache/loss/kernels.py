@@ -140,22 +140,22 @@ def _absorb(
 def combine_by_triton(
     sum_RH: Tensor,
     factor_R: Tensor,
-    weight_CH: Tensor,
-    place_R: Tensor,
-    label_R: Tensor,
+    label: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
     out: Tensor,
 ) -> None:
-    """Do what `combine` does; all matrices' rows are contiguous."""
+    """Do what `combine` does; all matrices' rows are contiguous, factors need not be."""
     rows, hidden = sum_RH.shape
     if not rows:
         return
+    weight_CH, place_R, label_R = label or (None, None, None)
     with torch.cuda.device_of(sum_RH):
         _combine[(rows,)](
             sum_RH,
             factor_R,
+            factor_R.stride(0),
             weight_CH,
-            weight_CH.stride(0),
+            0 if weight_CH is None else weight_CH.stride(0),
             place_R,
             label_R,
             out,
@@ -166,17 +166,29 @@ def combine_by_triton(
 
 @triton.jit
 def _combine(
-    sums, factors, weight, weight_stride, places, labels, out, hidden, BLOCK: tl.constexpr
+    sums,
+    factors,
+    factor_stride,
+    weight,
+    weight_stride,
+    places,
+    labels,
+    out,
+    hidden,
+    BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
-    factor, label = tl.load(factors + row), tl.load(labels + row)
-    weight += tl.load(places + row).to(tl.int64) * weight_stride
+    factor = tl.load(factors + row * factor_stride)
+    if weight is not None:
+        label = tl.load(labels + row)
+        weight += tl.load(places + row).to(tl.int64) * weight_stride
     for first in range(0, hidden, BLOCK):
         place_B = first + tl.arange(0, BLOCK)
         inside_B = place_B < hidden
         sum_B = tl.load(sums + row * hidden + place_B, mask=inside_B).to(tl.float32)
-        weight_B = tl.load(weight + place_B, mask=inside_B).to(tl.float32)
-        value_B = sum_B * factor + weight_B * label
+        value_B = sum_B * factor
+        if weight is not None:
+            value_B += tl.load(weight + place_B, mask=inside_B).to(tl.float32) * label
         tl.store(out + row * hidden + place_B, value_B.to(out.dtype.element_ty), mask=inside_B)
 
 

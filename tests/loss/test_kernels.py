@@ -83,20 +83,27 @@ def test_a_step_of_the_running_softmax(
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("hidden", [40, 1500])
-def test_sums_and_labels_make_a_gradient(kernels, device, dtype, hidden):
+@pytest.mark.parametrize("labels", [True, False])
+@pytest.mark.parametrize("same", [True, False])
+def test_sums_and_labels_make_a_gradient(kernels, device, dtype, hidden, labels, same):
+    """Where the ``same`` factor is that of all, it is one that is expanded, as autograd has it."""
     torch.manual_seed(0)
     sums, head = torch.randn(7, hidden), torch.randn(11, hidden)
     factor, label = torch.rand(7), -torch.rand(7)
     place = torch.tensor([0, 10, 3, 3, 9, 1, 5])
-    given = (sums.to(dtype), factor, head.to(dtype), place, label)
+    if same:
+        factor = factor[:1].expand(7)
     found = []
     for step in (absorb_module.combine, kernels.combine_by_triton):
-        moved = [value.to(device, copy=True) for value in given]
-        step(*moved, out=moved[0])  # in place
-        found.append(moved[0].float().cpu())
+        moved = sums.to(device, dtype, copy=True)
+        given = [value.to(device) for value in (factor, head.to(dtype), place, label)]
+        step(moved, given[0], tuple(given[1:]) if labels else None, out=moved)  # in place
+        found.append(moved.float().cpu())
     tolerance = 1e-6 if dtype == torch.float32 else 2**-7
     torch.testing.assert_close(found[1], found[0], rtol=tolerance, atol=tolerance)
-    exact = sums.to(dtype) * factor[:, None] + head.to(dtype)[place] * label[:, None]
+    exact = sums.to(dtype) * factor[:, None]
+    if labels:
+        exact += head.to(dtype)[place] * label[:, None]
     torch.testing.assert_close(found[0], exact.float(), rtol=tolerance, atol=tolerance)
 
 
