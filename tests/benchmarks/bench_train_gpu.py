@@ -67,6 +67,7 @@ def main() -> None:
     extracted = extract(corpus, base=options.base, out=path)
     cache = Cache(path)
     rates: dict[str, float] = {}
+    waits: dict[str, float] = {}
     config = TrainConfig(carryon=WIDE, epochs=options.epochs, batch_tokens=STEP)
     for loss in ("shortlist", "exact"):
         first = replace(config, loss=loss, epochs=1)
@@ -74,7 +75,8 @@ def main() -> None:
         result = train(path, out=folder / loss, config=replace(config, loss=loss))
         rates[loss] = result.tokens_per_second
         print(loss, f"{rates[loss]:,.0f} tokens/s, dev {result.best_dev}", flush=True)
-        print(f"waits for data {result.data_wait:.1%}", flush=True)
+        waits[loss] = result.data_wait
+        print(f"waits for data {waits[loss]:.1%}", flush=True)
     loras = {}
     for compiled in (False, True) if options.compile_lora else (False,):
         try:
@@ -124,11 +126,14 @@ def main() -> None:
     rows = [
         row(f"training {what}, {loss} loss", rates[key + loss], "tokens/s", **peer, **shared)
         for what, key in (
-            ("one carry-on, r=256", ""),
+            (f"one carry-on, r=256, {options.epochs} epochs", ""),
             (f"{options.stacked} stacked carry-ons, r=64", "stacked "),
         )
         for loss in ("shortlist", "exact")
     ]
+    for loss, share in waits.items():
+        name = f"waits for data of the one carry-on, {loss} loss"
+        rows.append(row(name, share, "of its time", peer="its time", peer_value=1, **shared))
     for loss, off in worst.items():
         name = f"test cross-entropy of those stacked, {loss} loss, the farthest off"
         alone = "each alone with the exact loss"
