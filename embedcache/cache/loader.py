@@ -36,7 +36,7 @@ PACKERS = {"cuda": 2}
 """Threads that pack batches, by device: one does not keep up with a GPU. Else the caller does."""
 
 KEPT_BYTES = 1 << 30
-"""Of blocks that a machine keeps from one epoch to the next, at most."""
+"""Of blocks that a run keeps from one epoch to the next, at most, in all its loaders."""
 
 PATIENCE, PAUSE_SECONDS = 5, 0.02
 """How often, and how long, making a part waits for the memory of the one that is being used."""
@@ -78,12 +78,12 @@ class BatchLoader:
         kept_bytes: int = 0,
     ):
         """Open it; ``ahead`` batches, or parts, are made before they are asked for."""
-        self._kept_bytes = kept_bytes
         self._split = split
         self._in_parts = part_tokens is not None
         self._part_tokens = part_tokens or batch_tokens
         self._row_tokens = self._part_tokens if one_row else None
         self._ahead = ahead
+        self._kept_bytes = kept_bytes
         self._order = BatchOrder(
             split,
             batch_tokens=batch_tokens,
@@ -178,9 +178,7 @@ class BatchLoader:
         """Yield the windows of some epochs."""
         blocks: Blocks = {}
         kept: Blocks = {}
-        most = 0
-        if self._kept_bytes and len(epochs) > 1:
-            most = self._kept_bytes // self._split.block_bytes(self._taps)
+        most = self._kept_bytes // self._split.block_bytes(self._taps) if len(epochs) > 1 else 0
         for batches in self._order.windows(epochs, skip):
             numbers = [items[:, 0].tolist() for items in batches if items is not None]
             blocks = {
@@ -277,7 +275,7 @@ class BatchLoader:
 
 
 def room_to_keep(loaders: int) -> int:
-    """Return the bytes of blocks that each of so many loaders on a machine may keep.
+    """Return the bytes of blocks that each of so many loaders of a run may keep.
 
     Together they keep `KEPT_BYTES`, and no more than an eighth of the memory that is free.
     """

@@ -87,9 +87,9 @@ def fused_slopes(
         return
     partial_TR = torch.empty(triton.cdiv(columns, COLUMNS), rows, device=device)
     count = triton.cdiv(rows, POSITIONS) * len(partial_TR)
-    head = (tile.columns.bias_C, tile.columns.log_weight_C, columns, hidden, scale)
+    inputs = (x_RH, x_RH.stride(0), weight_CH, weight_CH.stride(0), hidden)
     cap = 1.0 if softcap is None else softcap
-    inputs = (x_RH, x_RH.stride(0), weight_CH, weight_CH.stride(0))
+    head = (tile.columns.bias_C, tile.columns.log_weight_C, columns, scale, cap)
     with torch.cuda.device_of(x_RH):  # Triton launches on the current device
         _label[(rows,)](
             *inputs,
@@ -97,7 +97,6 @@ def fused_slopes(
             running.peak_R,
             running.label_R,
             *head,
-            cap,
             HAS_SOFTCAP=softcap is not None,
             K=min(1024, triton.next_power_of_2(hidden)),
         )
@@ -110,9 +109,7 @@ def fused_slopes(
             running.peak_R,
             partial_TR,
             rows,
-            *head[:3],
-            scale,
-            cap,
+            *head,
             H=hidden,
             HAS_SOFTCAP=softcap is not None,
             NEEDS_GRADIENT=needs_gradient,
@@ -134,7 +131,6 @@ def fused_slopes(
             running.peak_R,
             running.total_R,
             *head,
-            cap,
             HAS_SOFTCAP=softcap is not None,
             NEEDS_GRADIENT=needs_gradient,
             MOST=MOST,
@@ -151,13 +147,13 @@ def _label(
     x_stride,
     weight,
     weight_stride,
+    hidden,
     targets,
     peaks,
     labels,
     bias,
     log_weight,
     columns,
-    hidden,
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
@@ -246,6 +242,7 @@ def _total(
     x_stride,
     weight,
     weight_stride,
+    hidden,
     out,
     out_stride,
     partials,
@@ -256,7 +253,6 @@ def _total(
     bias,
     log_weight,
     columns,
-    hidden,
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,

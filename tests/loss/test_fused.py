@@ -38,11 +38,10 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             pytest.skip("they are for NVIDIA's Hopper")
     elif os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU; TRITON_INTERPRET=1 python -m pytest tests/loss/test_fused.py")
-    else:  # several tiles of small problems
-        found = importlib.import_module("embedcache.loss.fused")
-        for name, size in {"POSITIONS": 32, "COLUMNS": 64, "SLICE": 16}.items():
-            monkeypatch.setattr(found, name, size)
     module = importlib.import_module("embedcache.loss.fused")
+    if not torch.cuda.is_available():  # several tiles of small problems
+        for name, size in {"POSITIONS": 32, "COLUMNS": 64, "SLICE": 16}.items():
+            monkeypatch.setattr(module, name, size)
     real = module.fused_slopes
 
     def noted(x_RH: Tensor, *more: object, **named: object) -> None:
