@@ -36,7 +36,7 @@ from embedcache.training.config import TrainConfig
 
 STEP = 16_384
 EPOCHS = 4
-"""Of each carry-on in the totals."""
+"""Of each carry-on in the totals, and of those stacked unless the command says otherwise."""
 WIDE, NARROW = CarryOnConfig(width=256, gate=False), CarryOnConfig(width=64)
 
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2_000_000)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--stacked", type=int, default=64)
-    parser.add_argument("--stacked-epochs", type=int, default=2)
+    parser.add_argument("--stacked-epochs", type=int, default=EPOCHS)
     parser.add_argument("--alone", type=int, default=3)
     parser.add_argument("--compile-lora", action="store_true")
     parser.add_argument("--lora-steps", type=int, default=20)
@@ -127,7 +127,10 @@ def main() -> None:
         row(f"training {what}, {loss} loss", rates[key + loss], "tokens/s", **peer, **shared)
         for what, key in (
             (f"one carry-on, r=256, {options.epochs} epochs", ""),
-            (f"{options.stacked} stacked carry-ons, r=64", "stacked "),
+            (
+                f"{options.stacked} stacked carry-ons, r=64, {options.stacked_epochs} epochs",
+                "stacked ",
+            ),
         )
         for loss in ("shortlist", "exact")
     ]
