@@ -15,6 +15,8 @@ import torch
 from embedcache.errors import UsageError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")
+"""What a CPU that multiplies bfloat16 faster than float32 is able to, as torch names it."""
 
 
 def resolve_device(device: str) -> torch.device:
@@ -54,11 +56,11 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 def fast_dtype(device: torch.device) -> torch.dtype:
     """Return the dtype of products where speed counts: bfloat16 where a device has units for it.
 
-    Of CPUs, those with AMX: without it bfloat16 is no faster than float32, or slower. So it is for
-    extraction and for training, whose weights, gradients and optimiser are float32 everywhere;
-    figures that are reported are in `resolve_dtype`'s.
+    Of CPUs, those with AMX or AVX512-BF16: on others bfloat16 is no faster than float32, or slower.
+    So it is for extraction and for training, whose weights, gradients and optimiser are float32
+    everywhere; figures that are reported are in `resolve_dtype`'s.
     """
-    if device.type == "cpu" and not torch.cpu.get_capabilities().get("amx_bf16", False):
+    if device.type == "cpu" and not any(map(torch.cpu.get_capabilities().get, BFLOAT16_UNITS)):
         return torch.float32
     return torch.bfloat16
 

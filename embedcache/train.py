@@ -225,7 +225,7 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
             tokens=shared.materials.tokens("train", config.documents),
             request=shared.request(config),
             progress=shared.progress,
-            writes=ranks.leads,
+            ranks=ranks,
         )
         for out, config in runs.items()
     ]

@@ -115,7 +115,8 @@ class Loop:
     def _step(self) -> None:
         """Begin a step, and take note of the one before while the device works on it."""
         here = [batch.whole for batch in self._batches()]
-        everywhere = self._ranks.totals(here, self._device)
+        due = any(member.save_due for _, member in self._rows())
+        everywhere, due = self._ranks.agree(here, due)
         values = self._take(everywhere)
         counts = [
             one for one, feed in zip(everywhere, self._feeds, strict=True) for _ in feed.members
@@ -124,10 +125,8 @@ class Loop:
         taken = Taken([member for _, member in self._rows()], counts, Arriving(*values), waits)
         self._read()
         self._taken = taken
-        due = any(member.save_due for member in taken.members)
-        if due or self._ranks.count > 1:  # processes drop one that fails at the same step
+        if due:  # in all processes, which see one that fails at the same step
             self._read()
-        if due:
             for index, member in self._rows():
                 with failing(member):
                     if member.failure is None and member.save_due:
@@ -241,9 +240,14 @@ class Loop:
 
 @contextmanager
 def failing(member: Member) -> Iterator[None]:
-    """Take an error as the end of one member, not of those beside it."""
+    """Take an error as the end of one member, not of those beside it.
+
+    Of one that other processes train, too, it ends this process: they would wait for it.
+    """
     try:
         with writing(member.out):
             yield
     except (EmbedcacheError, OSError) as error:
+        if member.shared:
+            raise
         member.failure = error

@@ -27,6 +27,7 @@ from embedcache.training.checkpoint import (
 from embedcache.training.config import TrainConfig
 from embedcache.training.metrics import METRICS_FILE, Metrics
 from embedcache.training.output import is_partial
+from embedcache.training.ranks import ALONE, Ranks
 from embedcache.training.report import publish_report
 from embedcache.training.schedule import learning_rate
 from embedcache.training.scoring import DevLoss
@@ -74,12 +75,9 @@ class Member:
         tokens: int,
         request: dict[str, Any],
         progress: Progress,
-        writes: bool = True,
+        ranks: Ranks = ALONE,
     ):
-        """Take note of a run into ``out`` over ``tokens`` an epoch.
-
-        Where it does not write, another process of the run does.
-        """
+        """Take note of a run into ``out`` over ``tokens`` an epoch; the leading process writes."""
         self.out, self.config, self.loss = out, config, loss
         self.state = TrainState()
         self.failure: EmbedcacheError | OSError | None = None
@@ -87,7 +85,8 @@ class Member:
         self.total = tokens * config.epochs
         self.memory: str | None = None
         self._request = request
-        self._writes = writes
+        self.shared = ranks.count > 1
+        self._writes = ranks.leads
         self._progress = progress
         self._moments: Tensors = {}
         self._best: Tensors = {}

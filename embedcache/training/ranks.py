@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from typing import TypeVar
 
 import torch
@@ -34,17 +35,19 @@ class Ranks:
             dist.all_reduce(values)
         return values
 
-    def totals(self, counts: list[Counts], device: torch.device) -> list[Counts]:
-        """Return the sums of such counts over all processes."""
+    def agree(self, counts: list[Counts], due: bool) -> tuple[list[Counts], bool]:
+        """Return the sums of such counts over all processes, and whether any says that it is due.
+
+        It is between hosts: no device waits for it, nor is waited for.
+        """
         if self.count == 1:
-            return counts
-        summed = self.sum(torch.tensor(counts, device=device))
-        return [Counts(*sums) for sums in summed.tolist()]
+            return counts, due
+        *sums, any_due = self.sum(torch.tensor([*chain(*counts), due])).tolist()
+        return [Counts(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)], bool(any_due)
 
     def wait(self) -> None:
         """Go on when all processes are here."""
-        if self.count > 1:
-            dist.barrier()
+        self.sum(torch.zeros(1))
 
     def gather(self, value: Value) -> list[Value]:
         """Return the value of every process, by rank."""
@@ -73,13 +76,13 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that ``torchrun`` started, through NCCL on CUDA, else through gloo."""
+    """Join the processes that ``torchrun`` started: devices by NCCL on CUDA, and hosts by gloo."""
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield Ranks(rank=dist.get_rank(), count=dist.get_world_size())
     finally:
