@@ -85,7 +85,8 @@ def generate(
     sampling = sampling or Sampling()
     ids_BT = prompt_ids(base, prompt, chat=chat)
     composed.alpha = alpha
-    with torch.random.fork_rng(), torch.no_grad():
+    devices = [base.device] if base.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad():
         torch.manual_seed(sampling.seed)
         output = composed.model.generate(
             input_ids=ids_BT,

@@ -149,7 +149,7 @@ def random_carryon(world: World, folder: Path, **shape: Any) -> Path:
     """Save a carry-on of a world's base that was never trained but does something."""
     base = world.cache().attributes.base
     config = CarryOnConfig(**({"width": 32} | shape))
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = CarryOn(config, base["hidden_size"])
         torch.nn.init.normal_(model.branch.weight, std=0.5)
