@@ -143,7 +143,6 @@ RECIPES = {
     "parts": Recipe(part_tokens=128, one_row=True, capture=True),
     "lean": Recipe(
         part_tokens=128,
-        dtype=torch.bfloat16,
         offload=True,
         host_head=True,
         recompute=True,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import World
-from forked import ForkedCommand
+from forked import ForkedCommand, exit_code, started
 
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.sample import sample_embeddings
@@ -23,6 +24,7 @@ from embedcache.device import fast_dtype
 from embedcache.evaluate import FrozenInputs, evaluate
 from embedcache.loss import cross_entropy
 from embedcache.train import train
+from embedcache.training import member
 from embedcache.training.config import TrainConfig
 from embedcache.training.schedule import learning_rate
 
@@ -60,20 +62,29 @@ def torchrun(*arguments: object, processes: int = 2) -> subprocess.CompletedProc
     )
 
 
+def ranks_environment(rank: int, port: int) -> dict[str, str]:
+    """Return what ``torchrun`` tells a process of two."""
+    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    return here | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def forked_ranks(*arguments: object) -> list[tuple[int | None, str, str]]:
     """Run the command in two processes as ``torchrun`` starts them: exit codes, and what is said.
 
     They import nothing anew. That ``torchrun`` starts them so, another test shows.
     """
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    here = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    port = free_port()
     ranks = [
         ForkedCommand(
             *map(str, arguments),
             *("--device", "cpu"),
-            environment=here | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            environment=ranks_environment(rank, port),
         )
         for rank in range(2)
     ]
@@ -170,3 +181,38 @@ def test_a_sweep_is_dealt_out(world, tmp_path):
         out = tmp_path / str(seed)
         train(world.cache_path, out=out, config=replace(CONFIG, seed=seed), device="cpu")
         assert close(load_carryon(out)[0], tmp_path / "all" / f"seed={seed}")
+
+
+def train_each(rank: int, port: int, cache: Path, folders: list[Path], full: bool) -> None:
+    """Train into each folder; where it is ``full``, the leading process's disk is: a target."""
+    os.environ.update(ranks_environment(rank, port))
+    torch.set_num_threads(1)
+    if full and rank == 0:
+
+        def no_space(*_: object, **__: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        member.save_checkpoint = no_space
+    for folder in folders:
+        train(cache, out=folder, config=CONFIG, device="cpu")
+
+
+def test_two_processes_train_one_carryon_after_the_other(world, tmp_path):
+    folders, port = [tmp_path / name for name in ("a", "b")], free_port()
+    given = world.cache_path, folders, False
+    ranks = [started(train_each, rank, port, *given) for rank in range(2)]
+    assert [exit_code(one) for one in ranks] == [0, 0]
+    first, second = (load_carryon(folder)[0] for folder in folders)
+    assert close(first, folders[1]) and close(second, folders[0])
+
+
+def test_what_fails_in_the_leading_process_alone_ends_it(world, tmp_path):
+    """The other one waits for its gradients, until ``torchrun`` ends it."""
+    port = free_port()
+    given = world.cache_path, [tmp_path / "c"], True
+    leader, other = (started(train_each, rank, port, *given) for rank in range(2))
+    try:
+        assert exit_code(leader, timeout=60) == 1
+    finally:
+        other.kill()
+    assert not (tmp_path / "c" / "carryon.safetensors").exists()

@@ -82,7 +82,7 @@ class Captured:
         self._done: torch.cuda.Event | None = None
         self.room = True
         self._end: End | None = None
-        if stack.ends_on_device():
+        if stack.ends_alone():
             with self._recording():
                 self._end = self._record_end()
 

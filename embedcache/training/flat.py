@@ -11,21 +11,19 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.optim.adamw import adamw
 
 from embedcache.carryon.model import CarryOn
 from embedcache.errors import CarryOnError
 from embedcache.training.config import TrainConfig
-from embedcache.training.states import EXACT, States
+from embedcache.training.states import DeviceStates, Due, HostStates
 
 
 class FlatAdamW:
     """AdamW with weight decay on matrices only, every carry-on of a stack for itself.
 
     The stack's parameters become views of ``values_KP``, and their gradients of ``gradient_KP``,
-    so that a carry-on's is clipped, checked or summed over processes at once. The optimiser works
-    on float32 weights: on the values themselves, or where those are bfloat16, or its states are
-    kept in host memory, on exact ones of its own.
+    so that a carry-on's is clipped, checked or summed over processes at once. Both are float32;
+    where the optimiser's states are in host memory, bfloat16, and the weights exact all the same.
     """
 
     def __init__(
@@ -34,10 +32,9 @@ class FlatAdamW:
         configs: Sequence[TrainConfig],
         *,
         device: torch.device | None = None,
-        dtype: torch.dtype = torch.float32,
         offload: bool = False,
     ):
-        """Take over a stack's weights, in ``dtype``, on ``device``; keep states on the host or not.
+        """Take over a stack's weights, on ``device``, and keep states there or on the host.
 
         What is not kept is never on the device: build the stack on the host.
         """
@@ -45,6 +42,7 @@ class FlatAdamW:
         sizes = [parameter[0].numel() for _, parameter in parameters]
         matrices = sum(s for (_, p), s in zip(parameters, sizes, strict=True) if p.ndim > 2)
         exact_KP = torch.cat([parameter.detach().flatten(1) for _, parameter in parameters], dim=1)
+        dtype = torch.bfloat16 if offload else torch.float32
         self.values_KP = exact_KP.to(dtype).to(device)
         self.gradient_KP = torch.zeros_like(self.values_KP)
         start = 0
@@ -56,9 +54,11 @@ class FlatAdamW:
             layer, _, attribute = name.rpartition(".")
             setattr(stack.get_submodule(layer), attribute, value)
             start += size
-        self._states = States(exact_KP, self.values_KP, offload=offload)
-        self._parts = [slice(0, matrices), slice(matrices, start)]
-        self._configs = list(configs)
+        self._states: DeviceStates | HostStates
+        if offload:
+            self._states = HostStates(self.values_KP, exact_KP, configs, matrices)
+        else:
+            self._states = DeviceStates(self.values_KP, configs, matrices)
         # All that a step depends on is on the device, so that it can be captured and replayed.
         device = self.values_KP.device
         self._clip_K = torch.tensor([config.clip for config in configs], device=device)
@@ -99,29 +99,7 @@ class FlatAdamW:
         for seen_K in seen:
             self._broken_K.masked_fill_(~seen_K.isfinite(), 1.0)
         still_K = torch.maximum(self._idle_K, self._broken_K)
-        spans = [(k, part) for k in range(len(self._configs)) for part in self._parts]
-        for k, part, exact, mean, square in self._states.over(spans):
-            config = self._configs[k]
-            adamw(
-                [exact],
-                [self.gradient_KP[k, part].to(exact.dtype)],
-                [mean],
-                [square],
-                [],
-                [self._taken_K[k].clone()],
-                fused=True,
-                capturable=exact.is_cuda,
-                found_inf=still_K[k],
-                amsgrad=False,
-                beta1=0.9,
-                beta2=config.beta2,
-                lr=self._rate_K[k],
-                weight_decay=config.weight_decay if part.start < self._parts[0].stop else 0.0,
-                eps=1e-8,
-                maximize=False,
-            )
-            if not self._states.in_place:
-                self.values_KP[k, part] = exact
+        self._states.step(self.gradient_KP, Due(self._rate_K, self._taken_K, still_K))
         self._taken_K += 1.0 - still_K
 
     def moments(self, index: int) -> dict[str, Tensor]:
@@ -131,10 +109,7 @@ class FlatAdamW:
         return self._states.row(index) | {"step": self._taken_K[index].clone()}
 
     def restore(self, index: int, moments: dict[str, Tensor]) -> None:
-        """Take back what `moments` returned.
-
-        Exact weights that it lacks are the values: those were exact.
-        """
+        """Take back what `moments` returned, here or there."""
         if not moments:
             return
         if "step" not in moments:
@@ -142,12 +117,7 @@ class FlatAdamW:
                 "the checkpoint was made by an earlier version: delete its folder and train again"
             )
         self._taken_K[index] = moments["step"]
-        row = self._states.row(index)
-        for name, value in row.items():
-            if name in moments:
-                value.copy_(moments[name])
-        if EXACT in moments:
-            self.values_KP[index] = row[EXACT] if EXACT in row else moments[EXACT]
+        self._states.restore(index, moments)
 
 
 def send(values: Sequence[float] | Sequence[Sequence[float]], to: Tensor) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from embedcache.device import has_triton
 from embedcache.errors import DeviceMemoryError
 from embedcache.training.recipe import Recipe, plain_recipe
 from embedcache.units import size
@@ -101,7 +102,7 @@ class MemoryPlan:
         recipe = self.recipe
         parts = [
             f"parts of {recipe.part_tokens:,} tokens",
-            f"{str(recipe.dtype).removeprefix('torch.')} weights",
+            f"{'bfloat16' if recipe.offload else 'float32'} weights",
             *(["optimiser in host memory"] if recipe.offload else []),
             *(["head in host memory"] if recipe.host_head else []),
             *(["blocks computed again for their gradient"] if recipe.recompute else []),
@@ -129,8 +130,12 @@ def candidates(
     plain = replace(plain_recipe(device, head_width), logit_bytes=logits, emitted=EMITTED, ahead=1)
     found = [plain]
     if device.type == "cuda":
-        kinds = (plain, replace(plain, dtype=torch.bfloat16, offload=True))
-        found = [replace(kind, host_head=host) for kind in kinds for host in (False, True)]
+        places = (False, True) if has_triton() else (False,)  # a kernel steps states on the host
+        found = [
+            replace(plain, offload=offload, host_head=host)
+            for offload in places
+            for host in (False, True)
+        ]
     found = [
         replace(
             recipe,

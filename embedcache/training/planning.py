@@ -102,8 +102,8 @@ class _Trials:
     def _kept(self, recipe: Recipe) -> int:
         """Return the bytes that a recipe keeps on the device whatever a part is."""
         weights = sum(model.parameter_count() for model in self._models)
-        states = 0 if recipe.offload else 2 * torch.float32.itemsize
-        kept = weights * (2 * recipe.dtype.itemsize + states)
+        # Weights and gradients; and means and squares, unless they are on the host.
+        kept = weights * (2 * 2 if recipe.offload else 4 * 4)
         if not recipe.host_head:
             base, dtype = self._materials.cache.attributes.base, fast_dtype(self._materials.device)
             kept += base["hidden_size"] * base["vocab_size"] * dtype.itemsize

@@ -17,9 +17,9 @@ class Recipe:
     Attributes:
         part_tokens: tokens on the device at a time, at most (a longer sequence is there alone); a
             step's gradient is summed over its parts. None means the whole step's.
-        dtype: of weights and gradients; the optimiser works on float32 weights whatever it is.
-        offload: whether the optimiser's states, 12 bytes a weight, are in host memory, and go to
-            the device and back once a step.
+        offload: whether the optimiser's states, 6 bytes a weight, are in host memory, where a step
+            reads and writes them; weights and gradients on the device are bfloat16 then, instead of
+            float32. The optimiser works on float32 weights in any case.
         recompute: whether a block's activations are computed again for its gradient.
         host_head: whether the head is in host memory: a shortlist's rows, or all tiles in turn, go
             to the device for each part.
@@ -33,7 +33,6 @@ class Recipe:
     """
 
     part_tokens: int | None = None
-    dtype: torch.dtype = torch.float32
     offload: bool = False
     recompute: bool = False
     host_head: bool = False

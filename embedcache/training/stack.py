@@ -62,7 +62,7 @@ class Stack:
         self.recipe = recipe
         self._ranks = ranks
         self.optimizer = FlatAdamW(
-            self.model, configs, device=inputs.device, dtype=recipe.dtype, offload=recipe.offload
+            self.model, configs, device=inputs.device, offload=recipe.offload
         )
         self.model.to(inputs.device)
         self._share_K = torch.ones(len(configs), device=inputs.device)
@@ -146,9 +146,9 @@ class Stack:
         self.optimizer.step(loss_K, norm_K)
         return loss_K, norm_K
 
-    def ends_on_device(self) -> bool:
-        """Say whether `finish` needs neither the host's memory nor other processes."""
-        return self._ranks.count == 1 and not self.recipe.offload
+    def ends_alone(self) -> bool:
+        """Say whether `finish` needs no other process."""
+        return self._ranks.count == 1
 
     def _features(self, groups: Sequence[list[Work]]) -> Tensor:
         """Return the features h_KNR of wanted positions, as many of each, the last for nothing."""

@@ -1,102 +1,156 @@
-"""What AdamW keeps of a stack's weights, on their device or in host memory.
+"""What AdamW keeps of a stack's weights, and its steps: on their device, or in host memory.
 
-Axes: K carry-ons, P weights of one.
+Axes: K carry-ons, P weights of one; a row holds its ``matrices`` weights first, which decay.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
-EXACT = "exact"
-CHUNK = 1 << 20
-"""Weights of which the states are on the device at a time, where they are kept on the host."""
-SLOTS = 3
-"""Chunks on the device at a time: one comes, one is worked on, one goes."""
+from embedcache.training.config import TrainConfig
+from embedcache.training.halves import (
+    decoded_square,
+    draws,
+    encoded_square,
+    joined,
+    split,
+    stepped_square,
+)
 
-
-class Window(NamedTuple):
-    """The states of some weights of one carry-on, on the device, to be changed in place."""
-
-    row: int
-    part: slice
-    exact: Tensor
-    mean: Tensor
-    square: Tensor
+EXACT, MEAN, SQUARE = "exact", "exp_avg", "exp_avg_sq"
+BETA1, EPSILON = 0.9, 1e-8
 
 
-class States:
-    """Exact weights, means and squares of gradients, each float32 [K, P].
+class Due(NamedTuple):
+    """What a step depends on, each float32 [K], on the device.
 
-    ``in_place``: the exact weights are the values themselves.
+    Learning rates, steps that were taken before, and 1 for those that stay as they are.
     """
 
-    def __init__(self, exact_KP: Tensor, values_KP: Tensor, *, offload: bool):
-        """Begin with these weights; ``values_KP`` are those of the model, on the device."""
-        device = values_KP.device
-        self._offload = offload
-        self.in_place = not offload and values_KP.dtype == exact_KP.dtype
-        home = torch.device("cpu") if offload else device
-        pinned = offload and device.type == "cuda"
+    rate_K: Tensor
+    taken_K: Tensor
+    still_K: Tensor
 
-        def made() -> Tensor:
-            return torch.zeros(exact_KP.shape, device=home, pin_memory=pinned)
 
-        exact = values_KP if self.in_place else made().copy_(exact_KP)
-        self._parts = [exact, made(), made()]
-        self._kit: Any = torch.get_device_module(device)  # streams, which a CPU has in name only
-        if offload:
-            self._slots = torch.empty(SLOTS, 3, CHUNK, device=device)
-            self._coming, self._going = self._kit.Stream(), self._kit.Stream()
+class DeviceStates:
+    """Means and squares of gradients, float32, beside weights that are exact themselves."""
+
+    def __init__(self, values_KP: Tensor, configs: Sequence[TrainConfig], matrices: int):
+        self._exact_KP = values_KP
+        self._mean_KP, self._square_KP = torch.zeros_like(values_KP), torch.zeros_like(values_KP)
+        self._configs = list(configs)
+        self._parts = [(slice(0, matrices), True), (slice(matrices, values_KP.shape[1]), False)]
+
+    def step(self, gradient_KP: Tensor, due: Due) -> None:
+        """Step every carry-on that does not stay as it is."""
+        for k, config in enumerate(self._configs):
+            for part, decays in self._parts:
+                adamw(
+                    [self._exact_KP[k, part]],
+                    [gradient_KP[k, part]],
+                    [self._mean_KP[k, part]],
+                    [self._square_KP[k, part]],
+                    [],
+                    [due.taken_K[k].clone()],
+                    fused=True,
+                    capturable=gradient_KP.is_cuda,
+                    found_inf=due.still_K[k],
+                    amsgrad=False,
+                    beta1=BETA1,
+                    beta2=config.beta2,
+                    lr=due.rate_K[k],
+                    weight_decay=config.weight_decay if decays else 0.0,
+                    eps=EPSILON,
+                    maximize=False,
+                )
 
     def row(self, index: int) -> dict[str, Tensor]:
-        """Return one carry-on's states, by name, as views."""
-        if self._offload:
-            self._kit.synchronize()
-        names = (EXACT, "exp_avg", "exp_avg_sq")
-        rows = {name: part[index] for name, part in zip(names, self._parts, strict=True)}
-        if self.in_place:
-            del rows[EXACT]
-        return rows
+        """Return one carry-on's states, by name."""
+        return {MEAN: self._mean_KP[index], SQUARE: self._square_KP[index]}
 
-    def over(self, spans: Sequence[tuple[int, slice]]) -> Iterator[Window]:
-        """Yield the states of each span of a carry-on's weights; each is valid until the next.
+    def restore(self, index: int, row: dict[str, Tensor]) -> None:
+        """Take back what `row` returned, here or there."""
+        self._mean_KP[index], self._square_KP[index] = row[MEAN], row[SQUARE]
+        if EXACT in row:
+            self._exact_KP[index] = row[EXACT]
 
-        Those on the host are brought chunk by chunk, and taken back, while others are worked on.
-        """
-        if not self._offload:
-            for k, part in spans:
-                yield Window(k, part, *(state[k, part] for state in self._parts))
+
+class HostStates:
+    """States in host memory beside bfloat16 weights, 6 bytes a weight: see `halves`.
+
+    A GPU reads and writes them in place, over the bus, in one kernel (Triton).
+    """
+
+    def __init__(
+        self, values_KP: Tensor, exact_KP: Tensor, configs: Sequence[TrainConfig], matrices: int
+    ):
+        """Begin with exact weights; puts the device's part of them into ``values_KP``, bfloat16."""
+        self._values_KP, self._matrices = values_KP, matrices
+        pinned = values_KP.is_cuda
+
+        def made(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(values_KP.shape, dtype=dtype, pin_memory=pinned)
+
+        self._low_KP, self._mean_KP = made(torch.int16), made(torch.bfloat16)
+        self._square_KP = made(torch.int16)
+        device = values_KP.device
+        self._beta2_K = torch.tensor([config.beta2 for config in configs], device=device)
+        self._decay_K = torch.tensor([config.weight_decay for config in configs], device=device)
+        self._put(slice(None), exact_KP)
+
+    def _put(self, rows: slice | int, exact_P: Tensor) -> None:
+        high_P, low_P = split(exact_P)
+        self._values_KP[rows], self._low_KP[rows] = high_P, low_P
+
+    def step(self, gradient_KP: Tensor, due: Due) -> None:
+        """Step every carry-on that does not stay as it is."""
+        if self._values_KP.is_cuda:
+            from embedcache.training.kernels import step_over_bus
+
+            step_over_bus(
+                self._values_KP,
+                gradient_KP,
+                (self._low_KP, self._mean_KP, self._square_KP),
+                due,
+                self._beta2_K,
+                self._decay_K,
+                self._matrices,
+            )
             return
-        chunks = [
-            (k, slice(start, min(start + CHUNK, part.stop)))
-            for k, part in spans
-            for start in range(part.start, part.stop, CHUNK)
-        ]
-        here = self._kit.current_stream()
-        self._coming.wait_stream(here)
-        coming = [self._bring(0, *chunks[0])] if chunks else []
-        for number, (k, part) in enumerate(chunks):
-            window = coming.pop()
-            here.wait_stream(self._coming)
-            if number + 1 < len(chunks):
-                coming.append(self._bring(number + 1, *chunks[number + 1]))
-            yield window
-            self._going.wait_stream(here)
-            with self._kit.stream(self._going):
-                for state, found in zip(self._parts, window[2:], strict=True):
-                    state[k, part].copy_(found, non_blocking=True)
-        here.wait_stream(self._going)
+        for k in (~due.still_K.bool()).nonzero().flatten().tolist():
+            self._step_row(k, gradient_KP[k].float(), *(float(each[k]) for each in due[:2]))
 
-    def _bring(self, number: int, k: int, part: slice) -> Window:
-        """Copy a chunk into its slot, once what was there before has gone back."""
-        if number >= SLOTS:
-            self._coming.wait_stream(self._going)
-        slots = self._slots[number % SLOTS, :, : part.stop - part.start]
-        with self._kit.stream(self._coming):
-            for slot, state in zip(slots, self._parts, strict=True):
-                slot.copy_(state[k, part], non_blocking=True)
-        return Window(k, part, *slots)
+    def _step_row(self, k: int, gradient_P: Tensor, rate: float, taken: float) -> None:
+        """Do what the kernel does, its oracle."""
+        beta2 = float(self._beta2_K[k])
+        exact_P = joined(self._values_KP[k], self._low_KP[k])
+        mean_P = BETA1 * self._mean_KP[k].float() + (1 - BETA1) * gradient_P
+        chance_P = draws(len(gradient_P), int(taken))
+        square_P, code_P = stepped_square(self._square_KP[k], beta2, gradient_P, chance_P)
+        exact_P[: self._matrices] *= 1 - rate * float(self._decay_K[k])
+        root_P = (square_P / (1 - beta2 ** (taken + 1))).sqrt() + EPSILON
+        exact_P -= rate / (1 - BETA1 ** (taken + 1)) * mean_P / root_P
+        self._put(k, exact_P)
+        self._mean_KP[k], self._square_KP[k] = mean_P, code_P
+
+    def row(self, index: int) -> dict[str, Tensor]:
+        """Return one carry-on's states, by name, float32, on the host."""
+        if self._values_KP.is_cuda:
+            torch.cuda.synchronize(self._values_KP.device)
+        return {
+            EXACT: joined(self._values_KP[index].cpu(), self._low_KP[index]),
+            MEAN: self._mean_KP[index].float(),
+            SQUARE: decoded_square(self._square_KP[index]),
+        }
+
+    def restore(self, index: int, row: dict[str, Tensor]) -> None:
+        """Take back what `row` returned, here or there; without exact weights the values are."""
+        if EXACT in row:
+            self._put(index, row[EXACT].cpu())
+        self._mean_KP[index] = row[MEAN]
+        self._square_KP[index] = encoded_square(row[SQUARE].cpu())

@@ -2,8 +2,8 @@
 
 One script, one cache: a carry-on of r=256, with a step's tokens shared out, and with as many on
 each GPU; one of r=1,728 (74 M parameters); and a sweep of 128 of r=64, dealt out. Every run is the
-product's command under ``torchrun``, in processes of its own; speeds have the optimiser in them and
-no evaluation.
+product's own, under ``torchrun`` in processes of its own, and the second one of its kind there, so
+that kernels are compiled; speeds have the optimiser in them and no evaluation.
 
     python tests/benchmarks/bench_devices_gpu.py [--tokens 2000000] [--gpus 2]
 """
@@ -27,27 +27,52 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.extract import extract
 
 SWEPT = 128
-WIDE, LARGE = ["--width", "256", "--no-gate"], ["--width", "1728", "--lr", "5e-4"]
 
 
-def torchrun(gpus: int, *arguments: str) -> Any:
-    """Run ``embedcache train`` in so many processes; return what it printed."""
+CHILD = """
+import json, sys
+from pathlib import Path
+from embedcache.train import sweep, train
+from embedcache.training.config import TrainConfig
+from embedcache.training.ranks import is_leader
+
+cache, out, settings, seeds = sys.argv[1:]
+config = json.loads(settings)
+few = config | {"epochs": 1}
+
+def runs(kind, config):
+    configs = [config | {"seed": seed, "order_seed": 0} for seed in range(int(seeds))]
+    made = map(TrainConfig.from_dict, configs)
+    return {Path(out) / f"{kind}-{seed}": one for seed, one in enumerate(made)}
+
+if int(seeds):
+    sweep(Path(cache), runs=runs("first", few), device="cuda")
+    found = [one.summary for one in sweep(Path(cache), runs=runs("then", config), device="cuda")]
+else:
+    train(Path(cache), out=Path(out) / "first", config=TrainConfig.from_dict(few), device="cuda")
+    config = TrainConfig.from_dict(config)
+    found = [train(Path(cache), out=Path(out) / "then", config=config, device="cuda")]
+if is_leader():
+    print(json.dumps([[one.tokens, one.seconds] for one in found]))
+"""
+
+
+def rate(gpus: int, cache: Path, settings: dict[str, Any], swept: int) -> float:
+    """Return the tokens a second of carry-ons on so many GPUs, of a second run of their kind.
+
+    Those of a sweep are dealt out; stacks on one GPU take turns.
+    """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-        *("--nproc-per-node", str(gpus), "-m", "embedcache_cli", "train", *arguments, "--json"),
+        *("--nproc-per-node", str(gpus), "--no-python", sys.executable, "-c", CHILD),
+        *(str(cache), tempfile.mkdtemp(dir=cache.parent), json.dumps(settings), str(swept)),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stderr)
-    return json.loads(done.stdout)
-
-
-def swept_rate(rows: list[dict[str, Any]], gpus: int) -> float:
-    """Return the tokens a second of a sweep by ``seed``, dealt out: stacks of a GPU take turns."""
-    seconds: list[set[float]] = [set() for _ in range(gpus)]
-    for one in rows:
-        seconds[int(one["name"].partition("=")[2]) % gpus].add(one["results"]["seconds"])
-    return float(sum(one["results"]["tokens"] for one in rows) / max(map(sum, seconds)))
+    found = json.loads(done.stdout)
+    seconds = [{one[1] for one in found[gpu :: gpus if swept else 1]} for gpu in range(gpus)]
+    return float(sum(one[0] for one in found) / max(map(sum, seconds)))
 
 
 def main() -> None:
@@ -65,40 +90,24 @@ def main() -> None:
     if gpus < 2:
         raise SystemExit(f"expected two GPUs or more, found {torch.cuda.device_count()}")
     folder = Path(tempfile.mkdtemp())
-    cache = str(folder / "cache")
+    cache = folder / "cache"
     corpus = CorpusConfig(sources=(options.corpus,), limit_tokens=options.tokens)
-    extract(corpus, base=options.base, out=Path(cache))
-    seeds = ", ".join(map(str, range(SWEPT)))
-    (folder / "sweep.toml").write_text(f"order_seed = 0\n[grid]\nseed = [{seeds}]\n")
-
-    def rate(number: int, *flags: str, epochs: int = options.epochs, step: int = 16_384) -> float:
-        """Return the tokens a second of one carry-on on so many GPUs."""
-        out = tempfile.mkdtemp(dir=folder)
-        common = ["--epochs", str(epochs), "--batch-tokens", str(step), "--patience", "99"]
-        found = torchrun(number, cache, "--out", out, *common, *flags)
-        if isinstance(found, list):
-            return swept_rate(found, number)
-        print(number, *flags, step, f"waits {found['data_wait']:.1%}", flush=True)
-        return float(found["tokens_per_second"])
-
-    sweep = ["--sweep", str(folder / "sweep.toml")]
-    rate(1, *WIDE, epochs=1)  # kernels are compiled, for all
-    cases: dict[str, tuple[list[str], int, int, int]] = {
-        # flags, epochs, tokens of a step on one GPU, and on all
-        "one carry-on, r=256, 16,384 tokens a step": (WIDE, options.epochs, 16_384, 16_384),
-        "the same, 16,384 tokens a step and GPU": (WIDE, options.epochs, 16_384, 16_384 * gpus),
-        "one carry-on, r=1,728, 32,768 tokens a step": (LARGE, 4, 32_768, 32_768),
-        f"{SWEPT} carry-ons, r=64, swept": (sweep, 4, 16_384, 16_384),
+    extract(corpus, base=options.base, out=cache)
+    settings = {"batch_tokens": 16_384, "patience": 99}
+    one = settings | {"epochs": options.epochs, "carryon": {"width": 256, "gate": False}}
+    large = settings | {"epochs": 4, "lr": 5e-4, "carryon": {"width": 1728}}
+    cases: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
+        # on one GPU, on all, and how many are swept
+        "one carry-on, r=256, 16,384 tokens a step": (one, one, 0),
+        "the same, 16,384 tokens a step and GPU": (one, one | {"batch_tokens": 16_384 * gpus}, 0),
+        "one carry-on, r=1,728, 16,384 tokens a step": (large, large, 0),
+        f"{SWEPT} carry-ons, r=64, swept": (settings | {"epochs": 4},) * 2 + (SWEPT,),
     }
-    rows, alone = [], dict[str, float]()
-    for name, (flags, epochs, step, step_of_all) in cases.items():
-        key = f"{flags} {epochs} {step}"
-        if key not in alone:
-            alone[key] = rate(1, *flags, epochs=epochs, step=step)
-        found = rate(gpus, *flags, epochs=epochs, step=step_of_all)
-        print(f"{name}: {alone[key]:,.0f} and {found:,.0f} tokens/s", flush=True)
-        peer = {"peer": "one of them", "peer_value": alone[key], "command": command.strip()}
-        rows.append(row(f"{name}, {gpus} GPUs", found, "tokens/s", **peer))
+    rows = []
+    for name, (alone, shared, swept) in cases.items():
+        peer, found = rate(1, cache, alone, swept), rate(gpus, cache, shared, swept)
+        what = {"peer": "one of them", "peer_value": peer, "command": command.strip()}
+        rows.append(row(f"{name}, {gpus} GPUs", found, "tokens/s", **what))
         record("devices_gpu", rows, options.results)
 
 

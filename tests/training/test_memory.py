@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from embedcache.errors import DeviceMemoryError, UsageError
+from embedcache.training import memory
 from embedcache.training.allocator import peak_of
 from embedcache.training.memory import Footprint, candidates, choose
 from embedcache.training.recipe import Recipe
@@ -35,6 +36,11 @@ def test_the_peak_is_of_all_that_lives_at_a_time():
         (x @ weight).relu().square().sum().backward()
     # x, the product, what relu and square keep and give, the gradient of each on its way
     assert 4e6 * 4 < peak[0] < 4e6 * 6
+
+
+@pytest.fixture(autouse=True)
+def with_triton(monkeypatch):
+    monkeypatch.setattr(memory, "has_triton", lambda: True)
 
 
 def test_a_line_through_two_sizes():
@@ -93,13 +99,17 @@ def test_a_budget_that_is_too_small_is_told_the_least_that_would_do():
         chosen(1_000_000, {}, freely=Footprint(1_900_000, 1000.0))
 
 
-def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone():
+def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone(monkeypatch):
     found = candidates(CPU, 1 << 30, 64, 32, loss="shortlist")
     assert [(r.offload, r.host_head) for r in found] == [(False, False)] * 2
-    assert (
-        len({(r.offload, r.host_head) for r in candidates(CUDA, 1 << 30, 64, 32, loss="shortlist")})
-        == 4
-    )
+
+    def places() -> set[tuple[bool, bool]]:
+        found = candidates(CUDA, 1 << 30, 64, 32, loss="shortlist")
+        return {(recipe.offload, recipe.host_head) for recipe in found}
+
+    assert len(places()) == 4
+    monkeypatch.setattr(memory, "has_triton", lambda: False)
+    assert places() == {(False, False), (False, True)}
 
 
 def test_the_last_resort_is_not_recorded(recording):

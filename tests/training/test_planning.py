@@ -155,7 +155,8 @@ def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, l
             if not looping:
                 return differentiate(self, work)
             held = [self.optimizer.values_KP, self.optimizer.gradient_KP]
-            held += [*self.optimizer._states._parts[1:], self._inputs.head.weight_VH]
+            states = self.optimizer._states
+            held += [states._mean_KP, states._square_KP, self._inputs.head.weight_VH]
             held += [*work[0].batch.tensors()] * 3
             with peak_of(CPU, held) as peak:
                 loss_K = differentiate(self, work)

@@ -17,7 +17,7 @@ from embedcache.carryon.store import load_carryon
 from embedcache.evaluate import FrozenInputs
 from embedcache.loss import shortlist as shortlist_module
 from embedcache.train import sweep, train
-from embedcache.training import materials, states
+from embedcache.training import materials
 from embedcache.training.config import TrainConfig
 from embedcache.training.loop import Loop
 from embedcache.training.materials import Materials
@@ -58,16 +58,14 @@ def trained(world: World, out, monkeypatch, recipe: Recipe, config: TrainConfig 
     [
         (Recipe(part_tokens=64), 1e-3),
         (Recipe(part_tokens=1), 1e-3),
-        (Recipe(offload=True), 0.0),
         (Recipe(recompute=True), 0.0),
         (Recipe(host_head=True, ahead=1), 0.0),
         (Recipe(logit_bytes=1 << 19), 1e-3),
         (Recipe(emitted=48), 1e-3),
     ],
-    ids=["parts", "sequences", "offload", "recompute", "host head", "few logits", "few deltas"],
+    ids=["parts", "sequences", "recompute", "host head", "few logits", "few deltas"],
 )
 def test_a_recipe_changes_nothing_that_is_learned(world, tmp_path, monkeypatch, recipe, tolerance):
-    monkeypatch.setattr(states, "CHUNK", 1000)
     _, expected = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
     summary, found = trained(world, tmp_path / "other", monkeypatch, recipe)
     assert summary.steps == 2 * -(-world.cache().split("train").manifest.tokens // 256)
@@ -82,7 +80,7 @@ def test_a_recipe_changes_nothing_that_is_learned(world, tmp_path, monkeypatch, 
 
 def test_bfloat16_weights_learn_about_the_same(world, tmp_path, monkeypatch):
     plain, _ = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
-    low = Recipe(dtype=torch.bfloat16, offload=True, part_tokens=64)
+    low = Recipe(offload=True, part_tokens=64)
     summary, found = trained(world, tmp_path / "low", monkeypatch, low)
     assert summary.base_dev - summary.best_dev > 0.9 * (plain.base_dev - plain.best_dev)
     assert all(value.dtype == torch.float32 for value in found.values())
@@ -137,7 +135,7 @@ def test_stacked_ones_of_different_steps_take_as_many_parts_as_each_needs(
 
 
 def test_a_run_goes_on_by_another_recipe(world, tmp_path, monkeypatch):
-    low = Recipe(dtype=torch.bfloat16, offload=True, part_tokens=64)
+    low = Recipe(offload=True, part_tokens=64)
     stop, steps = Loop._step, []
 
     def stopping(self):
