@@ -45,6 +45,7 @@ bench: $(SETUP) ## Measure against peers; results in tests/benchmarks/results
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt peft
 	$(BIN)/python tests/benchmarks/bench_train.py
 	$(BIN)/python tests/benchmarks/bench_sweep.py
+	$(BIN)/python tests/benchmarks/plot.py
 
 reproduce: $(SETUP) ## The reference protocol (a GPU; FLAGS name the data, see examples/paper)
 	$(BIN)/python examples/paper/reference_protocol.py --out runs/reference $(FLAGS)

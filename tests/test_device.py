@@ -16,6 +16,7 @@ from embedcache.training.stack import Stack
     ("capabilities", "expected"),
     [
         ({"amx_bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16),
         ({"amx_bf16": False}, torch.float32),
         ({}, torch.float32),
     ],

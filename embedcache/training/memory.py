@@ -22,6 +22,8 @@ GOOD_TOKENS = {
 """Tokens of the parts that are looked for, by how they are computed: smaller ones are slower by the
 token. Small ones that are recorded are faster than large ones that are not; where they are
 streamed, all of the head goes by for each."""
+MORE = 1.1
+"""By how much a budget is thought too small where nothing that was tried within it held."""
 STEP_TOKENS = 64
 """Parts are a multiple of this."""
 EMITTED = 512
@@ -196,9 +198,10 @@ def choose(
                     expected=measured.at(tokens),
                     per_token=measured.per_token,
                 )
-    if not any(found.values()):
-        found[-1] = footprint(recipes[-1], None)
     known = [measured.at(longest) / USED for measured in found.values() if measured is not None]
+    if not known and (measured := footprint(recipes[-1], None)):
+        # Within the budget it did not hold, whatever it takes where there is room.
+        known = [max(measured.at(longest) / USED, budget * MORE)]
     raise too_small(budget, longest, min(known, default=None))
 
 

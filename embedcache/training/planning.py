@@ -18,6 +18,7 @@ from embedcache.training.captured import MOST, Captured
 from embedcache.training.config import TrainConfig
 from embedcache.training.materials import Materials
 from embedcache.training.memory import (
+    MORE,
     Footprint,
     MemoryPlan,
     candidates,
@@ -78,7 +79,7 @@ def plan_memory(
             if trials.holds(plan.recipe, budget):
                 return plan
             plan = plan.smaller(longest)
-    raise too_small(budget, longest, budget * 1.1)
+    raise too_small(budget, longest, budget * MORE)
 
 
 class _Trials:

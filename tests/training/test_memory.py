@@ -97,6 +97,9 @@ def test_a_budget_that_is_too_small_is_told_the_least_that_would_do():
     # Where nothing could be measured within it, the leanest recipe is measured without.
     with pytest.raises(DeviceMemoryError, match=r"2\.1 MB at least\. Type: --memory 2\.2MB$"):
         chosen(1_000_000, {}, freely=Footprint(1_900_000, 1000.0))
+    # An allocator's gaps count: more than what did not hold, if less is in use.
+    with pytest.raises(DeviceMemoryError, match=r"1\.1 MB at least\. Type: --memory 1\.1MB$"):
+        chosen(1_000_000, {}, freely=Footprint(800_000, 1000.0))
 
 
 def test_host_memory_is_a_place_of_its_own_beside_a_gpu_alone(monkeypatch):
