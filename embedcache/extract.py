@@ -56,8 +56,8 @@ def extract(
         settings: taps, codec, and sizes of blocks and batches; without a corpus those of ``out``.
         revision: the hub revision of the base.
         device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: ``auto`` (what ``out`` was begun in; else bfloat16 on CUDA and CPUs with units for it,
-            float32 on others), or a name.
+        dtype: ``auto`` (what ``out`` was begun in; else bfloat16 on CUDA, and on CPUs with units
+            for it, float32 on others), or a name.
         max_quarantined: share of sequences that may be put aside for values that are not finite.
         repair: verify what is at ``out`` first, all of it, and make what is damaged anew.
         progress: told of every stage.

@@ -29,19 +29,35 @@ CONFIG = TrainConfig(
 FLAGS = ["--width", "32", "--epochs", "3", "--batch-tokens", "512", "--device", "cuda", "--json"]
 
 
+FULL = """
+import errno, os, sys
+from embedcache.training import member
+from embedcache_cli.app import main
+
+def no_space(*given, **more):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+if os.environ["RANK"] == "0":
+    member.save_checkpoint = no_space
+main()
+"""
+
+
 def torchrun(
-    *arguments: object, processes: int = 2, fails: bool = False
+    *arguments: object, script: str = "", fails: bool = False
 ) -> subprocess.CompletedProcess[str]:
+    """Run the command in two processes, or what a script makes of it."""
+    program = ["--no-python", sys.executable, "-c", script] if script else ["-m", "embedcache_cli"]
     done = subprocess.run(
         [
             *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node", str(processes), "-m", "embedcache_cli"),
+            *("--nproc-per-node", "2", *program),
             *map(str, arguments),
         ],
         env={**os.environ, "OMP_NUM_THREADS": "2"},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=120,
     )
     assert bool(done.returncode) == fails, done.stderr
     return done
@@ -87,3 +103,10 @@ def test_what_fails_ends_both_processes(world, tmp_path):
     out: Path = tmp_path / "c"
     found = torchrun("train", world.cache_path, "--out", out, *FLAGS, "--lr", "1e30", fails=True)
     assert "training stopped at step" in found.stderr
+
+
+def test_what_fails_in_the_leading_process_alone_ends_both(world, tmp_path):
+    out: Path = tmp_path / "c"
+    found = torchrun("train", world.cache_path, "--out", out, *FLAGS, script=FULL, fails=True)
+    assert "No space left" in found.stderr
+    assert not (out / "carryon.safetensors").exists()
