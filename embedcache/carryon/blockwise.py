@@ -76,11 +76,10 @@ def _blocks(T: int) -> list[slice]:
 
 def _hide(score_GRS: Tensor, rows: slice, mask_BTS: Tensor | None) -> None:
     """Leave only what the queries of a block may see."""
-    hidden = torch.zeros((), dtype=score_GRS.dtype)
+    seen, hidden = score_GRS.new_tensor([0.0, -torch.inf])
     if mask_BTS is None:
         R = rows.stop - rows.start
-        score_GRS[:, :, rows] += hidden.new_full((R, R), -torch.inf).triu_(1)
+        score_GRS[:, :, rows] += hidden.repeat(R, R).triu_(1)
         return
-    mask_BRS = mask_BTS[:, rows, : rows.stop]
-    bias_BRS = hidden.expand(mask_BRS.shape).masked_fill(~mask_BRS, -torch.inf)
+    bias_BRS = torch.where(mask_BTS[:, rows, : rows.stop], seen, hidden)
     score_GRS.unflatten(0, (len(bias_BRS), -1)).add_(bias_BRS[:, None])
