@@ -97,4 +97,5 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
     """Return mask_(K)BTS: causal, and never across segments; padding (-1) sees only its like."""
     T = segments_BT.shape[-1]
     causal = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
-    return causal & (segments_BT[..., :, None] == segments_BT[..., None, :])
+    small_BT = segments_BT.int()  # half as much to compare
+    return causal & (small_BT[..., :, None] == small_BT[..., None, :])

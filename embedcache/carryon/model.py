@@ -119,7 +119,7 @@ class CarryOn(nn.Module):
         dtype = self.project.weight.dtype
         parts = [
             _unit_rms(
-                bridge((x_BTH[tap].to(dtype) - mean_H).mul_(scale_H), self.config.bridge_bits)
+                bridge(_standard(x_BTH[tap], mean_H, scale_H, dtype), self.config.bridge_bits)
             )
             for tap, mean_H, scale_H in zip(
                 self.config.taps, self.mean_PH, self.scale_PH, strict=True
@@ -315,6 +315,14 @@ def bridge(x_BTH: Tensor, bits: int) -> Tensor:
     largest = 2 ** (bits - 1) - 1
     scale = (x_BTH.abs().amax(dim=-1, keepdim=True) / largest).clamp_min(1e-12)
     return (x_BTH / scale).round().clamp(-largest, largest) * scale
+
+
+def _standard(x_BTH: Tensor, mean_H: Tensor, scale_H: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return each component less its mean, times its scale, in ``dtype``."""
+    if not x_BTH.is_cpu:
+        return (x_BTH.to(dtype) - mean_H) * scale_H
+    # In one copy: to take new memory costs a CPU more than to compute.
+    return x_BTH.to(dtype, copy=True).sub_(mean_H).mul_(scale_H)
 
 
 def _unit_rms(x_BTH: Tensor) -> Tensor:
