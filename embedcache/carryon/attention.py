@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from embedcache.carryon import blockwise
+
 SPANS = 65_535
 """Spans that a GPU attends over at once, at most: an axis of its grid."""
 
@@ -39,6 +41,8 @@ def attend(q_BTND: Tensor, k_BSND: Tensor, v_BSND: Tensor, where: Tensor | Spans
     if isinstance(where, Spans):
         return _over_spans(q_BTND, k_BSND, v_BSND, where)
     if q_BTND.ndim == 4:
+        if blockwise.fits(q_BTND, k_BSND):
+            return blockwise.attend_blockwise(q_BTND, k_BSND, v_BSND, where)
         mask = None if where is None else where[:, None]
         q, k, v = (part.transpose(1, 2) for part in (q_BTND, k_BSND, v_BSND))
         attended_BNTD = F.scaled_dot_product_attention(
@@ -93,4 +97,5 @@ def segment_mask(segments_BT: Tensor) -> Tensor:
     """Return mask_(K)BTS: causal, and never across segments; padding (-1) sees only its like."""
     T = segments_BT.shape[-1]
     causal = torch.ones(T, T, dtype=torch.bool, device=segments_BT.device).tril()
-    return causal & (segments_BT[..., :, None] == segments_BT[..., None, :])
+    small_BT = segments_BT.int()  # half as much to compare
+    return causal & (small_BT[..., :, None] == small_BT[..., None, :])

@@ -8,6 +8,8 @@ Axes: K stacked carry-ons, B batch, T time, H hidden of the base, R width, N hea
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -82,12 +84,34 @@ def rotated(qkv_BTPND: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, T
         from embedcache.carryon import kernels
 
         return kernels.rotated(qkv_BTPND, *rotary)
-    q_BTND, k_BTND, v_BTND = qkv_BTPND.unbind(-3)
-    return rotate(q_BTND, rotary), rotate(k_BTND, rotary), v_BTND
+    apply: Any = _Rotated.apply  # torch leaves it untyped
+    qk_BTPND, v_BTND = apply(qkv_BTPND, *rotary)
+    q_BTND, k_BTND = qk_BTPND.unbind(-3)
+    return q_BTND, k_BTND, v_BTND
 
 
 def rotate(x_BTND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate pairs (first half, second half) of each head by the angles of its position."""
-    cos, sin = (part.to(x_BTND.dtype) for part in rotary)
-    first, second = x_BTND.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    wide = torch.promote_types(x_BTND.dtype, torch.float32)
+    cos, sin = (part.to(wide) for part in rotary)
+    both, signed = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+    x = x_BTND.to(wide)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return (x * both).addcmul_(swapped, signed).to(x_BTND.dtype)
+
+
+class _Rotated(torch.autograd.Function):
+    """Queries and keys in one, rotated, and values; their gradient is that rotated back."""
+
+    @staticmethod
+    def forward(ctx: Any, qkv_BTPND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
+        ctx.save_for_backward(cos, sin)
+        rotated_BTPND = rotate(qkv_BTPND[..., :2, :, :], (cos, sin))
+        return rotated_BTPND, qkv_BTPND[..., 2, :, :].clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (qk_BTPND, v_BTND), (cos, sin) = gradients, ctx.saved_tensors
+        back_BTPND = rotate(qk_BTPND, (cos, -sin))
+        return torch.cat([back_BTPND, v_BTND.unsqueeze(-3)], dim=-3), None, None

@@ -118,7 +118,9 @@ class CarryOn(nn.Module):
         # The residual stream keeps the weights' precision, also where products are taken in less.
         dtype = self.project.weight.dtype
         parts = [
-            _unit_rms(bridge((x_BTH[tap].to(dtype) - mean_H) * scale_H, self.config.bridge_bits))
+            _unit_rms(
+                bridge(_standard(x_BTH[tap], mean_H, scale_H, dtype), self.config.bridge_bits)
+            )
             for tap, mean_H, scale_H in zip(
                 self.config.taps, self.mean_PH, self.scale_PH, strict=True
             )
@@ -239,9 +241,19 @@ class _Product(torch.autograd.Function):
         needed, (x_dtype, dtype) = ctx.needs_input_grad, ctx.dtypes
         return (
             (g_NO @ weight_OI).to(x_dtype) if needed[0] else None,
-            (g_NO.mT @ x_NI).to(dtype) if needed[1] else None,
+            _of_weights(g_NO, x_NI).to(dtype) if needed[1] else None,
             _summed(g_NO).to(dtype) if needed[2] else None,
         )
+
+
+def _of_weights(g_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """Return the gradient (K)OI of weights.
+
+    On a CPU one product a carry-on: that of all of them would copy the transposed ones first.
+    """
+    if g_NO.ndim == 2 or not g_NO.is_cpu:
+        return g_NO.mT @ x_NI
+    return torch.stack([g.mT @ x for g, x in zip(g_NO, x_NI, strict=True)])
 
 
 def _summed(g_NO: Tensor) -> Tensor:
@@ -305,6 +317,19 @@ def bridge(x_BTH: Tensor, bits: int) -> Tensor:
     return (x_BTH / scale).round().clamp(-largest, largest) * scale
 
 
+def _standard(x_BTH: Tensor, mean_H: Tensor, scale_H: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return each component less its mean, times its scale, in ``dtype``."""
+    if not x_BTH.is_cpu:
+        return (x_BTH.to(dtype) - mean_H) * scale_H
+    # In one copy: to take new memory costs a CPU more than to compute.
+    return x_BTH.to(dtype, copy=True).sub_(mean_H).mul_(scale_H)
+
+
 def _unit_rms(x_BTH: Tensor) -> Tensor:
     """Divide each token's vector by its root mean square: a few tokens are far from all others."""
-    return F.rms_norm(x_BTH, (x_BTH.shape[-1],), eps=1e-6)
+    H = x_BTH.shape[-1]
+    if not x_BTH.is_cpu:
+        return F.rms_norm(x_BTH, (H,), eps=1e-6)
+    # By its norm: a CPU's squares would be a tensor of their own.
+    length_BT1 = torch.linalg.vector_norm(x_BTH, dim=-1, keepdim=True)
+    return x_BTH * (length_BT1.square() / H + 1e-6).rsqrt()

@@ -14,6 +14,9 @@ from embedcache.loss.tiles import Tile
 BLOCK_BYTES = {"cpu": 2 << 20, "cuda": 64 << 20}
 """Bytes of float32 logits copied at a time, where a copy is needed; a CPU's stay in its cache."""
 
+RUNS = 32
+"""Runs of equal factors that are worth a product each."""
+
 
 def absorb(
     logits_RC: Tensor,
@@ -88,8 +91,28 @@ def combine(
     ``label`` are the head's weight_CH, place_R there, and factors, [R].
     """
     if label is None:
-        torch.mul(sum_RH, factor_R[:, None], out=out)  # nothing wider is made on the way
+        runs = _runs(factor_R) if sum_RH.is_cpu and sum_RH.dtype != factor_R.dtype else []
+        for rows, factor in runs:
+            torch.mul(sum_RH[rows], factor, out=out[rows])  # rounded once all the same
+        if not runs:
+            torch.mul(sum_RH, factor_R[:, None], out=out)  # nothing wider is made on the way
         return
     weight_CH, place_R, label_R = label
     gradient_RH = sum_RH * factor_R[:, None]  # wide until it is whole
     out.copy_(gradient_RH.add_(weight_CH[place_R] * label_R[:, None]))
+
+
+def _runs(factor_R: Tensor) -> list[tuple[slice, Tensor]]:
+    """Return the rows of equal factors that lie side by side, if they are few: else none.
+
+    A loss's mean gives all of its positions one, and a CPU multiplies by a single number in a third
+    of the time.
+    """
+    each, count = torch.unique_consecutive(factor_R, return_counts=True)
+    if len(each) > RUNS:
+        return []
+    ends = count.cumsum(0).tolist()
+    return [
+        (slice(start, end), factor)
+        for start, end, factor in zip([0, *ends], ends, each, strict=False)
+    ]

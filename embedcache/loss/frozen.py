@@ -27,6 +27,7 @@ from embedcache.loss.columns import Columns
 from embedcache.loss.labels import LabelRows
 from embedcache.loss.running import Running
 from embedcache.loss.tiles import tiles
+from embedcache.loss.whole import whole
 from embedcache.units import rounded_up
 
 
@@ -37,6 +38,8 @@ class Steps(NamedTuple):
     combine: Callable[..., None]
     whole: Callable[..., None] | None = None
     """The product and `absorb` in one, of a tile that is the whole softmax."""
+    ends: bool = False
+    """Whether ``whole`` leaves the loss's own slopes, of which a product makes the gradient."""
 
 
 IMPLS = ("auto", "torch", "triton")
@@ -71,7 +74,7 @@ def frozen_head_loss(
             streamed_hidden=weight_CH.shape[1] if streamed else 0,
         )
     apply: Any = _FrozenHeadLoss.apply  # torch leaves it untyped
-    steps = _implementation(impl, x_NH, columns)
+    steps = _implementation(impl, x_NH, columns, head)
     loss_N: Tensor = apply(x_NH, columns, head.logit_scale, head.softcap, targets_N, chunks, steps)
     return loss_N
 
@@ -102,15 +105,15 @@ class _FrozenHeadLoss(torch.autograd.Function):
             sum_NH = x_NH.new_zeros(x_NH.shape, dtype=wide)
         labels = LabelRows(columns, targets_N, device)
         settings = {"scale": scale, "softcap": softcap, "needs_gradient": needs_gradient}
-        whole = steps.whole if len(cuts) == 1 else None
+        of_all = steps.whole if len(cuts) == 1 else None
         with torch.autocast(device.type, enabled=False):
             for tile in tiles(columns, cuts, device):
                 weight_CH = tile.columns.weight_CH
                 for chunk in rows:
                     logits_RC = _matrix(buffer, chunk.stop - chunk.start, len(weight_CH))
                     seen = tile, targets_N[chunk], running.of(chunk)
-                    if whole is not None:
-                        whole(x_NH[chunk], *seen, out=logits_RC, **settings)
+                    if of_all is not None:
+                        of_all(x_NH[chunk], *seen, out=logits_RC, **settings)
                     else:
                         torch.mm(x_NH[chunk], weight_CH.T, out=logits_RC)
                         shrink_R = steps.absorb(logits_RC, *seen, **settings)
@@ -125,7 +128,10 @@ class _FrozenHeadLoss(torch.autograd.Function):
         if softcap is not None:
             # tanh would hide an infinite embedding.
             loss_N.masked_fill_(~x_NH.isfinite().all(dim=1), torch.nan)
-        if sum_NH is not None:
+        if sum_NH is not None and of_all is not None and steps.ends:
+            ctx.save_for_backward(sum_NH)
+            ctx.combine = steps.combine
+        elif sum_NH is not None:
             gradient_NH = x_NH.new_empty(x_NH.shape) if sum_NH.dtype != x_NH.dtype else sum_NH
             for chunk in rows:
                 # p - 1 at the label, times its slope
@@ -167,7 +173,7 @@ def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * width].view(rows, width)[:, :columns]
 
 
-def _implementation(impl: str, x_NH: Tensor, columns: Columns) -> Steps:
+def _implementation(impl: str, x_NH: Tensor, columns: Columns, head: Head) -> Steps:
     """Return the functions that the loss is computed by.
 
     Raises ``UsageError`` for an unknown name, or ``triton`` where it cannot run.
@@ -182,11 +188,13 @@ def _implementation(impl: str, x_NH: Tensor, columns: Columns) -> Steps:
             f"{'installed' if has_triton() else 'missing'}. Type: impl='auto'"
         )
     if impl == "torch" or not possible or (impl == "auto" and x_NH.device.type != "cuda"):
+        if x_NH.is_cpu and head.softcap is None:
+            return Steps(absorb, combine, whole, ends=True)
         return Steps(absorb, combine)
     from embedcache.loss import fused, kernels
 
-    whole = fused.fused_slopes if fused.fits(x_NH, columns) else None
-    return Steps(kernels.absorb_by_triton, kernels.combine_by_triton, whole)
+    slopes = fused.fused_slopes if fused.fits(x_NH, columns) else None
+    return Steps(kernels.absorb_by_triton, kernels.combine_by_triton, slopes)
 
 
 def _triton_runs_on(device_type: str) -> bool:

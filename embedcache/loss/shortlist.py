@@ -18,9 +18,10 @@ from embedcache.loss.chunks import plan_chunks
 from embedcache.loss.columns import Columns
 from embedcache.loss.frozen import frozen_head_loss
 
-SHORTLIST_ROWS = {"cpu": 2048, "cuda": 16_384}
-"""Positions that share one shortlist. Fewer have fewer labels: fewer columns to compute, but what
-is likely at one position is less often the label of another."""
+SHORTLIST_ROWS = {"cpu": 512, "cuda": 16_384}
+"""Positions that share one shortlist. Fewer have fewer labels: fewer columns to compute; and a step
+of several shortlists has errors of several draws, which partly cancel. But what is likely at one
+position is less often the label of another, and smaller products are slower on a GPU."""
 
 COLUMNS = 256
 """The columns of a shortlist are a multiple of this."""

@@ -5,7 +5,7 @@ import torch
 
 from embedcache.carryon.attention import segment_mask
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.elementwise import rotary_angles, rotate
+from embedcache.carryon.elementwise import rotary_angles, rotate, rotated
 from embedcache.carryon.model import CarryOn, Spread, bridge
 
 H = 16
@@ -90,6 +90,25 @@ def test_rope_matches_complex_multiplication():
     )
     expected = torch.complex(x[..., :4], x[..., 4:]) * turn
     torch.testing.assert_close(found, torch.cat([expected.real, expected.imag], -1))
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+@pytest.mark.parametrize(("dtype", "share"), [(torch.float32, 1e-6), (torch.bfloat16, 5e-3)])
+def test_rotations_and_their_gradients(lead, dtype, share):
+    draw = torch.Generator().manual_seed(0)
+    at = torch.randint(500, (*lead, 2, 5), generator=draw)
+    qkv = torch.randn(*lead, 2, 5, 3, 2, 8, generator=draw).to(dtype).requires_grad_()
+    wide = qkv.detach().double().requires_grad_()
+    angle = at[..., None, None, None] * 10000.0 ** -(torch.arange(4, dtype=torch.float64) / 4)
+    turned = torch.complex(*wide[..., :2, :, :].chunk(2, dim=-1)) * torch.exp(1j * angle)
+    expected = [*torch.cat([turned.real, turned.imag], dim=-1).unbind(-3), wide[..., 2, :, :]]
+    found = rotated(qkv, rotary_angles(at, 8))
+    upstream = [torch.randn(part.shape, generator=draw).to(dtype) for part in found]
+    gradient = torch.autograd.grad(found, qkv, upstream)[0]
+    other = torch.autograd.grad(expected, wide, [part.double() for part in upstream])[0]
+    for one, exact in zip([*found, gradient], [*expected, other], strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - exact).norm() < share * exact.norm()
 
 
 def test_segments_do_not_see_each_other():

@@ -1,0 +1,85 @@
+"""Causal attention for a CPU's bfloat16 products: blocks of queries, whose probabilities are kept.
+
+PyTorch's own computes the probabilities again for the gradient, and on a CPU it takes most of its
+time for what is no product: kept, a step's attention takes well under half.
+
+Axes: B batch, N heads, T time, S time of keys, D head width, G of B and N; R queries of a block.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+ROWS = 256
+"""Queries of a block: it sees no key after its last query, so with fewer, less is computed for
+nothing; with many fewer, products are too small to be fast."""
+LONGEST = 2048
+"""Tokens of a row, at most: of longer ones the probabilities would be more than all else."""
+
+
+def fits(q_BTND: Tensor, k_BSND: Tensor) -> bool:
+    """Say whether attention is left to `attend_blockwise`: of bfloat16, on a CPU, of whole rows."""
+    alike = q_BTND.device.type == "cpu" and q_BTND.dtype == torch.bfloat16
+    return alike and 1 < q_BTND.shape[1] == k_BSND.shape[1] <= LONGEST
+
+
+def attend_blockwise(
+    q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, mask_BTS: Tensor | None
+) -> Tensor:
+    """Return attended_BTND, causal; ``mask_BTS``, where there is one, is causal, too."""
+    B, T, N, D = q_BTND.shape
+    q, k, v = (part.transpose(1, 2).reshape(B * N, T, D) for part in (q_BTND, k_BTND, v_BTND))
+    apply: Any = _Blockwise.apply  # torch leaves it untyped
+    attended_GTD: Tensor = apply(q * D**-0.5, k, v, mask_BTS)
+    return attended_GTD.view(B, N, T, D).transpose(1, 2)
+
+
+class _Blockwise(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, mask_BTS: Tensor | None
+    ) -> Tensor:
+        attended_GTD = torch.empty_like(q_GTD)
+        kept = []
+        with torch.autocast("cpu", enabled=False):
+            for rows in _blocks(q_GTD.shape[1]):
+                score_GRS = torch.bmm(q_GTD[:, rows], k_GTD[:, : rows.stop].mT)
+                _hide(score_GRS, rows, mask_BTS)
+                chance_GRS = torch.softmax(score_GRS, dim=-1)
+                attended_GTD[:, rows] = torch.bmm(chance_GRS, v_GTD[:, : rows.stop])
+                kept.append(chance_GRS)
+        ctx.save_for_backward(q_GTD, k_GTD, v_GTD, *kept)
+        return attended_GTD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        (g_GTD,), (q_GTD, k_GTD, v_GTD, *kept) = gradients, ctx.saved_tensors
+        q_gradient_GTD = torch.empty_like(q_GTD)
+        # Sums over blocks are kept wide.
+        k_sum_GTD, v_sum_GTD = torch.zeros(2, *k_GTD.shape)
+        for rows, chance_GRS in zip(_blocks(q_GTD.shape[1]), kept, strict=True):
+            g_GRD, seen = g_GTD[:, rows], slice(rows.stop)
+            v_sum_GTD[:, seen] += torch.bmm(chance_GRS.mT, g_GRD)
+            upstream_GRS = torch.bmm(g_GRD, v_GTD[:, seen].mT)
+            score_GRS = torch._softmax_backward_data(upstream_GRS, chance_GRS, -1, g_GRD.dtype)
+            q_gradient_GTD[:, rows] = torch.bmm(score_GRS, k_GTD[:, seen])
+            k_sum_GTD[:, seen] += torch.bmm(score_GRS.mT, q_GTD[:, rows])
+        return q_gradient_GTD, k_sum_GTD.to(k_GTD.dtype), v_sum_GTD.to(v_GTD.dtype), None
+
+
+def _blocks(T: int) -> list[slice]:
+    return [slice(start, min(start + ROWS, T)) for start in range(0, T, ROWS)]
+
+
+def _hide(score_GRS: Tensor, rows: slice, mask_BTS: Tensor | None) -> None:
+    """Leave only what the queries of a block may see."""
+    seen, hidden = score_GRS.new_tensor([0.0, -torch.inf])
+    if mask_BTS is None:
+        R = rows.stop - rows.start
+        score_GRS[:, :, rows] += hidden.repeat(R, R).triu_(1)
+        return
+    bias_BRS = torch.where(mask_BTS[:, rows, : rows.stop], seen, hidden)
+    score_GRS.unflatten(0, (len(bias_BRS), -1)).add_(bias_BRS[:, None])
