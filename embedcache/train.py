@@ -22,7 +22,7 @@ from embedcache.training.config import TrainConfig
 from embedcache.training.member import Member, TrainSummary
 from embedcache.training.output import check_out
 from embedcache.training.planning import plan_memory
-from embedcache.training.ranks import ALONE, Ranks, join, local_device
+from embedcache.training.ranks import ALONE, Ranks, joined, local_device
 from embedcache.training.trainer import Trainer
 
 SHORTER = 8
@@ -60,10 +60,11 @@ def train(
     """
     runs = {out: config or TrainConfig()}
     target = _target(device, memory)
-    shared = _Shared(cache_path, target, progress, join(target), memory)
-    for out, settings in runs.items():
-        shared.check(out, settings)
-    (result,) = _train(shared, runs)
+    with joined(target) as ranks:
+        shared = _Shared(cache_path, target, progress, ranks, memory)
+        for out, settings in runs.items():
+            shared.check(out, settings)
+        (result,) = _train(shared, runs)
     if result.failure is not None:
         raise result.failure
     assert result.summary is not None
@@ -100,14 +101,14 @@ def sweep(
     """
     target = _target(device, memory)
     shared = _Shared(cache_path, target, progress, memory=memory)
-    ranks = join(target)
-    done = {out: shared.finished(out, config) for out, config in runs.items()}
-    todo = [out for out in runs if done[out] is None]
-    for out in todo:
-        shared.check(out, runs[out])
-    ranks.wait()  # none writes before all have checked
-    trained = _train(shared, {out: runs[out] for out in todo[ranks.rank :: ranks.count]})
-    results = {result.out: result for some in ranks.gather(trained) for result in some}
+    with joined(target) as ranks:
+        done = {out: shared.finished(out, config) for out, config in runs.items()}
+        todo = [out for out in runs if done[out] is None]
+        for out in todo:
+            shared.check(out, runs[out])
+        ranks.wait()  # none writes before all have checked
+        trained = _train(shared, {out: runs[out] for out in todo[ranks.rank :: ranks.count]})
+        results = {result.out: result for some in ranks.gather(trained) for result in some}
     return [
         results.get(out) or SweepResult(out=out, config=config, summary=done[out], failure=None)
         for out, config in runs.items()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from typing import TypeVar
@@ -73,16 +75,23 @@ def local_device(device: torch.device) -> torch.device:
     return torch.device("cuda", torch.cuda.current_device() if local is None else int(local))
 
 
-def join(device: torch.device) -> Ranks:
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that ``torchrun`` started: devices by NCCL on CUDA, and hosts by gloo.
 
-    Once in a process's life: further runs find each other where the first one did.
+    Once in a process's life: further runs find each other where the first one did. They part when
+    they end, together; a process that fails leaves at once, since the others may wait for it.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return ALONE
+        yield ALONE
+        return
     if device.type == "cuda":
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
         atexit.register(dist.destroy_process_group)
-    return Ranks(rank=dist.get_rank(), count=dist.get_world_size())
+    try:
+        yield Ranks(rank=dist.get_rank(), count=dist.get_world_size())
+    except BaseException:
+        atexit.unregister(dist.destroy_process_group)
+        raise
