@@ -19,9 +19,9 @@ from embedcache.loss.columns import Columns
 from embedcache.loss.frozen import frozen_head_loss
 
 SHORTLIST_ROWS = {"cpu": 512, "cuda": 16_384}
-"""Positions that share one shortlist. Fewer have fewer labels: fewer columns to compute; and a step
-of several shortlists has errors of several draws, which partly cancel. But what is likely at one
-position is less often the label of another, and smaller products are slower on a GPU."""
+"""Positions that share one shortlist. Fewer have fewer labels, and so fewer columns to compute; but
+what is likely at one position is less often the label of another. On a CPU 512 came out nearer the
+exact loss than 2,048 did, by three seeds of three."""
 
 COLUMNS = 256
 """The columns of a shortlist are a multiple of this."""
