@@ -32,6 +32,9 @@ CONFIG = TrainConfig(
 )
 
 
+LOW = Recipe(offload=True, part_tokens=64)
+
+
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
     monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
@@ -80,8 +83,7 @@ def test_a_recipe_changes_nothing_that_is_learned(world, tmp_path, monkeypatch, 
 
 def test_bfloat16_weights_learn_about_the_same(world, tmp_path, monkeypatch):
     plain, _ = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
-    low = Recipe(offload=True, part_tokens=64)
-    summary, found = trained(world, tmp_path / "low", monkeypatch, low)
+    summary, found = trained(world, tmp_path / "low", monkeypatch, LOW)
     assert summary.base_dev - summary.best_dev > 0.9 * (plain.base_dev - plain.best_dev)
     assert all(value.dtype == torch.float32 for value in found.values())
 
@@ -134,8 +136,8 @@ def test_stacked_ones_of_different_steps_take_as_many_parts_as_each_needs(
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-4)
 
 
-def test_a_run_goes_on_by_another_recipe(world, tmp_path, monkeypatch):
-    low = Recipe(offload=True, part_tokens=64)
+def interrupted(world: World, out, monkeypatch, recipe: Recipe) -> None:
+    """Train for five steps, and save."""
     stop, steps = Loop._step, []
 
     def stopping(self):
@@ -147,14 +149,29 @@ def test_a_run_goes_on_by_another_recipe(world, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         stop(self)
 
-    monkeypatch.setattr(Loop, "_step", stopping)
-    with pytest.raises(KeyboardInterrupt):
-        trained(world, tmp_path / "c", monkeypatch, low)
-    monkeypatch.setattr(Loop, "_step", stop)
+    with monkeypatch.context() as patch:
+        patch.setattr(Loop, "_step", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            trained(world, out, monkeypatch, recipe)
+
+
+def test_a_run_goes_on_by_another_recipe(world, tmp_path, monkeypatch):
+    interrupted(world, tmp_path / "c", monkeypatch, LOW)
     summary, _ = trained(world, tmp_path / "c", monkeypatch, PLAIN)
     assert summary.resumed_at_step == 5
     plain, _ = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
     assert summary.best_dev == pytest.approx(plain.best_dev, rel=5e-3)
+
+
+def test_a_run_whose_states_are_on_the_host_goes_on_as_if_it_had_not_stopped(
+    world, tmp_path, monkeypatch
+):
+    """A checkpoint has all that is in 16 bits, and all of each weight."""
+    interrupted(world, tmp_path / "c", monkeypatch, LOW)
+    summary, found = trained(world, tmp_path / "c", monkeypatch, LOW)
+    assert summary.resumed_at_step == 5
+    _, expected = trained(world, tmp_path / "whole", monkeypatch, LOW)
+    assert all(torch.equal(value, expected[name]) for name, value in found.items())
 
 
 def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
