@@ -42,7 +42,7 @@ from embedcache.train import train
 from embedcache.training.config import TrainConfig
 from embedcache.training.schedule import learning_rate
 
-LORA_RATES, RATES = (5e-4, 1e-3, 2e-3), (1e-3, 2e-3, 4e-3)
+RATES = (1e-3, 2e-3, 4e-3)
 CARRY_ONS = {
     "r=64, gate": CarryOnConfig(width=64),
     "r=256, no gate": CarryOnConfig(width=256, gate=False),
@@ -167,22 +167,20 @@ def main() -> None:
     extract(corpus, base=options.base, out=path)
     cache, tokens = Cache(path), options.batch_tokens
 
-    def chosen(name: str, run: Any, rates: tuple[float, ...]) -> Found:
-        found = [run(rate) for rate in rates]
+    def chosen(name: str, run: Any) -> Found:
+        found = [run(rate) for rate in RATES]
         for one in found:
             print(name, one, flush=True)
         return min(found, key=lambda one: one.dev)
 
     ours = {
         name: chosen(
-            name,
-            lambda peak, shape=shape: carryon(shape, path, peak, options.epochs, tokens),
-            RATES,
+            name, lambda peak, shape=shape: carryon(shape, path, peak, options.epochs, tokens)
         )
         for name, shape in CARRY_ONS.items()
     }
     step = partial(lora, options.base, cache, epochs=options.lora_epochs, tokens=tokens)
-    peer = chosen("LoRA", lambda peak: step(peak=peak), LORA_RATES)
+    peer = chosen("LoRA", lambda peak: step(peak=peak))
     base = Lora(load_base(options.base, dtype="bfloat16"), cache).score("test", tokens)
     rows = []
     for name, one in ours.items():
