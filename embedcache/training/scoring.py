@@ -64,7 +64,7 @@ def dev_losses(
         on_batch(batch.tokens)
     counted = torch.tensor(targets, dtype=torch.float64)
     for sums in (exact_K, estimate_K, counted):
-        sums.copy_(ranks.sum(sums.to(inputs.device)))
+        ranks.sum(sums)
     targets = int(counted)
     return [
         DevLoss(exact / targets, None if shortlist is None else estimate / targets)
