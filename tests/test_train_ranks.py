@@ -7,11 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from conftest import World
 from forked import ForkedCommand, exit_code, started
 
@@ -68,18 +70,14 @@ def ranks_environment(rank: int, port: int) -> dict[str, str]:
     return here | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
 def forked_ranks(*arguments: object) -> list[tuple[int | None, str, str]]:
     """Run the command in two processes as ``torchrun`` starts them: exit codes, and what is said.
 
     They import nothing anew. That ``torchrun`` starts them so, another test shows.
     """
-    port = free_port()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = int(free.getsockname()[1])
     ranks = [
         ForkedCommand(
             *map(str, arguments),
@@ -183,9 +181,17 @@ def test_a_sweep_is_dealt_out(world, tmp_path):
         assert close(load_carryon(out)[0], tmp_path / "all" / f"seed={seed}")
 
 
+@pytest.fixture
+def agent_port() -> Iterator[int]:
+    """The port of a store that outlives a run's end, as that of ``torchrun``'s agent does."""
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    yield store.port
+
+
 def train_each(rank: int, port: int, cache: Path, folders: list[Path], full: bool) -> None:
     """Train into each folder; where it is ``full``, the leading process's disk is: a target."""
-    os.environ.update(ranks_environment(rank, port))
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.environ.update(ranks_environment(rank, port) | agent)
     torch.set_num_threads(1)
     member.CHECKPOINT_SECONDS = 0.0  # the leading process saves at each step
     if full and rank == 0:
@@ -196,22 +202,27 @@ def train_each(rank: int, port: int, cache: Path, folders: list[Path], full: boo
         member.save_checkpoint = no_space
     for folder in folders:
         train(cache, out=folder, config=CONFIG, device="cpu")
+        # Whoever joins anew may find where another one was before: now and then, by chance.
+        assert dist.is_initialized()
 
 
-def test_two_processes_train_one_carryon_after_the_other(world, tmp_path):
-    folders, port = [tmp_path / name for name in ("a", "b")], free_port()
+def test_two_processes_train_one_carryon_after_the_other(world, tmp_path, agent_port):
+    folders = [tmp_path / name for name in ("a", "b")]
     given = world.cache_path, folders, False
-    ranks = [started(train_each, rank, port, *given) for rank in range(2)]
-    assert [exit_code(one) for one in ranks] == [0, 0]
+    ranks = [started(train_each, rank, agent_port, *given) for rank in range(2)]
+    try:
+        assert [exit_code(one, timeout=40) for one in ranks] == [0, 0]
+    finally:
+        for one in ranks:
+            one.kill()
     expected = reference(world, 2)
     assert all(close(expected, folder) for folder in folders)
 
 
-def test_what_fails_in_the_leading_process_alone_ends_it(world, tmp_path):
+def test_what_fails_in_the_leading_process_alone_ends_it(world, tmp_path, agent_port):
     """The other one waits for its gradients, until ``torchrun`` ends it."""
-    port = free_port()
     given = world.cache_path, [tmp_path / "c"], True
-    leader, other = (started(train_each, rank, port, *given) for rank in range(2))
+    leader, other = (started(train_each, rank, agent_port, *given) for rank in range(2))
     try:
         assert exit_code(leader, timeout=60) == 1
     finally:

