@@ -266,7 +266,9 @@ def writers_of(cache: Path) -> list[Holder]:
     Age is judged by this machine's clock, and not at all for a process of this machine.
     """
     mine, now = this_machine(), time.time()
-    files = (cache / CLAIMS / WRITERS).glob("*.json")
+    files: list[Path] = []
+    with suppress(FileNotFoundError):  # the last one takes the folder along, at any moment
+        files = sorted((cache / CLAIMS / WRITERS).glob("*.json"))
     found = [entry for path in files if (entry := read_holder(path)) is not None]
     return [
         holder
