@@ -81,6 +81,13 @@ def extract_command(
         float | None,
         typer.Option(help="transform: permitted rise of the base's cross-entropy, in nats."),
     ] = None,
+    top_ids: Annotated[
+        int,
+        typer.Option(
+            help="Of each position, keep so many of the tokens that the base thinks likely: "
+            "shortlists need far fewer others, then. 8 is good; takes the head's logits."
+        ),
+    ] = 0,
     block_tokens: Annotated[int, typer.Option(help="Rows of a block.")] = 16384,
     batch_tokens: Annotated[
         int | None, typer.Option(help="Padded tokens of a forward pass [2048; on CUDA 16384].")
@@ -160,6 +167,7 @@ def extract_command(
         "codec": codec,
         "bits": bits,
         "quality": quality,
+        "top_ids": top_ids,
         "context": context,
         "block_tokens": block_tokens,
         "batch_tokens": batch_tokens,

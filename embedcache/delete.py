@@ -21,7 +21,6 @@ import zarr
 from embedcache.cache.arrays import chunk_rows
 from embedcache.cache.block_files import BlockFiles, Recorded
 from embedcache.cache.claims import TURN, Claims
-from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import (
     Marker,
@@ -34,9 +33,9 @@ from embedcache.cache.layout import (
     ATTRIBUTE,
     ROWS,
     SPLITS,
+    block_shards,
     corpora_of,
     marker_path,
-    shard_name,
     token_chunks,
 )
 from embedcache.cache.manifest import SplitManifest, publish_manifest, split_manifest
@@ -325,20 +324,15 @@ class _Deleter:
         return targets
 
     def _shard(self, name: str, block: int, record: FileRecord, rows_S2: Array) -> FileRecord:
-        """Stage a shard of embeddings or scales without some sequences."""
+        """Stage a shard without some sequences."""
         settings = self._settings
-        (spec,) = [
-            spec
-            for spec in ARRAYS[codec_name(name, settings.codec)]
-            for tap in settings.taps
-            if shard_name(f"{name}/{spec.group}/{tap}", block, 1 + spec.wide) == record.path
-        ]
+        spec = block_shards(name, block, settings)[record.path]
         rows, size = settings.block_tokens, chunk_rows(spec, settings.block_tokens)
         hidden = self._plan.cache.attributes.base["hidden_size"]
         values = read_shard(
             self._cache / record.path,
             rows=rows,
-            columns=(hidden,) if spec.wide else (),
+            columns=spec.columns(hidden),
             dtype=spec.dtype,
             chunk_rows=size,
             chunks=rows // size,

@@ -19,14 +19,14 @@ import zarr
 
 from embedcache.cache.arrays import create_arrays
 from embedcache.cache.block_files import Recorded
-from embedcache.cache.codecs import ARRAYS, codec_name
 from embedcache.cache.commit import Marker
 from embedcache.cache.layout import (
     ATTRIBUTE,
     CODEC,
     SPLITS,
     CacheAttributes,
-    embedding_shards,
+    block_arrays,
+    block_shards,
     marker_path,
     token_chunks,
 )
@@ -124,15 +124,13 @@ class _Joiner:
         group.create_group("documents")
         create_rows(tokens, rows=blocks * settings.block_tokens, block_tokens=settings.block_tokens)
         _joined_tables(self._parts, name, self._names).write(group)
-        for tap in settings.taps:
-            create_arrays(
-                group,
-                tap,
-                ARRAYS[codec_name(name, settings.codec)],
-                blocks=blocks,
-                block_tokens=settings.block_tokens,
-                hidden=self._parts[0].cache.attributes.base["hidden_size"],
-            )
+        create_arrays(
+            group,
+            block_arrays(name, settings),
+            blocks=blocks,
+            block_tokens=settings.block_tokens,
+            hidden=self._parts[0].cache.attributes.base["hidden_size"],
+        )
         group.attrs[ATTRIBUTE] = self._totals(name)
         number = 0
         for part in self._parts:
@@ -176,7 +174,7 @@ class _Joiner:
         aside: tuple[int, ...],
     ) -> tuple[FileRecord, ...]:
         """Take a block's shards under its new number and write its marker; return their records."""
-        paths = embedding_shards(name, number, part.settings)
+        paths = block_shards(name, number, part.settings)
         taken = tuple(replace(r, path=path) for r, path in zip(records, paths, strict=True))
         for record, new in zip(records, taken, strict=True):
             self._take(part, record, new.path)

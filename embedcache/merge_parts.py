@@ -73,7 +73,7 @@ def require_alike(first: Part, other: Part) -> None:
         this=f"the cache {first.path}",
         that=f"the cache {other.path}",
     )
-    for key in ("codec", "taps", "context", "block_tokens"):
+    for key in ("codec", "taps", "top_ids", "context", "block_tokens"):
         one, two = getattr(first.settings, key), getattr(other.settings, key)
         if one != two:
             raise IdentityError(

@@ -16,6 +16,7 @@ from embedcache.device import resolve_device
 from embedcache.disk import writing
 from embedcache.errors import EmbedcacheError
 from embedcache.files import LOCK, writer_lock
+from embedcache.loss.shortlist import DRAWS
 from embedcache.progress import SILENT, Progress
 from embedcache.training.allocator import spare_reserves
 from embedcache.training.config import TrainConfig
@@ -255,4 +256,4 @@ def _loss_name(config: TrainConfig, vocabulary: int) -> str:
     """Return the loss asked for, or a shortlist where that is much shorter than the vocabulary."""
     if config.loss != "auto":
         return config.loss
-    return "shortlist" if vocabulary >= SHORTER * config.samples else "exact"
+    return "shortlist" if vocabulary >= SHORTER * (config.samples or DRAWS) else "exact"

@@ -18,7 +18,7 @@ import numpy as np
 from ledgers import files_of
 
 from embedcache.cache.coders import CODERS
-from embedcache.cache.layout import ROWS, TABLE_CHUNK, TABLES, embedding_shards, token_chunks
+from embedcache.cache.layout import ROWS, TABLE_CHUNK, TABLES, block_shards, token_chunks
 from embedcache.cache.ledger import PAGE, LedgerSeal
 from embedcache.cache.manifest import publish_manifest, read_manifest
 from embedcache.cache.reader import read_attributes
@@ -67,11 +67,11 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
         parts.append(told)
     sealed = _write(path / sealed_ledger(SPLIT), np.concatenate(parts))
     shards = np.array([packed(r) for files in files_of(small, SPLIT) for r in files], FILE)
-    shards = np.resize(shards, blocks * len(embedding_shards(SPLIT, 0, settings)))
+    shards = np.resize(shards, blocks * len(block_shards(SPLIT, 0, settings)))
     embeddings = _write(path / "ledger" / SPLIT / "embeddings", shards)
     for block in real:
         old, new = (
-            (*token_chunks(SPLIT, number), *embedding_shards(SPLIT, number, settings))
+            (*token_chunks(SPLIT, number), *block_shards(SPLIT, number, settings))
             for number in (block % like.period, block)
         )
         for source, target in zip(old, new, strict=True):

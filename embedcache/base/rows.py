@@ -18,7 +18,7 @@ def rows_of(matrix_VH: Tensor, index_N: Tensor) -> Tensor:
     """
     device = index_N.device
     if matrix_VH.device == device:
-        return matrix_VH[index_N]
+        return matrix_VH.index_select(0, index_N)
     if device.type == "cuda" and matrix_VH.is_pinned() and has_triton():
         from embedcache.base.gather import gathered
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -27,18 +28,17 @@ def chunk_rows(spec: ArraySpec, block_tokens: int) -> int:
 
 def create_arrays(
     group: zarr.Group,
-    tap: str,
-    specs: tuple[ArraySpec, ...],
+    arrays: Mapping[str, ArraySpec],
     *,
     blocks: int,
     block_tokens: int,
     hidden: int,
 ) -> None:
-    """Create the empty arrays of one tap in a split's group: one shard a block."""
-    for spec in specs:
-        columns = (hidden,) if spec.wide else ()
+    """Create the empty arrays of a split's blocks, by path, in its group: one shard a block."""
+    for path, spec in arrays.items():
+        columns = spec.columns(hidden)
         group.create_array(
-            f"{spec.group}/{tap}",
+            path,
             shape=(blocks * block_tokens, *columns),
             shards=(block_tokens, *columns),
             chunks=(chunk_rows(spec, block_tokens), *columns),

@@ -41,6 +41,8 @@ class Batch:
     A batch may be given in parts: ``whole`` counts the tokens and targets of all of them, and
     ``last`` says that none is to come. ``drawn``: what the loader was asked to make of it.
     ``counts_N``: float32, of one whose N was filled up to some number, 1 where a position counts.
+    ``top_ids_NK``: int32, of wanted positions, where they were asked for; see
+    `embedcache.cache.layout.LIKELY`.
     """
 
     x_BTH: dict[str, torch.Tensor]
@@ -59,10 +61,14 @@ class Batch:
     last: bool
     drawn: Drawn = ()
     counts_N: torch.Tensor | None = None
+    top_ids_NK: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
         """Return all that lies on the device."""
-        names = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N", "starts_M")
+        names = (
+            *("ids_BT", "positions_BT", "segments_BT"),
+            *("wanted_N", "targets_N", "top_ids_NK", "starts_M"),
+        )
         own = [*self.x_BTH.values(), *(getattr(self, name) for name in names)]
         return [
             tensor for tensor in (*own, *chain(*self.drawn)) if isinstance(tensor, torch.Tensor)
@@ -87,6 +93,7 @@ class Batch:
             starts_M=None if self.starts_M is None else self.starts_M[:2].clamp_max(1),
             last=True,
             drawn=(),
+            top_ids_NK=None,
         )
 
     def at_wanted(self, value_BTH: torch.Tensor) -> torch.Tensor:

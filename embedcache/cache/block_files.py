@@ -1,6 +1,6 @@
 """The shards of a split's blocks, what was put aside of them, and the ledgers of both.
 
-``embeddings`` has a record for each shard, block by block, as `embedding_shards` orders them;
+``embeddings`` has a record for each shard, block by block, as `block_shards` orders them;
 ``quarantined`` the sequences (of the split) that are never to be read, ascending.
 """
 
@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.cache.layout import LEDGER, ExtractSettings, embedding_shards
+from embedcache.cache.layout import LEDGER, ExtractSettings, block_shards
 from embedcache.cache.ledger import Ledger, LedgerSeal, write_ledger
 from embedcache.cache.records import FILE, FileRecord, packed, unpacked
 
@@ -40,7 +40,7 @@ class BlockFiles:
     ):
         self._split = split
         self._settings = settings
-        self._each = len(embedding_shards(split, 0, settings))
+        self._each = len(block_shards(split, 0, settings))
         paths = (cache / name for name in block_ledgers(split))
         self.embeddings = Ledger(next(paths), FILE, embeddings)
         self.quarantined = Ledger(next(paths), SEQUENCE, quarantined)
@@ -50,7 +50,7 @@ class BlockFiles:
 
     def __getitem__(self, block: int) -> tuple[FileRecord, ...]:
         """Return the records of a block's shards."""
-        names = embedding_shards(self._split, block, self._settings)
+        names = block_shards(self._split, block, self._settings)
         first = block * self._each
         return tuple(unpacked(self.embeddings[first + i], name) for i, name in enumerate(names))
 
@@ -74,7 +74,7 @@ def write_block_files(
         for block, (files, quarantined) in enumerate(blocks):
             aside.extend(quarantined)
             by_path = {record.path: record for record in files}
-            for name in embedding_shards(split, block, settings):
+            for name in block_shards(split, block, settings):
                 size += by_path[name].bytes
                 yield packed(by_path[name])
 

@@ -22,14 +22,19 @@ Array = np.ndarray[Any, Any]
 class ArraySpec:
     """One array of a codec.
 
-    ``group``: its group under the split; ``wide``: whether it has hidden columns; ``coder``: the
-    coder of its chunks (see `embedcache.cache.coders`).
+    ``group``: its group under the split; ``wide``: whether it has columns, the hidden ones or as
+    many as ``width`` says; ``coder``: the coder of its chunks (see `embedcache.cache.coders`).
     """
 
     group: str
     dtype: str
     wide: bool
     coder: str = "blosc"
+    width: int | None = None
+
+    def columns(self, hidden: int) -> tuple[int, ...]:
+        """Return the shape of a row."""
+        return (hidden if self.width is None else self.width,) if self.wide else ()
 
 
 ARRAYS: dict[str, tuple[ArraySpec, ...]] = {

@@ -9,6 +9,7 @@ zarr.json                          root group; its attributes are a `CacheAttrib
 <split>/documents/fingerprint             [documents, bytes] see `embedcache.corpus.fingerprint`
 <split>/embeddings/<tap>                  [blocks * R, hidden]  one shard a block
 <split>/scale/<tap>                       [blocks * R]       (int8 only)
+<split>/head/top_ids                      [blocks * R, k]    (optional) see `LIKELY`
 codec/<tap>/{mean,centre,predictor,inverse}   (transform only) see `embedcache.cache.transform`
 base/head/{weight,bias}, base/token_embedding/weight
 ledger/<split>/{sealed,embeddings,quarantined}   see `embedcache.cache.block_files`, `sealed_files`
@@ -24,7 +25,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.codecs import ARRAYS, check_codec, codec_name
+from embedcache.cache.codecs import ARRAYS, ArraySpec, check_codec, codec_name
 from embedcache.cache.damaged import WAY_OUT
 from embedcache.errors import CacheError, UsageError
 
@@ -36,6 +37,13 @@ COMMITS = "commits"
 CLAIMS = "claims"
 CODEC = "codec"
 LEDGER = "ledger"
+TOP_IDS = "head/top_ids"
+LIKELY = 0.05
+"""Probability from which a token is among a position's top ids, which hold 1 + its id, likeliest
+first, and 0 for none. What a shortlist lacks at one position, it may draw; a token as likely as
+that, and no label, would make most of the variance of its sums."""
+MOST_TOP_IDS = int(1 / LIKELY)
+"""Of a position: no more can be as likely."""
 MANIFEST = "manifest.json"
 SEALED = "sealed.json"
 DEFAULT_BITS = 1.5
@@ -69,7 +77,9 @@ class ExtractSettings:
     forward pass (a longer sequence goes alone). Both belong to the settings because batch shape
     changes floating-point results. For the codec ``transform``: ``bits`` is the budget of coded
     bits a value, or ``quality`` the permitted rise of the base's cross-entropy, read from decoded
-    embeddings, in nats a token; with neither, `DEFAULT_BITS`.
+    embeddings, in nats a token; with neither, `DEFAULT_BITS`. ``top_ids``: of each position, how
+    many of the tokens that the base thinks likeliest are stored, for shortlists to be smaller; 0
+    stores none, and computes no logits.
     """
 
     taps: tuple[str, ...] = ("final",)
@@ -79,6 +89,7 @@ class ExtractSettings:
     batch_tokens: int = 2048
     bits: float | None = None
     quality: float | None = None
+    top_ids: int = 0
 
     def __post_init__(self) -> None:
         check_codec(self.codec)
@@ -93,10 +104,23 @@ class ExtractSettings:
                 f"of {self.block_tokens}. Type: --block-tokens {self.context} or more"
             )
         self._check_target()
+        self._check_top_ids()
         if self.batch_tokens < 1:
             raise UsageError(
                 f"expected batches of at least 1 token, found {self.batch_tokens}. "
                 "Type for example: --batch-tokens 2048"
+            )
+
+    def _check_top_ids(self) -> None:
+        if not 0 <= self.top_ids <= MOST_TOP_IDS:
+            raise UsageError(
+                f"--top-ids is 0 to {MOST_TOP_IDS} a position, found {self.top_ids}. "
+                "Type: --top-ids 8"
+            )
+        if self.top_ids and "final" not in self.taps:
+            raise UsageError(
+                f"--top-ids are of the final tap, found --taps {','.join(self.taps)}. "
+                f"Type: --taps {','.join(['final', *self.taps])}"
             )
 
     def _check_target(self) -> None:
@@ -225,14 +249,25 @@ def token_chunks(split: str, block: int) -> tuple[str, ...]:
     )
 
 
-def embedding_shards(split: str, block: int, settings: ExtractSettings) -> tuple[str, ...]:
-    """Return the paths, inside the cache, of a block's embeddings, in the order of the ledger.
-
-    >>> embedding_shards("train", 3, ExtractSettings(codec="int8"))
-    ('train/embeddings/final/c/3/0', 'train/scale/final/c/3')
-    """
-    return tuple(
-        shard_name(f"{split}/{spec.group}/{tap}", block, 1 + spec.wide)
+def block_arrays(split: str, settings: ExtractSettings) -> dict[str, ArraySpec]:
+    """Return the arrays that a block has a shard of, by path under the split, in a fixed order."""
+    arrays = {
+        f"{spec.group}/{tap}": spec
         for tap in settings.taps
         for spec in ARRAYS[codec_name(split, settings.codec)]
-    )
+    }
+    if settings.top_ids:
+        arrays[TOP_IDS] = ArraySpec("head", "int32", wide=True, width=settings.top_ids)
+    return arrays
+
+
+def block_shards(split: str, block: int, settings: ExtractSettings) -> dict[str, ArraySpec]:
+    """Return a block's shards by path, inside the cache, in the order of the ledger.
+
+    >>> list(block_shards("train", 3, ExtractSettings(codec="int8")))
+    ['train/embeddings/final/c/3/0', 'train/scale/final/c/3']
+    """
+    return {
+        shard_name(f"{split}/{array}", block, 1 + spec.wide): spec
+        for array, spec in block_arrays(split, settings).items()
+    }

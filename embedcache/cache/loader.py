@@ -56,6 +56,7 @@ class BatchLoader:
     differ by one.
 
     ``one_row`` puts a batch's sequences one behind the other, in a row of fixed length.
+    With ``top_ids``, those of wanted positions come along; the split must store them.
     ``part_tokens`` cuts batches into parts of at most so many tokens, of whole sequences, where the
     device's memory is short; what lies there then is of one epoch at a time.
     """
@@ -76,6 +77,7 @@ class BatchLoader:
         part_tokens: int | None = None,
         ahead: int = 2,
         kept_bytes: int = 0,
+        top_ids: bool = False,
     ):
         """Open it; ``ahead`` batches, or parts, are made before they are asked for."""
         self._split = split
@@ -84,6 +86,7 @@ class BatchLoader:
         self._row_tokens = self._part_tokens if one_row else None
         self._ahead = ahead
         self._kept_bytes = kept_bytes
+        self._top_ids = top_ids
         self._order = BatchOrder(
             split,
             batch_tokens=batch_tokens,
@@ -178,13 +181,14 @@ class BatchLoader:
         """Yield the windows of some epochs."""
         blocks: Blocks = {}
         kept: Blocks = {}
-        most = self._kept_bytes // self._split.block_bytes(self._taps) if len(epochs) > 1 else 0
+        size = self._split.block_bytes(self._taps, top_ids=self._top_ids)
+        most = self._kept_bytes // size if len(epochs) > 1 else 0
         for batches in self._order.windows(epochs, skip):
             numbers = [items[:, 0].tolist() for items in batches if items is not None]
             blocks = {
                 block: blocks.get(block)
                 or kept.get(block)
-                or readers.submit(self._split.stored, block, self._taps)
+                or readers.submit(self._split.stored, block, self._taps, self._top_ids)
                 for block in dict.fromkeys(chain(*numbers))
             }
             others = (item for item in blocks.items() if item[0] not in kept)
@@ -271,6 +275,7 @@ class BatchLoader:
             None if packed.starts_M is None else moved(packed.starts_M),
             packed.whole,
             packed.last,
+            top_ids_NK=None if packed.top_ids_NK is None else moved(packed.top_ids_NK),
         )
 
 

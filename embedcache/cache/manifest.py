@@ -10,7 +10,7 @@ from typing import Any
 
 from embedcache.cache.block_files import BlockFiles, Recorded, write_block_files
 from embedcache.cache.damaged import WAY_OUT
-from embedcache.cache.layout import MANIFEST, ExtractSettings, embedding_shards
+from embedcache.cache.layout import MANIFEST, ExtractSettings, block_shards
 from embedcache.cache.ledger import LedgerSeal
 from embedcache.cache.sealed import Seal
 from embedcache.errors import CacheError
@@ -108,7 +108,7 @@ def split_manifest(
     """
     embeddings, quarantined, size = write_block_files(cache, split, settings, blocks)
     return SplitManifest(
-        blocks=embeddings.rows // len(embedding_shards(split, 0, settings)),
+        blocks=embeddings.rows // len(block_shards(split, 0, settings)),
         bytes=size,
         embeddings=embeddings,
         quarantined=quarantined,

@@ -90,12 +90,13 @@ class Packed:
     """A batch on the host, its embeddings still integers, undefined on padding; see `Batch`.
 
     What is copied to the device together is one tensor: ``rows_3BT`` are ids_BT, positions_BT and
-    segments_BT, ``wanted_2N`` wanted_N and targets_N.
+    segments_BT, ``wanted_2N`` wanted_N and targets_N. ``top_ids_NK`` are those of wanted positions.
     """
 
     arrays: dict[str, dict[str, torch.Tensor]]
     rows_3BT: torch.Tensor
     wanted_2N: torch.Tensor
+    top_ids_NK: torch.Tensor | None
     documents_N: Array
     places_N2: Array
     sequences: tuple[int, ...]
@@ -147,7 +148,7 @@ def pack(
     views = [
         (tap, group, a.flatten(0, 1).numpy()) for tap in taps for group, a in arrays[tap].items()
     ]
-    at, ids, masks = [], [], []
+    at, ids, masks, tops = [], [], [], []
     for b, row in enumerate(rows):
         start = b * T
         for index in row:
@@ -156,6 +157,8 @@ def pack(
                 view[start : start + stop - first] = block.arrays[tap][group][first:stop]
             ids.append(block.ids_N[first:stop])
             masks.append(block.loss_mask_N[first:stop])
+            if block.top_ids_NK is not None:
+                tops.append(block.top_ids_NK[first:stop])
             at.append(start)
             start += stop - first
     order_S = np.concatenate(rows)
@@ -172,6 +175,10 @@ def pack(
     target_N = np.flatnonzero(np.concatenate(masks) & (position_L > 0))
     wanted_2N = made((2, len(target_N)), dtype=torch.int64)
     wanted_2N.numpy()[:] = flat_L[target_N] - 1, ids_L[target_N]
+    top_ids_NK = None
+    if tops:
+        top_ids_NK = made((len(target_N), tops[0].shape[1]), dtype=torch.int32)
+        top_ids_NK.numpy()[:] = np.concatenate(tops)[target_N - 1]
     segment_N, place_N = segment_L[target_N], position_L[target_N] - 1
     document_S = np.array([block.document_S[place] for block, place in items])
     sequence_S = np.array([block.sequence_S[place] for block, place in items])
@@ -179,6 +186,7 @@ def pack(
         arrays,
         rows_3BT,
         wanted_2N,
+        top_ids_NK,
         document_S[segment_N],
         np.stack([sequence_S[segment_N], place_N], axis=1),
         tuple(sequence_S.tolist()),

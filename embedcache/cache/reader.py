@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ from embedcache.cache.coders import CODERS
 from embedcache.cache.damaged import WAY_OUT, reading
 from embedcache.cache.layout import (
     ATTRIBUTE,
+    TOP_IDS,
     CacheAttributes,
     ExtractSettings,
+    block_arrays,
     shard_name,
 )
 from embedcache.cache.manifest import Manifest, SplitManifest, read_manifest
@@ -42,7 +45,7 @@ class StoredBlock:
     tokens and targets. ``arrays``: by tap and group of the codec, [N] or [N, H]. ``rows_S2``:
     first row and row past the last of each sequence, within the block. ``sequence_S``: their
     numbers in the split. ``document_S``: their documents. Quarantined sequences are left out of the
-    S axes.
+    S axes. ``top_ids_NK``: int32, if it was asked for; see `embedcache.cache.layout.LIKELY`.
     """
 
     ids_N: Array
@@ -51,6 +54,7 @@ class StoredBlock:
     rows_S2: Array
     sequence_S: Array
     document_S: Array
+    top_ids_NK: Array | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,7 @@ class SplitReader:
         self._hidden = attributes.base["hidden_size"]
         self._settings = attributes.settings
         self._specs = ARRAYS[codec_name(name, attributes.settings.codec)]
+        self.top_ids = attributes.settings.top_ids
         self.files = manifest.files(cache, name, attributes.settings)
         self._tokens = SplitTokens(cache, name, self._rows, SealedFiles(cache, name, sealed))
 
@@ -118,13 +123,16 @@ class SplitReader:
         """The arrays that the split's codec stores of a tap."""
         return self._specs
 
-    def block_bytes(self, taps: tuple[str, ...]) -> int:
+    def block_bytes(self, taps: tuple[str, ...], *, top_ids: bool = False) -> int:
         """Return the bytes that a full block takes in memory, as `stored` reads it."""
         token = np.dtype(np.int64).itemsize + np.dtype(bool).itemsize
-        return self._rows * (token + len(taps) * sum(map(self._row_bytes, self._specs)))
+        row = token + len(taps) * sum(map(self._row_bytes, self._specs))
+        if top_ids:
+            row += self._row_bytes(block_arrays(self.name, self._settings)[TOP_IDS])
+        return self._rows * row
 
     def _row_bytes(self, spec: ArraySpec) -> int:
-        return np.dtype(spec.dtype).itemsize * (self._hidden if spec.wide else 1)
+        return np.dtype(spec.dtype).itemsize * math.prod(spec.columns(self._hidden))
 
     def block(self, block: int, taps: tuple[str, ...] | None = None) -> Block:
         """Read and decode a block on the CPU; ``taps`` defaults to all that are stored.
@@ -147,8 +155,8 @@ class SplitReader:
             stored.document_S,
         )
 
-    def stored(self, block: int, taps: tuple[str, ...]) -> StoredBlock:
-        """Read a block's tokens and integers.
+    def stored(self, block: int, taps: tuple[str, ...], top_ids: bool = False) -> StoredBlock:
+        """Read a block's tokens and integers, and its ``top_ids``, where there are any.
 
         Raises ``CacheError`` where a file is missing or not the one that the manifest states, or
         where a chunk fails its checksum.
@@ -156,26 +164,23 @@ class SplitReader:
         records = {record.path: record for record in self.files[block]}
         ids_N, loss_mask_N = self.tokens(block)
         with reading(self._cache / self.name):
+            shard = partial(self._shard, records=records, block=block, rows=len(ids_N))
             arrays = {
-                tap: {
-                    spec.group: self._shard(spec, tap, records, block, len(ids_N))
-                    for spec in self._specs
-                }
+                tap: {spec.group: shard(f"{spec.group}/{tap}") for spec in self._specs}
                 for tap in taps
             }
+            top_ids_NK = shard(TOP_IDS) if top_ids else None
         sequence_S, rows_S2, document_S = self.sequences(block)
-        return StoredBlock(ids_N, loss_mask_N, arrays, rows_S2, sequence_S, document_S)
+        return StoredBlock(ids_N, loss_mask_N, arrays, rows_S2, sequence_S, document_S, top_ids_NK)
 
-    def _shard(
-        self, spec: ArraySpec, tap: str, records: dict[str, FileRecord], block: int, rows: int
-    ) -> Array:
-        columns = (self._hidden,) if spec.wide else ()
+    def _shard(self, array: str, *, records: dict[str, FileRecord], block: int, rows: int) -> Array:
+        spec = block_arrays(self.name, self._settings)[array]
         size = chunk_rows(spec, self._rows)
-        name = shard_name(f"{self.name}/{spec.group}/{tap}", block, 1 + spec.wide)
+        name = shard_name(f"{self.name}/{array}", block, 1 + spec.wide)
         return read_shard(
             self._cache / name,
             rows=rows,
-            columns=columns,
+            columns=spec.columns(self._hidden),
             dtype=spec.dtype,
             chunk_rows=size,
             chunks=self._rows // size,

@@ -15,8 +15,15 @@ import numpy as np
 import zarr
 
 from embedcache.cache.arrays import checked, create_arrays
-from embedcache.cache.codecs import ARRAYS, codec_name
-from embedcache.cache.layout import ATTRIBUTE, LEDGER, ROWS, SEALED, SPLITS, CacheAttributes
+from embedcache.cache.layout import (
+    ATTRIBUTE,
+    LEDGER,
+    ROWS,
+    SEALED,
+    SPLITS,
+    CacheAttributes,
+    block_arrays,
+)
 from embedcache.cache.sealed import METADATA, publish_seal
 from embedcache.cache.sealed_files import seal_tree
 from embedcache.cache.tables import Table
@@ -165,15 +172,13 @@ class Sealer:
         """
         settings = attributes.settings
         for name, sealer in self.splits.items():
-            for tap in settings.taps:
-                create_arrays(
-                    self._groups[name],
-                    tap,
-                    ARRAYS[codec_name(name, settings.codec)],
-                    blocks=sealer.blocks,
-                    block_tokens=self._block_tokens,
-                    hidden=hidden,
-                )
+            create_arrays(
+                self._groups[name],
+                block_arrays(name, settings),
+                blocks=sealer.blocks,
+                block_tokens=self._block_tokens,
+                hidden=hidden,
+            )
         self._root.attrs[ATTRIBUTE] = attributes.to_dict()
         fsync_tree(self._staging)
         publish_seal(self._staging, seal_tree(self._staging))

@@ -19,7 +19,7 @@ from typing import Literal
 from embedcache.cache.arrays import chunk_rows
 from embedcache.cache.block_files import BlockFiles, block_ledgers
 from embedcache.cache.claims import writers_of
-from embedcache.cache.codecs import ARRAYS, codec_name
+from embedcache.cache.codecs import ArraySpec
 from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import Marker, committed_blocks
 from embedcache.cache.layout import (
@@ -29,9 +29,9 @@ from embedcache.cache.layout import (
     SPLITS,
     STAGING,
     CacheAttributes,
+    block_shards,
     marker_path,
     parts_of,
-    shard_name,
 )
 from embedcache.cache.ledger import Ledger
 from embedcache.cache.manifest import Manifest
@@ -299,7 +299,10 @@ class _Verifier:
     ) -> str | None:
         """Return what is wrong with a shard, which may still lie where its attempt staged it."""
         rows = self._attributes.settings.block_tokens
-        (spec, *_) = ARRAYS[codec_name(split, self._attributes.settings.codec)]
+        spec = block_shards(split, block, self._attributes.settings).get(record.path)
+        if spec is None:
+            codec = self._attributes.settings.codec
+            return f"is no file of this cache's codec '{codec}' and taps"
         chunks = rows // chunk_rows(spec, rows)
         root = self._cache
         staged = None if marker is None else self._cache / STAGING / marker.attempt
@@ -309,23 +312,15 @@ class _Verifier:
             return why
         if (why := content_fault(root, record)) is not None:
             return why
-        return self._decoding_fault(root / record.path, split, block, record)
+        return self._decoding_fault(root / record.path, spec)
 
-    def _decoding_fault(self, path: Path, split: str, block: int, record: FileRecord) -> str | None:
-        settings = self._attributes.settings
-        rows = settings.block_tokens
-        specs = {
-            shard_name(f"{split}/{spec.group}/{tap}", block, 1 + spec.wide): spec
-            for spec in ARRAYS[codec_name(split, settings.codec)]
-            for tap in settings.taps
-        }
-        if (spec := specs.get(record.path)) is None:
-            return f"is no file of this cache's codec '{settings.codec}' and taps"
+    def _decoding_fault(self, path: Path, spec: ArraySpec) -> str | None:
+        rows = self._attributes.settings.block_tokens
         try:
             read_shard(
                 path,
                 rows=rows,
-                columns=(self._attributes.base["hidden_size"],) if spec.wide else (),
+                columns=spec.columns(self._attributes.base["hidden_size"]),
                 dtype=spec.dtype,
                 chunk_rows=chunk_rows(spec, rows),
                 chunks=rows // chunk_rows(spec, rows),

@@ -6,24 +6,26 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch.nn import functional as F
 
-from embedcache.cache.codecs import ARRAYS, ArraySpec, Codec, codec_name
-from embedcache.cache.layout import ExtractSettings
+from embedcache.base.head import Head
+from embedcache.base.taps import FINAL
+from embedcache.cache.codecs import ArraySpec, Codec
+from embedcache.cache.layout import TOP_IDS, ExtractSettings, block_arrays
 from embedcache.extraction.buffers import Encoded
+from embedcache.extraction.top_ids import top_ids_of
 
 Array = np.ndarray[Any, Any]
 
 
 class BlockEncoder:
-    """Encodes the blocks of one split by its taps' codecs."""
+    """Encodes the blocks of one split by its taps' codecs, and finds their top ids by the head."""
 
-    def __init__(self, split: str, settings: ExtractSettings, codecs: dict[str, Codec]):
+    def __init__(self, split: str, settings: ExtractSettings, codecs: dict[str, Codec], head: Head):
         self._codecs = codecs
-        self.specs: dict[str, ArraySpec] = {
-            f"{spec.group}/{tap}": spec
-            for spec in ARRAYS[codec_name(split, settings.codec)]
-            for tap in settings.taps
-        }
+        self._head = head
+        self._top_ids = settings.top_ids
+        self.specs: dict[str, ArraySpec] = block_arrays(split, settings)
         """The arrays of a block by path under the split."""
 
     def __call__(
@@ -42,6 +44,10 @@ class BlockEncoder:
             for group, values in codec.encode(clean_NH, ids_N).items():
                 values[rows:] = 0
                 arrays[f"{group}/{tap}"] = values
+        if self._top_ids:
+            found_NK = top_ids_of(x_NH[FINAL][:rows], self._head, self._top_ids)
+            found_NK *= finite_N[:rows, None]
+            arrays[TOP_IDS] = F.pad(found_NK, (0, 0, 0, len(finite_N) - rows))
         return arrays, finite_N
 
 

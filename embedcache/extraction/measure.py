@@ -113,7 +113,13 @@ def measure(
         padding = sum(positions) / rows
         block_positions = round(settings.block_tokens * padding)
         rehearsal = Rehearsal(
-            x_NH, np.concatenate(ids), settings, scratch, laps, positions=block_positions
+            x_NH,
+            np.concatenate(ids),
+            settings,
+            base.head,
+            scratch,
+            laps,
+            positions=block_positions,
         )
         encoded = rehearsal.of({*dict(todo)}, codecs)
     return Measured(

@@ -18,8 +18,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from embedcache.base.head import Head
 from embedcache.cache.arrays import chunk_rows
-from embedcache.cache.codecs import ARRAYS, Codec, codec_name
+from embedcache.cache.codecs import Codec, codec_name
 from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import BlockWriter
 from embedcache.cache.layout import ExtractSettings
@@ -73,6 +74,7 @@ class Rehearsal:
         x_NH: dict[str, torch.Tensor],
         ids_N: Array,
         settings: ExtractSettings,
+        head: Head,
         scratch: Path | None,
         laps: Laps | None = None,
         positions: int = 0,
@@ -85,6 +87,7 @@ class Rehearsal:
         self._x_NH = x_NH
         self._ids_N = ids_N
         self._settings = settings
+        self._head = head
         self._scratch = scratch
         self._laps = laps
         self._every = positions
@@ -117,25 +120,24 @@ class Rehearsal:
         """Code the sample as a block's shards are; what zeros take is no row's."""
         block_tokens = self._settings.block_tokens
         row_bytes, block_bytes = 0.0, 0.0
-        arrays: list[str] = []
         ids_N = self._ids_N[self._finite_N.cpu().numpy()]
         rows = max(1, len(ids_N))
-        for tap, x_NH in self._x_NH.items():
-            stored = codecs[tap].encode(x_NH[self._finite_N], ids_N)
-            for spec in ARRAYS[codec_name(name, self._settings.codec)]:
-                values = stored[spec.group].cpu().numpy()
-                coder, chunk = CODERS[spec.coder], chunk_rows(spec, block_tokens)
-                if chunk > rows and spec.coder != "blosc":
-                    chunk = rows  # zeros after the rows would change how those are coded
-                padded = np.zeros((-(-rows // chunk) * chunk, *values.shape[1:]), values.dtype)
-                padded[: len(values)] = values
-                full = shard_bytes(padded, chunk, coder)
-                padded[:] = 0
-                empty = shard_bytes(padded, chunk, coder)
-                row_bytes += (full - empty) / rows
-                block_bytes += empty * block_tokens / len(padded)
-                arrays.append(f"{spec.group}/{tap}")
-        return row_bytes, block_bytes, tuple(arrays)
+        x_NH = {tap: x[self._finite_N] for tap, x in self._x_NH.items()}
+        encoder = BlockEncoder(name, self._settings, codecs, self._head)
+        stored, _ = encoder(x_NH, ids_N, len(ids_N))
+        for array, on_device in stored.items():
+            spec, values = encoder.specs[array], on_device.cpu().numpy()
+            coder, chunk = CODERS[spec.coder], chunk_rows(spec, block_tokens)
+            if chunk > rows and spec.coder != "blosc":
+                chunk = rows  # zeros after the rows would change how those are coded
+            padded = np.zeros((-(-rows // chunk) * chunk, *values.shape[1:]), values.dtype)
+            padded[: len(values)] = values
+            full = shard_bytes(padded, chunk, coder)
+            padded[:] = 0
+            empty = shard_bytes(padded, chunk, coder)
+            row_bytes += (full - empty) / rows
+            block_bytes += empty * block_tokens / len(padded)
+        return row_bytes, block_bytes, tuple(stored)
 
     def _seconds(self, name: str, codecs: dict[str, Codec]) -> tuple[float, float, float]:
         """Return the seconds of a row: of encoding, of committing, and lost to that beside it.
@@ -149,7 +151,8 @@ class Rehearsal:
         on_device_R = torch.from_numpy(places_R).to(device)
         x_RH = {tap: x[on_device_R] for tap, x in self._x_NH.items()}
         ids_R = self._ids_N[places_R]
-        encoder, slots = BlockEncoder(name, self._settings, codecs), HostBuffers(device, threads)
+        encoder = BlockEncoder(name, self._settings, codecs, self._head)
+        slots = HostBuffers(device, threads)
 
         def encode() -> Slot:
             return slots.fetch(*encoder(x_RH, ids_R, rows))()

@@ -29,7 +29,7 @@ from embedcache.cache.layout import (
     SPLITS,
     STAGING,
     ExtractSettings,
-    embedding_shards,
+    block_shards,
 )
 from embedcache.cache.manifest import Manifest, read_manifest
 from embedcache.cache.records import FileRecord, content_fault
@@ -250,7 +250,7 @@ def _mend_blocks(
         for block in {fault.block for fault in found.faults if fault.split == split}:
             assert block is not None
             marker = markers.pop(block, None)
-            names = {*embedding_shards(split, block, settings)}
+            names = {*block_shards(split, block, settings)}
             if (
                 marker is not None
                 and {record.path for record in marker.files} == names

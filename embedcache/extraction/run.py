@@ -183,7 +183,8 @@ class Extraction:
             if mended is None:
                 turn.close()
             encoders = {
-                name: BlockEncoder(name, self._settings, codecs[name]) for name in dict(todo)
+                name: BlockEncoder(name, self._settings, codecs[name], base.head)
+                for name in dict(todo)
             }
             pipeline = Pipeline(
                 out, self._claims, self._splits, base, forward, encoders, there.quarantine, progress

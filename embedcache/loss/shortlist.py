@@ -23,8 +23,12 @@ SHORTLIST_ROWS = {"cpu": 512, "cuda": 16_384}
 what is likely at one position is less often the label of another. On a CPU 512 came out nearer the
 exact loss than 2,048 did, by three seeds of three."""
 
-COLUMNS = 256
+COLUMNS = {"cpu": 64, "cuda": 256}
 """The columns of a shortlist are a multiple of this."""
+
+DRAWS, DRAWS_BESIDE_TOP_IDS = 2048, 128
+"""Tokens that a shortlist draws, about, if not said otherwise. Few are enough where it holds all
+that the base thinks likely."""
 
 FLATTENED = 0.35
 """Power of the mean square by which the tail is drawn. A half is best where the mean is known; one
@@ -46,8 +50,9 @@ class Listed(NamedTuple):
 class Shortlist:
     """A softmax over the labels of some positions and a sampled tail, which stands for the rest.
 
-    A token v that is no label enters with a chance of π_v = min(1, samples · q_v) and is then
-    weighted by 1/π_v (Poisson sampling; Horvitz and Thompson 1952), q the `tail_proposal`: the sum
+    Beside the labels it holds the top ids of each position, where a cache stores them. Of the other
+    tokens, v enters with a chance of π_v = min(1, samples · q_v) and is then weighted by 1/π_v
+    (systematic sampling, Madow 1949; Horvitz and Thompson 1952), q the `tail_proposal`: the sum
     that the softmax divides by is unbiased, with a variance as small as one draw for all positions
     allows; its logarithm, and so the loss, is biased low by about half the relative variance. Draws
     depend on (seed, step) alone, for one type of device.
@@ -61,7 +66,10 @@ class Shortlist:
         self._proposal_V = proposal_V
         self._samples = samples
         self._seed = seed
-        self._rows = SHORTLIST_ROWS.get(proposal_V.device.type, SHORTLIST_ROWS["cuda"])
+        kind = proposal_V.device.type
+        self._rows, self._multiple = (
+            of_kind.get(kind, of_kind["cuda"]) for of_kind in (SHORTLIST_ROWS, COLUMNS)
+        )
 
     def cross_entropy(self, x_GNH: Tensor, targets_N: Tensor, *, step: int) -> Tensor:
         """Return the estimated cross-entropy of each position, float32 [G, N], in nats.
@@ -78,32 +86,59 @@ class Shortlist:
         generator = torch.Generator(self._proposal_V.device)
         return generator.manual_seed(self._seed * 1_000_003 + step)
 
-    def draw(self, targets_N: Tensor, generator: torch.Generator) -> list[Listed]:
-        """Return a shortlist for every so many positions, on the proposal's device."""
+    def draw(
+        self,
+        targets_N: Tensor,
+        generator: torch.Generator,
+        top_ids_NK: Tensor | None = None,
+    ) -> list[Listed]:
+        """Return a shortlist for every so many positions, on the proposal's device.
+
+        ``top_ids_NK``: as a cache stores them (see `embedcache.cache.layout.LIKELY`).
+        """
         listed = []
-        for targets in targets_N.split(self._rows):
-            columns, index_V = self.columns(targets, generator)
+        for start in range(0, len(targets_N), self._rows):
+            rows = slice(start, start + self._rows)
+            targets = held = targets_N[rows]
+            if top_ids_NK is not None:
+                top_ids = top_ids_NK[rows].flatten()
+                held = torch.cat([targets, top_ids[top_ids > 0].long() - 1])
+            columns, index_V = self.columns(held, generator)
             assert columns.log_weight_C is not None
             listed.append(
                 Listed(columns.weight_CH, columns.bias_C, columns.log_weight_C, index_V[targets])
             )
         return listed
 
-    def columns(self, targets_N: Tensor, generator: torch.Generator) -> tuple[Columns, Tensor]:
-        """Return the columns for some positions and, by token id, the place of each among them."""
-        head = self._head
-        chance_V = self._proposal_V.clone()
-        chance_V[targets_N] = 0
-        chance_V = (chance_V * (self._samples / chance_V.sum())).clamp_max_(1)
-        chance_V[targets_N] = 1
-        uniform_V = torch.rand(len(chance_V), generator=generator, device=chance_V.device)
-        chosen = (uniform_V < chance_V).nonzero().squeeze(1)
-        index_V = torch.empty(len(chance_V), dtype=torch.long, device=chosen.device)
-        index_V[chosen] = torch.arange(len(chosen), device=chosen.device)
+    def columns(self, held_N: Tensor, generator: torch.Generator) -> tuple[Columns, Tensor]:
+        """Return columns of some tokens and a drawn tail.
+
+        Returns with them, by token id, the place of each among them.
+        """
+        head, q_V = self._head, self._proposal_V
+        device, V = q_V.device, len(q_V)
+        held_V = torch.zeros(V, dtype=torch.bool, device=device)
+        held_V[held_N] = True
+        held = held_V.nonzero().squeeze(1)
+        # The others' chances on a line, points at equal distances on it, from a random start: a
+        # token is drawn if one falls on its piece.
+        end_V = q_V.masked_fill(held_V, 0).cumsum(dim=0, dtype=torch.float64)
+        distance = end_V[-1] / self._samples
+        start = torch.rand(1, generator=generator, device=device, dtype=torch.float64)
+        points = (torch.arange(self._samples, device=device) + start) * distance
+        drawn = torch.searchsorted(end_V, points, right=True).clamp_max_(V - 1)
+        drawn = torch.unique_consecutive(drawn)
+        drawn = drawn[~held_V[drawn]]
+        chosen = torch.cat([held, drawn])
+        index_V = torch.empty(V, dtype=torch.long, device=device)
+        index_V[chosen] = torch.arange(len(chosen), device=device)
         # Columns of no weight: products of one shape are planned once, of each new one anew.
-        padding = (0, -len(chosen) % COLUMNS)
-        log_weight_C = F.pad(-chance_V[chosen].log(), padding, value=-torch.inf)
-        chosen = F.pad(chosen, padding)
+        padding = -len(chosen) % self._multiple
+        log_weight_C = F.pad(
+            -(q_V[drawn] / distance).clamp_max(1).log().float(), (len(held), 0), value=0.0
+        )
+        log_weight_C = F.pad(log_weight_C, (0, padding), value=-torch.inf)
+        chosen = F.pad(chosen, (0, padding))
         bias = None if head.bias_V is None else rows_of(head.bias_V[:, None], chosen)[:, 0]
         return Columns(rows_of(head.weight_VH, chosen), bias, log_weight_C), index_V
 

@@ -29,7 +29,8 @@ class TrainConfig:
         clip: largest global norm of the gradient.
         loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``: a shortlist where the
             vocabulary is much longer.
-        samples: tokens that a shortlist draws besides its labels.
+        samples: tokens that a shortlist draws besides its labels, about; None means 2,048, or 128
+            where the cache stores top ids.
         patience: epochs without a better dev loss before training stops.
         seed: of initial weights, order and draws.
         order_seed: of order and draws alone, where they should not follow ``seed``: carry-ons that
@@ -47,7 +48,7 @@ class TrainConfig:
     beta2: float = 0.99
     clip: float = 1.0
     loss: str = "auto"
-    samples: int = 2048
+    samples: int | None = None
     patience: int = 2
     seed: int = 0
     order_seed: int | None = None
@@ -57,8 +58,9 @@ class TrainConfig:
         """Raise ``UsageError`` for values outside their range or of another type."""
         check_types(self)
         for name in ("epochs", "patience", "samples"):
-            if getattr(self, name) < 1:
-                raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise UsageError(f"{name} must be at least 1, found {value}")
         for name in ("lr", "clip"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UsageError(f"{name} must be above 0 and finite, found {getattr(self, name)}")

@@ -68,7 +68,7 @@ class Feed:
             generator = generator or shortlist.generator(step)
             before = generator.get_state()
             try:
-                listed = shortlist.draw(batch.targets_N, generator)
+                listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NK)
             except torch.OutOfMemoryError:
                 generator.set_state(before)  # the same once more, if it is tried again
                 raise

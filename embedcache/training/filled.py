@@ -107,6 +107,7 @@ def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
         targets_N=shared("targets_N", batch.targets_N, N),
         counts_N=shared("counts_N", batch.targets_N, N, dtype=torch.float32),
         drawn=drawn,
+        top_ids_NK=None,
     )
     _copy(batch, made)
     return made

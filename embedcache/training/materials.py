@@ -14,6 +14,7 @@ from embedcache.carryon.model import Spread
 from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.evaluate import EVAL_TOKENS, FrozenInputs
 from embedcache.loss import Shortlist, tail_proposal
+from embedcache.loss.shortlist import DRAWS, DRAWS_BESIDE_TOP_IDS
 from embedcache.training.config import TrainConfig
 from embedcache.training.ranks import Ranks
 from embedcache.training.recipe import Recipe
@@ -125,7 +126,11 @@ class Materials:
             self._proposal_V = tail_proposal(x_NH[some].to(home, inputs.dtype), head)
         head = self.inputs(config.carryon, recipe, training=True).head
         proposal_V = self._proposal_V.to(self.device)
-        return Shortlist(head, proposal_V, samples=config.samples, seed=config.order)
+        return Shortlist(head, proposal_V, samples=self.draws(config), seed=config.order)
+
+    def draws(self, config: TrainConfig) -> int:
+        """Return how many tokens a carry-on's shortlists draw, about."""
+        return config.samples or (DRAWS_BESIDE_TOP_IDS if self.train.top_ids else DRAWS)
 
     def train_loader(
         self, config: TrainConfig, recipe: Recipe, *, kept_bytes: int = 0
@@ -144,6 +149,7 @@ class Materials:
             part_tokens=recipe.part_tokens,
             ahead=recipe.ahead,
             kept_bytes=kept_bytes,
+            top_ids=self.train.top_ids > 0,
         )
 
     def dev_loader(self, patterns: Patterns, taps: tuple[str, ...], recipe: Recipe) -> BatchLoader:
@@ -159,4 +165,5 @@ class Materials:
             ranks=self.ranks.count,
             one_row=recipe.one_row,
             ahead=recipe.ahead,
+            top_ids=self._splits["dev"].top_ids > 0,
         )

@@ -191,7 +191,7 @@ class _Trials:
         def draw(batch: Batch) -> Sequence[Sequence[object]]:
             if shortlist is None:
                 return ()
-            return shortlist.draw(batch.targets_N, shortlist.generator(0))
+            return shortlist.draw(batch.targets_N, shortlist.generator(0), batch.top_ids_NK)
 
         return materials.train_loader(config, recipe).epoch(0, draw=draw)
 

@@ -57,7 +57,8 @@ def dev_losses(
             loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)
             exact_K[k] += loss_N.double().sum().cpu()
         if shortlist is not None:
-            listed = shortlist.draw(batch.targets_N, shortlist.generator(step))
+            generator = shortlist.generator(step)
+            listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NK)
             loss_KN = estimate(y_KNH, listed, inputs.head, logit_bytes=recipe.logit_bytes)
             estimate_K += loss_KN.double().sum(dim=1).cpu()
         targets += len(batch.targets_N)

@@ -159,7 +159,9 @@ class Trainer:
     def _say_loss(self, members: Sequence[Member], recipe: Recipe) -> None:
         """Say how the loss is computed, unless that was said of a stack before."""
         config = members[0].config
-        told = f"loss: shortlists of the labels and {config.samples:,} draws"
+        likely = ", the base's top ids" if self.materials.train.top_ids else ""
+        draws = self.materials.draws(config)
+        told = f"loss: shortlists of the labels{likely} and {draws:,} draws"
         if members[0].loss == "exact":
             head = self.materials.inputs(config.carryon, recipe, training=True).head
             tokens = max(self.materials.batch_tokens(member.config) for member in members)

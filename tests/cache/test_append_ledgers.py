@@ -15,7 +15,7 @@ from ledgers import files_of, put_aside, quarantined
 import embedcache.append as verb
 from embedcache.cache import ledger
 from embedcache.cache.commit import BlockWriter
-from embedcache.cache.layout import embedding_shards
+from embedcache.cache.layout import block_shards
 from embedcache.cache.reader import Cache
 from embedcache.cache.records import FILE
 from embedcache.cache.verify import verify
@@ -41,7 +41,7 @@ def test_new_records_follow_those_that_were_there_over_pages(
     rows = rows_of(old, "train/embeddings", after.embeddings.rows)
     assert rows[: len(was)] == was
     assert len(rows) > len(was) > 3
-    names = [n for b in range(after.blocks) for n in embedding_shards("train", b, settings)]
+    names = [n for b in range(after.blocks) for n in block_shards("train", b, settings)]
     for (size, _, digest), name in zip(rows, names, strict=True):
         data = (old / name).read_bytes()
         assert (size, digest) == (len(data), hashlib.sha256(data).digest())

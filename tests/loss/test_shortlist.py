@@ -56,7 +56,7 @@ def test_shortlist_values_and_gradients(kind, monkeypatch):
         # Which tokens they are is read from their rows of the head: all differ.
         chosen = (columns.weight_CH[:, None] == head.weight_VH).all(-1).float().argmax(dim=1)
         real = columns.log_weight_C.isfinite()
-        assert len(chosen) % shortlist_module.COLUMNS == 0
+        assert len(chosen) % shortlist_module.COLUMNS["cpu"] == 0
         assert not real[chosen.new_tensor(range(int(real.sum()), len(chosen)))].any()
         chosen = chosen[real]
         labels = set(targets[rows].tolist())
