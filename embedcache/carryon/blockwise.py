@@ -9,6 +9,7 @@ Axes: B batch, N heads, T time, S time of keys, D head width, G of B and N; R qu
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -75,12 +76,16 @@ def _blocks(T: int) -> list[slice]:
     return [slice(start, min(start + ROWS, T)) for start in range(0, T, ROWS)]
 
 
+@lru_cache(maxsize=64)
+def _causal(R: int, dtype: torch.dtype) -> Tensor:
+    return torch.full((R, R), -torch.inf, dtype=dtype).triu_(1)
+
+
 def _hide(score_GRS: Tensor, rows: slice, mask_BTS: Tensor | None) -> None:
     """Leave only what the queries of a block may see."""
-    seen, hidden = score_GRS.new_tensor([0.0, -torch.inf])
     if mask_BTS is None:
-        R = rows.stop - rows.start
-        score_GRS[:, :, rows] += hidden.repeat(R, R).triu_(1)
+        score_GRS[:, :, rows] += _causal(rows.stop - rows.start, score_GRS.dtype)
         return
+    seen, hidden = score_GRS.new_tensor([0.0, -torch.inf])
     bias_BRS = torch.where(mask_BTS[:, rows, : rows.stop], seen, hidden)
     score_GRS.unflatten(0, (len(bias_BRS), -1)).add_(bias_BRS[:, None])

@@ -19,9 +19,16 @@ Array = np.ndarray[Any, Any]
 
 
 class BlockEncoder:
-    """Encodes the blocks of one split by its taps' codecs, and finds their top ids by the head."""
+    """Encodes the blocks of one split by its taps' codecs, and finds their top ids by a head."""
 
-    def __init__(self, split: str, settings: ExtractSettings, codecs: dict[str, Codec], head: Head):
+    def __init__(
+        self,
+        split: str,
+        settings: ExtractSettings,
+        codecs: dict[str, Codec],
+        head: Head | None = None,
+    ):
+        """Have an encoder; without a ``head`` it finds no top ids, even if they are asked for."""
         self._codecs = codecs
         self._head = head
         self._top_ids = settings.top_ids
@@ -44,7 +51,7 @@ class BlockEncoder:
             for group, values in codec.encode(clean_NH, ids_N).items():
                 values[rows:] = 0
                 arrays[f"{group}/{tap}"] = values
-        if self._top_ids:
+        if self._top_ids and self._head is not None:
             found_NK = top_ids_of(x_NH[FINAL][:rows], self._head, self._top_ids)
             found_NK *= finite_N[:rows, None]
             arrays[TOP_IDS] = F.pad(found_NK, (0, 0, 0, len(finite_N) - rows))

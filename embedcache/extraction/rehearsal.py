@@ -19,15 +19,17 @@ import numpy as np
 import torch
 
 from embedcache.base.head import Head
+from embedcache.base.taps import FINAL
 from embedcache.cache.arrays import chunk_rows
 from embedcache.cache.codecs import Codec, codec_name
 from embedcache.cache.coders import CODERS
 from embedcache.cache.commit import BlockWriter
-from embedcache.cache.layout import ExtractSettings
+from embedcache.cache.layout import TOP_IDS, ExtractSettings
 from embedcache.cache.shard import shard_bytes
 from embedcache.extraction.buffers import HostBuffers, Slot
 from embedcache.extraction.encoder import BlockEncoder, finite_rows
 from embedcache.extraction.laps import Laps
+from embedcache.extraction.top_ids import top_ids_of
 
 Array = np.ndarray[Any, Any]
 
@@ -49,7 +51,7 @@ class Encoded:
     row_bytes: float
     block_bytes: float
     row_seconds: float
-    """Of encoding on the device and copying to the host."""
+    """Of encoding on the device, top ids included, and copying to the host."""
     commit_seconds: float
     """Of coding, hashing, writing and flushing, on one thread while others are at it, too."""
     late_seconds: float
@@ -87,11 +89,17 @@ class Rehearsal:
         self._x_NH = x_NH
         self._ids_N = ids_N
         self._settings = settings
-        self._head = head
         self._scratch = scratch
         self._laps = laps
         self._every = positions
         self._finite_N = finite_rows(x_NH)
+        self._top_ids_NK: torch.Tensor | None = None
+        self._top_ids_seconds = 0.0
+        if settings.top_ids:
+            # Once: it takes much longer than all other encoding.
+            started = time.perf_counter()
+            self._top_ids_NK = top_ids_of(x_NH[FINAL], head, settings.top_ids).cpu()
+            self._top_ids_seconds = time.perf_counter() - started
 
     def of(self, names: set[str], codecs: dict[str, dict[str, Codec]]) -> dict[str, Encoded]:
         """Return what comes out for each of the splits."""
@@ -123,8 +131,10 @@ class Rehearsal:
         ids_N = self._ids_N[self._finite_N.cpu().numpy()]
         rows = max(1, len(ids_N))
         x_NH = {tap: x[self._finite_N] for tap, x in self._x_NH.items()}
-        encoder = BlockEncoder(name, self._settings, codecs, self._head)
+        encoder = BlockEncoder(name, self._settings, codecs)
         stored, _ = encoder(x_NH, ids_N, len(ids_N))
+        if self._top_ids_NK is not None:
+            stored[TOP_IDS] = self._top_ids_NK[self._finite_N.cpu()]
         for array, on_device in stored.items():
             spec, values = encoder.specs[array], on_device.cpu().numpy()
             coder, chunk = CODERS[spec.coder], chunk_rows(spec, block_tokens)
@@ -151,7 +161,7 @@ class Rehearsal:
         on_device_R = torch.from_numpy(places_R).to(device)
         x_RH = {tap: x[on_device_R] for tap, x in self._x_NH.items()}
         ids_R = self._ids_N[places_R]
-        encoder = BlockEncoder(name, self._settings, codecs, self._head)
+        encoder = BlockEncoder(name, self._settings, codecs)
         slots = HostBuffers(device, threads)
 
         def encode() -> Slot:
@@ -175,6 +185,9 @@ class Rehearsal:
                 began, core = time.perf_counter(), time.thread_time()
                 values = held[0].arrays.items()
                 arrays = {path: (encoder.specs[path], value.numpy()) for path, value in values}
+                if self._top_ids_NK is not None:
+                    top_ids_RK = self._top_ids_NK.numpy()[places_R]
+                    arrays[TOP_IDS] = encoder.specs[TOP_IDS], top_ids_RK
                 writer.commit(name, block, arrays)
                 return time.perf_counter() - began, time.thread_time() - core
 
@@ -189,4 +202,5 @@ class Rehearsal:
                     every=self._every,
                     at_once=threads,
                 )
-        return encoding / rows, median(spent) / rows, late / rows
+        encoding = encoding / rows + self._top_ids_seconds / len(self._ids_N)
+        return encoding, median(spent) / rows, late / rows

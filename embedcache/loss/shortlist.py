@@ -26,13 +26,19 @@ exact loss than 2,048 did, by three seeds of three."""
 COLUMNS = {"cpu": 64, "cuda": 256}
 """The columns of a shortlist are a multiple of this."""
 
-DRAWS, DRAWS_BESIDE_TOP_IDS = 2048, 128
+DRAWS, DRAWS_BESIDE_TOP_IDS = 2048, 256
 """Tokens that a shortlist draws, about, if not said otherwise. Few are enough where it holds all
 that the base thinks likely."""
 
 FLATTENED = 0.35
 """Power of the mean square by which the tail is drawn. A half is best where the mean is known; one
 over a sample knows little of rare tokens, and less than a half trains better."""
+
+FLATTENED_BESIDE_TOP_IDS = 0.7
+"""Power of the mean by which the tail is drawn where a shortlist holds what is likely. What is left
+varies little at each position; but all of a list see the same draws, and what these change of the
+gradient in common is least so: by as many draws little more than half of what the mean square's
+would."""
 
 EXPLORED = 0.1
 """Share of the tail's draws that no probability steers, for what the base thought impossible."""
@@ -175,15 +181,20 @@ def estimate(
     return torch.cat(losses, dim=1)
 
 
-def tail_proposal(x_NH: Tensor, head: Head) -> Tensor:
+def tail_proposal(x_NH: Tensor, head: Head, *, held: float | None = None) -> Tensor:
     """Return q_V, float32, which sums to 1: how likely a shortlist is to draw each token.
 
     The variance of the sum over a sampled tail is least where a token's chance is as the root of
-    the mean square of its probability. ``x_NH`` are embeddings to take that mean over.
+    the mean square of its probability. ``x_NH`` are embeddings to take that mean over. Where a
+    shortlist holds what has a probability of ``held`` or more, it is of the others' mean.
     """
     N, V = len(x_NH), len(head.weight_VH)
-    square_V = torch.zeros(V, device=x_NH.device)
+    sum_V = torch.zeros(V, device=x_NH.device)
     for rows in plan_chunks(N, V, torch.float32, x_NH.device).of_rows(N):
-        square_V += torch.softmax(head(x_NH[rows]).float(), dim=1).square_().sum(dim=0)
-    steered_V = square_V**FLATTENED
+        chance_nV = torch.softmax(head(x_NH[rows]).float(), dim=1)
+        if held is None:
+            sum_V += chance_nV.square_().sum(dim=0)
+        else:
+            sum_V += chance_nV.masked_fill_(chance_nV >= held, 0).sum(dim=0)
+    steered_V = sum_V ** (FLATTENED if held is None else FLATTENED_BESIDE_TOP_IDS)
     return (1 - EXPLORED) * steered_V / steered_V.sum() + EXPLORED / V

@@ -29,7 +29,7 @@ class TrainConfig:
         clip: largest global norm of the gradient.
         loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``: a shortlist where the
             vocabulary is much longer.
-        samples: tokens that a shortlist draws besides its labels, about; None means 2,048, or 128
+        samples: tokens that a shortlist draws besides its labels, about; None means 2,048, or 256
             where the cache stores top ids.
         patience: epochs without a better dev loss before training stops.
         seed: of initial weights, order and draws.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from embedcache.base.head import Head
+from embedcache.cache.layout import LIKELY
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.reader import Cache
 from embedcache.cache.sample import sample_embeddings
@@ -123,7 +124,9 @@ class Materials:
                     head.settings,
                 )
             some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), most)).long()
-            self._proposal_V = tail_proposal(x_NH[some].to(home, inputs.dtype), head)
+            self._proposal_V = tail_proposal(
+                x_NH[some].to(home, inputs.dtype), head, held=LIKELY if self.train.top_ids else None
+            )
         head = self.inputs(config.carryon, recipe, training=True).head
         proposal_V = self._proposal_V.to(self.device)
         return Shortlist(head, proposal_V, samples=self.draws(config), seed=config.order)
