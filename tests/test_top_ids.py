@@ -6,6 +6,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from tiny import tiny_base_directory, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from embedcache.append import append
-from embedcache.cache.layout import MOST_TOP_IDS
+from embedcache.cache.layout import LIKELY, MOST_TOP_IDS
 from embedcache.cache.loader import BatchLoader
 from embedcache.cache.reader import Cache
 from embedcache.cache.verify import verify
@@ -254,10 +255,13 @@ def test_a_shortlist_holds_them_and_its_sum_stays_unbiased(place: Path) -> None:
 def test_a_carry_on_trained_with_few_draws_is_near_one_with_all(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    proposed = Mock(wraps=materials_module.tail_proposal)
+    monkeypatch.setattr(materials_module, "tail_proposal", proposed)
     monkeypatch.setattr(materials_module, "DRAWS_BESIDE_TOP_IDS", 20)
     shape = CarryOnConfig(width=32, blocks=1)
     config = TrainConfig(carryon=shape, epochs=2, batch_tokens=256, lr=5e-3, loss="shortlist")
     few = train(place / "cache", out=tmp_path / "few", config=config)
+    assert proposed.call_args.kwargs == {"held": LIKELY}
     every = train(place / "cache", out=tmp_path / "all", config=replace(config, samples=100_000))
     assert few.best_dev == pytest.approx(every.best_dev, rel=5e-3)
     assert abs(every.shortlist_bias) < 0.1 * abs(few.shortlist_bias) < 0.1

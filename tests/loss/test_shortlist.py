@@ -113,6 +113,19 @@ def test_a_proposal_of_the_head_s_own_varies_less():
     assert (steered / exact).std(dim=0).mean() < 0.6 * (flat / exact).std(dim=0).mean()
 
 
+def test_a_proposal_beside_what_is_held_is_of_the_others():
+    """Also where probabilities are computed some at a time."""
+    x, head, _ = problem("plain", 64, 101, 16)
+    x = x.detach()
+    chance_NV = torch.softmax(reference_logits(x, head), dim=1)
+    mean_V = torch.where(chance_NV < 0.05, chance_NV, 0).mean(dim=0)
+    assert 0.2 < float(mean_V.sum()) < 0.8
+    steered_V = mean_V**shortlist_module.FLATTENED_BESIDE_TOP_IDS
+    expected = 0.9 * steered_V / steered_V.sum() + 0.1 / 101
+    found = tail_proposal(x, head, held=0.05)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+
+
 def test_draws_depend_on_seed_and_step_only():
     x, head, targets = problem("plain", 7, 101, 16)
 
