@@ -47,10 +47,10 @@ def likely():
         yield
 
 
-def run(corpus: Path, base: Path, out: Path, dtype: str = "float32", **changes: Any) -> Any:
+def run(corpus: Path, base: Path, out: Path, device: str = "cpu", **changes: Any) -> Any:
     settings = small_settings(**{"top_ids": K, "taps": ("layer_1", "final")} | changes)
-    config = corpus_config(corpus)
-    return extract(config, base=str(base), out=out, settings=settings, device="cpu", dtype=dtype)
+    config, dtype = corpus_config(corpus), "float32"
+    return extract(config, base=str(base), out=out, settings=settings, device=device, dtype=dtype)
 
 
 @pytest.fixture(scope="module")
@@ -278,3 +278,25 @@ def test_bad_input(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
         assert not (tmp_path / "cache").exists()
     with pytest.raises(UsageError, match="found -1"):
         small_settings(top_ids=-1)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_training_with_them_gains_what_the_exact_loss_does(
+    place: Path, tmp_path: Path, device: str
+) -> None:
+    run(place / "corpus", place / "base", tmp_path / "cache", device=device, codec="transform")
+    alike = (plain(tmp_path / "cache") == plain(place / "cache")).all(axis=1)
+    assert alike.mean() > 0.99
+    shape = CarryOnConfig(width=32, blocks=1)
+    config = TrainConfig(carryon=shape, epochs=3, batch_tokens=256, lr=5e-3, samples=100)
+    shortlist, exact = (
+        train(
+            tmp_path / "cache",
+            out=tmp_path / loss,
+            config=replace(config, loss=loss),
+            device=device,
+        )
+        for loss in ("shortlist", "exact")
+    )
+    gain = exact.base_dev - exact.best_dev
+    assert shortlist.base_dev - shortlist.best_dev == pytest.approx(gain, rel=0.1) and gain > 0.1
