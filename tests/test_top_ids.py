@@ -260,7 +260,15 @@ def test_a_carry_on_trained_with_few_draws_is_near_one_with_all(
     monkeypatch.setattr(materials_module, "DRAWS_BESIDE_TOP_IDS", 20)
     shape = CarryOnConfig(width=32, blocks=1)
     config = TrainConfig(carryon=shape, epochs=2, batch_tokens=256, lr=5e-3, loss="shortlist")
+    draw, seen = Shortlist.draw, []
+
+    def noted(self: Shortlist, targets_N: Any, generator: Any, top_ids_NK: Any = None) -> Any:
+        seen.append(top_ids_NK is not None)
+        return draw(self, targets_N, generator, top_ids_NK)
+
+    monkeypatch.setattr(Shortlist, "draw", noted)
     few = train(place / "cache", out=tmp_path / "few", config=config)
+    assert all(seen) and len(seen) > 4  # of train and of dev
     assert proposed.call_args.kwargs == {"held": LIKELY}
     every = train(place / "cache", out=tmp_path / "all", config=replace(config, samples=100_000))
     assert few.best_dev == pytest.approx(every.best_dev, rel=5e-3)

@@ -53,7 +53,6 @@ class BlockEncoder:
                 arrays[f"{group}/{tap}"] = values
         if self._top_ids and self._head is not None:
             found_NK = top_ids_of(x_NH[FINAL][:rows], self._head, self._top_ids)
-            found_NK *= finite_N[:rows, None]
             arrays[TOP_IDS] = F.pad(found_NK, (0, 0, 0, len(finite_N) - rows))
         return arrays, finite_N
 

@@ -126,6 +126,17 @@ def test_a_proposal_beside_what_is_held_is_of_the_others():
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
 
 
+def test_a_point_at_the_very_end_draws_nothing_twice(monkeypatch):
+    """As one may lie where sums are rounded."""
+    _, head, _ = problem("plain", 7, 101, 16)
+    ones = torch.ones(1, dtype=torch.float64)
+    monkeypatch.setattr(torch, "rand", lambda *given, **more: ones)
+    shortlist = Shortlist(head, torch.full((101,), 1 / 101), samples=10)
+    columns, _ = shortlist.columns(torch.tensor([3, 100]), torch.Generator())
+    real = columns.weight_CH[columns.log_weight_C.isfinite()]
+    assert len(real.unique(dim=0)) == len(real) > 9
+
+
 def test_draws_depend_on_seed_and_step_only():
     x, head, targets = problem("plain", 7, 101, 16)
 
