@@ -157,7 +157,15 @@ def slow_calibrating(patch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(
-    "slow", [slow_writing, slow_coding, slow_flushing, slow_base, slow_calibrating]
+    "slow",
+    [
+        slow_writing,
+        slow_base,
+        *(
+            pytest.param(one, marks=pytest.mark.slow)
+            for one in (slow_coding, slow_flushing, slow_calibrating)
+        ),
+    ],
 )
 def test_time_is_predicted_within_a_fifth_where_the_forward_pass_is_not_the_limit(
     place: Path,
