@@ -97,6 +97,7 @@ class SplitReader:
         self._hidden = attributes.base["hidden_size"]
         self._settings = attributes.settings
         self._specs = ARRAYS[codec_name(name, attributes.settings.codec)]
+        self._arrays = block_arrays(name, attributes.settings)
         self.top_ids = attributes.settings.top_ids
         self.files = manifest.files(cache, name, attributes.settings)
         self._tokens = SplitTokens(cache, name, self._rows, SealedFiles(cache, name, sealed))
@@ -128,7 +129,7 @@ class SplitReader:
         token = np.dtype(np.int64).itemsize + np.dtype(bool).itemsize
         row = token + len(taps) * sum(map(self._row_bytes, self._specs))
         if top_ids:
-            row += self._row_bytes(block_arrays(self.name, self._settings)[TOP_IDS])
+            row += self._row_bytes(self._arrays[TOP_IDS])
         return self._rows * row
 
     def _row_bytes(self, spec: ArraySpec) -> int:
@@ -156,7 +157,7 @@ class SplitReader:
         )
 
     def stored(self, block: int, taps: tuple[str, ...], top_ids: bool = False) -> StoredBlock:
-        """Read a block's tokens and integers, and its ``top_ids``, where there are any.
+        """Read a block's tokens and integers, and with ``top_ids`` those; it must store them.
 
         Raises ``CacheError`` where a file is missing or not the one that the manifest states, or
         where a chunk fails its checksum.
@@ -174,7 +175,7 @@ class SplitReader:
         return StoredBlock(ids_N, loss_mask_N, arrays, rows_S2, sequence_S, document_S, top_ids_NK)
 
     def _shard(self, array: str, *, records: dict[str, FileRecord], block: int, rows: int) -> Array:
-        spec = block_arrays(self.name, self._settings)[array]
+        spec = self._arrays[array]
         size = chunk_rows(spec, self._rows)
         name = shard_name(f"{self.name}/{array}", block, 1 + spec.wide)
         return read_shard(

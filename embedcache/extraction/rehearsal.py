@@ -167,6 +167,9 @@ class Rehearsal:
         ids_R = self._ids_N[places_R]
         encoder = BlockEncoder(name, self._settings, codecs)
         slots = HostBuffers(device, threads)
+        found = {}
+        if self._top_ids_NK is not None:
+            found[TOP_IDS] = encoder.specs[TOP_IDS], self._top_ids_NK.numpy()[places_R]
 
         def encode() -> Slot:
             return slots.fetch(*encoder(x_RH, ids_R, rows))()
@@ -189,10 +192,7 @@ class Rehearsal:
                 began, core = time.perf_counter(), time.thread_time()
                 values = held[0].arrays.items()
                 arrays = {path: (encoder.specs[path], value.numpy()) for path, value in values}
-                if self._top_ids_NK is not None:
-                    top_ids_RK = self._top_ids_NK.numpy()[places_R]
-                    arrays[TOP_IDS] = encoder.specs[TOP_IDS], top_ids_RK
-                writer.commit(name, block, arrays)
+                writer.commit(name, block, arrays | found)
                 return time.perf_counter() - began, time.thread_time() - core
 
             if self._laps is None:
