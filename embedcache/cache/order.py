@@ -9,6 +9,7 @@ Axes: S sequences of a window.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -22,6 +23,9 @@ Array = np.ndarray[Any, Any]
 
 WINDOW = 8
 """Blocks whose sequences are shuffled together."""
+AHEAD = 64
+"""Items that a batch passes over, at most, for such behind them that still fit: of long sequences,
+batches would be a tenth and more empty otherwise."""
 
 
 class BatchOrder:
@@ -94,7 +98,8 @@ class BatchOrder:
             items_S3 = self._items(blocks[start : start + WINDOW].tolist())
             if self._shuffle:
                 items_S3 = items_S3[generator.permutation(len(items_S3))]
-            batches = fill(np.concatenate([left_S3, items_S3]), self._batch_tokens)
+            ahead = AHEAD if self._shuffle else 0
+            batches = fill(np.concatenate([left_S3, items_S3]), self._batch_tokens, ahead=ahead)
             if start + WINDOW < len(blocks):
                 left_S3 = batches.pop()
             yield [batch for batch in batches if len(batch)]
@@ -112,21 +117,30 @@ class BatchOrder:
         return np.concatenate(parts)
 
 
-def fill(items_S3: Array, batch_tokens: int) -> list[Array]:
+def fill(items_S3: Array, batch_tokens: int, *, ahead: int = 0) -> list[Array]:
     """Cut items into batches of at most so many tokens; a longer item is one of its own.
 
-    The last one may not be full; it is empty where there are no items.
+    In order; but a batch passes over up to ``ahead`` items that do not fit, for such behind them
+    that do. The last batch may not be full; it is empty where there are no items.
 
-    >>> [batch[:, 2].tolist() for batch in fill(np.array([[0, 0, 3], [0, 1, 2], [1, 0, 9]]), 5)]
-    [[3, 2], [9]]
+    >>> items_S3 = np.array([[0, 0, 3], [0, 1, 9], [0, 2, 2], [0, 3, 1]])
+    >>> [batch[:, 2].tolist() for batch in fill(items_S3, 5)]
+    [[3], [9], [2, 1]]
+    >>> [batch[:, 2].tolist() for batch in fill(items_S3, 5, ahead=1)]
+    [[3, 2], [9], [1]]
     """
-    stop_S = np.cumsum(items_S3[:, 2])
-    batches, first = [], 0
-    while True:
-        before = int(stop_S[first - 1]) if first else 0
-        stop = int(np.searchsorted(stop_S, before + batch_tokens, side="right"))
-        stop = max(stop, first + 1)
-        batches.append(items_S3[first:stop])
-        if stop >= len(items_S3):
-            return batches
-        first = stop
+    length_S = items_S3[:, 2].tolist()
+    waiting = deque(range(len(items_S3)))
+    batches: list[Array] = []
+    while waiting or not batches:
+        room, taken, passed = batch_tokens, list[int](), list[int]()
+        while waiting and room > 0 and len(passed) <= ahead:
+            item = waiting.popleft()
+            if length_S[item] <= room or not (taken or passed):
+                taken.append(item)
+                room -= length_S[item]
+            else:
+                passed.append(item)
+        waiting.extendleft(reversed(passed))
+        batches.append(items_S3[taken])
+    return batches

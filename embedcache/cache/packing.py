@@ -25,7 +25,8 @@ COLUMNS = 64
 """Of how many positions rows have a multiple, so that few shapes are about: products of each new
 one are planned anew."""
 STARTS = 64
-"""Of how many sequence starts a batch of one row has a multiple, so that few shapes are about."""
+"""Of how many sequence starts a batch of one row has a multiple, so that few shapes are about; or,
+of less, a power of two: attention's gradient takes memory of 128 positions for each of them."""
 
 
 class Cut(NamedTuple):
@@ -132,7 +133,9 @@ def pack(
         # The padding in pieces: attention over spans takes time for what the longest might hold.
         padding = range(sum(lengths) + max(lengths), T, max(lengths))
         begin = [*np.cumsum([0, *lengths]).tolist(), *padding]
-        starts_M = made(rounded_up(len(begin) + 1, STARTS), dtype=torch.int32).fill_(T)
+        few = 1 << len(begin).bit_length()
+        size = rounded_up(len(begin) + 1, min(few, STARTS))
+        starts_M = made(size, dtype=torch.int32).fill_(T)
         starts_M.numpy()[: len(begin)] = begin
     B = len(rows)
     arrays = {

@@ -103,25 +103,38 @@ def test_the_number_of_threads_changes_nothing(split, monkeypatch):
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 200, 100_000])
-def test_the_order_is_that_of_the_plainest_plan(split, tokens):
-    """Shuffle blocks, shuffle each window's sequences, fill batches one after the other."""
+def test_the_order_is_that_of_the_plainest_plan(split, monkeypatch, tokens):
+    """Shuffle blocks, shuffle each window's sequences, fill batches one after the other.
+
+    Each with the first that fits, over and over, until so many have not.
+    """
+    monkeypatch.setattr(order_module, "AHEAD", 2)
     draw = np.random.default_rng([5, 3])
     blocks = draw.permutation(split.manifest.blocks).tolist()
-    expected, batch, used = [], [], 0
+    expected, left = [], []
     for start in range(0, len(blocks), order_module.WINDOW):
         items = [
             (int(sequence), int(b - a))
             for block in blocks[start : start + order_module.WINDOW]
             for sequence, (a, b) in zip(*split.sequences(block)[:2], strict=True)
         ]
-        for index in draw.permutation(len(items)).tolist():
-            sequence, length = items[index]
-            if batch and used + length > tokens:
-                expected.append(tuple(batch))
-                batch, used = [], 0
-            batch.append(sequence)
-            used += length
-    assert order(batches(split, 3, tokens=tokens, seed=5)) == [*expected, tuple(batch)]
+        left += [items[index] for index in draw.permutation(len(items)).tolist()]
+        while left:
+            batch, used, missed = [], 0, 0
+            for item in list(left):
+                if used + item[1] <= tokens or not (batch or missed):
+                    batch.append(item)
+                    used += item[1]
+                    left.remove(item)
+                else:
+                    missed += 1
+                if missed == 3:
+                    break
+            expected.append(batch)
+        left = expected.pop()
+    expected.append(left)
+    found = order(batches(split, 3, tokens=tokens, seed=5))
+    assert found == [tuple(sequence for sequence, _ in batch) for batch in expected]
 
 
 def test_skip_drops_the_first_batches(split):
@@ -178,6 +191,20 @@ def test_contents_and_targets_match_each_sequence(split):
                 (segment, t - 1): (int(ids[t]), document) for t in range(1, len(ids)) if mask[t]
             }
             assert {k: v for k, v in targets.items() if k[0] == segment} == wanted
+
+
+@pytest.mark.parametrize(("tokens", "few"), [(1, True), (200, True), (5_000, False)])
+def test_a_row_has_few_more_starts_than_it_needs(split, tokens, few):
+    """A power of two, or from 64 on a multiple: attention takes memory for each."""
+    for batch in batches(split, tokens=tokens, one_row=True):
+        starts = batch.starts_M.tolist()
+        needed, T = sum(start < batch.ids_BT.shape[1] for start in starts) + 1, starts[-1]
+        assert starts == sorted(starts) and batch.ids_BT.shape[1] == T
+        assert len(batch.sequences) < needed <= len(starts)
+        if few:
+            assert len(starts) in (2, 4, 8, 16) and len(starts) < 2 * (needed + 1)
+        else:
+            assert len(starts) % 64 == 0 and len(starts) < needed + 1 + 64
 
 
 @pytest.mark.parametrize("one_row", [False, True])
