@@ -1,8 +1,8 @@
 """Causal attention for a CPU's bfloat16 products: blocks of queries, whose probabilities are kept.
 
 PyTorch's own computes the probabilities again for the gradient. Kept, attention and its gradient
-take 0.86 of that time over rows of 1,024, and half of it where a mask tells sequences apart (one
-core with AVX512-BF16, two heads of 32).
+take 0.85 of that time over rows of 1,024, and half of it where a mask tells sequences apart (two
+cores with AVX512-BF16, two rows of one head of 64).
 
 Axes: B batch, N heads, T time, S time of keys, D head width, G of B and N; R queries of a block.
 """

@@ -17,7 +17,8 @@ class CarryOnConfig:
     Attributes:
         width: width R of the branch.
         blocks: number of transformer blocks in the branch.
-        head_width: width of an attention head; must divide ``width`` and be even.
+        head_width: width of an attention head; must divide ``width`` and be even. 0 becomes 64
+            where that divides it, else 32.
         mlp_ratio: width of the feed-forward layer over ``width``.
         gate: whether the output is gated by g in (0, 1), per element.
         token_input: whether the base's frozen token embedding is a second input.
@@ -30,7 +31,7 @@ class CarryOnConfig:
 
     width: int = 64
     blocks: int = 2
-    head_width: int = 32
+    head_width: int = 0
     mlp_ratio: int = 4
     gate: bool = True
     token_input: bool = False
@@ -40,6 +41,8 @@ class CarryOnConfig:
     def __post_init__(self) -> None:
         """Raise ``UsageError`` for a shape that cannot be built."""
         check_types(self)
+        if self.head_width == 0:
+            object.__setattr__(self, "head_width", 32 if self.width % 64 else 64)
         for name in ("width", "blocks", "head_width", "mlp_ratio"):
             if getattr(self, name) < 1:
                 raise UsageError(f"{name} must be at least 1, found {getattr(self, name)}")

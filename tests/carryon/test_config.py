@@ -3,12 +3,24 @@ from __future__ import annotations
 import pytest
 
 from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.model import CarryOn
 from embedcache.errors import UsageError
 
 
 def test_a_dictionary_gives_the_configuration_back():
-    config = CarryOnConfig(width=96, taps=("final", "layer_1"), gate=False, bridge_bits=4)
+    config = CarryOnConfig(
+        width=96, head_width=16, taps=("final", "layer_1"), gate=False, bridge_bits=4
+    )
     assert CarryOnConfig.from_dict(config.to_dict()) == config
+
+
+@pytest.mark.parametrize(("width", "head_width"), [(64, 64), (96, 32), (256, 64), (32, 32)])
+def test_heads_are_as_wide_as_divides_the_width_and_what_is_stored_says_so(width, head_width):
+    config = CarryOnConfig(width=width)
+    assert config.to_dict()["head_width"] == config.head_width == head_width
+    assert CarryOnConfig.from_dict(config.to_dict()) == config
+    assert CarryOn(config, 8).blocks[0].head_width == head_width
+    assert CarryOnConfig(width=width, head_width=16).head_width == 16
 
 
 @pytest.mark.parametrize(
