@@ -70,6 +70,7 @@ class Shortlist:
     def __init__(self, head: Head, proposal_V: Tensor, *, samples: int = 2048, seed: int = 0):
         self._head = head
         self._proposal_V = proposal_V
+        self._end_V = proposal_V.cumsum(dim=0, dtype=torch.float64)
         self._samples = samples
         self._seed = seed
         kind = proposal_V.device.type
@@ -109,35 +110,34 @@ class Shortlist:
             if top_ids_NK is not None:
                 top_ids = top_ids_NK[rows].flatten()
                 held = torch.cat([targets, top_ids[top_ids > 0].long() - 1])
-            columns, index_V = self.columns(held, generator)
+            columns, ids = self.columns(held, generator)
             assert columns.log_weight_C is not None
-            listed.append(
-                Listed(columns.weight_CH, columns.bias_C, columns.log_weight_C, index_V[targets])
-            )
+            index_N = torch.searchsorted(ids, targets)
+            listed.append(Listed(columns.weight_CH, columns.bias_C, columns.log_weight_C, index_N))
         return listed
 
     def columns(self, held_N: Tensor, generator: torch.Generator) -> tuple[Columns, Tensor]:
-        """Return columns of some tokens and a drawn tail.
+        """Return columns of some tokens and a drawn tail, and those tokens' ids.
 
-        Returns with them, by token id, the place of each among them.
+        The first columns are theirs, in the order of the ids, which is rising.
         """
-        head, q_V = self._head, self._proposal_V
-        device, V = q_V.device, len(q_V)
-        held_V = torch.zeros(V, dtype=torch.bool, device=device)
-        held_V[held_N] = True
-        held = held_V.nonzero().squeeze(1)
+        head, q_V, end_V = self._head, self._proposal_V, self._end_V
+        device, held = q_V.device, torch.unique(held_N)
         # The others' chances on a line, points at equal distances on it, from a random start: a
-        # token is drawn if one falls on its piece.
-        end_V = q_V.masked_fill(held_V, 0).cumsum(dim=0, dtype=torch.float64)
-        distance = end_V[-1] / self._samples
+        # token is drawn if one falls on its piece. That line is all tokens' without the pieces of
+        # those held, so a point is looked for behind the ones that were cut out before it.
+        end_held = end_V[held]
+        cut_out = (end_held - end_V[held - 1].masked_fill_(held == 0, 0)).cumsum(dim=0)
+        distance = (end_V[-1] - cut_out[-1]) / self._samples
         start = torch.rand(1, generator=generator, device=device, dtype=torch.float64)
         points = (torch.arange(self._samples, device=device) + start) * distance
-        drawn = torch.searchsorted(end_V, points, right=True).clamp_max_(V - 1)
+        before = torch.searchsorted(end_held - cut_out, points, right=True)
+        points += F.pad(cut_out, (1, 0))[before]
+        drawn = torch.searchsorted(end_V, points, right=True).clamp_max_(len(q_V) - 1)
         drawn = torch.unique_consecutive(drawn)
-        drawn = drawn[~held_V[drawn]]
+        nearest_held = held[torch.searchsorted(held, drawn).clamp_max_(len(held) - 1)]
+        drawn = drawn[nearest_held != drawn]  # a sum that is rounded may end on one
         chosen = torch.cat([held, drawn])
-        index_V = torch.empty(V, dtype=torch.long, device=device)
-        index_V[chosen] = torch.arange(len(chosen), device=device)
         # Columns of no weight: products of one shape are planned once, of each new one anew.
         padding = -len(chosen) % self._multiple
         log_weight_C = F.pad(
@@ -146,7 +146,7 @@ class Shortlist:
         log_weight_C = F.pad(log_weight_C, (0, padding), value=-torch.inf)
         chosen = F.pad(chosen, (0, padding))
         bias = None if head.bias_V is None else rows_of(head.bias_V[:, None], chosen)[:, 0]
-        return Columns(rows_of(head.weight_VH, chosen), bias, log_weight_C), index_V
+        return Columns(rows_of(head.weight_VH, chosen), bias, log_weight_C), held
 
 
 def cut_listed(listed: Sequence[Listed], rows: slice) -> list[Listed]:

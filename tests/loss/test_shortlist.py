@@ -52,7 +52,7 @@ def test_shortlist_values_and_gradients(kind, monkeypatch):
     other = x_GNH.detach().clone().requires_grad_()
     expected = []
     for rows in (slice(0, 4), slice(4, 7)):
-        columns, index_V = shortlist.columns(targets[rows], draw)
+        columns, ids = shortlist.columns(targets[rows], draw)
         # Which tokens they are is read from their rows of the head: all differ.
         chosen = (columns.weight_CH[:, None] == head.weight_VH).all(-1).float().argmax(dim=1)
         real = columns.log_weight_C.isfinite()
@@ -60,8 +60,7 @@ def test_shortlist_values_and_gradients(kind, monkeypatch):
         assert not real[chosen.new_tensor(range(int(real.sum()), len(chosen)))].any()
         chosen = chosen[real]
         labels = set(targets[rows].tolist())
-        assert labels <= set(chosen.tolist())
-        assert torch.equal(index_V[chosen], torch.arange(len(chosen)))
+        assert ids.tolist() == sorted(labels) == chosen[: len(ids)].tolist()
         rest = 1 - float(q_V[list(labels)].sum())
         chance = [
             1.0 if token in labels else min(1.0, samples * float(q_V[token]) / rest)
@@ -124,6 +123,26 @@ def test_a_proposal_beside_what_is_held_is_of_the_others():
     expected = 0.9 * steered_V / steered_V.sum() + 0.1 / 101
     found = tail_proposal(x, head, held=0.05)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("held", [[0], [100], [0, 1, 2, 50, 99, 100], [*range(0, 101, 2)]])
+def test_draws_are_those_of_a_line_made_anew_without_what_is_held(held):
+    """Whose pieces lie one behind the other, those of held tokens empty."""
+    _, head, _ = problem("plain", 7, 101, 16)
+    q_V = proposal(101)
+    shortlist = Shortlist(head, q_V, samples=10)
+    end_V = q_V.double().index_fill(0, torch.tensor(held), 0).cumsum(0)
+    several = set()
+    for step in range(50):
+        columns, ids = shortlist.columns(torch.tensor([*held, *held]), shortlist.generator(step))
+        assert ids.tolist() == held
+        start = torch.rand(1, generator=shortlist.generator(step), dtype=torch.float64)
+        expected = torch.searchsorted(end_V, (torch.arange(10) + start) * end_V[-1] / 10)
+        chosen = (columns.weight_CH[:, None] == head.weight_VH).all(-1).float().argmax(dim=1)
+        chosen = chosen[columns.log_weight_C.isfinite()]
+        assert chosen.tolist() == [*held, *expected.unique().tolist()]
+        several.add(tuple(chosen.tolist()))
+    assert len(several) > 10
 
 
 def test_a_point_at_the_very_end_draws_nothing_twice(monkeypatch):
