@@ -118,9 +118,7 @@ class CarryOn(nn.Module):
         # The residual stream keeps the weights' precision, also where products are taken in less.
         dtype = self.project.weight.dtype
         parts = [
-            _unit_rms(
-                bridge(_standard(x_BTH[tap], mean_H, scale_H, dtype), self.config.bridge_bits)
-            )
+            _input(x_BTH[tap], mean_H, scale_H, dtype, self.config.bridge_bits)
             for tap, mean_H, scale_H in zip(
                 self.config.taps, self.mean_PH, self.scale_PH, strict=True
             )
@@ -130,7 +128,7 @@ class CarryOn(nn.Module):
                 raise ValueError("this carry-on reads token ids: pass tokens_BTH")
             parts.append(_unit_rms(tokens_BTH.to(dtype)))
         inputs_BTI = parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        h_BTR = self.project(inputs_BTI.to(dtype)).to(dtype)
+        h_BTR = self.project(inputs_BTI).to(dtype)
         rotary = rotary_angles(positions_BT, self.config.head_width)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
@@ -200,12 +198,12 @@ class _Linear(nn.Linear):
         if weight.ndim == 2:
             return F.linear(x_BTI, weight, bias)
         apply: Any = _Product.apply  # torch leaves it untyped
-        K = len(weight)
-        # One alone: a GPU's plain product adds the bias on its way.
-        if x_BTI.ndim == 4 and (K > 1 or not x_BTI.is_cuda):
-            y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias)
+        K, sum_KOI = len(weight), getattr(weight, SUM, None)
+        # One alone: a plain product adds the bias on its way.
+        if x_BTI.ndim == 4 and K > 1:
+            y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias, sum_KOI)
             return y_KNO.unflatten(1, x_BTI.shape[1:3])
-        flat = weight.flatten(0, 1), None if bias is None else bias.flatten()
+        flat = [None if part is None else part.flatten(0, 1) for part in (weight, bias, sum_KOI)]
         y_BTO: Tensor = apply(x_BTI.flatten(0, -2), *flat).unflatten(0, x_BTI.shape[:-1])
         if x_BTI.ndim == 4:
             return y_BTO
@@ -213,18 +211,26 @@ class _Linear(nn.Linear):
         return y_BTO.unflatten(-1, (K, -1)).movedim(2, 0).contiguous()
 
 
+SUM = "embedcache_sum"
+"""Attribute of a stack's weight: what its gradients are added to as they are, where it is set."""
+
+
 class _Product(torch.autograd.Function):
     """A linear layer of x_NI, or one for each of K inputs; all have K as first axis then.
 
     Gradients of weights come out as weights lie: of `torch.baddbmm` they come out transposed, and
-    are copied. That of a bias is a product on a GPU: torch's sum takes several times the memory of
-    what it sums there, more than all else that a part of few tokens has at a time.
+    are copied. Where they go to a sum of the products' precision, a product adds them to it, and
+    none is there beside. That of a bias is a product on a GPU: torch's sum takes several times the
+    memory of what it sums there, more than all else that a part of few tokens has at a time.
     """
 
     @staticmethod
-    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, sum_OI: Tensor | None
+    ) -> Tensor:
         low = product_dtype(x_NI)
         ctx.dtypes = x_NI.dtype, weight_OI.dtype
+        ctx.sum_OI = sum_OI if sum_OI is not None and sum_OI.dtype == low else None
         x_NI, weight_OI = x_NI.to(low), weight_OI.to(low)
         bias_O = None if bias_O is None else bias_O.to(low)
         ctx.save_for_backward(x_NI, weight_OI)
@@ -239,10 +245,16 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g_NO,), (x_NI, weight_OI) = gradients, ctx.saved_tensors
         needed, (x_dtype, dtype) = ctx.needs_input_grad, ctx.dtypes
+        of_weights = None
+        if needed[1] and ctx.sum_OI is not None:
+            _add_of_weights(g_NO, x_NI, to=ctx.sum_OI)
+        elif needed[1]:
+            of_weights = _of_weights(g_NO, x_NI).to(dtype)
         return (
             (g_NO @ weight_OI).to(x_dtype) if needed[0] else None,
-            _of_weights(g_NO, x_NI).to(dtype) if needed[1] else None,
+            of_weights,
             _summed(g_NO).to(dtype) if needed[2] else None,
+            None,
         )
 
 
@@ -254,6 +266,17 @@ def _of_weights(g_NO: Tensor, x_NI: Tensor) -> Tensor:
     if g_NO.ndim == 2 or not g_NO.is_cpu:
         return g_NO.mT @ x_NI
     return torch.stack([g.mT @ x for g, x in zip(g_NO, x_NI, strict=True)])
+
+
+def _add_of_weights(g_NO: Tensor, x_NI: Tensor, *, to: Tensor) -> None:
+    """Add the gradient (K)OI of weights to a sum."""
+    if g_NO.ndim == 2:
+        to.addmm_(g_NO.mT, x_NI)
+    elif not g_NO.is_cpu:
+        to.baddbmm_(g_NO.mT, x_NI)
+    else:
+        for sum_OI, g, x in zip(to, g_NO, x_NI, strict=True):
+            sum_OI.addmm_(g.mT, x)
 
 
 def _summed(g_NO: Tensor) -> Tensor:
@@ -317,6 +340,21 @@ def bridge(x_BTH: Tensor, bits: int) -> Tensor:
     return (x_BTH / scale).round().clamp(-largest, largest) * scale
 
 
+def _input(
+    x_BTH: Tensor, mean_H: Tensor, scale_H: Tensor, dtype: torch.dtype, bridge_bits: int
+) -> Tensor:
+    """Return what is made of a tap: each component standardised, then each token's mean square 1.
+
+    In ``dtype``; or, on a CPU, as products take it, if nothing else wants more: what passes through
+    its memory is what takes time.
+    """
+    low = product_dtype(mean_H)
+    if x_BTH.is_cpu and low == x_BTH.dtype != mean_H.dtype and bridge_bits == 16:
+        x_NH = F.batch_norm(x_BTH.flatten(0, -2), mean_H, scale_H**-2, eps=0.0)
+        return x_NH.mul_(_one_over_rms(x_NH).to(low)).view(x_BTH.shape)
+    return _unit_rms(bridge(_standard(x_BTH, mean_H, scale_H, dtype), bridge_bits)).to(dtype)
+
+
 def _standard(x_BTH: Tensor, mean_H: Tensor, scale_H: Tensor, dtype: torch.dtype) -> Tensor:
     """Return each component less its mean, times its scale, in ``dtype``."""
     if not x_BTH.is_cpu:
@@ -327,9 +365,14 @@ def _standard(x_BTH: Tensor, mean_H: Tensor, scale_H: Tensor, dtype: torch.dtype
 
 def _unit_rms(x_BTH: Tensor) -> Tensor:
     """Divide each token's vector by its root mean square: a few tokens are far from all others."""
-    H = x_BTH.shape[-1]
-    if not x_BTH.is_cpu:
-        return F.rms_norm(x_BTH, (H,), eps=1e-6)
+    if x_BTH.is_cpu:
+        return x_BTH * _one_over_rms(x_BTH)
+    return F.rms_norm(x_BTH, x_BTH.shape[-1:], eps=1e-6)
+
+
+def _one_over_rms(x_BTH: Tensor) -> Tensor:
+    """Return one over each token's root mean square, _BT1, at least float32."""
     # By its norm: a CPU's squares would be a tensor of their own.
     length_BT1 = torch.linalg.vector_norm(x_BTH, dim=-1, keepdim=True)
-    return x_BTH * (length_BT1.square() / H + 1e-6).rsqrt()
+    wide = torch.promote_types(x_BTH.dtype, torch.float32)
+    return (length_BT1.to(wide).square() / x_BTH.shape[-1] + 1e-6).rsqrt()

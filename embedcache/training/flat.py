@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from embedcache.carryon.model import CarryOn
+from embedcache.carryon.model import SUM, CarryOn
 from embedcache.errors import CarryOnError
 from embedcache.training.config import TrainConfig
 from embedcache.training.states import DeviceStates, Due, HostStates
@@ -51,6 +51,8 @@ class FlatAdamW:
             value = nn.Parameter(self.values_KP[:, part].view(parameter.shape))
             gradient = self.gradient_KP[:, part].view(parameter.shape)
             value.register_post_accumulate_grad_hook(partial(_move, gradient))
+            if parameter.ndim > 2:
+                setattr(value, SUM, gradient)
             layer, _, attribute = name.rpartition(".")
             setattr(stack.get_submodule(layer), attribute, value)
             start += size
@@ -126,7 +128,10 @@ def send(values: Sequence[float] | Sequence[Sequence[float]], to: Tensor) -> Non
 
 
 def _move(gradient: Tensor, parameter: Tensor) -> None:
-    """Add a parameter's gradient to where it belongs at once, so that few exist twice."""
-    assert parameter.grad is not None
-    gradient.add_(parameter.grad)
-    parameter.grad = None
+    """Add a parameter's gradient to where it belongs at once, so that few exist twice.
+
+    There is none if a product added it itself.
+    """
+    if parameter.grad is not None:
+        gradient.add_(parameter.grad)
+        parameter.grad = None

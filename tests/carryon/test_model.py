@@ -231,6 +231,25 @@ def test_a_stack_is_its_carry_ons_one_by_one(kind, shared, masked):
             torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("calibrated", [False, True])
+def test_inputs_in_bfloat16_are_those_in_float32(calibrated):
+    """As a CPU's training makes them, a component of which lies far from zero."""
+    model = trained(width=32)
+    draw = torch.Generator().manual_seed(3)
+    x = (torch.randn(2, 50, H, generator=draw) * 3).bfloat16()
+    x[..., 4] += 40
+    if calibrated:
+        model.calibrate({"final": Spread.of(x.float().flatten(0, 1))})
+    at, seen = positions(2, 50), []
+    model.project.register_forward_hook(lambda layer, given, made: seen.append(given[0]))
+    model({"final": x.float()}, positions_BT=at)
+    with torch.autocast("cpu", torch.bfloat16):
+        model({"final": x}, positions_BT=at)
+    expected, found = seen
+    assert (expected.dtype, found.dtype) == (torch.float32, torch.bfloat16)
+    torch.testing.assert_close(found.float(), expected, rtol=0.015, atol=1e-6)
+
+
 def test_a_member_of_a_stack_is_the_carry_on_that_went_in():
     models = [trained(), trained(), trained()]
     for model in models:

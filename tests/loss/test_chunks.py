@@ -58,6 +58,7 @@ def test_a_gpu_nearly_full_gets_a_smaller_budget():
     from embedcache.loss.chunks import FREE_SHARE, LOGIT_BYTES, default_budget
 
     device = torch.device("cuda")
+    torch.cuda.empty_cache()  # what tests before this one left counts as free
     assert default_budget(device) == LOGIT_BYTES["cuda"]
     free = torch.cuda.mem_get_info()[0]
     held = torch.empty(free - LOGIT_BYTES["cuda"], dtype=torch.uint8, device=device)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn
+from embedcache.carryon.model import SUM, CarryOn
 from embedcache.training.config import TrainConfig
 from embedcache.training.flat import FlatAdamW
 
@@ -175,3 +176,33 @@ def test_gradients_of_parts_add_up():
     loss_of(parts, others).backward()
     differentiate(whole, flat, both)
     assert torch.equal(flat.gradient_KP, added.gradient_KP)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("low", [False, True])
+def test_what_products_add_is_what_autograd_would(count, low):
+    """To a sum of the products' precision; to one of another, autograd adds it after all."""
+    plain = CarryOn.stack(models()[:count])
+    added = CarryOn.stack(models()[:count])
+    flat = FlatAdamW(added, CONFIGS[:count])
+    draw = torch.Generator().manual_seed(5)
+    x = {"final": torch.randn(count, 2, 9, 16, generator=draw)}
+    at, upstream = torch.arange(9).expand(count, 2, 9), torch.randn(count, 2, 9, 16, generator=draw)
+    for _ in range(2):
+        for stack in (plain, added):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                delta = stack(x, positions_BT=at)
+            (delta.float() * upstream).sum().backward()
+    matrices = 0
+    for name, parameter in plain.named_parameters():
+        where = added.get_parameter(name)
+        assert where.grad is None
+        if parameter.ndim == 3:
+            found, matrices = getattr(where, SUM), matrices + 1
+            assert (
+                found.untyped_storage().data_ptr() == flat.gradient_KP.untyped_storage().data_ptr()
+            )
+            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-4)
+    assert matrices == 7
+    total = sum(float(p.grad.double().square().sum()) for p in plain.parameters())
+    assert float(flat.gradient_KP.double().square().sum()) == pytest.approx(total, rel=1e-5)
