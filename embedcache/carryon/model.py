@@ -33,6 +33,9 @@ from embedcache.carryon.elementwise import (
     rotated,
 )
 
+SUM = "embedcache_sum"
+"""Attribute of a stack's weight: what a product adds its gradient to, where it is set."""
+
 KeyValueUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a block's number and its new keys and values [B, N, T, D]; returns all of them so far."""
 
@@ -209,10 +212,6 @@ class _Linear(nn.Linear):
             return y_BTO
         # Each carry-on's lies close: all that is computed of it would be as scattered otherwise.
         return y_BTO.unflatten(-1, (K, -1)).movedim(2, 0).contiguous()
-
-
-SUM = "embedcache_sum"
-"""Attribute of a stack's weight: what its gradients are added to as they are, where it is set."""
 
 
 class _Product(torch.autograd.Function):

@@ -21,6 +21,9 @@ PIECES, COLUMNS = 4, 1024
 """Wanted positions are filled up to so many parts of a row, and columns of a shortlist to a
 multiple, so that shapes recur."""
 
+STARTS = 16
+"""Starts that a part has at least where memory is short: one of more would be recorded anew."""
+
 Inputs = dict[tuple[object, ...], Tensor]
 """What batches are copied into, by name and shape: those of like shapes share it."""
 
@@ -54,7 +57,8 @@ class Shape(NamedTuple):
 def shape_of(batch: Batch, *, whole: bool) -> Shape:
     """Return the shape that a batch is filled up to.
 
-    Wanted positions to a quarter of the row, or more, or, where ``whole``, to all of it.
+    Wanted positions to a quarter of the row, or more, or, where ``whole``, to all of it, and starts
+    to more than most parts have.
     """
     assert batch.starts_M is not None
     row = batch.ids_BT.shape[1]
@@ -62,7 +66,7 @@ def shape_of(batch: Batch, *, whole: bool) -> Shape:
     columns = [len(one.weight_CH) for one in cast("Sequence[Listed]", batch.drawn)]
     return Shape(
         row=row,
-        starts=len(batch.starts_M),
+        starts=max(len(batch.starts_M), STARTS if whole else 0),
         positions=rounded_up(max(1, len(batch.targets_N)), piece),
         columns=rounded_up(sum(columns), COLUMNS),
     )

@@ -289,8 +289,9 @@ def test_the_end_is_recorded_before_any_gradient(stacks):
         torch.testing.assert_close(value, other)
 
 
-def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends):
+def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends, monkeypatch):
     """A larger part's takes the place of the one before; smaller parts are filled up to it."""
+    monkeypatch.setattr(filled, "STARTS", 8)
     make, graphs = stacks
     (plain, recorded), batches = make("shortlist")
     for stack in (plain, recorded):
@@ -317,6 +318,22 @@ def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends):
     (shape,) = recorder._recorded
     assert shape.columns == 384 * -(-3 * len(few.weight_CH) // 384)
     assert shape.positions >= 200 and shape.starts == len(longer.starts_M)
+
+
+def test_within_a_budget_few_more_sequences_need_no_other_recording(stacks):
+    make, graphs = stacks
+    (plain, recorded), batches = make("exact")
+    for stack in (plain, recorded):
+        stack.recipe = replace(PLAIN, part_tokens=200)
+    recorder = Captured(recorded, CPU)
+    few = replace(batches[0], starts_M=batches[0].starts_M[-8:].clone())
+    few.starts_M[0] = 0
+    more = replace(few, starts_M=torch.cat([few.starts_M, few.starts_M[-1:].repeat(8)]))
+    for one in (few, more, few):
+        found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    assert [shape.starts for shape in recorder._recorded] == [16] and len(graphs) == 1
 
 
 def test_a_batch_is_let_go_of_before_its_recording_is_replayed(stacks):
