@@ -9,12 +9,12 @@ Axes: S sequences of a window.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from embedcache.cache.packing import cut_parts
 from embedcache.cache.reader import SplitReader
 from embedcache.cache.subset import Subset
 from embedcache.errors import UsageError
@@ -98,8 +98,10 @@ class BatchOrder:
             items_S3 = self._items(blocks[start : start + WINDOW].tolist())
             if self._shuffle:
                 items_S3 = items_S3[generator.permutation(len(items_S3))]
-            ahead = AHEAD if self._shuffle else 0
-            batches = fill(np.concatenate([left_S3, items_S3]), self._batch_tokens, ahead=ahead)
+            items_S3 = np.concatenate([left_S3, items_S3])
+            lengths, ahead = items_S3[:, 2].tolist(), AHEAD if self._shuffle else 0
+            parts = cut_parts(lengths, self._batch_tokens, ahead=ahead)
+            batches = [items_S3[part] for part in parts]
             if start + WINDOW < len(blocks):
                 left_S3 = batches.pop()
             yield [batch for batch in batches if len(batch)]
@@ -115,32 +117,3 @@ class BatchOrder:
             length_S = (rows_S2[:, 1] - rows_S2[:, 0])[place_S]
             parts.append(np.stack([np.full_like(place_S, block), place_S, length_S], axis=1))
         return np.concatenate(parts)
-
-
-def fill(items_S3: Array, batch_tokens: int, *, ahead: int = 0) -> list[Array]:
-    """Cut items into batches of at most so many tokens; a longer item is one of its own.
-
-    In order; but a batch passes over up to ``ahead`` items that do not fit, for such behind them
-    that do. The last batch may not be full; it is empty where there are no items.
-
-    >>> items_S3 = np.array([[0, 0, 3], [0, 1, 9], [0, 2, 2], [0, 3, 1]])
-    >>> [batch[:, 2].tolist() for batch in fill(items_S3, 5)]
-    [[3], [9], [2, 1]]
-    >>> [batch[:, 2].tolist() for batch in fill(items_S3, 5, ahead=1)]
-    [[3, 2], [9], [1]]
-    """
-    length_S = items_S3[:, 2].tolist()
-    waiting = deque(range(len(items_S3)))
-    batches: list[Array] = []
-    while waiting or not batches:
-        room, taken, passed = batch_tokens, list[int](), list[int]()
-        while waiting and room > 0 and len(passed) <= ahead:
-            item = waiting.popleft()
-            if length_S[item] <= room or not (taken or passed):
-                taken.append(item)
-                room -= length_S[item]
-            else:
-                passed.append(item)
-        waiting.extendleft(reversed(passed))
-        batches.append(items_S3[taken])
-    return batches

@@ -6,6 +6,7 @@ that are no padding.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -50,20 +51,27 @@ def cut_batch(items: list[tuple[StoredBlock, int]], most: int) -> Iterator[Cut]:
         yield Cut([items[index] for index in part], whole, part is parts[-1])
 
 
-def cut_parts(lengths: list[int], most: int) -> list[list[int]]:
-    """Cut sequences, in order, into runs of at most ``most`` tokens; a longer one is alone.
+def cut_parts(lengths: list[int], most: int, *, ahead: int = 0) -> list[list[int]]:
+    """Cut sequences into runs of at most ``most`` tokens; a longer one is alone.
 
-    >>> cut_parts([5, 3, 2, 4], 8)
-    [[0, 1], [2, 3]]
+    In order; but a run passes over up to ``ahead`` sequences that do not fit, for such behind them
+    that do. Of no sequences, there is one run without any.
+
+    >>> cut_parts([5, 3, 2, 4], 8), cut_parts([3, 9, 2, 1], 5), cut_parts([3, 9, 2, 1], 5, ahead=1)
+    ([[0, 1], [2, 3]], [[0], [1], [2, 3]], [[0, 2], [1], [3]])
     """
-    parts: list[list[int]] = [[]]
-    tokens = 0
-    for index, size in enumerate(lengths):
-        if parts[-1] and tokens + size > most:
-            parts.append([])
-            tokens = 0
-        parts[-1].append(index)
-        tokens += size
+    waiting, parts = deque(range(len(lengths))), list[list[int]]()
+    while waiting or not parts:
+        room, taken, passed = most, list[int](), list[int]()
+        while waiting and room > 0 and len(passed) <= ahead:
+            index = waiting.popleft()
+            if lengths[index] <= room or not (taken or passed):
+                taken.append(index)
+                room -= lengths[index]
+            else:
+                passed.append(index)
+        waiting.extendleft(reversed(passed))
+        parts.append(taken)
     return parts
 
 
