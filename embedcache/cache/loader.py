@@ -254,12 +254,13 @@ class BatchLoader:
         moved = partial(torch.Tensor.to, device=self._device, non_blocking=True)
         ids_BT, positions_BT, segments_BT = moved(packed.rows_3BT)
         wanted_N, targets_N = moved(packed.wanted_2N)
-        padding_BT1 = (segments_BT < 0)[..., None]
+        full = packed.tokens == segments_BT.numel()
+        padding_BT1 = None if full else (segments_BT < 0)[..., None]
         x_BTH = {}
         for tap, arrays in packed.arrays.items():
             stored = {name: moved(integers) for name, integers in arrays.items()}
             x = self._split.codecs[tap].decode(stored, packed.rows_3BT[0].numpy())
-            x_BTH[tap] = x.masked_fill_(padding_BT1, 0)
+            x_BTH[tap] = x if padding_BT1 is None else x.masked_fill_(padding_BT1, 0)
         return Batch(
             x_BTH,
             ids_BT,

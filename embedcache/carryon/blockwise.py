@@ -40,36 +40,43 @@ def attend_blockwise(
 
 
 class _Blockwise(torch.autograd.Function):
+    """Each block's parts lie close, and are kept so: a product of several would copy them first."""
+
     @staticmethod
     def forward(
         ctx: Any, q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, mask_BTS: Tensor | None
     ) -> Tensor:
-        attended_GTD = torch.empty_like(q_GTD)
-        kept = []
+        attended, kept = [], []
         with torch.autocast("cpu", enabled=False):
             for rows in _blocks(q_GTD.shape[1]):
-                score_GRS = torch.bmm(q_GTD[:, rows], k_GTD[:, : rows.stop].mT)
+                q_GRD = q_GTD[:, rows].contiguous()
+                k_GSD, v_GSD = (part[:, : rows.stop].contiguous() for part in (k_GTD, v_GTD))
+                score_GRS = torch.bmm(q_GRD, k_GSD.mT)
                 _hide(score_GRS, rows, mask_BTS)
                 chance_GRS = torch.softmax(score_GRS, dim=-1)
-                attended_GTD[:, rows] = torch.bmm(chance_GRS, v_GTD[:, : rows.stop])
-                kept.append(chance_GRS)
-        ctx.save_for_backward(q_GTD, k_GTD, v_GTD, *kept)
-        return attended_GTD
+                attended.append(torch.bmm(chance_GRS, v_GSD))
+                kept += [q_GRD, k_GSD, v_GSD, chance_GRS]
+        ctx.save_for_backward(*kept)
+        return torch.cat(attended, dim=1)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g_GTD,), (q_GTD, k_GTD, v_GTD, *kept) = gradients, ctx.saved_tensors
-        q_gradient_GTD = torch.empty_like(q_GTD)
-        # Sums over blocks are kept wide.
-        k_sum_GTD, v_sum_GTD = torch.zeros(2, *k_GTD.shape)
-        for rows, chance_GRS in zip(_blocks(q_GTD.shape[1]), kept, strict=True):
-            g_GRD, seen = g_GTD[:, rows], slice(rows.stop)
-            v_sum_GTD[:, seen] += torch.bmm(chance_GRS.mT, g_GRD)
-            upstream_GRS = torch.bmm(g_GRD, v_GTD[:, seen].mT)
+        (g_GTD,), kept = gradients, ctx.saved_tensors
+        q_gradients, sums = list[Tensor](), list[Tensor]()
+        for index, rows in reversed([*enumerate(_blocks(g_GTD.shape[1]))]):
+            q_GRD, k_GSD, v_GSD, chance_GRS = kept[4 * index : 4 * index + 4]
+            g_GRD = g_GTD[:, rows].contiguous()
+            upstream_GRS = torch.bmm(g_GRD, v_GSD.mT)
             score_GRS = torch._softmax_backward_data(upstream_GRS, chance_GRS, -1, g_GRD.dtype)
-            q_gradient_GTD[:, rows] = torch.bmm(score_GRS, k_GTD[:, seen])
-            k_sum_GTD[:, seen] += torch.bmm(score_GRS.mT, q_GTD[:, rows])
-        return q_gradient_GTD, k_sum_GTD.to(k_GTD.dtype), v_sum_GTD.to(v_GTD.dtype), None
+            q_gradients.insert(0, torch.bmm(score_GRS, k_GSD))
+            both = torch.bmm(score_GRS.mT, q_GRD), torch.bmm(chance_GRS.mT, g_GRD)
+            if not sums:  # the last block sees all keys; sums over blocks are kept wide
+                sums = [part_GSD.float() for part_GSD in both]
+                continue
+            for sum_GTD, part_GSD in zip(sums, both, strict=True):
+                sum_GTD[:, : rows.stop].add_(part_GSD)
+        k_sum_GTD, v_sum_GTD = (sum_GTD.to(g_GTD.dtype) for sum_GTD in sums)
+        return torch.cat(q_gradients, dim=1), k_sum_GTD, v_sum_GTD, None
 
 
 def _blocks(T: int) -> list[slice]:
@@ -84,7 +91,7 @@ def _causal(R: int, dtype: torch.dtype) -> Tensor:
 def _hide(score_GRS: Tensor, rows: slice, mask_BTS: Tensor | None) -> None:
     """Leave only what the queries of a block may see."""
     if mask_BTS is None:
-        score_GRS[:, :, rows] += _causal(rows.stop - rows.start, score_GRS.dtype)
+        score_GRS[:, :, rows].add_(_causal(rows.stop - rows.start, score_GRS.dtype))
         return
     seen, hidden = score_GRS.new_tensor([0.0, -torch.inf])
     bias_BRS = torch.where(mask_BTS[:, rows, : rows.stop], seen, hidden)

@@ -8,12 +8,12 @@ Axes: K stacked carry-ons, B batch, T time, H hidden of the base, R width, N hea
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from embedcache.device import has_triton
 
@@ -34,7 +34,7 @@ def residual_norm(
 ) -> tuple[Tensor, Tensor]:
     """Return h + more, and its root-mean-square norm times weight_(K)R, both (K)BTR.
 
-    By a kernel the norm comes in the dtype that a product takes.
+    The norm comes in the dtype that a product takes.
     """
     if fused(h_BTR):
         from embedcache.carryon import kernels
@@ -42,10 +42,32 @@ def residual_norm(
         return kernels.residual_norm(h_BTR, more_BTR, weight_R, product_dtype(h_BTR))
     if more_BTR is not None:
         h_BTR = h_BTR + more_BTR
-    shape = weight_R.shape[-1:]
-    if weight_R.ndim == 1:
-        return h_BTR, F.rms_norm(h_BTR, shape, weight_R)
-    return h_BTR, F.rms_norm(h_BTR, shape) * weight_R[:, None, None]
+    apply: Any = _Norm.apply  # torch leaves it untyped
+    return h_BTR, apply(h_BTR, weight_R, product_dtype(h_BTR))
+
+
+class _Norm(torch.autograd.Function):
+    """A root-mean-square norm, or K of them: what autograd makes of PyTorch's is 30 operations."""
+
+    @staticmethod
+    def forward(ctx: Any, h_BTR: Tensor, weight_R: Tensor, dtype: torch.dtype) -> Tensor:
+        weight_R = weight_R if weight_R.ndim == 1 else weight_R[:, None, None]
+        length_BT1 = torch.linalg.vector_norm(h_BTR, dim=-1, keepdim=True)
+        mean_BT1 = length_BT1.square_().div_(h_BTR.shape[-1])
+        scale_BT1 = mean_BT1.add_(torch.finfo(h_BTR.dtype).eps).rsqrt_()
+        ctx.save_for_backward(h_BTR, weight_R, scale_BT1)
+        return (h_BTR * scale_BT1).mul_(weight_R).to(dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        h_BTR, weight_R, scale_BT1 = ctx.saved_tensors
+        back_BTR = gradients[0].to(h_BTR.dtype, copy=True)
+        unit_BTR = h_BTR * scale_BT1
+        of_weight_BTR = back_BTR * unit_BTR
+        back_BTR.mul_(weight_R)
+        along_BT1 = (of_weight_BTR * weight_R).mean(dim=-1, keepdim=True)
+        back_BTR.addcmul_(unit_BTR, along_BT1, value=-1).mul_(scale_BT1)
+        return back_BTR, of_weight_BTR.sum(dim=(-3, -2)), None
 
 
 def gated(h_BTR: Tensor, branch: nn.Linear, gate: nn.Linear) -> Tensor:
@@ -63,19 +85,29 @@ def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor
 
     ``positions_BT`` may have K as its first axis.
     """
-    exponent = np.arange(0, head_width, 2) / head_width
     if positions_BT.device.type == "cpu":
-        # By numpy: torch's first cosine in a process now and then comes out less accurate, which
-        # would make two runs differ.
-        angles = positions_BT.numpy()[..., None, None] * 10000.0**-exponent
-        cos, sin = torch.from_numpy(np.cos(angles)), torch.from_numpy(np.sin(angles))
-    else:
-        # Made there: a copy would wait for the device, and cannot be captured.
-        steps = torch.arange(0, head_width, 2, dtype=torch.float64, device=positions_BT.device)
-        frequency = 10000.0 ** -(steps / head_width)
-        on_device = positions_BT[..., None, None] * frequency
-        cos, sin = on_device.cos(), on_device.sin()
-    return cos.float(), sin.float()
+        # One position above the last: what is cached is of few lengths.
+        known = _angles(1 << int(positions_BT.max()).bit_length(), head_width)
+        cos, sin = (part_TD[positions_BT].unsqueeze(-2) for part_TD in known)
+        return cos, sin
+    # Made there: a copy would wait for the device, and cannot be captured.
+    steps = torch.arange(0, head_width, 2, dtype=torch.float64, device=positions_BT.device)
+    frequency = 10000.0 ** -(steps / head_width)
+    on_device = positions_BT[..., None, None] * frequency
+    return on_device.cos().float(), on_device.sin().float()
+
+
+@lru_cache(maxsize=8)
+def _angles(positions: int, head_width: int) -> tuple[Tensor, Tensor]:
+    """Return (cos, sin), each [positions, D/2], float32.
+
+    By numpy: torch's first cosine in a process now and then comes out less accurate, which would
+    make two runs differ.
+    """
+    exponent = np.arange(0, head_width, 2) / head_width
+    angle_TD = np.arange(positions)[:, None] * 10000.0**-exponent
+    cos_TD, sin_TD = np.cos(angle_TD), np.sin(angle_TD)
+    return torch.from_numpy(cos_TD).float(), torch.from_numpy(sin_TD).float()
 
 
 def rotated(qkv_BTPND: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -92,12 +124,20 @@ def rotated(qkv_BTPND: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, T
 
 def rotate(x_BTND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate pairs (first half, second half) of each head by the angles of its position."""
-    wide = torch.promote_types(x_BTND.dtype, torch.float32)
-    cos, sin = (part.to(wide) for part in rotary)
-    both, signed = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-    x = x_BTND.to(wide)
+    return _turned(x_BTND, *_signed(x_BTND, *rotary))
+
+
+def _signed(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    """Return cosines and sines of both halves, [..., D], the first half's sines negative."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    cos, sin = cos.to(wide), sin.to(wide)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def _turned(x_BTND: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    x = x_BTND.to(cos.dtype)
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x * both).addcmul_(swapped, signed).to(x_BTND.dtype)
+    return (x * cos).addcmul_(swapped, sin, value=-1 if back else 1).to(x_BTND.dtype)
 
 
 class _Rotated(torch.autograd.Function):
@@ -105,13 +145,12 @@ class _Rotated(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, qkv_BTPND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        cos, sin = cos.unsqueeze(-3), sin.unsqueeze(-3)
-        ctx.save_for_backward(cos, sin)
-        rotated_BTPND = rotate(qkv_BTPND[..., :2, :, :], (cos, sin))
-        return rotated_BTPND, qkv_BTPND[..., 2, :, :].clone()
+        signed = _signed(qkv_BTPND, cos.unsqueeze(-3), sin.unsqueeze(-3))
+        ctx.save_for_backward(*signed)
+        return _turned(qkv_BTPND[..., :2, :, :], *signed), qkv_BTPND[..., 2, :, :].clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (qk_BTPND, v_BTND), (cos, sin) = gradients, ctx.saved_tensors
-        back_BTPND = rotate(qk_BTPND, (cos, -sin))
+        qk_BTPND, v_BTND = gradients
+        back_BTPND = _turned(qk_BTPND, *ctx.saved_tensors, back=True)
         return torch.cat([back_BTPND, v_BTND.unsqueeze(-3)], dim=-3), None, None

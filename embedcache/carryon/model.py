@@ -33,8 +33,10 @@ from embedcache.carryon.elementwise import (
     rotated,
 )
 
+LOW = "embedcache_low"
+"""Attribute of a stack's weight or bias: itself in fewer bits, where it is kept so."""
 SUM = "embedcache_sum"
-"""Attribute of a stack's weight: what a product adds its gradient to, where it is set."""
+"""Attribute of a stack's weight or bias: what its gradients are added to, where it is set."""
 
 KeyValueUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a block's number and its new keys and values [B, N, T, D]; returns all of them so far."""
@@ -201,13 +203,13 @@ class _Linear(nn.Linear):
         if weight.ndim == 2:
             return F.linear(x_BTI, weight, bias)
         apply: Any = _Product.apply  # torch leaves it untyped
-        K, sum_KOI = len(weight), getattr(weight, SUM, None)
+        K = len(weight)
         # One alone: a plain product adds the bias on its way.
         if x_BTI.ndim == 4 and K > 1:
-            y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias, sum_KOI)
+            y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias, False)
             return y_KNO.unflatten(1, x_BTI.shape[1:3])
-        flat = [None if part is None else part.flatten(0, 1) for part in (weight, bias, sum_KOI)]
-        y_BTO: Tensor = apply(x_BTI.flatten(0, -2), *flat).unflatten(0, x_BTI.shape[:-1])
+        y_BTO: Tensor = apply(x_BTI.flatten(0, -2), weight, bias, True)
+        y_BTO = y_BTO.unflatten(0, x_BTI.shape[:-1])
         if x_BTI.ndim == 4:
             return y_BTO
         # Each carry-on's lies close: all that is computed of it would be as scattered otherwise.
@@ -215,67 +217,83 @@ class _Linear(nn.Linear):
 
 
 class _Product(torch.autograd.Function):
-    """A linear layer of x_NI, or one for each of K inputs; all have K as first axis then.
+    """A linear layer of x_NI by all of K weights in one, y_NKO flat; or one for each x_KNI.
 
+    A weight in fewer bits is the one that is kept so, if that is what a product takes, and a
+    gradient is added to the sum that is kept of it: else either would be made for each product.
     Gradients of weights come out as weights lie: of `torch.baddbmm` they come out transposed, and
-    are copied. Where they go to a sum of the products' precision, a product adds them to it, and
-    none is there beside. That of a bias is a product on a GPU: torch's sum takes several times the
-    memory of what it sums there, more than all else that a part of few tokens has at a time.
+    are copied. Where the sum has the products' precision, a product adds to it, and no gradient is
+    there beside. That of a bias is a product on a GPU: torch's sum takes several times the memory
+    of what it sums there, more than all else that a part of few tokens has at a time.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, sum_OI: Tensor | None
+        ctx: Any, x_NI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, together: bool
     ) -> Tensor:
         low = product_dtype(x_NI)
-        ctx.dtypes = x_NI.dtype, weight_OI.dtype
-        ctx.sum_OI = sum_OI if sum_OI is not None and sum_OI.dtype == low else None
-        x_NI, weight_OI = x_NI.to(low), weight_OI.to(low)
-        bias_O = None if bias_O is None else bias_O.to(low)
-        ctx.save_for_backward(x_NI, weight_OI)
-        with torch.autocast(x_NI.device.type, enabled=False):
-            if x_NI.ndim == 2:
-                return F.linear(x_NI, weight_OI, bias_O)
-            if bias_O is None:
-                return torch.bmm(x_NI, weight_OI.mT)
-            return torch.baddbmm(bias_O[:, None], x_NI, weight_OI.mT)
+        ctx.of_x, ctx.weight_KOI, ctx.bias_KO = x_NI.dtype, weight_KOI, bias_KO
+        ctx.together = together
+        x_NI, weight = x_NI.to(low), _in_low(weight_KOI, low)
+        bias = None if bias_KO is None else _in_low(bias_KO, low)
+        if together:
+            weight, bias = weight.flatten(0, 1), None if bias is None else bias.flatten()
+        ctx.save_for_backward(x_NI, weight)
+        if together:
+            return F.linear(x_NI, weight, bias)
+        if bias is None:
+            return torch.bmm(x_NI, weight.mT)
+        return torch.baddbmm(bias[:, None], x_NI, weight.mT)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         (g_NO,), (x_NI, weight_OI) = gradients, ctx.saved_tensors
-        needed, (x_dtype, dtype) = ctx.needs_input_grad, ctx.dtypes
-        of_weights = None
-        if needed[1] and ctx.sum_OI is not None:
-            _add_of_weights(g_NO, x_NI, to=ctx.sum_OI)
-        elif needed[1]:
-            of_weights = _of_weights(g_NO, x_NI).to(dtype)
-        return (
-            (g_NO @ weight_OI).to(x_dtype) if needed[0] else None,
-            of_weights,
-            _summed(g_NO).to(dtype) if needed[2] else None,
-            None,
-        )
+        needed = ctx.needs_input_grad
+        of_weight = of_bias = None
+        if needed[1]:
+            of_weight = _of_weights(g_NO, x_NI, ctx.weight_KOI, ctx.together)
+        if needed[2]:
+            of_bias = _summed_up(_summed(g_NO), ctx.bias_KO)
+        return (g_NO @ weight_OI).to(ctx.of_x) if needed[0] else None, of_weight, of_bias, None
 
 
-def _of_weights(g_NO: Tensor, x_NI: Tensor) -> Tensor:
-    """Return the gradient (K)OI of weights.
+def _in_low(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight or bias in ``dtype``: as it is kept so, if it is."""
+    low: Tensor | None = getattr(value, LOW, None)
+    return low if low is not None and low.dtype == dtype else value.to(dtype)
 
-    On a CPU one product a carry-on: that of all of them would copy the transposed ones first.
+
+def _summed_up(gradient: Tensor, value: Tensor) -> Tensor | None:
+    """Add a gradient to its value's sum, and return None; or it, where there is none."""
+    gradient = gradient.view(value.shape)
+    into: Tensor | None = getattr(value, SUM, None)
+    if into is None:
+        return gradient.to(value.dtype)
+    into.add_(gradient)
+    return None
+
+
+def _of_weights(g_NO: Tensor, x_NI: Tensor, weight_KOI: Tensor, together: bool) -> Tensor | None:
+    """Return the gradient of weights, or None where it was added to their sum.
+
+    On a CPU by one product a carry-on: that of all of them would copy the transposed ones first.
     """
-    if g_NO.ndim == 2 or not g_NO.is_cpu:
-        return g_NO.mT @ x_NI
-    return torch.stack([g.mT @ x for g, x in zip(g_NO, x_NI, strict=True)])
-
-
-def _add_of_weights(g_NO: Tensor, x_NI: Tensor, *, to: Tensor) -> None:
-    """Add the gradient (K)OI of weights to a sum."""
-    if g_NO.ndim == 2:
-        to.addmm_(g_NO.mT, x_NI)
-    elif not g_NO.is_cpu:
-        to.baddbmm_(g_NO.mT, x_NI)
+    sum_KOI: Tensor | None = getattr(weight_KOI, SUM, None)
+    # The sums of several do not lie one behind the other, as one product of all would want them.
+    if sum_KOI is not None and sum_KOI.dtype == g_NO.dtype and (len(sum_KOI) == 1 or not together):
+        if together:
+            sum_KOI[0].addmm_(g_NO.mT, x_NI)
+        elif not g_NO.is_cpu:
+            sum_KOI.baddbmm_(g_NO.mT, x_NI)
+        else:
+            for sum_OI, g, x in zip(sum_KOI, g_NO, x_NI, strict=True):
+                sum_OI.addmm_(g.mT, x)
+        return None
+    if together or not g_NO.is_cpu:
+        gradient = g_NO.mT @ x_NI
     else:
-        for sum_OI, g, x in zip(to, g_NO, x_NI, strict=True):
-            sum_OI.addmm_(g.mT, x)
+        gradient = torch.stack([g.mT @ x for g, x in zip(g_NO, x_NI, strict=True)])
+    return _summed_up(gradient, weight_KOI)
 
 
 def _summed(g_NO: Tensor) -> Tensor:

@@ -36,10 +36,10 @@ class Steps(NamedTuple):
 
     absorb: Callable[..., Tensor]
     combine: Callable[..., None]
-    whole: Callable[..., None] | None = None
+    fused: Callable[..., None] | None = None
     """The product and `absorb` in one, of a tile that is the whole softmax."""
-    ends: bool = False
-    """Whether ``whole`` leaves the loss's own slopes, of which a product makes the gradient."""
+    whole: Callable[..., Tensor] | None = None
+    """The loss and its own slopes, of such a tile: a product makes the gradient of them."""
 
 
 IMPLS = ("auto", "torch", "triton")
@@ -91,62 +91,14 @@ class _FrozenHeadLoss(torch.autograd.Function):
         chunks: Chunks,
         steps: Steps,
     ) -> Tensor:
-        device, N, C = x_NH.device, len(x_NH), len(columns.weight_CH)
-        wide = torch.promote_types(x_NH.dtype, torch.float32)
-        needs_gradient: bool = ctx.needs_input_grad[0]
-        rows, cuts = chunks.of_rows(N), chunks.of_columns(C)
-        running = Running.start(N, wide, device)
-        buffer = x_NH.new_empty(min(N, chunks.rows) * _width(min(C, chunks.columns), device))
-        # Sums over several tiles are kept wide: each would be rounded otherwise.
-        sum_NH = None
-        if needs_gradient and len(cuts) == 1:
-            sum_NH = x_NH.new_empty(x_NH.shape)
-        elif needs_gradient:
-            sum_NH = x_NH.new_zeros(x_NH.shape, dtype=wide)
-        labels = LabelRows(columns, targets_N, device)
-        settings = {"scale": scale, "softcap": softcap, "needs_gradient": needs_gradient}
-        of_all = steps.whole if len(cuts) == 1 else None
-        with torch.autocast(device.type, enabled=False):
-            for tile in tiles(columns, cuts, device):
-                weight_CH = tile.columns.weight_CH
-                for chunk in rows:
-                    logits_RC = _matrix(buffer, chunk.stop - chunk.start, len(weight_CH))
-                    seen = tile, targets_N[chunk], running.of(chunk)
-                    if of_all is not None:
-                        of_all(x_NH[chunk], *seen, out=logits_RC, **settings)
-                    else:
-                        torch.mm(x_NH[chunk], weight_CH.T, out=logits_RC)
-                        shrink_R = steps.absorb(logits_RC, *seen, **settings)
-                    if sum_NH is not None and len(cuts) == 1:
-                        torch.mm(logits_RC, weight_CH, out=sum_NH[chunk])
-                    elif sum_NH is not None:
-                        sum_NH[chunk].mul_(shrink_R[:, None]).add_(logits_RC @ weight_CH)
-                if needs_gradient:
-                    labels.see(tile)
-        del buffer
-        loss_N = running.cross_entropy()
-        if softcap is not None:
-            # tanh would hide an infinite embedding.
-            loss_N.masked_fill_(~x_NH.isfinite().all(dim=1), torch.nan)
-        if sum_NH is not None and of_all is not None and steps.ends:
-            ctx.save_for_backward(sum_NH)
-            ctx.combine = steps.combine
-        elif sum_NH is not None:
-            gradient_NH = x_NH.new_empty(x_NH.shape) if sum_NH.dtype != x_NH.dtype else sum_NH
-            for chunk in rows:
-                # p - 1 at the label, times its slope
-                label_R = torch.expm1(-loss_N[chunk]) * scale
-                if softcap is not None:
-                    capped_R = running.label_R[chunk] - labels.log_weight(chunk)
-                    label_R *= 1 - (capped_R / softcap).square()
-                steps.combine(
-                    sum_NH[chunk],
-                    scale / running.total_R[chunk],
-                    (*labels.source(chunk), label_R),
-                    out=gradient_NH[chunk],
-                )
+        ctx.combine, given = steps.combine, (x_NH, columns, scale)
+        needs: bool = ctx.needs_input_grad[0]
+        if steps.whole is not None and chunks.columns >= len(columns.weight_CH):
+            loss_N, gradient_NH = _at_once(*given, targets_N, chunks, steps.whole, needs)
+        else:
+            loss_N, gradient_NH = _by_tiles(*given, softcap, targets_N, chunks, steps, needs)
+        if gradient_NH is not None:
             ctx.save_for_backward(gradient_NH)
-            ctx.combine = steps.combine
         return loss_N
 
     @staticmethod
@@ -155,6 +107,94 @@ class _FrozenHeadLoss(torch.autograd.Function):
         x_gradient_NH = torch.empty_like(gradient_NH)
         ctx.combine(gradient_NH, gradients[0], out=x_gradient_NH)
         return x_gradient_NH, *(None,) * 6
+
+
+def _at_once(
+    x_NH: Tensor,
+    columns: Columns,
+    scale: float,
+    targets_N: Tensor,
+    chunks: Chunks,
+    whole: Callable[..., Tensor],
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return loss_N, and gradient_NH if it is needed, where a chunk has all columns."""
+    weight_CH = columns.weight_CH
+    buffer_RC = x_NH.new_empty(min(len(x_NH), chunks.rows), len(weight_CH))
+    gradient_NH = torch.empty_like(x_NH) if needs_gradient else None
+    loss_N = x_NH.new_empty(len(x_NH), dtype=torch.promote_types(x_NH.dtype, torch.float32))
+    settings = {"scale": scale, "needs_gradient": needs_gradient}
+    for chunk in chunks.of_rows(len(x_NH)):
+        slopes_RC = buffer_RC[: chunk.stop - chunk.start]
+        loss_N[chunk] = whole(x_NH[chunk], columns, targets_N[chunk], out=slopes_RC, **settings)
+        if gradient_NH is not None:
+            torch.mm(slopes_RC, weight_CH, out=gradient_NH[chunk])
+    return loss_N, gradient_NH
+
+
+def _by_tiles(
+    x_NH: Tensor,
+    columns: Columns,
+    scale: float,
+    softcap: float | None,
+    targets_N: Tensor,
+    chunks: Chunks,
+    steps: Steps,
+    needs_gradient: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return loss_N, and gradient_NH if it is needed, tile by tile."""
+    device, N, C = x_NH.device, len(x_NH), len(columns.weight_CH)
+    wide = torch.promote_types(x_NH.dtype, torch.float32)
+    rows, cuts = chunks.of_rows(N), chunks.of_columns(C)
+    running = Running.start(N, wide, device)
+    buffer = x_NH.new_empty(min(N, chunks.rows) * _width(min(C, chunks.columns), device))
+    # Sums over several tiles are kept wide: each would be rounded otherwise.
+    sum_NH = None
+    if needs_gradient and len(cuts) == 1:
+        sum_NH = x_NH.new_empty(x_NH.shape)
+    elif needs_gradient:
+        sum_NH = x_NH.new_zeros(x_NH.shape, dtype=wide)
+    labels = LabelRows(columns, targets_N, device)
+    settings = {"scale": scale, "softcap": softcap, "needs_gradient": needs_gradient}
+    fused = steps.fused if len(cuts) == 1 else None
+    with torch.autocast(device.type, enabled=False):
+        for tile in tiles(columns, cuts, device):
+            weight_CH = tile.columns.weight_CH
+            for chunk in rows:
+                logits_RC = _matrix(buffer, chunk.stop - chunk.start, len(weight_CH))
+                seen = tile, targets_N[chunk], running.of(chunk)
+                if fused is not None:
+                    fused(x_NH[chunk], *seen, out=logits_RC, **settings)
+                else:
+                    torch.mm(x_NH[chunk], weight_CH.T, out=logits_RC)
+                    shrink_R = steps.absorb(logits_RC, *seen, **settings)
+                if sum_NH is not None and len(cuts) == 1:
+                    torch.mm(logits_RC, weight_CH, out=sum_NH[chunk])
+                elif sum_NH is not None:
+                    sum_NH[chunk].mul_(shrink_R[:, None]).add_(logits_RC @ weight_CH)
+            if needs_gradient:
+                labels.see(tile)
+    del buffer
+    loss_N = running.cross_entropy()
+    if softcap is not None:
+        # tanh would hide an infinite embedding.
+        loss_N.masked_fill_(~x_NH.isfinite().all(dim=1), torch.nan)
+    if sum_NH is None:
+        return loss_N, None
+    gradient_NH = x_NH.new_empty(x_NH.shape) if sum_NH.dtype != x_NH.dtype else sum_NH
+    for chunk in rows:
+        # p - 1 at the label, times its slope
+        label_R = torch.expm1(-loss_N[chunk]) * scale
+        if softcap is not None:
+            capped_R = running.label_R[chunk] - labels.log_weight(chunk)
+            label_R *= 1 - (capped_R / softcap).square()
+        steps.combine(
+            sum_NH[chunk],
+            scale / running.total_R[chunk],
+            (*labels.source(chunk), label_R),
+            out=gradient_NH[chunk],
+        )
+    return loss_N, gradient_NH
 
 
 def _width(columns: int, device: torch.device) -> int:
@@ -189,12 +229,12 @@ def _implementation(impl: str, x_NH: Tensor, columns: Columns, head: Head) -> St
         )
     if impl == "torch" or not possible or (impl == "auto" and x_NH.device.type != "cuda"):
         if x_NH.is_cpu and head.softcap is None:
-            return Steps(absorb, combine, whole, ends=True)
+            return Steps(absorb, combine, whole=whole)
         return Steps(absorb, combine)
     from embedcache.loss import fused, kernels
 
     slopes = fused.fused_slopes if fused.fits(x_NH, columns) else None
-    return Steps(kernels.absorb_by_triton, kernels.combine_by_triton, slopes)
+    return Steps(kernels.absorb_by_triton, kernels.combine_by_triton, fused=slopes)
 
 
 def _triton_runs_on(device_type: str) -> bool:

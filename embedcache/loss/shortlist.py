@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -69,9 +70,11 @@ class Shortlist:
 
     def __init__(self, head: Head, proposal_V: Tensor, *, samples: int = 2048, seed: int = 0):
         self._head = head
-        self._proposal_V = proposal_V
+        # A line of all tokens' chances: where each one's piece ends, and how long it is.
         self._end_V = proposal_V.cumsum(dim=0, dtype=torch.float64)
+        self._piece_V = proposal_V.double()
         self._samples = samples
+        self._numbers = torch.arange(samples, device=proposal_V.device, dtype=torch.float64)
         self._seed = seed
         kind = proposal_V.device.type
         self._rows, self._multiple = (
@@ -90,7 +93,7 @@ class Shortlist:
 
     def generator(self, step: int) -> torch.Generator:
         """Return what a step's shortlists are drawn with, one behind the other."""
-        generator = torch.Generator(self._proposal_V.device)
+        generator = torch.Generator(self._end_V.device)
         return generator.manual_seed(self._seed * 1_000_003 + step)
 
     def draw(
@@ -121,19 +124,18 @@ class Shortlist:
 
         The first columns are theirs, in the order of the ids, which is rising.
         """
-        head, q_V, end_V = self._head, self._proposal_V, self._end_V
-        device, held = q_V.device, torch.unique(held_N)
+        head, end_V, device = self._head, self._end_V, self._end_V.device
+        held = distinct(held_N, len(end_V))
         # The others' chances on a line, points at equal distances on it, from a random start: a
         # token is drawn if one falls on its piece. That line is all tokens' without the pieces of
         # those held, so a point is looked for behind the ones that were cut out before it.
-        end_held = end_V[held]
-        cut_out = (end_held - end_V[held - 1].masked_fill_(held == 0, 0)).cumsum(dim=0)
+        cut_out = self._piece_V[held].cumsum(dim=0)
         distance = (end_V[-1] - cut_out[-1]) / self._samples
         start = torch.rand(1, generator=generator, device=device, dtype=torch.float64)
-        points = (torch.arange(self._samples, device=device) + start) * distance
-        before = torch.searchsorted(end_held - cut_out, points, right=True)
+        points = (self._numbers + start).mul_(distance)
+        before = torch.searchsorted(end_V[held] - cut_out, points, right=True)
         points += F.pad(cut_out, (1, 0))[before]
-        drawn = torch.searchsorted(end_V, points, right=True).clamp_max_(len(q_V) - 1)
+        drawn = torch.searchsorted(end_V, points, right=True).clamp_max_(len(end_V) - 1)
         drawn = torch.unique_consecutive(drawn)
         nearest_held = held[torch.searchsorted(held, drawn).clamp_max_(len(held) - 1)]
         drawn = drawn[nearest_held != drawn]  # a sum that is rounded may end on one
@@ -141,12 +143,21 @@ class Shortlist:
         # Columns of no weight: products of one shape are planned once, of each new one anew.
         padding = -len(chosen) % self._multiple
         log_weight_C = F.pad(
-            -(q_V[drawn] / distance).clamp_max(1).log().float(), (len(held), 0), value=0.0
+            -(self._piece_V[drawn] / distance).clamp_max_(1).log_().float(), (len(held), 0)
         )
         log_weight_C = F.pad(log_weight_C, (0, padding), value=-torch.inf)
         chosen = F.pad(chosen, (0, padding))
         bias = None if head.bias_V is None else rows_of(head.bias_V[:, None], chosen)[:, 0]
         return Columns(rows_of(head.weight_VH, chosen), bias, log_weight_C), held
+
+
+def distinct(ids_N: Tensor, V: int) -> Tensor:
+    """Return the ids in [0, V) that there are, rising."""
+    if ids_N.device.type != "cpu":
+        return torch.unique(ids_N)
+    there_V = np.zeros(V, dtype=bool)  # to sort takes a CPU longer
+    there_V[ids_N.numpy()] = True
+    return torch.from_numpy(np.flatnonzero(there_V))
 
 
 def cut_listed(listed: Sequence[Listed], rows: slice) -> list[Listed]:

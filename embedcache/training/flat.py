@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from embedcache.carryon.model import SUM, CarryOn
+from embedcache.carryon.model import LOW, SUM, CarryOn
 from embedcache.errors import CarryOnError
 from embedcache.training.config import TrainConfig
 from embedcache.training.states import DeviceStates, Due, HostStates
@@ -24,6 +24,7 @@ class FlatAdamW:
     The stack's parameters become views of ``values_KP``, and their gradients of ``gradient_KP``,
     so that a carry-on's is clipped, checked or summed over processes at once. Both are float32;
     where the optimiser's states are in host memory, bfloat16, and the weights exact all the same.
+    Where products take ``low`` precision, the weights are kept in that, too, one copy of them all.
     """
 
     def __init__(
@@ -33,6 +34,7 @@ class FlatAdamW:
         *,
         device: torch.device | None = None,
         offload: bool = False,
+        low: torch.dtype | None = None,
     ):
         """Take over a stack's weights, on ``device``, and keep states there or on the host.
 
@@ -45,14 +47,16 @@ class FlatAdamW:
         dtype = torch.bfloat16 if offload else torch.float32
         self.values_KP = exact_KP.to(dtype).to(device)
         self.gradient_KP = torch.zeros_like(self.values_KP)
+        self._low_KP = None if low in (None, dtype) else self.values_KP.to(low)
         start = 0
         for (name, parameter), size in zip(parameters, sizes, strict=True):
             part = slice(start, start + size)
             value = nn.Parameter(self.values_KP[:, part].view(parameter.shape))
             gradient = self.gradient_KP[:, part].view(parameter.shape)
             value.register_post_accumulate_grad_hook(partial(_move, gradient))
-            if parameter.ndim > 2:
-                setattr(value, SUM, gradient)
+            setattr(value, SUM, gradient)
+            if self._low_KP is not None:
+                setattr(value, LOW, self._low_KP[:, part].view(parameter.shape))
             layer, _, attribute = name.rpartition(".")
             setattr(stack.get_submodule(layer), attribute, value)
             start += size
@@ -103,6 +107,12 @@ class FlatAdamW:
         still_K = torch.maximum(self._idle_K, self._broken_K)
         self._states.step(self.gradient_KP, Due(self._rate_K, self._taken_K, still_K))
         self._taken_K += 1.0 - still_K
+        self._follow()
+
+    def _follow(self) -> None:
+        """Bring what is kept in low precision to what the weights are."""
+        if self._low_KP is not None:
+            self._low_KP.copy_(self.values_KP)
 
     def moments(self, index: int) -> dict[str, Tensor]:
         """Return what AdamW keeps of one carry-on, by name; empty before its first step."""
@@ -120,6 +130,7 @@ class FlatAdamW:
             )
         self._taken_K[index] = moments["step"]
         self._states.restore(index, moments)
+        self._follow()
 
 
 def send(values: Sequence[float] | Sequence[Sequence[float]], to: Tensor) -> None:

@@ -62,7 +62,7 @@ class Stack:
         self.recipe = recipe
         self._ranks = ranks
         self.optimizer = FlatAdamW(
-            self.model, configs, device=inputs.device, offload=recipe.offload
+            self.model, configs, device=inputs.device, offload=recipe.offload, low=inputs.dtype
         )
         self.model.to(inputs.device)
         self._share_K = torch.ones(len(configs), device=inputs.device)

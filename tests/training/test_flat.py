@@ -180,29 +180,51 @@ def test_gradients_of_parts_add_up():
 
 @pytest.mark.parametrize("count", [1, 3])
 @pytest.mark.parametrize("low", [False, True])
-def test_what_products_add_is_what_autograd_would(count, low):
-    """To a sum of the products' precision; to one of another, autograd adds it after all."""
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_products_add_is_what_autograd_would(count, low, shared):
+    """To a sum of the products' precision, and to one of another; of inputs that all of them see,
+    and of each one's own."""
     plain = CarryOn.stack(models()[:count])
     added = CarryOn.stack(models()[:count])
-    flat = FlatAdamW(added, CONFIGS[:count])
+    flat = FlatAdamW(added, CONFIGS[:count], low=torch.bfloat16 if low else None)
     draw = torch.Generator().manual_seed(5)
-    x = {"final": torch.randn(count, 2, 9, 16, generator=draw)}
-    at, upstream = torch.arange(9).expand(count, 2, 9), torch.randn(count, 2, 9, 16, generator=draw)
+    lead = () if shared else (count,)
+    x = {"final": torch.randn(*lead, 2, 9, 16, generator=draw)}
+    at, upstream = torch.arange(9).expand(*lead, 2, 9), torch.randn(count, 2, 9, 16, generator=draw)
     for _ in range(2):
         for stack in (plain, added):
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
                 delta = stack(x, positions_BT=at)
             (delta.float() * upstream).sum().backward()
-    matrices = 0
     for name, parameter in plain.named_parameters():
         where = added.get_parameter(name)
         assert where.grad is None
-        if parameter.ndim == 3:
-            found, matrices = getattr(where, SUM), matrices + 1
-            assert (
-                found.untyped_storage().data_ptr() == flat.gradient_KP.untyped_storage().data_ptr()
-            )
-            torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-4)
-    assert matrices == 7
+        found = getattr(where, SUM)
+        assert found.untyped_storage().data_ptr() == flat.gradient_KP.untyped_storage().data_ptr()
+        torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-4)
     total = sum(float(p.grad.double().square().sum()) for p in plain.parameters())
     assert float(flat.gradient_KP.double().square().sum()) == pytest.approx(total, rel=1e-5)
+
+
+def test_weights_kept_in_low_precision_are_those_that_there_are():
+    """After a step, and after a state is taken back."""
+    alone = models()
+    stack = CarryOn.stack(alone)
+    flat = FlatAdamW(stack, CONFIGS, low=torch.bfloat16)
+    x = {"final": torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(5))}
+
+    def require_same() -> None:
+        for k, model in enumerate(alone):
+            model.load_state_dict(stack.member(k))
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            both = [one(x, positions_BT=torch.arange(9)) for one in (stack, CarryOn.stack(alone))]
+        assert torch.equal(*both)
+
+    require_same()
+    before = flat.values_KP.clone()
+    stepped(stack, flat, alone, 0, [0.1] * 3)
+    assert (flat.values_KP - before).abs().mean() > 0.01
+    require_same()
+    flat.restore(1, flat.moments(1) | {"exact": before[1]})
+    assert torch.equal(flat.values_KP[1], before[1])
+    require_same()
