@@ -32,11 +32,9 @@ def attend_blockwise(
     q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, mask_BTS: Tensor | None
 ) -> Tensor:
     """Return attended_BTND, causal; ``mask_BTS``, where there is one, is causal, too."""
-    B, T, N, D = q_BTND.shape
-    q, k, v = (part.transpose(1, 2).reshape(B * N, T, D) for part in (q_BTND, k_BTND, v_BTND))
     apply: Any = _Blockwise.apply  # torch leaves it untyped
-    attended_GTD: Tensor = apply(q * D**-0.5, k, v, mask_BTS)
-    return attended_GTD.view(B, N, T, D).transpose(1, 2)
+    attended_BTND: Tensor = apply(q_BTND, k_BTND, v_BTND, mask_BTS)
+    return attended_BTND
 
 
 class _Blockwise(torch.autograd.Function):
@@ -44,8 +42,10 @@ class _Blockwise(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q_GTD: Tensor, k_GTD: Tensor, v_GTD: Tensor, mask_BTS: Tensor | None
+        ctx: Any, q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, mask_BTS: Tensor | None
     ) -> Tensor:
+        q_GTD, k_GTD, v_GTD = (_grouped(part) for part in (q_BTND, k_BTND, v_BTND))
+        q_GTD = q_GTD * q_GTD.shape[-1] ** -0.5
         attended, kept = [], []
         with torch.autocast("cpu", enabled=False):
             for rows in _blocks(q_GTD.shape[1]):
@@ -57,11 +57,11 @@ class _Blockwise(torch.autograd.Function):
                 attended.append(torch.bmm(chance_GRS, v_GSD))
                 kept += [q_GRD, k_GSD, v_GSD, chance_GRS]
         ctx.save_for_backward(*kept)
-        return torch.cat(attended, dim=1)
+        return _ungrouped(torch.cat(attended, dim=1), len(q_BTND))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g_GTD,), kept = gradients, ctx.saved_tensors
+        B, g_GTD, kept = len(gradients[0]), _grouped(gradients[0]), ctx.saved_tensors
         q_gradients, sums = list[Tensor](), list[Tensor]()
         for index, rows in reversed([*enumerate(_blocks(g_GTD.shape[1]))]):
             q_GRD, k_GSD, v_GSD, chance_GRS = kept[4 * index : 4 * index + 4]
@@ -75,8 +75,20 @@ class _Blockwise(torch.autograd.Function):
                 continue
             for sum_GTD, part_GSD in zip(sums, both, strict=True):
                 sum_GTD[:, : rows.stop].add_(part_GSD)
-        k_sum_GTD, v_sum_GTD = (sum_GTD.to(g_GTD.dtype) for sum_GTD in sums)
-        return torch.cat(q_gradients, dim=1), k_sum_GTD, v_sum_GTD, None
+        of_q_GTD = torch.cat(q_gradients, dim=1).mul_(g_GTD.shape[-1] ** -0.5)
+        found = (of_q_GTD, *(sum_GTD.to(g_GTD.dtype) for sum_GTD in sums))
+        return *(_ungrouped(part_GTD, B) for part_GTD in found), None
+
+
+def _grouped(x_BTND: Tensor) -> Tensor:
+    """Return the heads of all rows, one behind the other, _GTD."""
+    B, T, N, D = x_BTND.shape
+    return x_BTND.transpose(1, 2).reshape(B * N, T, D)
+
+
+def _ungrouped(x_GTD: Tensor, B: int) -> Tensor:
+    """Return, _BTND, what `_grouped` was given."""
+    return x_GTD.unflatten(0, (B, -1)).transpose(1, 2)
 
 
 def _blocks(T: int) -> list[slice]:

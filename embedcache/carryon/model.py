@@ -203,21 +203,12 @@ class _Linear(nn.Linear):
         if weight.ndim == 2:
             return F.linear(x_BTI, weight, bias)
         apply: Any = _Product.apply  # torch leaves it untyped
-        K = len(weight)
-        # One alone: a plain product adds the bias on its way.
-        if x_BTI.ndim == 4 and K > 1:
-            y_KNO: Tensor = apply(x_BTI.flatten(1, 2), weight, bias, False)
-            return y_KNO.unflatten(1, x_BTI.shape[1:3])
-        y_BTO: Tensor = apply(x_BTI.flatten(0, -2), weight, bias, True)
-        y_BTO = y_BTO.unflatten(0, x_BTI.shape[:-1])
-        if x_BTI.ndim == 4:
-            return y_BTO
-        # Each carry-on's lies close: all that is computed of it would be as scattered otherwise.
-        return y_BTO.unflatten(-1, (K, -1)).movedim(2, 0).contiguous()
+        y_KBTO: Tensor = apply(x_BTI, weight, bias)
+        return y_KBTO
 
 
 class _Product(torch.autograd.Function):
-    """A linear layer of x_NI by all of K weights in one, y_NKO flat; or one for each x_KNI.
+    """K linear layers of one x_BTI, or of one each, x_KBTI; y_KBTO in either case.
 
     A weight in fewer bits is the one that is kept so, if that is what a product takes, and a
     gradient is added to the sum that is kept of it: else either would be made for each product.
@@ -228,33 +219,45 @@ class _Product(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, x_NI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None, together: bool
-    ) -> Tensor:
-        low = product_dtype(x_NI)
-        ctx.of_x, ctx.weight_KOI, ctx.bias_KO = x_NI.dtype, weight_KOI, bias_KO
-        ctx.together = together
-        x_NI, weight = x_NI.to(low), _in_low(weight_KOI, low)
+    def forward(ctx: Any, x_BTI: Tensor, weight_KOI: Tensor, bias_KO: Tensor | None) -> Tensor:
+        low, K, shape = product_dtype(x_BTI), len(weight_KOI), x_BTI.shape
+        ctx.of_x, ctx.shape = x_BTI.dtype, shape
+        ctx.weight_KOI, ctx.bias_KO = weight_KOI, bias_KO
+        # One alone, or all of one input, are a plain product: that adds the bias on its way.
+        ctx.together = K == 1 or x_BTI.ndim == 3
+        x_NI = x_BTI.to(low).flatten(0 if ctx.together else 1, -2)
+        weight = _in_low(weight_KOI, low)
         bias = None if bias_KO is None else _in_low(bias_KO, low)
-        if together:
+        if ctx.together:
             weight, bias = weight.flatten(0, 1), None if bias is None else bias.flatten()
         ctx.save_for_backward(x_NI, weight)
-        if together:
-            return F.linear(x_NI, weight, bias)
-        if bias is None:
-            return torch.bmm(x_NI, weight.mT)
-        return torch.baddbmm(bias[:, None], x_NI, weight.mT)
+        if not ctx.together:
+            if bias is None:
+                y_KNO = torch.bmm(x_NI, weight.mT)
+            else:
+                y_KNO = torch.baddbmm(bias[:, None], x_NI, weight.mT)
+            return y_KNO.view(*shape[:-1], -1)
+        y_NO = F.linear(x_NI, weight, bias)
+        if K == 1:
+            return y_NO.view(1, *shape[-3:-1], -1)
+        # Each carry-on's lies close: all that is computed of it would be as scattered otherwise.
+        return y_NO.view(*shape[:-1], K, -1).movedim(2, 0).contiguous()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        (g_NO,), (x_NI, weight_OI) = gradients, ctx.saved_tensors
+        (g_KBTO,), (x_NI, weight_OI) = gradients, ctx.saved_tensors
         needed = ctx.needs_input_grad
-        of_weight = of_bias = None
+        if ctx.together and len(g_KBTO) > 1:
+            g_KBTO = g_KBTO.movedim(0, 2).flatten(2)
+        g_NO = g_KBTO.flatten(0 if ctx.together else 1, -2)
+        of_weight = of_bias = of_x = None
         if needed[1]:
             of_weight = _of_weights(g_NO, x_NI, ctx.weight_KOI, ctx.together)
         if needed[2]:
             of_bias = _summed_up(_summed(g_NO), ctx.bias_KO)
-        return (g_NO @ weight_OI).to(ctx.of_x) if needed[0] else None, of_weight, of_bias, None
+        if needed[0]:
+            of_x = (g_NO @ weight_OI).to(ctx.of_x).view(ctx.shape)
+        return of_x, of_weight, of_bias
 
 
 def _in_low(value: Tensor, dtype: torch.dtype) -> Tensor:

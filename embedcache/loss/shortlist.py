@@ -184,7 +184,8 @@ def estimate(
     parts = [x_GNH] if len(sizes) == 1 else x_GNH.split(sizes, dim=1)
     for one, x_GnH in zip(listed, parts, strict=True):
         columns = Columns(one.weight_CH, one.bias_C, one.log_weight_C)
-        x_NH, index_N = x_GnH.flatten(0, 1), one.index_N.repeat(len(x_GnH))
+        x_NH, index_N = x_GnH.flatten(0, 1), one.index_N
+        index_N = index_N if len(x_GnH) == 1 else index_N.repeat(len(x_GnH))
         C, dtype = len(one.weight_CH), one.weight_CH.dtype
         chunks = plan_chunks(len(x_NH), C, dtype, x_NH.device, budget=logit_bytes)
         loss_N = frozen_head_loss(x_NH, columns, head, index_N, chunks=chunks)

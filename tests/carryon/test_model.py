@@ -5,7 +5,7 @@ import torch
 
 from embedcache.carryon.attention import segment_mask
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.elementwise import rotary_angles, rotate, rotated
+from embedcache.carryon.elementwise import residual_norm, rotary_angles, rotate, rotated
 from embedcache.carryon.model import CarryOn, Spread, bridge
 
 H = 16
@@ -248,6 +248,25 @@ def test_inputs_in_bfloat16_are_those_in_float32(calibrated):
     expected, found = seen
     assert (expected.dtype, found.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(found.float(), expected, rtol=0.015, atol=1e-6)
+
+
+@pytest.mark.parametrize("lead", [(), (3,)])
+def test_norms_and_their_gradients(lead):
+    draw = torch.Generator().manual_seed(0)
+    h, more, weight = (
+        torch.randn(*lead, *shape, 8, dtype=torch.float64, generator=draw).requires_grad_()
+        for shape in ((2, 5), (2, 5), ())
+    )
+    assert torch.autograd.gradcheck(residual_norm, (h, more, weight))
+    kept, normed = residual_norm(h, more, weight)
+    assert torch.equal(kept, h + more)
+    scaled = weight[:, None, None] if lead else weight
+    expected = torch.nn.functional.rms_norm(kept, (8,)) * scaled
+    torch.testing.assert_close(normed, expected)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = residual_norm(h.float(), more.float(), weight.float())[1]
+    assert low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.double(), normed, rtol=8e-3, atol=0)
 
 
 def test_a_member_of_a_stack_is_the_carry_on_that_went_in():

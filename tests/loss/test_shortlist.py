@@ -9,6 +9,7 @@ from loss_problems import HEADS, problem, reference_logits
 from embedcache.base.head import Head
 from embedcache.loss import Shortlist, chunks, cross_entropy, tail_proposal
 from embedcache.loss import shortlist as shortlist_module
+from embedcache.loss.shortlist import distinct
 
 
 def proposal(V: int) -> torch.Tensor:
@@ -143,6 +144,12 @@ def test_draws_are_those_of_a_line_made_anew_without_what_is_held(held):
         assert chosen.tolist() == [*held, *expected.unique().tolist()]
         several.add(tuple(chosen.tolist()))
     assert len(several) > 10
+
+
+@pytest.mark.parametrize("ids", [[5], [0, 7, 7, 0], [7, 3, 3, 1]])
+def test_distinct_ids_are_those_that_there_are(ids):
+    ids = torch.tensor(ids)
+    assert torch.equal(distinct(ids, 8), torch.unique(ids))
 
 
 def test_a_point_at_the_very_end_draws_nothing_twice(monkeypatch):
