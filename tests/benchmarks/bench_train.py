@@ -7,7 +7,7 @@ extraction, once for any number of carry-ons, has a row of its own, and the tota
 carry-ons count it.
 
     pip install peft
-    python tests/benchmarks/bench_train.py [--tokens 60000]
+    python tests/benchmarks/bench_train.py [--tokens 60000] [--batch-tokens 4096]
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from record import record, row
 LORA_TOKENS = 1024
 CARRY_ONS = (1, 10, 100, 1000)
 TOP_IDS = 8
-RUNS = 3
+RUNS = 5
 """Trainings of each kind, of which the median counts."""
 
 
@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--base", default="builtin:smollm2-135m")
     parser.add_argument("--tokens", type=int, default=60_000)
     parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-tokens", type=int, default=None)
     parser.add_argument("--lora-steps", type=int, default=8)
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -109,7 +110,9 @@ def main() -> None:
         every: dict[tuple[int, str], list[TrainSummary]] = {}
 
         def trained(top_ids: int, loss: str) -> None:
-            config = TrainConfig(epochs=options.epochs, loss=loss)
+            config = TrainConfig(
+                epochs=options.epochs, loss=loss, batch_tokens=options.batch_tokens
+            )
             runs = every.setdefault((top_ids, loss), [])
             out = Path(folder) / f"{loss}-{top_ids}-{len(runs)}"
             found = train(Path(folder) / str(top_ids), out=out, config=config)
@@ -141,12 +144,13 @@ def main() -> None:
             for dtype in dtypes
         }
         print({dtype: f"{rate:,.0f} tokens/s" for dtype, rate in loras.items()})
+    steps = "" if options.batch_tokens is None else f", steps of {options.batch_tokens:,} tokens"
     lora = max(loras.values())
     lora_peer = {"peer": "PEFT LoRA r=16, all linear layers, on the base", "peer_value": lora}
     exact_peer, told = "the same with the exact head", {"command": command.strip()}
     rows = []
     for top_ids, one in ours.items():
-        beside = ", cache with top ids" if top_ids else ""
+        beside = (", cache with top ids" if top_ids else "") + steps
         name, rate = f"training one carry-on, r=64, shortlist{beside}", one.tokens_per_second
         rows += [
             row(name, rate, "tokens/s", **lora_peer, **told),
@@ -183,7 +187,7 @@ def main() -> None:
         taken = {k: seconds[k] + tokens / one.tokens_per_second for k, one in ours.items()}
         best = min(taken, key=taken.__getitem__)
         name = f"{count:,} carry-ons of {options.epochs} epochs, extraction included"
-        name += ", with top ids" if best else ""
+        name += (", with top ids" if best else "") + steps
         lora_peer["peer_value"] = tokens / lora
         rows.append(row(name, taken[best], "s, by these speeds", **lora_peer, **told))
     record("train_gpu" if torch.cuda.is_available() else "train_cpu", rows, options.results)
