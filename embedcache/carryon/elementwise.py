@@ -51,23 +51,25 @@ class _Norm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, h_BTR: Tensor, weight_R: Tensor, dtype: torch.dtype) -> Tensor:
+        wide_BTR = h_BTR.to(_wide(h_BTR))
         weight_R = weight_R if weight_R.ndim == 1 else weight_R[:, None, None]
-        length_BT1 = torch.linalg.vector_norm(h_BTR, dim=-1, keepdim=True)
+        length_BT1 = torch.linalg.vector_norm(wide_BTR, dim=-1, keepdim=True)
         mean_BT1 = length_BT1.square_().div_(h_BTR.shape[-1])
-        scale_BT1 = mean_BT1.add_(torch.finfo(h_BTR.dtype).eps).rsqrt_()
+        scale_BT1 = mean_BT1.add_(torch.finfo(wide_BTR.dtype).eps).rsqrt_()
         ctx.save_for_backward(h_BTR, weight_R, scale_BT1)
-        return (h_BTR * scale_BT1).mul_(weight_R).to(dtype)
+        return (wide_BTR * scale_BT1).mul_(weight_R).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         h_BTR, weight_R, scale_BT1 = ctx.saved_tensors
-        back_BTR = gradients[0].to(h_BTR.dtype, copy=True)
+        back_BTR = gradients[0].to(scale_BT1.dtype, copy=True)
         unit_BTR = h_BTR * scale_BT1
         of_weight_BTR = back_BTR * unit_BTR
         back_BTR.mul_(weight_R)
         along_BT1 = (of_weight_BTR * weight_R).mean(dim=-1, keepdim=True)
         back_BTR.addcmul_(unit_BTR, along_BT1, value=-1).mul_(scale_BT1)
-        return back_BTR, of_weight_BTR.sum(dim=(-3, -2)), None
+        of_weight = of_weight_BTR.sum(dim=(-3, -2)).to(weight_R.dtype)
+        return back_BTR.to(h_BTR.dtype), of_weight, None
 
 
 def gated(h_BTR: Tensor, branch: nn.Linear, gate: nn.Linear) -> Tensor:
@@ -129,12 +131,17 @@ def rotate(x_BTND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def _signed(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of both halves, [..., D], the first half's sines negative."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    cos, sin = cos.to(wide), sin.to(wide)
+    cos, sin = cos.to(_wide(x)), sin.to(_wide(x))
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
+def _wide(x: Tensor) -> torch.dtype:
+    """Return the dtype that sums over x and rotations of it are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def _turned(x_BTND: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
+    """Rotate by what `_signed` returns; or rotate back."""
     x = x_BTND.to(cos.dtype)
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return (x * cos).addcmul_(swapped, sin, value=-1 if back else 1).to(x_BTND.dtype)

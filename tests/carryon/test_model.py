@@ -267,6 +267,19 @@ def test_norms_and_their_gradients(lead):
         low = residual_norm(h.float(), more.float(), weight.float())[1]
     assert low.dtype == torch.bfloat16
     torch.testing.assert_close(low.double(), normed, rtol=8e-3, atol=0)
+    # Of bfloat16 itself, sums are wider.
+    h, weight = (part.detach().bfloat16().requires_grad_() for part in (h, weight))
+    exact = [part.detach().double().requires_grad_() for part in (h, weight)]
+    found, expected = (residual_norm(h, None, weight)[1] for h, weight in ((h, weight), exact))
+    upstream = torch.randn(found.shape, generator=draw).bfloat16()
+    pairs = zip(
+        (found, *torch.autograd.grad(found, (h, weight), upstream)),
+        (expected, *torch.autograd.grad(expected, exact, upstream.double())),
+        strict=True,
+    )
+    for one, other in pairs:
+        assert one.dtype == torch.bfloat16
+        torch.testing.assert_close(one.double(), other, rtol=8e-3, atol=1e-4)
 
 
 def test_a_member_of_a_stack_is_the_carry_on_that_went_in():
