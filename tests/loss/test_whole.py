@@ -24,6 +24,17 @@ def test_labels_that_are_all_but_impossible_keep_their_loss(dtype):
     assert difference(x.grad, gradient) < 2e-2
 
 
+def test_a_label_that_no_column_is_has_no_loss():
+    x, head, targets = problem("plain", 64, 101, 16, torch.float32)
+    expected = cross_entropy(x, head, targets).detach()
+    outside = targets.clone()
+    outside[[3, 40]] = torch.tensor([101, -1])
+    found = cross_entropy(x, head, outside)
+    assert found[[3, 40]].isnan().all()
+    inside = outside == targets
+    assert torch.equal(found[inside], expected[inside])
+
+
 def test_blocks_give_the_same_bits(monkeypatch):
     results = []
     for size in (whole.BLOCK_BYTES, 4 * 101 * 3):
