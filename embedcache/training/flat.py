@@ -12,7 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from embedcache.carryon.model import LOW, SUM, CarryOn
+from embedcache.carryon.linear import LOW, SUM
+from embedcache.carryon.model import CarryOn
 from embedcache.errors import CarryOnError
 from embedcache.training.config import TrainConfig
 from embedcache.training.states import DeviceStates, Due, HostStates

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import SUM, CarryOn
+from embedcache.carryon.linear import SUM
+from embedcache.carryon.model import CarryOn
 from embedcache.training.config import TrainConfig
 from embedcache.training.flat import FlatAdamW
 
