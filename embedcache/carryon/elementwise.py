@@ -29,6 +29,18 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype that sums over ``x``, and rotations of it, are computed in."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
+def one_over_rms(x_BTH: Tensor, eps: float) -> Tensor:
+    """Return one over each token's root mean square, _BT1, at least float32."""
+    # By its norm: a CPU's squares would be a tensor of their own.
+    length_BT1 = torch.linalg.vector_norm(x_BTH, dim=-1, keepdim=True)
+    return (length_BT1.to(wide_dtype(x_BTH)).square() / x_BTH.shape[-1] + eps).rsqrt()
+
+
 def residual_norm(
     h_BTR: Tensor, more_BTR: Tensor | None, weight_R: Tensor
 ) -> tuple[Tensor, Tensor]:
@@ -47,15 +59,13 @@ def residual_norm(
 
 
 class _Norm(torch.autograd.Function):
-    """A root-mean-square norm, or K of them: what autograd makes of PyTorch's is 30 operations."""
+    """A root-mean-square norm, or K of them, in fewer passes than autograd makes of PyTorch's."""
 
     @staticmethod
     def forward(ctx: Any, h_BTR: Tensor, weight_R: Tensor, dtype: torch.dtype) -> Tensor:
-        wide_BTR = h_BTR.to(_wide(h_BTR))
+        wide_BTR = h_BTR.to(wide_dtype(h_BTR))
         weight_R = weight_R if weight_R.ndim == 1 else weight_R[:, None, None]
-        length_BT1 = torch.linalg.vector_norm(wide_BTR, dim=-1, keepdim=True)
-        mean_BT1 = length_BT1.square_().div_(h_BTR.shape[-1])
-        scale_BT1 = mean_BT1.add_(torch.finfo(wide_BTR.dtype).eps).rsqrt_()
+        scale_BT1 = one_over_rms(wide_BTR, torch.finfo(wide_BTR.dtype).eps)
         ctx.save_for_backward(h_BTR, weight_R, scale_BT1)
         return (wide_BTR * scale_BT1).mul_(weight_R).to(dtype)
 
@@ -131,13 +141,8 @@ def rotate(x_BTND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
 
 def _signed(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
     """Return cosines and sines of both halves, [..., D], the first half's sines negative."""
-    cos, sin = cos.to(_wide(x)), sin.to(_wide(x))
+    cos, sin = cos.to(wide_dtype(x)), sin.to(wide_dtype(x))
     return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def _wide(x: Tensor) -> torch.dtype:
-    """Return the dtype that sums over x and rotations of it are computed in."""
-    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _turned(x_BTND: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:

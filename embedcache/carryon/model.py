@@ -26,12 +26,16 @@ from embedcache.carryon.attention import Spans, attend
 from embedcache.carryon.config import CarryOnConfig
 from embedcache.carryon.elementwise import (
     gated,
+    one_over_rms,
     product_dtype,
     residual_norm,
     rotary_angles,
     rotated,
 )
 from embedcache.carryon.linear import Linear
+
+EPS = 1e-6
+"""What keeps an input's norm from dividing by zero."""
 
 KeyValueUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a block's number and its new keys and values [B, N, T, D]; returns all of them so far."""
@@ -255,7 +259,7 @@ def _input(
     low = product_dtype(mean_H)
     if x_BTH.is_cpu and low == x_BTH.dtype != mean_H.dtype and bridge_bits == 16:
         x_NH = F.batch_norm(x_BTH.flatten(0, -2), mean_H, scale_H**-2, eps=0.0)
-        return x_NH.mul_(_one_over_rms(x_NH).to(low)).view(x_BTH.shape)
+        return x_NH.mul_(one_over_rms(x_NH, EPS).to(low)).view(x_BTH.shape)
     return _unit_rms(bridge(_standard(x_BTH, mean_H, scale_H, dtype), bridge_bits)).to(dtype)
 
 
@@ -270,13 +274,5 @@ def _standard(x_BTH: Tensor, mean_H: Tensor, scale_H: Tensor, dtype: torch.dtype
 def _unit_rms(x_BTH: Tensor) -> Tensor:
     """Divide each token's vector by its root mean square: a few tokens are far from all others."""
     if x_BTH.is_cpu:
-        return x_BTH * _one_over_rms(x_BTH)
-    return F.rms_norm(x_BTH, x_BTH.shape[-1:], eps=1e-6)
-
-
-def _one_over_rms(x_BTH: Tensor) -> Tensor:
-    """Return one over each token's root mean square, _BT1, at least float32."""
-    # By its norm: a CPU's squares would be a tensor of their own.
-    length_BT1 = torch.linalg.vector_norm(x_BTH, dim=-1, keepdim=True)
-    wide = torch.promote_types(x_BTH.dtype, torch.float32)
-    return (length_BT1.to(wide).square() / x_BTH.shape[-1] + 1e-6).rsqrt()
+        return x_BTH * one_over_rms(x_BTH, EPS)
+    return F.rms_norm(x_BTH, x_BTH.shape[-1:], eps=EPS)
