@@ -30,7 +30,7 @@ def delete_command(
     calibration of the codec transform, carry-ons trained before. So do copies of the cache, and
     the corpus itself.
     """
-    from embedcache.delete import delete
+    from embedcache.editing.delete import delete
 
     done = delete(cache, document, dry_run=dry_run, progress=TerminalProgress())
     if as_json:

@@ -39,17 +39,17 @@ def evaluate_command(
     alphas = tuple(alpha or (1.0,))
     progress = TerminalProgress()
     if cache is not None and not live:
-        from embedcache.evaluate import evaluate
+        from embedcache.evaluation.evaluate import evaluate
 
         found = evaluate(
             carryon, cache, split=split, alphas=alphas, device=device, progress=progress
         )
     else:
         from embedcache.base.load import load_base
-        from embedcache.cache.layout import corpora_of
-        from embedcache.carryon.store import read_record
+        from embedcache.cache.format.layout import corpora_of
+        from embedcache.carryon.saving import read_record
         from embedcache.corpus.config import CorpusConfig
-        from embedcache.evaluate_live import evaluate_cache_live, evaluate_corpus
+        from embedcache.evaluation.live import evaluate_cache_live, evaluate_corpus
 
         record = read_record(carryon)
         loaded = load_base(base or record.base["name"], device=device, dtype=dtype)

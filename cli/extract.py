@@ -122,11 +122,11 @@ def extract_command(
 ) -> None:
     """Stage one."""
     from embedcache.base.taps import parse_taps
-    from embedcache.cache.layout import ExtractSettings
+    from embedcache.cache.format.layout import ExtractSettings
     from embedcache.corpus.config import CorpusConfig
     from embedcache.device import resolve_device
     from embedcache.errors import UsageError
-    from embedcache.extract import extract
+    from embedcache.extraction.extract import extract
     from embedcache.extraction.preview import preview
 
     if not corpus and not repair:

@@ -30,9 +30,9 @@ def generate_command(
 ) -> None:
     """Write text."""
     from embedcache.base.load import load_base
-    from embedcache.carryon.store import read_record
-    from embedcache.compose import compose
-    from embedcache.generate import Sampling, generate
+    from embedcache.carryon.saving import read_record
+    from embedcache.compose.generate import Sampling, generate
+    from embedcache.compose.model import compose
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,

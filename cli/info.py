@@ -42,7 +42,7 @@ def _base_pairs(base: dict[str, Any]) -> list[tuple[str, object]]:
 
 
 def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
-    from embedcache.cache.layout import sources_of
+    from embedcache.cache.format.layout import sources_of
 
     settings = found["settings"]
     pairs: list[tuple[str, object]] = [
@@ -140,7 +140,7 @@ def _some(word: str, names: list[str], most: int = 8) -> str:
 
 
 def _carryon_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
-    from embedcache.cache.layout import sources_of
+    from embedcache.cache.format.layout import sources_of
 
     config, results = found["carryon"], found["results"]
     pairs: list[tuple[str, object]] = [

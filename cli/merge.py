@@ -28,7 +28,7 @@ def merge_command(
     becomes name@2. Damaged embeddings are repaired by 'embedcache extract --repair --out' without a
     corpus; for damaged tokens, merge again.
     """
-    from embedcache.merge import merge
+    from embedcache.editing.merge import merge
     from embedcache.units import size
 
     done = merge(caches, out, dry_run=dry_run, progress=TerminalProgress())

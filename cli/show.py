@@ -51,7 +51,7 @@ class _TerminalBar:
 def own_progress() -> Progress:
     """Return a terminal's progress; only the first of ``torchrun``'s processes shows any."""
     from embedcache.progress import SILENT
-    from embedcache.training.ranks import is_leader
+    from embedcache.training.distributed import is_leader
 
     return TerminalProgress() if is_leader() else SILENT
 

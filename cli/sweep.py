@@ -27,9 +27,9 @@ def run_sweep(
     as_json: bool,
 ) -> None:
     """Train all runs into folders of ``out``, and rank them; exit with 1 if any failed."""
-    from embedcache.train import preview, sweep
+    from embedcache.training.distributed import is_leader
     from embedcache.training.leaderboard import publish_leaderboard, ranking
-    from embedcache.training.ranks import is_leader
+    from embedcache.training.train import preview, sweep
 
     if dry_run:
         plans = {

@@ -62,10 +62,10 @@ def train_command(
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from embedcache.base.taps import parse_taps
     from embedcache.errors import UsageError
-    from embedcache.train import preview, train
     from embedcache.training.config import TrainConfig, read_settings
-    from embedcache.training.ranks import is_leader
+    from embedcache.training.distributed import is_leader
     from embedcache.training.sweep import merged, read_sweep
+    from embedcache.training.train import preview, train
     from embedcache.units import bytes_of
 
     budget = None if memory is None else bytes_of(memory)

@@ -7,15 +7,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.commit import newest_generations
+from embedcache.cache.blocks.commit import newest_generations
+from embedcache.cache.cache import Cache, read_attributes
+from embedcache.cache.codecs.transform import Calibration
 from embedcache.cache.components import describe_components
-from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, CacheAttributes
-from embedcache.cache.manifest import Manifest, read_manifest
-from embedcache.cache.reader import Cache, read_attributes
-from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.transform import Calibration
+from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, CacheAttributes
+from embedcache.cache.manifest.manifest import Manifest, read_manifest
+from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.usage import SHARED, bytes_by_array
-from embedcache.carryon.store import CONFIG_FILE, read_record
+from embedcache.carryon.saving import CONFIG_FILE, read_record
 from embedcache.errors import UsageError
 
 

@@ -20,10 +20,10 @@ from embedcache.base.head import Head
 from embedcache.base.identity import BaseIdentity
 from embedcache.base.load import tokenizer_at_hand
 from embedcache.base.taps import FINAL
-from embedcache.cache.codecs import codec_name
-from embedcache.cache.layout import SPLITS
-from embedcache.cache.reader import Cache
-from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.cache import Cache
+from embedcache.cache.codecs.integers import codec_name
+from embedcache.cache.format.layout import SPLITS
+from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.errors import BaseModelError, CacheError, IdentityError, UsageError, nearest
 
 TOP = 3

@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 
 from embedcache.base.load import load_base
-from embedcache.carryon.store import WEIGHTS_FILE
-from embedcache.compose import compose
+from embedcache.carryon.saving import WEIGHTS_FILE
+from embedcache.compose.generate import Sampling, generate
+from embedcache.compose.model import compose
 from embedcache.corpus.config import CorpusConfig
-from embedcache.evaluate import evaluate
-from embedcache.extract import extract
-from embedcache.generate import Sampling, generate
-from embedcache.train import train
+from embedcache.evaluation.evaluate import evaluate
+from embedcache.extraction.extract import extract
 from embedcache.training.config import TrainConfig
+from embedcache.training.train import train
 from embedcache.units import size
 from embedcache_cli.show import TerminalProgress, print_pairs, print_table
 

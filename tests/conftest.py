@@ -11,18 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from support import tiny
 
 from embedcache.base.load import Base, load_base
-from embedcache.cache.layout import ExtractSettings
-from embedcache.cache.reader import Cache
-from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn
-from embedcache.carryon.store import CarryOnRecord, save_carryon
+from embedcache.cache.cache import Cache
+from embedcache.cache.format.layout import ExtractSettings
+from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.saving import CarryOnRecord, save_carryon
 from embedcache.corpus.config import CorpusConfig
-from embedcache.extract import extract
 from embedcache.extraction import measure, plan, rehearsal
+from embedcache.extraction.extract import extract
 
 # Products of so small a base are done before a second thread is awake; where processes share the
 # cores, each would wait for it. Children take it from the environment.
@@ -31,6 +31,8 @@ torch.set_num_threads(1)
 
 MEASURED = [(measure, "AGAIN", 0), (rehearsal, "MOST", 1), (rehearsal, "ENCODINGS", 1)]
 MEASURED_IN_FULL = [(module, name, getattr(module, name)) for module, name, _ in MEASURED]
+
+pytest_plugins = ["support.caches"]
 
 WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "a", "lazy", "dog", "and", "Paris"]
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from embedcache.device import fast_dtype
-from embedcache.train import train
-from embedcache.training import materials
+from embedcache.training import inputs as materials
 from embedcache.training.config import TrainConfig
-from embedcache.training.stack import Stack
+from embedcache.training.step.stack import Stack
+from embedcache.training.train import train
 
 
 @pytest.mark.parametrize(

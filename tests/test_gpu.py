@@ -14,19 +14,19 @@ import pytest
 import torch
 from conftest import make_world
 
-from embedcache.cache.loader import BatchLoader
 from embedcache.cache.verify import verify
-from embedcache.carryon.attention import Spans, attend, segment_mask
-from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.model import CarryOn
+from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.nn.attention import Spans, attend, segment_mask
+from embedcache.data.loader import BatchLoader
 from embedcache.device import free_memory
-from embedcache.evaluate import evaluate
-from embedcache.train import sweep, train
+from embedcache.evaluation.evaluate import evaluate
 from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
-from embedcache.training.marks import Mark
-from embedcache.training.recipe import PLAIN, Recipe
-from embedcache.training.stack import Stack
+from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.step.stack import Stack
+from embedcache.training.step.timestamps import Mark
+from embedcache.training.train import sweep, train
 
 pytestmark = pytest.mark.gpu
 
@@ -204,8 +204,8 @@ def test_a_gpu_without_room_for_recordings_trains_without(tmp_path, world, monke
 WITHIN = """
 import sys, torch
 from pathlib import Path
-from embedcache.carryon.config import CarryOnConfig
-from embedcache.train import train
+from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.training.train import train
 from embedcache.training.config import TrainConfig
 cache, out, loss, budget = sys.argv[1:]
 shape = CarryOnConfig(width=64)
@@ -247,8 +247,8 @@ def test_the_gradient_of_a_bias_takes_little_memory():
 
 PIECES = """
 import torch
-from embedcache.training.captured import record
-from embedcache.training.allocator import spare_reserves
+from embedcache.training.step.cuda_graph import record
+from embedcache.training.budget.allocator import spare_reserves
 spare_reserves()
 
 def part():

@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 import torch
 from conftest import World, make_world
-from fixtures_extract import call_main
-from ledgers import blocks_of, publish_blocks, put_aside
+from support.digest_tables import blocks_of, publish_blocks, put_aside
+from support.fixtures_extract import call_main
 
-from embedcache.cache.codecs import Bf16Codec
-from embedcache.cache.coders import CODERS
-from embedcache.cache.reader import Cache, SplitReader
-from embedcache.cache.records import FileRecord, chunks_crc32c
-from embedcache.cache.shard import write_shard
-from embedcache.cache.transform import Calibration
+from embedcache.cache.cache import Cache, SplitReader
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.integers import Bf16Codec
+from embedcache.cache.codecs.transform import Calibration
+from embedcache.cache.manifest.file_record import FileRecord, chunks_crc32c
+from embedcache.cache.shards.shard import write_shard
 from embedcache.errors import CacheError, UsageError
 from embedcache.info import describe
 

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 import torch
 from conftest import World, make_world
-from fixtures_extract import call_main, small_settings
-from ledgers import put_aside
-from tiny import tiny_base_directory
+from support.digest_tables import put_aside
+from support.fixtures_extract import call_main, small_settings
+from support.tiny import tiny_base_directory
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from embedcache import inspection
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import BaseModelError, CacheError, IdentityError, UsageError
-from embedcache.extract import extract
+from embedcache.extraction.extract import extract
 from embedcache.inspection import inspect_sequence
 
 KINDS: dict[str, dict[str, Any]] = {

@@ -15,18 +15,18 @@ from safetensors.torch import load_file, save_file
 
 from embedcache.base import hashes
 from embedcache.base.load import load_base, load_identity
-from embedcache.cache.layout import ATTRIBUTE, SCHEMA, ExtractSettings
-from embedcache.cache.reader import Cache
-from embedcache.compose import compose
+from embedcache.cache.cache import Cache
+from embedcache.cache.format.layout import ATTRIBUTE, SCHEMA, ExtractSettings
+from embedcache.compose.model import compose
 from embedcache.corpus.config import CorpusConfig
+from embedcache.editing.merge import merge
 from embedcache.errors import CacheError, IdentityError
-from embedcache.evaluate import evaluate
-from embedcache.evaluate_live import evaluate_cache_live
-from embedcache.extract import extract
-from embedcache.files import hash_file, publish_json
-from embedcache.merge import merge
-from embedcache.train import preview, train
+from embedcache.evaluation.evaluate import evaluate
+from embedcache.evaluation.live import evaluate_cache_live
+from embedcache.extraction.extract import extract
+from embedcache.store.files import hash_file, publish_json
 from embedcache.training.config import TrainConfig
+from embedcache.training.train import preview, train
 
 
 def another_weight(base: Path, name: str) -> None:

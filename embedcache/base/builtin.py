@@ -11,7 +11,7 @@ from pathlib import Path
 
 from embedcache.base.home import home
 from embedcache.errors import BaseModelError, nearest
-from embedcache.files import fsync_path
+from embedcache.store.files import fsync_path
 
 PREFIX = "builtin:"
 

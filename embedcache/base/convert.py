@@ -16,7 +16,7 @@ from embedcache.base.home import home
 from embedcache.base.identity import SOURCE_FILE
 from embedcache.base.reason import reason
 from embedcache.errors import BaseModelError
-from embedcache.files import fsync_path, publish_json
+from embedcache.store.files import fsync_path, publish_json
 
 CONVERTER = 1
 """Raise it when the files that ``_write_base`` makes of a GGUF file change in meaning."""

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.base.home import home
-from embedcache.files import hash_file, publish_json
+from embedcache.store.files import hash_file, publish_json
 
 _SETTLED_NS = 2_000_000_000
 

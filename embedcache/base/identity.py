@@ -14,7 +14,7 @@ from typing import Any
 
 from embedcache.base.hashes import weight_hash
 from embedcache.errors import BaseModelError, IdentityError, nearest
-from embedcache.files import hash_file, hash_json
+from embedcache.store.files import hash_file, hash_json
 
 SOURCE_FILE = "embedcache_source.json"
 """Left by a converter beside the files it wrote: ``{"gguf_sha256": ..., "converter": ...}``."""

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 import zarr
 
-from embedcache.cache.arrays import checked
-from embedcache.cache.coders import CODERS
-from embedcache.cache.damaged import reading
-from embedcache.cache.layout import shard_name
-from embedcache.cache.shard import write_chunk
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.format.arrays import checked
+from embedcache.cache.format.layout import shard_name
+from embedcache.cache.shards.errors import reading
+from embedcache.cache.shards.shard import write_chunk
 from embedcache.errors import CacheError
-from embedcache.files import fsync_path
+from embedcache.store.files import fsync_path
 
 Array = np.ndarray[Any, Any]
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from embedcache.cache.reader import SplitReader
+from embedcache.cache.cache import SplitReader
 
 DEAD = 1e-3
 """Times the median standard deviation, at most."""

@@ -7,8 +7,8 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from embedcache.cache.layout import CLAIMS, COMMITS, LEDGER, SPLITS, STAGING
-from embedcache.files import LOCK
+from embedcache.cache.format.layout import CLAIMS, COMMITS, LEDGER, SPLITS, STAGING
+from embedcache.store.files import LOCK
 
 SHARED = "shared"
 """What is no split's: the head, the codec, the manifest."""

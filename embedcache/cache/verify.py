@@ -16,13 +16,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
-from embedcache.cache.arrays import chunk_rows
-from embedcache.cache.block_files import BlockFiles, block_ledgers
-from embedcache.cache.claims import writers_of
-from embedcache.cache.codecs import ArraySpec
-from embedcache.cache.coders import CODERS
-from embedcache.cache.commit import Marker, committed_blocks
-from embedcache.cache.layout import (
+from embedcache.cache.activity import require_quiet, state_of
+from embedcache.cache.blocks.commit import Marker, committed_blocks
+from embedcache.cache.blocks.files import BlockFiles, block_ledgers
+from embedcache.cache.cache import read_attributes
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.integers import ArraySpec
+from embedcache.cache.format.arrays import chunk_rows
+from embedcache.cache.format.layout import (
     ATTRIBUTE,
     MANIFEST,
     SEALED,
@@ -33,16 +34,15 @@ from embedcache.cache.layout import (
     marker_path,
     parts_of,
 )
-from embedcache.cache.ledger import Ledger
-from embedcache.cache.manifest import Manifest
-from embedcache.cache.quiet import require_quiet, state_of
-from embedcache.cache.reader import read_attributes
-from embedcache.cache.records import FileRecord, content_fault, fault_in
-from embedcache.cache.sealed import METADATA, Seal, metadata_fault
-from embedcache.cache.sealed_files import SealedFiles
-from embedcache.cache.shard import read_shard
+from embedcache.cache.manifest.digest_table import Ledger
+from embedcache.cache.manifest.digests import METADATA, Seal, metadata_fault
+from embedcache.cache.manifest.file_record import FileRecord, content_fault, fault_in
+from embedcache.cache.manifest.manifest import Manifest
+from embedcache.cache.shards.shard import read_shard
+from embedcache.cache.tokens.files import SealedFiles
 from embedcache.errors import CacheError
 from embedcache.progress import SILENT, Bar, Progress
+from embedcache.store.lease import writers_of
 
 Kind = Literal[
     "manifest", "seal", "ledger", "metadata", "sealed", "base", "codec", "marker", "shard"

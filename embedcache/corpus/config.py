@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-from embedcache.corpus.templates import template_fields
+from embedcache.corpus.render.templates import template_fields
 from embedcache.errors import UsageError, nearest
 
 POLICIES = ("error", "skip")

@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import cast
 
 from embedcache.corpus.config import CorpusConfig
+from embedcache.corpus.dedup.fingerprint import Sketch
+from embedcache.corpus.dedup.near_duplicates import DuplicateIndex
 from embedcache.corpus.documents import Document
-from embedcache.corpus.duplicates import DuplicateIndex
-from embedcache.corpus.fingerprint import Sketch
 from embedcache.corpus.summary import SPLITS, CorpusSummary, Split
 from embedcache.errors import CorpusError, nearest
 

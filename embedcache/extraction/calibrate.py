@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 from embedcache.base.head import Head
-from embedcache.cache.coders import CODERS
-from embedcache.cache.transform import Calibration, TransformCodec, quantise, unit_rows
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.transform import Calibration, TransformCodec, quantise, unit_rows
 from embedcache.loss import cross_entropy
 
 Array = np.ndarray[Any, Any]

@@ -11,15 +11,16 @@ import numpy as np
 import torch
 import zarr
 
+from embedcache.base.forward import BlockForward
 from embedcache.base.load import Base
 from embedcache.base.taps import FINAL, token_embedding_of
 from embedcache.cache.base_arrays import Cost, base_array_cost
-from embedcache.cache.codecs import STATELESS, Codec, codec_name
-from embedcache.cache.layout import CODEC, DEFAULT_BITS, SPLITS, ExtractSettings
-from embedcache.cache.seal import fsync_tree
-from embedcache.cache.sealed import Seal
-from embedcache.cache.tokens import SplitTokens
-from embedcache.cache.transform import Calibration, codecs_of
+from embedcache.cache.codecs.integers import STATELESS, Codec, codec_name
+from embedcache.cache.codecs.transform import Calibration, codecs_of
+from embedcache.cache.format.layout import CODEC, DEFAULT_BITS, SPLITS, ExtractSettings
+from embedcache.cache.manifest.digests import Seal
+from embedcache.cache.tokens.reader import SplitTokens
+from embedcache.cache.tokens.writer import fsync_tree
 from embedcache.errors import CacheError, NumericsError
 from embedcache.extraction.calibrate import (
     BATCHES,
@@ -28,10 +29,9 @@ from embedcache.extraction.calibrate import (
     Sample,
     calibrate,
 )
-from embedcache.extraction.encoder import finite_rows
-from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.spread import Item, Known, SampledBlock, ids_of, rows_of, spread
-from embedcache.files import fsync_path
+from embedcache.extraction.encode import finite_rows
+from embedcache.extraction.sample import Item, Known, SampledBlock, ids_of, rows_of, spread
+from embedcache.store.files import fsync_path
 
 Array = np.ndarray[Any, Any]
 

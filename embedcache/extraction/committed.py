@@ -9,9 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from embedcache.cache.block_files import Recorded
-from embedcache.cache.commit import Marker, newest_generations
-from embedcache.cache.layout import SPLITS, marker_path
+from embedcache.cache.blocks.commit import Marker, newest_generations
+from embedcache.cache.blocks.files import Recorded
+from embedcache.cache.format.layout import SPLITS, marker_path
 from embedcache.extraction.quarantine import Quarantine
 
 

@@ -17,10 +17,10 @@ from statistics import mean, median
 import numpy as np
 import torch
 
+from embedcache.base.forward import BlockForward
 from embedcache.base.load import Base
 from embedcache.device import wait_for
-from embedcache.extraction.forward import BlockForward
-from embedcache.extraction.spread import Array
+from embedcache.extraction.sample import Array
 
 IN_A_ROW = 3
 """Times that a batch is computed before the device is waited for, as a run hardly ever does."""

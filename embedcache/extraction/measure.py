@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from embedcache.base.forward import BlockForward
 from embedcache.base.load import Base
-from embedcache.cache.codecs import Codec
-from embedcache.cache.layout import ExtractSettings
-from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.codecs.integers import Codec
+from embedcache.cache.format.layout import ExtractSettings
+from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.device import wait_for
-from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.laps import Laps, Turn, is_launched
 from embedcache.extraction.rehearsal import Encoded, Rehearsal, encoder_threads
-from embedcache.extraction.spread import Item, Known, SampledBlock, ids_of, rows_of, spread
+from embedcache.extraction.sample import Item, Known, SampledBlock, ids_of, rows_of, spread
 from embedcache.progress import Progress
 
 Array = np.ndarray[Any, Any]

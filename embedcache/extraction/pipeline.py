@@ -11,21 +11,21 @@ from typing import Any
 
 import numpy as np
 
+from embedcache.base.forward import CHECK_EVERY, BlockForward
 from embedcache.base.load import Base
-from embedcache.cache.claims import PATIENCE_SECONDS, Claims
-from embedcache.cache.codecs import ArraySpec
-from embedcache.cache.commit import BlockWriter, Marker
-from embedcache.cache.prefetch import prefetch
-from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.blocks.commit import BlockWriter, Marker
+from embedcache.cache.codecs.integers import ArraySpec
+from embedcache.cache.tokens.reader import SplitTokens
+from embedcache.data.prefetch import prefetch
+from embedcache.extraction.block_queue import Deal
 from embedcache.extraction.buffers import HostBuffers, Slot
-from embedcache.extraction.deal import Deal
-from embedcache.extraction.encoder import BlockEncoder
-from embedcache.extraction.forward import CHECK_EVERY, BlockForward
+from embedcache.extraction.encode import BlockEncoder
 from embedcache.extraction.preflight import tokens_to_go
 from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.rehearsal import encoder_threads
-from embedcache.extraction.spread import Item, Known
+from embedcache.extraction.sample import Item, Known
 from embedcache.progress import Bar, Progress
+from embedcache.store.lease import PATIENCE_SECONDS, Claims
 
 Array = np.ndarray[Any, Any]
 Read = tuple[Item, Array, Array, int]

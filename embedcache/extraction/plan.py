@@ -13,8 +13,8 @@ import torch
 
 from embedcache import __version__
 from embedcache.base.identity import BaseIdentity
-from embedcache.cache.claims import WRITERS, taken_over
-from embedcache.cache.layout import (
+from embedcache.cache.cache import read_attributes
+from embedcache.cache.format.layout import (
     CLAIMS,
     CODEC,
     LEDGER,
@@ -24,15 +24,15 @@ from embedcache.cache.layout import (
     CacheAttributes,
     ExtractSettings,
 )
-from embedcache.cache.reader import read_attributes
-from embedcache.cache.seal import Sealer
+from embedcache.cache.tokens.writer import Sealer
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.duplicates import Held
-from embedcache.corpus.sequences import CorpusReader
+from embedcache.corpus.dedup.near_duplicates import Held
+from embedcache.corpus.reader import CorpusReader
 from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.errors import OutputError
 from embedcache.extraction.prediction import require_floor
 from embedcache.progress import Progress
+from embedcache.store.lease import WRITERS, taken_over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from embedcache.cache.codecs import codec_name
-from embedcache.cache.layout import DEFAULT_BITS, ExtractSettings
+from embedcache.cache.codecs.integers import codec_name
+from embedcache.cache.format.layout import DEFAULT_BITS, ExtractSettings
 from embedcache.errors import OutputError
 from embedcache.units import duration, size
 

@@ -7,18 +7,18 @@ from pathlib import Path
 from embedcache.base.load import Base
 from embedcache.base.taps import is_tied
 from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, Cost
-from embedcache.cache.commit import Marker
-from embedcache.cache.layout import MANIFEST, shard_name
-from embedcache.cache.ledger import LedgerSeal, ledger_bytes
-from embedcache.cache.manifest import Manifest, SplitManifest
-from embedcache.cache.records import FILE, FileRecord
-from embedcache.cache.sealed import Seal, read_seal
-from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.blocks.commit import Marker
+from embedcache.cache.format.layout import MANIFEST, shard_name
+from embedcache.cache.manifest.digest_table import LedgerSeal, ledger_bytes
+from embedcache.cache.manifest.digests import Seal, read_seal
+from embedcache.cache.manifest.file_record import FILE, FileRecord
+from embedcache.cache.manifest.manifest import Manifest, SplitManifest
+from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.usage import used_bytes
 from embedcache.extraction.measure import Measured
 from embedcache.extraction.prediction import Prediction, free_disk
 from embedcache.extraction.rehearsal import Encoded
-from embedcache.extraction.spread import Item, Known
+from embedcache.extraction.sample import Item, Known
 from embedcache.extraction.timing import blocks_seconds
 
 EXTRACTED = (

@@ -10,13 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from embedcache.base.forward import BlockForward
 from embedcache.base.load import load_base, load_identity, load_tokenizer
 from embedcache.base.locate import locate
 from embedcache.base.taps import check_taps
 from embedcache.cache.base_arrays import Cost
-from embedcache.cache.commit import newest_generations
-from embedcache.cache.layout import MANIFEST, SPLITS, ExtractSettings
-from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.blocks.commit import newest_generations
+from embedcache.cache.format.layout import MANIFEST, SPLITS, ExtractSettings
+from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device
 from embedcache.extraction.calibrate_cache import (
@@ -25,12 +26,11 @@ from embedcache.extraction.calibrate_cache import (
     calibrations_of,
     codecs_by_split,
 )
-from embedcache.extraction.forward import BlockForward
 from embedcache.extraction.measure import Measured, measure
 from embedcache.extraction.plan import check_out, environment_for, seal_corpus, sealed_attributes
 from embedcache.extraction.prediction import Prediction
 from embedcache.extraction.preflight import blocks_to_go, predict
-from embedcache.extraction.spread import Known
+from embedcache.extraction.sample import Known
 from embedcache.extraction.store_base import base_cost
 from embedcache.progress import SILENT, Progress
 from embedcache.units import size

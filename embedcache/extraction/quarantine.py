@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from embedcache.cache.commit import Marker
-from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.blocks.commit import Marker
+from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.errors import NumericsError
 
 GRACE = 8

@@ -20,14 +20,14 @@ import torch
 
 from embedcache.base.head import Head
 from embedcache.base.taps import FINAL
-from embedcache.cache.arrays import chunk_rows
-from embedcache.cache.codecs import Codec, codec_name
-from embedcache.cache.coders import CODERS
-from embedcache.cache.commit import BlockWriter
-from embedcache.cache.layout import TOP_IDS, ExtractSettings
-from embedcache.cache.shard import shard_bytes
+from embedcache.cache.blocks.commit import BlockWriter
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.integers import Codec, codec_name
+from embedcache.cache.format.arrays import chunk_rows
+from embedcache.cache.format.layout import TOP_IDS, ExtractSettings
+from embedcache.cache.shards.shard import shard_bytes
 from embedcache.extraction.buffers import HostBuffers, Slot
-from embedcache.extraction.encoder import BlockEncoder, finite_rows
+from embedcache.extraction.encode import BlockEncoder, finite_rows
 from embedcache.extraction.laps import Laps
 from embedcache.extraction.top_ids import top_ids_of
 

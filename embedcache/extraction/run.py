@@ -10,22 +10,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from embedcache.base.forward import BlockForward
 from embedcache.base.load import Base
 from embedcache.cache.base_arrays import Cost
-from embedcache.cache.block_files import block_ledgers
-from embedcache.cache.claims import TURN, Claims
-from embedcache.cache.commit import (
+from embedcache.cache.blocks.commit import (
     Marker,
     clear_staging,
     drop_superseded,
     newest_generations,
     recover,
 )
-from embedcache.cache.layout import CODEC, MANIFEST, SPLITS, STAGING, ExtractSettings
-from embedcache.cache.manifest import Manifest, publish_manifest, read_manifest, split_manifest
-from embedcache.cache.sealed import Seal, read_seal
-from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.blocks.files import block_ledgers
+from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, STAGING, ExtractSettings
+from embedcache.cache.manifest.digests import Seal, read_seal
+from embedcache.cache.manifest.manifest import (
+    Manifest,
+    publish_manifest,
+    read_manifest,
+    split_manifest,
+)
+from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.usage import used_bytes
+from embedcache.editing.repair import Mended
 from embedcache.errors import OutputError
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
@@ -35,18 +41,17 @@ from embedcache.extraction.calibrate_cache import (
     store_calibrations,
 )
 from embedcache.extraction.committed import Committed, recorded
-from embedcache.extraction.encoder import BlockEncoder
-from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.encode import BlockEncoder
 from embedcache.extraction.measure import Measured, measure
 from embedcache.extraction.pipeline import Pipeline
 from embedcache.extraction.prediction import require_room
 from embedcache.extraction.preflight import blocks_to_go, predict
 from embedcache.extraction.quarantine import Quarantine
-from embedcache.extraction.repair import Mended
-from embedcache.extraction.spread import Known
+from embedcache.extraction.sample import Known
 from embedcache.extraction.store_base import base_cost, store_base
-from embedcache.files import fsync_path, make_folder
 from embedcache.progress import Progress
+from embedcache.store.files import fsync_path, make_folder
+from embedcache.store.lease import TURN, Claims
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -10,8 +10,8 @@ import zarr
 from embedcache.base.load import Base
 from embedcache.base.taps import is_tied, token_embedding_of
 from embedcache.cache.base_arrays import Cost, base_array_cost, write_base_array
-from embedcache.cache.seal import fsync_tree
-from embedcache.files import fsync_path
+from embedcache.cache.tokens.writer import fsync_tree
+from embedcache.store.files import fsync_path
 
 METADATA_BYTES = 280
 """Of the groups under ``base``."""

@@ -13,9 +13,9 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from embedcache.extraction.forward import CHECK_EVERY
+from embedcache.base.forward import CHECK_EVERY
 from embedcache.extraction.measure import Measured
-from embedcache.extraction.spread import Item, Known
+from embedcache.extraction.sample import Item, Known
 
 
 def blocks_seconds(

@@ -10,7 +10,7 @@ import math
 import torch
 
 from embedcache.base.head import Head
-from embedcache.cache.layout import LIKELY
+from embedcache.cache.format.layout import LIKELY
 
 LOGITS = {"cpu": 1 << 23, "cuda": 1 << 27}
 """Logits that exist at a time, about: on a CPU what is near its caches."""

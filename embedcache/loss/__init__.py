@@ -12,9 +12,15 @@ call `frozen`, which walks the `tiles` of a head (on the device, or streamed fro
 """
 
 from embedcache.loss.chunks import Chunks, cut, plan_chunks
-from embedcache.loss.columns import Columns
 from embedcache.loss.exact import cross_entropy
-from embedcache.loss.shortlist import Listed, Shortlist, cut_listed, estimate, tail_proposal
+from embedcache.loss.shortlist.shortlist import (
+    Listed,
+    Shortlist,
+    cut_listed,
+    estimate,
+    tail_proposal,
+)
+from embedcache.loss.vocab_subset import Columns
 
 __all__ = [
     "Chunks",

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from embedcache.base.head import Head
 from embedcache.loss.chunks import Chunks
-from embedcache.loss.columns import Columns
-from embedcache.loss.frozen import frozen_head_loss
+from embedcache.loss.linear_cross_entropy import frozen_head_loss
+from embedcache.loss.vocab_subset import Columns
 
 
 def cross_entropy(

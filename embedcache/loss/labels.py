@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from embedcache.loss.columns import Columns
 from embedcache.loss.tiles import Tile
+from embedcache.loss.vocab_subset import Columns
 
 
 class LabelRows:

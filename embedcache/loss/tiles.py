@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedcache.loss.columns import Columns
+from embedcache.loss.vocab_subset import Columns
 
 
 @dataclass(frozen=True, slots=True)

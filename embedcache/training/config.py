@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedcache.carryon.config import CarryOnConfig, check_keys, check_types
+from embedcache.carryon.branch.config import CarryOnConfig, check_keys, check_types
 from embedcache.errors import UsageError, nearest
 
 LOSSES = ("auto", "exact", "shortlist")

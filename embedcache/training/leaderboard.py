@@ -8,9 +8,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from embedcache.files import publish_bytes, publish_json
+from embedcache.store.files import publish_bytes, publish_json
 from embedcache.training.config import TrainConfig
-from embedcache.training.member import TrainSummary
+from embedcache.training.run.run import TrainSummary
 
 BOARD_FILE, PICTURE_FILE = "leaderboard.json", "leaderboard.png"
 SHOWN = 30

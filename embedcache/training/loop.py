@@ -10,18 +10,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedcache.cache.batch import Batch, Counts
-from embedcache.carryon.model import CarryOn
-from embedcache.disk import writing
+from embedcache.carryon.branch.model import CarryOn
+from embedcache.data.batch import Batch, Counts
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
-from embedcache.training.captured import Captured, recordable
-from embedcache.training.feed import Feed
-from embedcache.training.marks import Mark
-from embedcache.training.member import Member
-from embedcache.training.ranks import Ranks
+from embedcache.store.disk import writing
+from embedcache.training.distributed import Ranks
+from embedcache.training.run.run import Member
 from embedcache.training.scoring import DevLoss
-from embedcache.training.stack import Stack, Work
+from embedcache.training.step.batch_stream import Feed
+from embedcache.training.step.cuda_graph import Captured, recordable
+from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.timestamps import Mark
 
 
 class Arriving:

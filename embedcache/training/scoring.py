@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
-from embedcache.cache.batch import Batch
-from embedcache.carryon.model import CarryOn
+from embedcache.carryon.branch.model import CarryOn
+from embedcache.data.batch import Batch
 from embedcache.device import any_shape_attention
-from embedcache.evaluate import FrozenInputs
+from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.loss import Shortlist, cross_entropy, estimate
-from embedcache.training.ranks import ALONE, Ranks
-from embedcache.training.recipe import PLAIN, Recipe
+from embedcache.training.distributed import ALONE, Ranks
+from embedcache.training.step.settings import PLAIN, Recipe
 
 
 class DevLoss(NamedTuple):

@@ -9,23 +9,23 @@ from itertools import groupby
 
 import torch
 
-from embedcache.cache.loader import room_to_keep
-from embedcache.cache.reader import Cache
-from embedcache.carryon.model import CarryOn
+from embedcache.cache.cache import Cache
+from embedcache.carryon.branch.model import CarryOn
+from embedcache.data.loader import room_to_keep
 from embedcache.device import current, free_memory
 from embedcache.errors import DeviceMemoryError
 from embedcache.progress import Progress
-from embedcache.training.allocator import held
-from embedcache.training.feed import Feed
+from embedcache.training.budget.allocator import held
+from embedcache.training.budget.memory import MemoryPlan, rounded
+from embedcache.training.budget.planning import plan_memory
+from embedcache.training.distributed import ALONE, Ranks
+from embedcache.training.inputs import Materials, Patterns
 from embedcache.training.loop import Loop, failing
-from embedcache.training.materials import Materials, Patterns
-from embedcache.training.member import Member
-from embedcache.training.memory import MemoryPlan, rounded
-from embedcache.training.planning import plan_memory
-from embedcache.training.ranks import ALONE, Ranks
-from embedcache.training.recipe import PLAIN, Recipe, plain_recipe
+from embedcache.training.run.run import Member
 from embedcache.training.scoring import DevLoss, dev_losses
-from embedcache.training.stack import Stack
+from embedcache.training.step.batch_stream import Feed
+from embedcache.training.step.settings import PLAIN, Recipe, plain_recipe
+from embedcache.training.step.stack import Stack
 
 CPU_STACK_BYTES = 400 << 20
 """Of what a stack works on, at most, on a CPU."""

@@ -25,18 +25,18 @@ import numpy as np
 import torch
 
 from embedcache.base.head import Head
-from embedcache.cache import reader
-from embedcache.cache.codecs import STATELESS
-from embedcache.cache.reader import Cache
-from embedcache.cache.transform import unit_rows
-from embedcache.carryon.config import CarryOnConfig
+from embedcache.cache import cache as reader
+from embedcache.cache.cache import Cache
+from embedcache.cache.codecs.integers import STATELESS
+from embedcache.cache.codecs.transform import unit_rows
+from embedcache.carryon.branch.config import CarryOnConfig
 from embedcache.device import resolve_device
-from embedcache.evaluate import FrozenInputs, evaluate
+from embedcache.evaluation.evaluate import FrozenInputs, evaluate
 from embedcache.extraction import calibrate
 from embedcache.extraction.calibrate import Sample, coded_bits
 from embedcache.loss import cross_entropy
-from embedcache.train import sweep
 from embedcache.training.config import TrainConfig
+from embedcache.training.train import sweep
 
 Array = np.ndarray[Any, Any]
 PLACES = 16

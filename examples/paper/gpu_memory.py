@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from commands import embedcache, extract
 
 from embedcache.base.load import load_tokenizer
-from embedcache.training import planning
-from embedcache.training.allocator import spare_reserves
-from embedcache.training.recipe import Recipe
+from embedcache.training.budget import planning
+from embedcache.training.budget.allocator import spare_reserves
+from embedcache.training.step.settings import Recipe
 
 BUDGETS = {
     "shortlist": ["--memory", "0.95GB", "--loss", "shortlist"],

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from embedcache.base.head import Head
 from embedcache.cache.base_arrays import read_token_embedding
-from embedcache.cache.codecs import ARRAYS, STATELESS, Codec
-from embedcache.cache.coders import CODERS
-from embedcache.cache.reader import Cache
-from embedcache.cache.transform import TransformCodec
+from embedcache.cache.cache import Cache
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.integers import ARRAYS, STATELESS, Codec
+from embedcache.cache.codecs.transform import TransformCodec
 from embedcache.device import resolve_device
-from embedcache.evaluate import FrozenInputs
+from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.extraction.calibrate import Sample, calibrate
 from embedcache.loss import cross_entropy
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_base_directory
+from support.tiny import tiny_base_directory
 
 from embedcache.base import convert
 from embedcache.base.builtin import builtin_gguf
@@ -18,7 +18,7 @@ from embedcache.base.convert import CONVERTER, converted_gguf
 from embedcache.base.load import load_base, load_identity
 from embedcache.base.locate import locate
 from embedcache.errors import BaseModelError
-from embedcache.files import hash_file
+from embedcache.store.files import hash_file
 
 USERS_HOME = os.environ.get("EMBEDCACHE_HOME", str(Path.home() / ".cache" / "embedcache"))
 

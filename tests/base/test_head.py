@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_base_directory
+from support.tiny import ARCHITECTURES, tiny_base_directory
 from transformers import AutoModelForCausalLM
 
 from embedcache.base.head import Head

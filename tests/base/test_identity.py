@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny import tiny_base_directory
+from support.tiny import tiny_base_directory
 
 from embedcache.base import hashes
 from embedcache.base.identity import BaseIdentity, identify
 from embedcache.errors import BaseModelError, IdentityError
-from embedcache.files import hash_file, publish_json
+from embedcache.store.files import hash_file, publish_json
 
 
 @pytest.fixture

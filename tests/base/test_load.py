@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_base_directory
+from support.tiny import ARCHITECTURES, tiny_base_directory
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 

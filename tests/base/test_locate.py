@@ -12,7 +12,7 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-from tiny import tiny_base_directory
+from support.tiny import tiny_base_directory
 
 from embedcache.base import builtin
 from embedcache.base.builtin import BUILTINS, builtin_gguf
@@ -20,7 +20,7 @@ from embedcache.base.home import home
 from embedcache.base.identity import identify
 from embedcache.base.locate import locate, named
 from embedcache.errors import BaseModelError, UsageError
-from embedcache.files import hash_file
+from embedcache.store.files import hash_file
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import ARCHITECTURES, tiny_base_directory
+from support.tiny import ARCHITECTURES, tiny_base_directory
 from transformers import AutoModelForCausalLM
 
 from embedcache.base.taps import (

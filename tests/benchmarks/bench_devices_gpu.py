@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import record, row
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.extract import extract
+from embedcache.extraction.extract import extract
 
 SWEPT = 128
 
@@ -32,9 +32,9 @@ SWEPT = 128
 CHILD = """
 import json, sys
 from pathlib import Path
-from embedcache.train import sweep, train
+from embedcache.training.train import sweep, train
 from embedcache.training.config import TrainConfig
-from embedcache.training.ranks import is_leader
+from embedcache.training.distributed import is_leader
 
 cache, out, settings, seeds = sys.argv[1:]
 config = json.loads(settings)

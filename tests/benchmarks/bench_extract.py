@@ -20,14 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from embedcache.base.forward import plan_batches
 from embedcache.base.load import Base, load_base
 from embedcache.base.taps import decoder_of
-from embedcache.cache.layout import ExtractSettings
-from embedcache.cache.tokens import SplitTokens
+from embedcache.cache.format.layout import ExtractSettings
+from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import fast_dtype, resolve_device
-from embedcache.extract import extract
-from embedcache.extraction.forward import plan_batches
+from embedcache.extraction.extract import extract
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import record, row

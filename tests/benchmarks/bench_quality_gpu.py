@@ -28,19 +28,19 @@ from record import record, row
 
 from embedcache.base.load import Base, load_base
 from embedcache.base.taps import decoder_of
-from embedcache.cache.batch import Batch
-from embedcache.cache.loader import BatchLoader
-from embedcache.cache.reader import Cache
-from embedcache.carryon.attention import segment_mask
-from embedcache.carryon.config import CarryOnConfig
+from embedcache.cache.cache import Cache
+from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.nn.attention import segment_mask
 from embedcache.corpus.config import CorpusConfig
+from embedcache.data.batch import Batch
+from embedcache.data.loader import BatchLoader
 from embedcache.device import wait_for
-from embedcache.evaluate import FrozenInputs, evaluate
-from embedcache.extract import extract
+from embedcache.evaluation.evaluate import FrozenInputs, evaluate
+from embedcache.extraction.extract import extract
 from embedcache.loss import cross_entropy
-from embedcache.train import train
 from embedcache.training.config import TrainConfig
-from embedcache.training.schedule import learning_rate
+from embedcache.training.optim.schedule import learning_rate
+from embedcache.training.train import train
 
 RATES = (1e-3, 2e-3, 4e-3)
 CARRY_ONS = {

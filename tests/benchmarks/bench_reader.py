@@ -24,14 +24,14 @@ import tensorstore
 import torch
 import zarr
 
-from embedcache.cache.arrays import chunk_rows, create_arrays
-from embedcache.cache.codecs import ARRAYS, STATELESS, Codec
-from embedcache.cache.coders import CODERS
-from embedcache.cache.layout import ExtractSettings, shard_name
-from embedcache.cache.reader import Cache
-from embedcache.cache.shard import read_shard, write_shard
+from embedcache.cache.cache import Cache
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.integers import ARRAYS, STATELESS, Codec
+from embedcache.cache.format.arrays import chunk_rows, create_arrays
+from embedcache.cache.format.layout import ExtractSettings, shard_name
+from embedcache.cache.shards.shard import read_shard, write_shard
 from embedcache.corpus.config import CorpusConfig
-from embedcache.extract import extract
+from embedcache.extraction.extract import extract
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import record, row

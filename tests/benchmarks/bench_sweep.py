@@ -21,10 +21,10 @@ import torch
 
 from embedcache.base.load import load_base
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.stdlib import library_files
-from embedcache.extract import extract
-from embedcache.train import sweep, train
+from embedcache.corpus.sources.stdlib import library_files
+from embedcache.extraction.extract import extract
 from embedcache.training.config import TrainConfig
+from embedcache.training.train import sweep, train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import record, row

@@ -23,15 +23,15 @@ import torch
 
 from embedcache.base.load import load_base
 from embedcache.base.taps import decoder_of
-from embedcache.cache.layout import ExtractSettings
-from embedcache.cache.loader import BatchLoader
-from embedcache.cache.reader import Cache
+from embedcache.cache.cache import Cache
+from embedcache.cache.format.layout import ExtractSettings
 from embedcache.corpus.config import CorpusConfig
-from embedcache.evaluate import FrozenInputs
-from embedcache.extract import extract
+from embedcache.data.loader import BatchLoader
+from embedcache.evaluation.evaluate import FrozenInputs
+from embedcache.extraction.extract import extract
 from embedcache.loss import cross_entropy
-from embedcache.train import TrainSummary, train
 from embedcache.training.config import TrainConfig
+from embedcache.training.train import TrainSummary, train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import record, row

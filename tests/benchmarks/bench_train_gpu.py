@@ -26,13 +26,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from bench_train import CARRY_ONS, lora_tokens_per_second
 from record import record, row
 
-from embedcache.cache.reader import Cache
-from embedcache.carryon.config import CarryOnConfig
+from embedcache.cache.cache import Cache
+from embedcache.carryon.branch.config import CarryOnConfig
 from embedcache.corpus.config import CorpusConfig
-from embedcache.evaluate import evaluate
-from embedcache.extract import extract
-from embedcache.train import sweep, train
+from embedcache.evaluation.evaluate import evaluate
+from embedcache.extraction.extract import extract
 from embedcache.training.config import TrainConfig
+from embedcache.training.train import sweep, train
 
 STEP = 16_384
 EPOCHS = 4

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from embedcache.cache.codecs import STATELESS, check_codec, codec_name
+from embedcache.cache.codecs.integers import STATELESS, check_codec, codec_name
 from embedcache.errors import UsageError
 
 BF16, INT8 = STATELESS["bf16"], STATELESS["int8"]

@@ -8,22 +8,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from stopping import KilledError, killed
+from support.stopping import KilledError, killed
 
-from embedcache.cache import commit
-from embedcache.cache.codecs import ARRAYS
-from embedcache.cache.coders import CODERS
-from embedcache.cache.commit import (
+from embedcache.cache.blocks import commit
+from embedcache.cache.blocks.commit import (
     BlockWriter,
     Marker,
     clear_staging,
     committed_blocks,
     recover,
 )
-from embedcache.cache.layout import COMMITS, STAGING, marker_path
-from embedcache.cache.shard import read_shard
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.integers import ARRAYS
+from embedcache.cache.format.layout import COMMITS, STAGING, marker_path
+from embedcache.cache.shards.shard import read_shard
 from embedcache.errors import CacheError
-from embedcache.files import hash_file
+from embedcache.store.files import hash_file
 
 Array = np.ndarray[Any, Any]
 (SPEC,) = ARRAYS["bf16"]

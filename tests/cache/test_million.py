@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import World
-from synthetic import lengthened
+from support.synthetic import lengthened
 
-from embedcache.cache.loader import BatchLoader
-from embedcache.cache.order import WINDOW
-from embedcache.cache.reader import Cache
+from embedcache.cache.cache import Cache
+from embedcache.data.loader import BatchLoader
+from embedcache.data.order import WINDOW
 from embedcache.errors import CacheError
 
 BLOCKS = 1_000_000
@@ -26,9 +26,9 @@ SEED, EPOCH = 3, 2
 MEASURED = """
 import json, sys, threading, tracemalloc
 from pathlib import Path
-from embedcache.cache.loader import BatchLoader
-from embedcache.cache.reader import Cache
-from embedcache.cache.sample import sample_embeddings
+from embedcache.data.loader import BatchLoader
+from embedcache.cache.cache import Cache
+from embedcache.data.sample import sample_embeddings
 
 path, seed, epoch = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 opened, calls = [], [0]

@@ -13,13 +13,13 @@ import tensorstore
 import torch
 import zarr
 
-from embedcache.cache.arrays import checked, chunk_rows
-from embedcache.cache.codecs import ARRAYS, codec_name
-from embedcache.cache.coders import CODERS
-from embedcache.cache.layout import shard_name
-from embedcache.cache.reader import Cache
-from embedcache.cache.records import record_file
-from embedcache.cache.shard import read_shard, write_shard
+from embedcache.cache.cache import Cache
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.integers import ARRAYS, codec_name
+from embedcache.cache.format.arrays import checked, chunk_rows
+from embedcache.cache.format.layout import shard_name
+from embedcache.cache.manifest.file_record import record_file
+from embedcache.cache.shards.shard import read_shard, write_shard
 from embedcache.errors import CacheError
 
 DTYPES = {

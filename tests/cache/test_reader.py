@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_extract import flip_byte
+from support.fixtures_extract import flip_byte
 
-from embedcache.cache.layout import ATTRIBUTE, MANIFEST, SCHEMA
-from embedcache.cache.reader import Cache
+from embedcache.cache.cache import Cache
+from embedcache.cache.format.layout import ATTRIBUTE, MANIFEST, SCHEMA
 from embedcache.errors import CacheError
 
 SHARDS = (

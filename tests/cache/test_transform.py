@@ -12,19 +12,19 @@ import pytest
 import torch
 import zarr
 from conftest import write_corpus
-from fixtures_extract import corpus_config, small_settings
+from support.fixtures_extract import corpus_config, small_settings
 
+from embedcache.base.forward import BlockForward
 from embedcache.base.head import Head
-from embedcache.cache.coders import CODERS
-from embedcache.cache.layout import CODEC, ExtractSettings
-from embedcache.cache.reader import Cache
-from embedcache.cache.transform import Calibration, TransformCodec
+from embedcache.cache.cache import Cache
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.transform import Calibration, TransformCodec
+from embedcache.cache.format.layout import CODEC, ExtractSettings
 from embedcache.errors import CacheError, UsageError
-from embedcache.extract import extract
 from embedcache.extraction import calibrate as calibrate_module
 from embedcache.extraction import calibrate_cache
 from embedcache.extraction.calibrate import Sample, calibrate, coded_bits, rise
-from embedcache.extraction.forward import BlockForward
+from embedcache.extraction.extract import extract
 from embedcache.extraction.pipeline import Pipeline
 
 H, V, N = 24, 50, 4096

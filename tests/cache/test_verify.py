@@ -12,21 +12,22 @@ from typing import Any
 
 import numpy as np
 import pytest
-from cache_faults import harm, names_in, served
-from fixtures_extract import corpus_config, flip_byte, small_settings, write_documents
-from ledgers import blocks_of, publish_blocks, put_aside
+from support.cache_faults import harm, names_in, served
+from support.digest_tables import blocks_of, publish_blocks, put_aside
+from support.fixtures_extract import corpus_config, flip_byte, small_settings, write_documents
 
-from embedcache.cache import ledger, records
-from embedcache.cache.codecs import ARRAYS, ArraySpec
-from embedcache.cache.commit import BlockWriter, Marker
-from embedcache.cache.layout import MANIFEST, SCHEMA, SEALED, marker_path
-from embedcache.cache.manifest import read_manifest
-from embedcache.cache.reader import Cache
-from embedcache.cache.sealed import publish_seal
+from embedcache.cache.blocks.commit import BlockWriter, Marker
+from embedcache.cache.cache import Cache
+from embedcache.cache.codecs.integers import ARRAYS, ArraySpec
+from embedcache.cache.format.layout import MANIFEST, SCHEMA, SEALED, marker_path
+from embedcache.cache.manifest import digest_table as ledger
+from embedcache.cache.manifest import file_record as records
+from embedcache.cache.manifest.digests import publish_seal
+from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import Fault, verify
 from embedcache.errors import CacheError, EmbedcacheError
-from embedcache.extract import extract
-from embedcache.files import hash_file
+from embedcache.extraction.extract import extract
+from embedcache.store.files import hash_file
 
 SHARD = "train/embeddings/final/c/1/0"
 

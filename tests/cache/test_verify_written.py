@@ -11,27 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_contents import names
-from fixtures_extract import (
+from support.cache_contents import names
+from support.fixtures_extract import (
     call_main,
     corpus_config,
     flip_byte,
     small_flags,
     small_settings,
 )
-from forked import ForkedCommand
+from support.forked import ForkedCommand
 
-from embedcache.cache import commit, rewrite, seal
 from embedcache.cache import verify as verifying
-from embedcache.cache.claims import Claims
-from embedcache.cache.layout import MANIFEST, marker_path
+from embedcache.cache.blocks import commit
+from embedcache.cache.format.layout import MANIFEST, marker_path
+from embedcache.cache.tokens import writer as seal
 from embedcache.cache.verify import verify
-from embedcache.delete import delete
+from embedcache.editing import repair
+from embedcache.editing.delete import delete
+from embedcache.editing.merge import merge
 from embedcache.errors import CacheError
-from embedcache.extract import extract
-from embedcache.extraction import repair, store_base
 from embedcache.extraction import run as stage_one
-from embedcache.merge import merge
+from embedcache.extraction import store_base
+from embedcache.extraction.extract import extract
+from embedcache.store import transaction as rewrite
+from embedcache.store.lease import Claims
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
 

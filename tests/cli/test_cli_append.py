@@ -8,8 +8,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fixtures_extract import call_main, small_flags, write_documents
-from tiny import tiny_base_directory
+from support.fixtures_extract import call_main, small_flags, write_documents
+from support.tiny import tiny_base_directory
 
 
 def test_only_what_is_typed_is_held_against_the_cache(

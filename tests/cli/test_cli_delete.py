@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cache_contents import contents, names
-from fixtures_extract import call_main, comparable_tree, flip_byte
+from support.cache_contents import contents, names
+from support.fixtures_extract import call_main, comparable_tree, flip_byte
 
 from embedcache.cache.verify import verify
 

@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from fixtures_extract import call_main, small_flags, start_command, write_documents
-from tiny import tiny_base_directory
+from support.fixtures_extract import call_main, small_flags, start_command, write_documents
+from support.tiny import tiny_base_directory
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +172,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_base_is_run(
 def test_a_full_disk_in_the_middle_is_one_message_and_can_be_gone_on_from(
     tmp_path: Path, corpus: Path, base: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from embedcache.cache import commit
+    from embedcache.cache.blocks import commit
 
     real, calls = commit.write_shard, []
 

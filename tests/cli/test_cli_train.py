@@ -10,7 +10,7 @@ import pytest
 from conftest import World, random_carryon
 from typer.testing import CliRunner
 
-from embedcache.carryon.store import load_carryon
+from embedcache.carryon.saving import load_carryon
 from embedcache_cli.app import app, main
 
 CPU = ["--device", "cpu"]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from fixtures_extract import call_main, flip_byte
+from support.fixtures_extract import call_main, flip_byte
 
 SHARD = "train/embeddings/final/c/1/0"
 

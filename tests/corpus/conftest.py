@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import tiny_tokenizer
+from support.tiny import tiny_tokenizer
 from tokenizers.processors import TemplateProcessing
 
 Write = Callable[..., Path]

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.corpus.chat import chat_segments
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.render import Renderer
+from embedcache.corpus.render.chat import chat_segments
+from embedcache.corpus.render.render import Renderer
 from embedcache.errors import CorpusError
 
 CONFIG = CorpusConfig(sources=("a",))

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from embedcache.corpus.cut import cut
-from embedcache.corpus.render import TokenisedDocument
+from embedcache.corpus.render.render import TokenisedDocument
 
 BOS = 9
 

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.corpus.duplicates import DuplicateIndex
-from embedcache.corpus.fingerprint import JUDGED_BYTES, Sketch, signature
+from embedcache.corpus.dedup.fingerprint import JUDGED_BYTES, Sketch, signature
+from embedcache.corpus.dedup.near_duplicates import DuplicateIndex
 
 
 def noise(seed: int, length: int) -> bytes:
@@ -60,7 +60,7 @@ def test_the_estimate_is_unbiased_for_few_stretches() -> None:
 def test_blocks_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     data = noise(1, 5000)
     whole = signature(data)
-    monkeypatch.setattr("embedcache.corpus.fingerprint.BLOCK", 333)
+    monkeypatch.setattr("embedcache.corpus.dedup.fingerprint.BLOCK", 333)
     assert (signature(data) == whole).all()
 
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedcache.cache.layout import FINGERPRINT_BYTES
+from embedcache.cache.format.layout import FINGERPRINT_BYTES
+from embedcache.corpus.dedup.fingerprint import PACKED_BYTES, Fingerprint, Sketch, digest
+from embedcache.corpus.dedup.near_duplicates import DuplicateIndex, Held
 from embedcache.corpus.documents import Document, Segment
-from embedcache.corpus.duplicates import DuplicateIndex, Held
-from embedcache.corpus.fingerprint import PACKED_BYTES, Fingerprint, Sketch, digest
 
 
 def test_a_cache_keeps_all_of_it() -> None:

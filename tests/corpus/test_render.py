@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny import tiny_tokenizer
+from support.tiny import tiny_tokenizer
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document, Kind, Segment
-from embedcache.corpus.render import Renderer
+from embedcache.corpus.render.render import Renderer
 from embedcache.errors import CorpusError
 
 CONFIG = CorpusConfig(sources=("a",))

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.corpus import text as text_module
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sequences import CorpusReader, DocumentSequences
+from embedcache.corpus.reader import CorpusReader, DocumentSequences
+from embedcache.corpus.sources import text as text_module
 from embedcache.errors import CorpusError
 
 WORDS = ["fox", "dog", "lazy", "quick", "Paris", "base", "learns", "日本"]
@@ -114,9 +114,9 @@ def test_the_hash_is_of_the_corpus_and_not_of_its_place(
 
 def test_batches_do_not_show(tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = rows(list(reader(tokenizer, folder)))
-    monkeypatch.setattr("embedcache.corpus.sequences.BATCH_DOCUMENTS", 3)
+    monkeypatch.setattr("embedcache.corpus.reader.BATCH_DOCUMENTS", 3)
     assert rows(list(reader(tokenizer, folder))) == before
-    monkeypatch.setattr("embedcache.corpus.sequences.BATCH_CHARACTERS", 1)
+    monkeypatch.setattr("embedcache.corpus.reader.BATCH_CHARACTERS", 1)
     assert rows(list(reader(tokenizer, folder))) == before
 
 
@@ -294,11 +294,11 @@ def test_leaving_early_is_no_error(tokenizer: Any, folder: Path) -> None:
 def test_memory_does_not_grow_with_the_corpus(
     tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr("embedcache.corpus.sequences.BATCH_DOCUMENTS", 16)
+    monkeypatch.setattr("embedcache.corpus.reader.BATCH_DOCUMENTS", 16)
     monkeypatch.setattr(text_module, "WHOLE_BYTES", 8192)
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 8192)
-    monkeypatch.setattr("embedcache.corpus.decode.BLOCK_BYTES", 8192)
-    monkeypatch.setattr("embedcache.corpus.sequences.BATCH_CHARACTERS", 8192)
+    monkeypatch.setattr("embedcache.corpus.sources.decode.BLOCK_BYTES", 8192)
+    monkeypatch.setattr("embedcache.corpus.reader.BATCH_CHARACTERS", 8192)
 
     def peak(count: int) -> int:
         texts = [prose(seed) for seed in range(count)]

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources import iterate_documents
-from embedcache.corpus.stdlib import LEFT_OUT
+from embedcache.corpus.sources.sources import iterate_documents
+from embedcache.corpus.sources.stdlib import LEFT_OUT
 from embedcache.errors import CorpusError
 
 

@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.corpus.config import CorpusConfig
+from embedcache.corpus.dedup.fingerprint import Sketch
+from embedcache.corpus.dedup.near_duplicates import DuplicateIndex
 from embedcache.corpus.documents import Document, Segment
-from embedcache.corpus.duplicates import DuplicateIndex
-from embedcache.corpus.fingerprint import Sketch
 from embedcache.corpus.splits import SplitChooser, SplitList
 from embedcache.corpus.summary import CorpusSummary
 from embedcache.errors import CorpusError

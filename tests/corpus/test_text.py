@@ -9,10 +9,10 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedcache.corpus import text as text_module
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.sources import iterate_documents
+from embedcache.corpus.sources import text as text_module
+from embedcache.corpus.sources.sources import iterate_documents
 from embedcache.corpus.summary import CorpusSummary
 from embedcache.errors import CorpusError
 
@@ -78,7 +78,7 @@ def test_pieces_join_to_the_file(
 def test_blocks_do_not_break_characters(
     write: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    monkeypatch.setattr("embedcache.corpus.decode.BLOCK_BYTES", 7)
+    monkeypatch.setattr("embedcache.corpus.sources.decode.BLOCK_BYTES", 7)
     monkeypatch.setattr(text_module, "WHOLE_BYTES", 20)
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
     content = "日本語 text\n😀 and more\n" * 10
@@ -88,7 +88,7 @@ def test_blocks_do_not_break_characters(
 
 
 def test_a_bad_byte_far_into_a_large_file(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.corpus.decode.BLOCK_BYTES", 7)
+    monkeypatch.setattr("embedcache.corpus.sources.decode.BLOCK_BYTES", 7)
     monkeypatch.setattr(text_module, "WHOLE_BYTES", 20)
     monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
     start = ("日" * 40 + "\n").encode()

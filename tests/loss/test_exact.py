@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from loss_problems import HEADS, SHAPES, difference, problem, reference, reference_logits
+from support.loss_problems import HEADS, SHAPES, difference, problem, reference, reference_logits
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedcache.base.head import Head
 from embedcache.errors import UsageError
-from embedcache.loss import Chunks, Shortlist, absorb, cross_entropy, tail_proposal
+from embedcache.loss import Chunks, Shortlist, cross_entropy, tail_proposal
+from embedcache.loss import tile_update as absorb
 
 ALL = 10_000
 CUTS = [(1, 9), (5, 40), (5, ALL), (ALL, 2), (ALL, ALL)]  # rows and columns at a time

@@ -8,12 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from loss_problems import HEADS, difference, problem, reference
+from support.loss_problems import HEADS, difference, problem, reference
 from torch import Tensor
 
 from embedcache.base.head import Head
 from embedcache.loss import Chunks, Columns, cross_entropy
-from embedcache.loss.frozen import frozen_head_loss
+from embedcache.loss.linear_cross_entropy import frozen_head_loss
 
 # Interpreted, products of bfloat16 are not what a GPU's are; compiled, only those are taken.
 DEVICES = [
@@ -38,7 +38,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
             pytest.skip("they are for NVIDIA's Hopper")
     elif os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU; TRITON_INTERPRET=1 python -m pytest tests/loss/test_fused.py")
-    module = importlib.import_module("embedcache.loss.fused")
+    module = importlib.import_module("embedcache.loss.triton.fused")
     if not torch.cuda.is_available():  # several tiles of small problems
         for name, size in {"POSITIONS": 32, "COLUMNS": 64, "SLICE": 16}.items():
             monkeypatch.setattr(module, name, size)

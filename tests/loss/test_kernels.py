@@ -8,12 +8,12 @@ from types import ModuleType
 
 import pytest
 import torch
-from loss_problems import HEADS, difference, problem, reference
+from support.loss_problems import HEADS, difference, problem, reference
 
 from embedcache.loss import Chunks, Columns, cross_entropy
-from embedcache.loss import absorb as absorb_module
-from embedcache.loss.absorb import absorb
-from embedcache.loss.running import Running
+from embedcache.loss import tile_update as absorb_module
+from embedcache.loss.online_softmax import Running
+from embedcache.loss.tile_update import absorb
 from embedcache.loss.tiles import Tile
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -30,7 +30,7 @@ def kernels() -> ModuleType:
     pytest.importorskip("triton", reason="Triton is not installed")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU; TRITON_INTERPRET=1 python -m pytest tests/loss/test_kernels.py")
-    return importlib.import_module("embedcache.loss.kernels")
+    return importlib.import_module("embedcache.loss.triton.kernels")
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -186,7 +186,7 @@ def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(kernels, device, kind
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(1, 3, 2), (300, 50_257, 64), (130, 9_001, 576)])
 def test_both_implementations_agree_on_a_gpu(kernels, kind, dtype, shape, monkeypatch):
-    monkeypatch.setattr("embedcache.loss.fused.MOST_HIDDEN", 0)  # whose logits are finer
+    monkeypatch.setattr("embedcache.loss.triton.fused.MOST_HIDDEN", 0)  # whose logits are finer
     x, head, targets = problem(kind, *shape, dtype, "cuda")
     if kind in ("plain", "bias"):
         head.weight_VH.mul_(shape[2] ** -0.5)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_problems import HEADS, problem, reference_logits
+from support.loss_problems import HEADS, problem, reference_logits
 
 from embedcache.base.head import Head
 from embedcache.loss import Shortlist, chunks, cross_entropy, tail_proposal
-from embedcache.loss import shortlist as shortlist_module
-from embedcache.loss.shortlist import distinct
+from embedcache.loss.shortlist import shortlist as shortlist_module
+from embedcache.loss.shortlist.shortlist import distinct
 
 
 def proposal(V: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from loss_problems import HEADS, problem
+from support.loss_problems import HEADS, problem
 
 from embedcache.base.head import Head
 from embedcache.loss import Chunks, Columns, cross_entropy

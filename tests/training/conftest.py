@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from embedcache.training import memory
-from embedcache.training.recipe import Recipe
+from embedcache.training.budget import memory
+from embedcache.training.step.settings import Recipe
 
 
 @pytest.fixture

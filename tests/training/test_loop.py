@@ -9,18 +9,19 @@ from types import SimpleNamespace
 
 import pytest
 
-from embedcache.cache import loader, order
-from embedcache.cache.loader import BatchLoader
-from embedcache.cache.reader import SplitReader
-from embedcache.carryon.config import CarryOnConfig
+from embedcache.cache.cache import SplitReader
+from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.data import loader, order
+from embedcache.data.loader import BatchLoader
 from embedcache.errors import CacheError
-from embedcache.train import sweep, train
-from embedcache.training import loop, marks
+from embedcache.training import loop
 from embedcache.training.config import TrainConfig
-from embedcache.training.feed import Feed
-from embedcache.training.metrics import METRICS_FILE
+from embedcache.training.run.metrics import METRICS_FILE
 from embedcache.training.scoring import DevLoss
-from embedcache.training.stack import Stack
+from embedcache.training.step import timestamps as marks
+from embedcache.training.step.batch_stream import Feed
+from embedcache.training.step.stack import Stack
+from embedcache.training.train import sweep, train
 from embedcache.training.trainer import Trainer
 
 CONFIG = TrainConfig(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.branch.config import CarryOnConfig
 from embedcache.errors import UsageError
 from embedcache.training.config import TrainConfig
 from embedcache.training.sweep import read_sweep

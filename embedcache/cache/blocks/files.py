@@ -1,0 +1,89 @@
+"""The shards of a split's blocks, what was put aside of them, and the ledgers of both.
+
+``embeddings`` has a record for each shard, block by block, as `block_shards` orders them;
+``quarantined`` the sequences (of the split) that are never to be read, ascending.
+"""
+
+from __future__ import annotations
+
+from array import array
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.cache.format.layout import LEDGER, ExtractSettings, block_shards
+from embedcache.cache.manifest.digest_table import Ledger, LedgerSeal, write_ledger
+from embedcache.cache.manifest.file_record import FILE, FileRecord, packed, unpacked
+
+Array = np.ndarray[Any, Any]
+SEQUENCE = np.dtype("<u8")
+Recorded = tuple[tuple[FileRecord, ...], tuple[int, ...]]
+"""Of a block: its shards, and the sequences of it that were put aside."""
+
+
+class BlockFiles:
+    """The records of a split's blocks, as its manifest vouches for them.
+
+    What reads a record raises ``CacheError`` where the ledger is damaged.
+    """
+
+    def __init__(
+        self,
+        cache: Path,
+        split: str,
+        settings: ExtractSettings,
+        embeddings: LedgerSeal,
+        quarantined: LedgerSeal,
+    ):
+        self._split = split
+        self._settings = settings
+        self._each = len(block_shards(split, 0, settings))
+        paths = (cache / name for name in block_ledgers(split))
+        self.embeddings = Ledger(next(paths), FILE, embeddings)
+        self.quarantined = Ledger(next(paths), SEQUENCE, quarantined)
+
+    def __len__(self) -> int:
+        return len(self.embeddings) // self._each
+
+    def __getitem__(self, block: int) -> tuple[FileRecord, ...]:
+        """Return the records of a block's shards."""
+        names = block_shards(self._split, block, self._settings)
+        first = block * self._each
+        return tuple(unpacked(self.embeddings[first + i], name) for i, name in enumerate(names))
+
+    def __iter__(self) -> Iterator[tuple[FileRecord, ...]]:
+        return (self[block] for block in range(len(self)))
+
+    def aside(self, first: int, stop: int) -> Array:
+        """Return the quarantined sequences in [first, stop), int64."""
+        rows = range(bisect_left(self.quarantined, first), bisect_left(self.quarantined, stop))
+        return np.array([int(self.quarantined[row]) for row in rows], np.int64)
+
+
+def write_block_files(
+    cache: Path, split: str, settings: ExtractSettings, blocks: Iterable[Recorded]
+) -> tuple[LedgerSeal, LedgerSeal, int]:
+    """Write both ledgers of a split from its blocks in order; return their seals and all bytes."""
+    aside, size = array("Q"), 0
+
+    def rows() -> Iterator[Any]:
+        nonlocal size
+        for block, (files, quarantined) in enumerate(blocks):
+            aside.extend(quarantined)
+            by_path = {record.path: record for record in files}
+            for name in block_shards(split, block, settings):
+                size += by_path[name].bytes
+                yield packed(by_path[name])
+
+    paths = (cache / name for name in block_ledgers(split))
+    embeddings = write_ledger(next(paths), FILE, rows())
+    quarantined = write_ledger(next(paths), SEQUENCE, sorted(aside))
+    return embeddings, quarantined, size
+
+
+def block_ledgers(split: str) -> tuple[str, str]:
+    """Return the paths, inside the cache, of the ledgers of a split's shards and quarantine."""
+    return f"{LEDGER}/{split}/embeddings", f"{LEDGER}/{split}/quarantined"

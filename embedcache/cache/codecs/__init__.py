@@ -1,0 +1,1 @@
+"""Embeddings as integers and integers as bytes."""

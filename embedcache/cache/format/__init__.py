@@ -1,0 +1,1 @@
+"""Where things lie in a cache, and Zarr's metadata of its arrays."""

@@ -1,0 +1,273 @@
+"""Where things lie in a cache, and the attributes of its root.
+
+zarr.json                          root group; its attributes are a `CacheAttributes`
+<split>/tokens/{ids,loss_mask,span}       [blocks * R, ...]  one chunk a block
+<split>/tokens/offsets                    [sequences, 2]     first row, row past the last
+<split>/tokens/document                   [sequences]        index into documents
+<split>/tokens/blocks                     [blocks + 1]       first sequence of each block
+<split>/documents/{index,name_bytes,name_offsets}            corpus index and UTF-8 name
+<split>/documents/fingerprint             [documents, bytes] see `corpus.dedup.fingerprint`
+<split>/embeddings/<tap>                  [blocks * R, hidden]  one shard a block
+<split>/scale/<tap>                       [blocks * R]       (int8 only)
+<split>/head/top_ids                      [blocks * R, k]    (optional) see `LIKELY`
+codec/<tap>/{mean,centre,predictor,inverse}   (transform only) see `cache.codecs.transform`
+base/head/{weight,bias}, base/token_embedding/weight
+ledger/<split>/{sealed,embeddings,quarantined}   see `cache.blocks.files`, `cache.tokens.files`
+sealed.json                                 vouches for what pass 0 wrote, ledger/<split>/sealed
+commits/<split>/<block>.<generation>.json   one marker a committed block
+manifest.json                               published last; vouches for all ledgers
+claims/                                     while processes write: `embedcache.store.lease`
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from embedcache.cache.codecs.integers import ARRAYS, ArraySpec, check_codec, codec_name
+from embedcache.cache.shards.errors import WAY_OUT
+from embedcache.errors import CacheError, UsageError
+
+SCHEMA = 1
+SPLITS = ("train", "dev", "test")
+ATTRIBUTE = "embedcache"
+STAGING = ".staging"
+COMMITS = "commits"
+CLAIMS = "claims"
+CODEC = "codec"
+LEDGER = "ledger"
+TOP_IDS = "head/top_ids"
+LIKELY = 0.05
+"""Probability from which a token is among a position's top ids, which hold 1 + its id, likeliest
+first, and 0 for none. What a shortlist lacks at one position, it may draw; a token as likely as
+that, and no label, would make most of the variance of its sums."""
+MOST_TOP_IDS = int(1 / LIKELY)
+"""Of a position: no more can be as likely."""
+MANIFEST = "manifest.json"
+SEALED = "sealed.json"
+DEFAULT_BITS = 1.5
+TABLE_CHUNK = 16384
+"""Rows of a chunk of the per-sequence and per-document tables."""
+FINGERPRINT_BYTES = 272
+"""Of what a document is known again by."""
+TABLES: dict[str, tuple[str, tuple[int, ...]]] = {
+    "tokens/offsets": ("uint64", (2,)),
+    "tokens/document": ("uint32", ()),
+    "tokens/blocks": ("uint64", ()),
+    "documents/index": ("uint64", ()),
+    "documents/fingerprint": ("uint8", (FINGERPRINT_BYTES,)),
+    "documents/name_bytes": ("uint8", ()),
+    "documents/name_offsets": ("uint64", ()),
+}
+"""Type and columns of each table, by its path under the split."""
+ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "tokens/ids": ("uint32", ()),
+    "tokens/loss_mask": ("bool", ()),
+    "tokens/span": ("uint32", (2,)),
+}
+"""The same of each array of one entry a token, a chunk a block."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ExtractSettings:
+    """What stage one was asked for, besides the base and the corpus.
+
+    ``block_tokens`` is R, the rows of a block; ``batch_tokens`` bounds the padded tokens of one
+    forward pass (a longer sequence goes alone). Both belong to the settings because batch shape
+    changes floating-point results. For the codec ``transform``: ``bits`` is the budget of coded
+    bits a value, or ``quality`` the permitted rise of the base's cross-entropy, read from decoded
+    embeddings, in nats a token; with neither, `DEFAULT_BITS`. ``top_ids``: of each position, how
+    many of the tokens that the base thinks likeliest are stored, for shortlists to be smaller; 0
+    stores none, and computes no logits.
+    """
+
+    taps: tuple[str, ...] = ("final",)
+    codec: str = "bf16"
+    context: int = 1024
+    block_tokens: int = 16384
+    batch_tokens: int = 2048
+    bits: float | None = None
+    quality: float | None = None
+    top_ids: int = 0
+
+    def __post_init__(self) -> None:
+        check_codec(self.codec)
+        if not self.taps or len(set(self.taps)) < len(self.taps):
+            raise UsageError(
+                f"expected at least one tap, each once; found {', '.join(self.taps) or 'none'}. "
+                "Type for example: --taps final"
+            )
+        if self.block_tokens < self.context:
+            raise UsageError(
+                f"expected a block to hold a whole sequence of {self.context} tokens, found blocks "
+                f"of {self.block_tokens}. Type: --block-tokens {self.context} or more"
+            )
+        self._check_target()
+        self._check_top_ids()
+        if self.batch_tokens < 1:
+            raise UsageError(
+                f"expected batches of at least 1 token, found {self.batch_tokens}. "
+                "Type for example: --batch-tokens 2048"
+            )
+
+    def _check_top_ids(self) -> None:
+        if not 0 <= self.top_ids <= MOST_TOP_IDS:
+            raise UsageError(
+                f"--top-ids is 0 to {MOST_TOP_IDS} a position, found {self.top_ids}. "
+                "Type: --top-ids 8"
+            )
+        if self.top_ids and "final" not in self.taps:
+            raise UsageError(
+                f"--top-ids are of the final tap, found --taps {','.join(self.taps)}. "
+                f"Type: --taps {','.join(['final', *self.taps])}"
+            )
+
+    def _check_target(self) -> None:
+        given = {"bits": self.bits, "quality": self.quality}
+        for name, value in given.items():
+            if value is None:
+                continue
+            if self.codec != "transform":
+                raise UsageError(
+                    f"--{name} is for the codec transform, found --codec {self.codec}. "
+                    f"Type: --codec transform --{name} {value:g}"
+                )
+            if not 0.05 <= value <= 12 if name == "bits" else not 0 < value < 10:
+                limits = "0.05 to 12 bits a value" if name == "bits" else "0 to 10 nats a token"
+                raise UsageError(f"--{name} is {limits}, found {value:g}. Type: --bits 1.5")
+        if None not in given.values():
+            raise UsageError("give --bits or --quality, not both: one follows from the other")
+        if self.quality is not None and "final" not in self.taps:
+            raise UsageError(
+                "--quality is measured on the final tap, found --taps "
+                f"{','.join(self.taps)}. Type: --bits {DEFAULT_BITS} instead, or add final"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CacheAttributes:
+    """The root attributes: identities and settings, written once, when pass 0 is sealed.
+
+    ``base`` and ``corpus`` are the plain dictionaries of their identities (the cache package
+    depends on neither); a merged cache has its caches' corpora as the ``parts`` of its own, and
+    what was added to a cache later is ``appended``; ``environment`` is recorded, never enforced.
+    """
+
+    base: dict[str, Any]
+    corpus: dict[str, Any]
+    settings: ExtractSettings
+    environment: dict[str, Any]
+    schema: int = SCHEMA
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the attributes as JSON-ready values."""
+        return asdict(self) | {"settings": asdict(self.settings)}
+
+    @classmethod
+    def from_dict(cls, value: dict[str, Any], *, path: Path) -> CacheAttributes:
+        """Parse the root attributes of the cache at ``path``.
+
+        Raises ``CacheError`` for a newer schema or missing entries.
+        """
+        schema = value.get("schema")
+        if not isinstance(schema, int) or schema > SCHEMA:
+            raise CacheError(
+                f"{path} has cache schema {schema!r}; this embedcache reads up to {SCHEMA}. "
+                "Upgrade with: pip install --upgrade embedcache"
+            )
+        try:
+            settings = dict(value["settings"])
+            settings["taps"] = tuple(settings["taps"])
+            return cls(
+                base=value["base"],
+                corpus=value["corpus"],
+                settings=ExtractSettings(**settings),
+                environment=value["environment"],
+                schema=schema,
+            )
+        except (KeyError, TypeError, ValueError, UsageError) as error:
+            raise CacheError(
+                f"{path} has no complete embedcache attributes ({error}); its zarr.json was edited "
+                f"or damaged. {WAY_OUT}"
+            ) from error
+
+
+def corpora_of(corpus: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the corpora that make up a cache's: those merged, else its own; those appended."""
+    return [*(corpus.get("parts") or [corpus]), *corpus.get("appended", ())]
+
+
+def sources_of(corpus: dict[str, Any]) -> list[str]:
+    """Return the sources in a cache's ``corpus``, of all that make it up."""
+    return [source for part in corpora_of(corpus) for source in part["config"]["sources"]]
+
+
+def parts_of(corpus: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
+    """Return the sources of each cache that was merged into one; nothing for one that was not."""
+    return tuple(tuple(part["config"]["sources"]) for part in corpus.get("parts", ()))
+
+
+def summary_of(corpus: dict[str, Any]) -> dict[str, Any]:
+    """Return the counts of a cache's ``corpus``; of a merged one's, those of all parts, summed."""
+    if "parts" not in corpus:
+        return dict(corpus["summary"])
+    total: dict[str, Any] = {}
+    for part in corpora_of(corpus):
+        for key, value in part["summary"].items():
+            if isinstance(value, dict):
+                before = total.get(key, {})
+                total[key] = {name: before.get(name, 0) + count for name, count in value.items()}
+            elif isinstance(value, int):
+                total[key] = total.get(key, 0) + value
+    return total
+
+
+def marker_path(cache: Path, split: str, block: int, generation: int = 0) -> Path:
+    """Return where the commit marker of one generation of a block lies."""
+    return cache / COMMITS / split / f"{block:08d}.{generation}.json"
+
+
+def shard_name(array: str, block: int, dimensions: int) -> str:
+    """Return the path, inside the cache, of an array's shard for a block.
+
+    >>> shard_name("train/embeddings/final", 3, 2)
+    'train/embeddings/final/c/3/0'
+    """
+    return "/".join([array, "c", str(block), *["0"] * (dimensions - 1)])
+
+
+def token_chunks(split: str, block: int) -> tuple[str, ...]:
+    """Return the paths, inside the cache, of a block's token ids, loss mask and spans.
+
+    >>> token_chunks("dev", 1)
+    ('dev/tokens/ids/c/1', 'dev/tokens/loss_mask/c/1', 'dev/tokens/span/c/1/0')
+    """
+    return tuple(
+        shard_name(f"{split}/{name}", block, 1 + len(columns))
+        for name, (_, columns) in ROWS.items()
+    )
+
+
+def block_arrays(split: str, settings: ExtractSettings) -> dict[str, ArraySpec]:
+    """Return the arrays that a block has a shard of, by path under the split, in a fixed order."""
+    arrays = {
+        f"{spec.group}/{tap}": spec
+        for tap in settings.taps
+        for spec in ARRAYS[codec_name(split, settings.codec)]
+    }
+    if settings.top_ids:
+        arrays[TOP_IDS] = ArraySpec("head", "int32", wide=True, width=settings.top_ids)
+    return arrays
+
+
+def block_shards(split: str, block: int, settings: ExtractSettings) -> dict[str, ArraySpec]:
+    """Return a block's shards by path, inside the cache, in the order of the ledger.
+
+    >>> list(block_shards("train", 3, ExtractSettings(codec="int8")))
+    ['train/embeddings/final/c/3/0', 'train/scale/final/c/3']
+    """
+    return {
+        shard_name(f"{split}/{array}", block, 1 + spec.wide): spec
+        for array, spec in block_arrays(split, settings).items()
+    }

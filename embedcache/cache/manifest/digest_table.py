@@ -1,0 +1,139 @@
+"""A ledger: a table of fixed-width records, vouched for page by page.
+
+The file is the records one after the other, as numpy maps them, then the SHA-256 of each page of
+`PAGE` records. Who vouches for it keeps its `LedgerSeal`: the number of records, and the SHA-256 of
+the page hashes. So a ledger of any size is opened at once, and each page is checked when it is
+used. One without records has no file.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedcache.cache.shards.errors import rewritten
+from embedcache.errors import CacheError
+from embedcache.store.files import fsync_path, make_folder
+
+Array = np.ndarray[Any, Any]
+
+PAGE = 256
+"""Records that are hashed, read and checked together."""
+KEPT_PAGES = 8
+_DIGEST = hashlib.sha256().digest_size
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LedgerSeal:
+    """What vouches for a ledger: its number of records, and the SHA-256 of its page hashes."""
+
+    rows: int
+    sha256: str
+
+
+class Ledger:
+    """Reads one ledger; indexed by record. A page that is not as it was written is never used."""
+
+    def __init__(self, path: Path, dtype: np.dtype[Any], seal: LedgerSeal):
+        self._path = path
+        self._dtype = dtype
+        self._seal = seal
+        self._page = lru_cache(KEPT_PAGES)(self._read_page)
+
+    def __len__(self) -> int:
+        return self._seal.rows
+
+    def __getitem__(self, row: int) -> Any:
+        """Return a record; raises ``CacheError`` where its page is damaged or the file is gone."""
+        if not 0 <= row < len(self):
+            raise IndexError(row)
+        return self._page(row // PAGE)[row % PAGE]
+
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(self._read_page(n) for n in range(self._pages))
+
+    @property
+    def size(self) -> int:
+        """Bytes of the file."""
+        return ledger_bytes(len(self), self._dtype)
+
+    def fault(self) -> str | None:
+        """Return what is wrong with the file, by all of its bytes; None if nothing is."""
+        if not len(self):
+            return None
+        try:
+            if not self._path.is_file():
+                return "is missing"
+            if (found := self._path.stat().st_size) != self.size:
+                return f"has {found} bytes, expected {self.size}"
+            for number in range(self._pages):
+                self._read_page(number)
+        except CacheError as error:
+            return str(error).removeprefix(f"{self._path} ").partition(":")[0]
+        except OSError as error:  # a disk that is failing
+            return f"cannot be read ({error.strerror})"
+        return None
+
+    @property
+    def _pages(self) -> int:
+        return -(-len(self) // PAGE)
+
+    @cached_property
+    def _hashes(self) -> bytes:
+        hashes = self._read(len(self) * self._dtype.itemsize, self._pages * _DIGEST)
+        if hashlib.sha256(hashes).hexdigest() != self._seal.sha256:
+            raise rewritten(self._path, "holds other page hashes than were written there")
+        return hashes
+
+    def _read_page(self, number: int) -> Array:
+        rows = min(PAGE, len(self) - number * PAGE)
+        size = self._dtype.itemsize
+        data = self._read(number * PAGE * size, rows * size)
+        if hashlib.sha256(data).digest() != self._hashes[number * _DIGEST :][:_DIGEST]:
+            raise rewritten(self._path, f"fails the SHA-256 of page {number}")
+        return np.frombuffer(data, self._dtype)
+
+    def _read(self, offset: int, length: int) -> bytes:
+        try:
+            with self._path.open("rb", buffering=0) as file:
+                return os.pread(file.fileno(), length, offset)
+        except FileNotFoundError as error:
+            raise rewritten(self._path, "is missing") from error
+
+
+def ledger_bytes(rows: int, dtype: np.dtype[Any]) -> int:
+    """Return the size of a ledger's file."""
+    return rows * dtype.itemsize + -(-rows // PAGE) * _DIGEST
+
+
+def write_ledger(path: Path, dtype: np.dtype[Any], records: Iterable[Any]) -> LedgerSeal:
+    """Publish the records as the ledger at ``path``, whole; memory holds one page of them."""
+    make_folder(path.parent)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
+    hashes, rows, left = bytearray(), 0, iter(records)
+    try:
+        with partial.open("wb") as file:
+            while page := list(itertools.islice(left, PAGE)):
+                data = np.array(page, dtype).tobytes()
+                hashes += hashlib.sha256(data).digest()
+                rows += len(page)
+                file.write(data)
+            file.write(hashes)
+        fsync_path(partial)
+        if rows:
+            partial.replace(path)
+        else:
+            path.unlink(missing_ok=True)
+    finally:
+        partial.unlink(missing_ok=True)
+    fsync_path(path.parent)
+    return LedgerSeal(rows=rows, sha256=hashlib.sha256(hashes).hexdigest())

@@ -1,0 +1,1 @@
+"""One shard file: written, read and checked whole."""

@@ -1,0 +1,1 @@
+"""Token ids, loss masks and offsets of a split, written before any embedding."""

@@ -1,0 +1,126 @@
+"""The sealed tokens of a split: what pass 0 wrote, readable before any block is."""
+
+from __future__ import annotations
+
+from functools import cached_property, lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import zarr
+
+from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.format.layout import ATTRIBUTE, ROWS, TABLE_CHUNK, TABLES
+from embedcache.cache.shards.errors import damaged, reading
+from embedcache.cache.shards.shard import read_chunk
+from embedcache.cache.tokens.files import SealedFiles, chunk_name
+
+Array = np.ndarray[Any, Any]
+
+KEPT_CHUNKS = 32
+"""Chunks of tables in memory: those of a window of shuffled blocks, 4 MB."""
+
+
+class SplitTokens:
+    """Reads what pass 0 sealed of one split; needs no manifest.
+
+    Nothing is read when it is opened. Whatever is read once a block is read chunk by chunk, without
+    zarr-python: half a millisecond a call is what a trainer would wait for. Every method raises
+    ``CacheError`` for what is damaged.
+    """
+
+    def __init__(
+        self, cache: Path, name: str, block_tokens: int, sealed: SealedFiles | None = None
+    ):
+        """Open them; with ``sealed``, a file that was rewritten since is refused, not read."""
+        self._block_tokens = block_tokens
+        self._path = cache / name
+        self._sealed = sealed
+        with reading(self._path):
+            self._group = zarr.open_group(self._path, mode="r")
+        self._table_chunk = lru_cache(KEPT_CHUNKS)(self._chunk)
+
+    def table(self, name: str) -> Array:
+        """Return a whole array in memory."""
+        rows = self._length(name)
+        size = self._block_tokens if name in ROWS else TABLE_CHUNK
+        parts = [self._chunk(name, number) for number in range(-(-rows // size))]
+        dtype, columns = ROWS.get(name) or TABLES[name]
+        return np.concatenate(parts)[:rows] if parts else np.empty((0, *columns), dtype)
+
+    def _length(self, name: str) -> int:
+        with reading(self._path / name):
+            found = self._group.get(name)
+        if isinstance(found, zarr.Array):
+            return int(found.shape[0])
+        raise damaged(self._path / name, "is missing or no array")
+
+    def _chunk(self, name: str, number: int) -> Array:
+        """Return a chunk of an array, checked once it is read: a delete may be under way."""
+        dtype, columns = ROWS.get(name) or TABLES[name]
+        rows = self._block_tokens if name in ROWS else TABLE_CHUNK
+        path = self._path.parent / chunk_name(self._path.name, name, number)
+        chunk = read_chunk(path, shape=(rows, *columns), dtype=dtype, coder=CODERS["blosc"])
+        if self._sealed is not None:
+            self._sealed.check(name, number)
+        return chunk
+
+    def _rows(self, name: str, first: int, stop: int) -> Array:
+        """Return rows of a table, int64; the last chunks read are kept."""
+        parts = []
+        for number in range(first // TABLE_CHUNK, -(-stop // TABLE_CHUNK)):
+            start = number * TABLE_CHUNK
+            parts.append(self._table_chunk(name, number)[max(first - start, 0) : stop - start])
+        found = np.concatenate(parts) if parts else np.empty((0, *TABLES[name][1]))
+        return found.astype(np.int64)
+
+    @cached_property
+    def blocks(self) -> int:
+        """Number of blocks."""
+        return self._length("tokens/blocks") - 1
+
+    def bounds(self, block: int) -> tuple[int, int]:
+        """Return the first sequence of a block and the one past its last."""
+        first, stop = self._rows("tokens/blocks", block, block + 2).tolist()
+        return first, stop
+
+    def offsets(self, block: int) -> Array:
+        """Return rows_S2 of a block: each sequence's first row and row past the last, in it."""
+        return self._rows("tokens/offsets", *self.bounds(block)) - block * self._block_tokens
+
+    def block_rows(self, block: int) -> int:
+        """Return the rows of a block that are in use."""
+        return int(self.offsets(block)[:, 1].max(initial=0))
+
+    def documents(self, block: int) -> Array:
+        """Return document_S of a block: the document of each sequence."""
+        return self._rows("tokens/document", *self.bounds(block))
+
+    def used(self, block: int) -> tuple[Array, Array]:
+        """Return (ids_N, loss_mask_N) of a block; N is the rows in use."""
+        rows = self.block_rows(block)
+        ids_N = self._chunk("tokens/ids", block)[:rows].astype(np.int64)
+        return ids_N, self._chunk("tokens/loss_mask", block)[:rows]
+
+    def names(self) -> list[str]:
+        """Return the names of the split's documents."""
+        ends = self.table("documents/name_offsets").astype(np.int64).tolist()
+        text = self.table("documents/name_bytes").tobytes()
+        return [text[a:b].decode() for a, b in pairwise(ends)]
+
+    def spans(self, block: int) -> Array:
+        """Return span_R2 of a block: the bytes of each token in its document."""
+        return self._chunk("tokens/span", block)
+
+    def read(self, block: int) -> tuple[Array, Array, int]:
+        """Return (ids_N, rows_S2, number of the block's first sequence); N is R, the block's."""
+        ids_N = self._chunk("tokens/ids", block).astype(np.int64)
+        return ids_N, self.offsets(block), self.bounds(block)[0]
+
+    @cached_property
+    def totals(self) -> dict[str, int]:
+        """Return the split's sequences, tokens, targets and documents, as sealed."""
+        with reading(self._path):
+            value: Any = self._group.attrs[ATTRIBUTE]
+            return {key: int(value[key]) for key in ("sequences", "tokens", "targets", "documents")}

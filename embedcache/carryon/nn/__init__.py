@@ -1,0 +1,1 @@
+"""Layers that carry-ons are made of."""

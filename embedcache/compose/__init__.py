@@ -1,0 +1,1 @@
+"""A live base with a carry-on."""

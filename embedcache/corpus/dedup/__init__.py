@@ -1,0 +1,1 @@
+"""Near-duplicate documents: fingerprints, and the groups that they form."""

@@ -1,0 +1,1 @@
+"""Records and chats rendered as text, and text as token ids with a loss mask."""

@@ -1,0 +1,1 @@
+"""What a training step sees: sequences in order, packed into batches."""

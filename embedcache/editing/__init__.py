@@ -1,0 +1,1 @@
+"""Verbs on a finished cache: append, merge, delete, repair."""

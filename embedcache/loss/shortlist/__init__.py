@@ -1,0 +1,1 @@
+"""The softmax over a subset of the vocabulary with a sampled tail."""

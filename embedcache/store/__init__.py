@@ -1,0 +1,1 @@
+"""Files on disk: published whole, leased to one writer, replaced all together."""

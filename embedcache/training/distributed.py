@@ -1,0 +1,97 @@
+"""The processes of one training run, as ``torchrun`` starts them."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from embedcache.data.batch import Counts
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranks:
+    """``count`` processes, of which this is number ``rank``; the first one writes files."""
+
+    rank: int = 0
+    count: int = 1
+
+    @property
+    def leads(self) -> bool:
+        """Whether this process writes what all have in common."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum a tensor over all processes, in place, and return it."""
+        if self.count > 1:
+            dist.all_reduce(values)
+        return values
+
+    def agree(self, counts: list[Counts], due: bool) -> tuple[list[Counts], bool]:
+        """Return the sums of such counts over all processes, and whether any says that it is due.
+
+        It is between hosts: no device waits for it, nor is waited for.
+        """
+        if self.count == 1:
+            return counts, due
+        *sums, any_due = self.sum(torch.tensor([*chain(*counts), due])).tolist()
+        return [Counts(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)], bool(any_due)
+
+    def wait(self) -> None:
+        """Go on when all processes are here."""
+        self.sum(torch.zeros(1))
+
+    def gather(self, value: Value) -> list[Value]:
+        """Return the value of every process, by rank."""
+        if self.count == 1:
+            return [value]
+        values: list[Value | None] = [None] * self.count
+        dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+
+ALONE = Ranks()
+
+
+def is_leader() -> bool:
+    """Whether this process is the first that ``torchrun`` started, or was started without it."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def local_device(device: torch.device) -> torch.device:
+    """Return the device by number; this process's own CUDA device where several share a machine."""
+    if device.type != "cuda" or device.index is not None:
+        return device
+    local = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", torch.cuda.current_device() if local is None else int(local))
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks]:
+    """Join the processes that ``torchrun`` started: devices by NCCL on CUDA, and hosts by gloo.
+
+    Once in a process's life: further runs find each other where the first one did. They part when
+    they end, together; a process that fails leaves at once, since the others may wait for it.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield ALONE
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        atexit.register(dist.destroy_process_group)
+    try:
+        yield Ranks(rank=dist.get_rank(), count=dist.get_world_size())
+    except BaseException:
+        atexit.unregister(dist.destroy_process_group)
+        raise

@@ -1,0 +1,172 @@
+"""What all that is trained on one cache shares: its splits, and what is used of the base."""
+
+from __future__ import annotations
+
+import torch
+
+from embedcache.base.head import Head
+from embedcache.cache.cache import Cache
+from embedcache.cache.format.layout import LIKELY
+from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.model import Spread
+from embedcache.data.loader import BatchLoader
+from embedcache.data.sample import sample_embeddings
+from embedcache.data.subset import Documents, Subset
+from embedcache.device import fast_dtype, resolve_dtype
+from embedcache.evaluation.evaluate import EVAL_TOKENS, FrozenInputs
+from embedcache.loss import Shortlist, tail_proposal
+from embedcache.loss.shortlist.shortlist import DRAWS, DRAWS_BESIDE_TOP_IDS
+from embedcache.training.config import TrainConfig
+from embedcache.training.distributed import Ranks
+from embedcache.training.step.settings import Recipe
+
+Patterns = tuple[str, ...]
+
+PROPOSAL_POSITIONS = 4096
+"""Positions whose probabilities say what a shortlist's tail is drawn from."""
+HOST_PROPOSAL_POSITIONS = 1024
+"""As many where a CPU computes them for a GPU, within a memory budget."""
+
+
+class Materials:
+    """Reads each thing of a cache once, when it is first asked for."""
+
+    def __init__(self, cache: Cache, device: torch.device, ranks: Ranks):
+        self.cache, self.device, self.ranks = cache, device, ranks
+        self.hidden: int = cache.attributes.base["hidden_size"]
+        self.train = cache.split("train")
+        self._splits = {"train": self.train}
+        if cache.has("dev"):
+            self._splits["dev"] = cache.split("dev")
+        self._documents: dict[str, Documents] = {}
+        self._subsets: dict[tuple[str, Patterns], Subset] = {}
+        self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
+        self._spreads: dict[tuple[str, ...], dict[str, Spread]] = {}
+        self._frozen: dict[tuple[bool, torch.dtype, bool], FrozenInputs] = {}
+        self._proposal_V: torch.Tensor | None = None
+
+    def subset(self, split: str, patterns: Patterns) -> Subset | None:
+        """Return the documents of a split that match, None for all.
+
+        Raises ``UsageError`` where none of train does; dev may be empty.
+        """
+        if not patterns:
+            return None
+        if split not in self._documents:
+            self._documents[split] = Documents(self._splits[split])
+        if (split, patterns) not in self._subsets:
+            documents = self._documents[split]
+            find = documents.require if split == "train" else documents.matching
+            self._subsets[split, patterns] = find(patterns)
+        return self._subsets[split, patterns]
+
+    def tokens(self, split: str, patterns: Patterns) -> int:
+        """Return the tokens of the documents of a split that match; 0 where there is no split.
+
+        Raises ``UsageError`` if none of train does.
+        """
+        if split not in self._splits:
+            return 0
+        subset = self.subset(split, patterns)
+        return self._splits[split].manifest.tokens if subset is None else subset.tokens
+
+    def batch_tokens(self, config: TrainConfig) -> int:
+        """Return the tokens of a step that this process gives."""
+        step = config.steps_tokens(self.tokens("train", config.documents))
+        return -(-step // self.ranks.count)
+
+    def order(self, config: TrainConfig) -> tuple[object, ...]:
+        """Return what tells orders of batches apart."""
+        return config.documents, config.order, self.batch_tokens(config)
+
+    def sample(self, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
+        """Return embeddings to calibrate on; raises ``NumericsError`` if some are not finite."""
+        if taps not in self._samples:
+            self._samples[taps] = sample_embeddings(self.train, taps)
+        return self._samples[taps]
+
+    def spreads(self, taps: tuple[str, ...]) -> dict[str, Spread]:
+        """Return how each tap's components are spread, by a sample."""
+        if taps not in self._spreads:
+            sample = self.sample(taps)
+            self._spreads[taps] = {tap: Spread.of(sample[tap]) for tap in taps}
+        return self._spreads[taps]
+
+    def inputs(
+        self, carryon: CarryOnConfig, recipe: Recipe, *, training: bool = False
+    ) -> FrozenInputs:
+        """Return what is used of the base: for exact figures, or for ``training``."""
+        dtype = fast_dtype(self.device) if training else resolve_dtype("auto", self.device)
+        key = (carryon.token_input, dtype, recipe.host_head)
+        if key not in self._frozen:
+            tokens, dtype, host_head = key
+            # What lies in the other place is of a recipe that did not do, or of other carry-ons.
+            self._frozen = {
+                k: v for k, v in self._frozen.items() if (k[0], k[2]) == (tokens, host_head)
+            }
+            self._frozen[key] = FrozenInputs(
+                self.cache, self.device, tokens=tokens, dtype=dtype, host_head=host_head
+            )
+        return self._frozen[key]
+
+    def shortlist(self, config: TrainConfig, recipe: Recipe) -> Shortlist:
+        """Return what draws the shortlists that a carry-on is trained with."""
+        if self._proposal_V is None:
+            inputs = self.inputs(config.carryon, recipe)
+            x_NH, home = self.sample(config.carryon.taps)["final"], inputs.head.weight_VH.device
+            head, most = inputs.head, PROPOSAL_POSITIONS
+            if recipe.logit_bytes is not None and self.device.type == "cuda":
+                # Probabilities of the whole vocabulary are much; those few, a CPU computes.
+                home, most = torch.device("cpu"), HOST_PROPOSAL_POSITIONS
+                head = Head.from_parts(
+                    head.weight_VH.cpu(),
+                    None if head.bias_V is None else head.bias_V.cpu(),
+                    head.settings,
+                )
+            some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), most)).long()
+            self._proposal_V = tail_proposal(
+                x_NH[some].to(home, inputs.dtype), head, held=LIKELY if self.train.top_ids else None
+            )
+        head = self.inputs(config.carryon, recipe, training=True).head
+        proposal_V = self._proposal_V.to(self.device)
+        return Shortlist(head, proposal_V, samples=self.draws(config), seed=config.order)
+
+    def draws(self, config: TrainConfig) -> int:
+        """Return how many tokens a carry-on's shortlists draw, about."""
+        return config.samples or (DRAWS_BESIDE_TOP_IDS if self.train.top_ids else DRAWS)
+
+    def train_loader(
+        self, config: TrainConfig, recipe: Recipe, *, kept_bytes: int = 0
+    ) -> BatchLoader:
+        """Return the batches that a carry-on is trained on, in the order of its seed."""
+        return BatchLoader(
+            self.train,
+            batch_tokens=self.batch_tokens(config),
+            taps=config.carryon.taps,
+            seed=config.order,
+            device=self.device,
+            subset=self.subset("train", config.documents),
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            one_row=recipe.one_row,
+            part_tokens=recipe.part_tokens,
+            ahead=recipe.ahead,
+            kept_bytes=kept_bytes,
+            top_ids=self.train.top_ids > 0,
+        )
+
+    def dev_loader(self, patterns: Patterns, taps: tuple[str, ...], recipe: Recipe) -> BatchLoader:
+        """Return the batches of dev that are scored."""
+        return BatchLoader(
+            self._splits["dev"],
+            batch_tokens=min(EVAL_TOKENS, recipe.part_tokens or EVAL_TOKENS),
+            taps=taps,
+            shuffle=False,
+            device=self.device,
+            subset=self.subset("dev", patterns),
+            rank=self.ranks.rank,
+            ranks=self.ranks.count,
+            one_row=recipe.one_row,
+            ahead=recipe.ahead,
+            top_ids=self._splits["dev"].top_ids > 0,
+        )

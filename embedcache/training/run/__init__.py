@@ -1,0 +1,1 @@
+"""One training run: its folder, checkpoint, metrics and report."""

@@ -1,0 +1,93 @@
+"""What a finished run shows: ``loss.png`` and the model card, filled wholly from the run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from embedcache.cache.format.layout import sources_of
+from embedcache.carryon.saving import CarryOnRecord
+from embedcache.store.files import publish_bytes
+
+PLOT_FILE = "loss.png"
+CARD_FILE = "README.md"
+
+
+def publish_report(folder: Path, rows: list[dict[str, Any]], record: CarryOnRecord) -> None:
+    """Publish the plot and the card of a run."""
+    publish_bytes(folder / PLOT_FILE, plot(rows, record.results["base_dev"]))
+    publish_bytes(folder / CARD_FILE, card(record).encode())
+
+
+def plot(rows: list[dict[str, Any]], base_dev: float | None) -> bytes:
+    """Return a PNG of train and dev loss by step, against the base's dev loss."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=150)
+    axes = figure.subplots()
+    figure.subplots_adjust(left=0.11, right=0.98, top=0.97, bottom=0.12)
+    steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    if steps:
+        axes.plot(*zip(*steps, strict=True), color="0.75", linewidth=1, label="train, each step")
+    epochs = [(row["step"], row["train_loss"]) for row in rows if "train_loss" in row]
+    if epochs:
+        axes.plot(*zip(*epochs, strict=True), "o-", color="tab:blue", label="train, each epoch")
+    dev = [(row["step"], row["dev_loss"]) for row in rows if row.get("dev_loss") is not None]
+    if dev:
+        axes.plot(*zip(*dev, strict=True), "o-", color="tab:orange", label="dev")
+    if base_dev is not None:
+        axes.axhline(base_dev, color="black", linestyle="--", linewidth=1, label="base, dev")
+    axes.set_xlabel("step")
+    axes.set_ylabel("cross-entropy (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def card(record: CarryOnRecord) -> str:
+    """Return the model card as Markdown."""
+    base, results, config = record.base, record.results, record.config
+    lines = [
+        f"# A carry-on for {base['name']}",
+        "",
+        f"A small transformer branch ({results['parameters']:,} parameters) on the frozen "
+        f"embeddings of [{base['name']}], trained with embedcache from a cache, without the base. "
+        "It works with that base only.",
+        "",
+        "| | |",
+        "| --- | --- |",
+        f"| base fingerprint | `{base['fingerprint']}` |",
+        f"| shape | width {config.width}, {config.blocks} blocks, "
+        f"{'gated' if config.gate else 'no gate'}, "
+        f"{'with' if config.token_input else 'without'} token input, "
+        f"taps {', '.join(config.taps)} |",
+        f"| trained on | {', '.join(sources_of(record.cache['corpus']))} "
+        f"({record.cache['tokens']['train']:,} tokens, codec {record.cache['codec']}) |",
+        f"| training | {results['epochs']} epochs, {results['steps']} steps, loss "
+        f"{results['loss']}{_bias(results)}, kept epoch {results['best_epoch']} |",
+    ]
+    if results["best_dev"] is not None and results["base_dev"] is not None:
+        change = results["best_dev"] - results["base_dev"]
+        lines += [
+            f"| dev cross-entropy | base {results['base_dev']:.4f}, carry-on "
+            f"{results['best_dev']:.4f} ({change:+.4f} nats a token) |"
+        ]
+    lines += [
+        "",
+        "![loss](loss.png)",
+        "",
+        "## Use",
+        "",
+        "    embedcache generate . --prompt 'Once upon a time'",
+        "    embedcache eval . CACHE",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _bias(results: dict[str, Any]) -> str:
+    bias = results["shortlist_bias"]
+    return "" if bias is None else f" (its estimate of dev is {bias:+.4f} off)"

@@ -1,0 +1,79 @@
+"""The batches that some members of a stack see in step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from embedcache.data.batch import Batch
+from embedcache.data.loader import BatchLoader
+from embedcache.loss import Listed, Shortlist
+from embedcache.training.run.run import Member
+
+
+class Feed:
+    """One order of batches, and the members that are at the same place in it.
+
+    ``batch`` is the one that is due, or the part of it that is; None before `advance`, and once it
+    was let go of. ``ended``: whether that was the batch's last part. With a shortlist, its columns
+    come along.
+    """
+
+    def __init__(
+        self, loader: BatchLoader, members: list[Member], shortlist: Shortlist | None = None
+    ):
+        self.members = members
+        self.shortlist = shortlist
+        self.batch: Batch | None = None
+        self.ended = False
+        self._nothing: Batch | None = None
+        state = members[0].state
+        self._batches = loader.epochs(
+            range(state.epoch, max(member.config.epochs for member in members)),
+            skip=state.position,
+            draw=self._drawing(state.step),
+        )
+
+    def advance(self) -> bool:
+        """Have a batch due; False at the end of an epoch, once, after which the next one begins."""
+        if self.batch is None:
+            self.batch = next(self._batches)
+        return self.batch is not None
+
+    def close(self) -> None:
+        """End the reading of batches."""
+        self._batches.close()
+
+    def let_go(self) -> None:
+        """Let go of what is due, which is used: its memory is that of the next."""
+        assert self.batch is not None
+        self.ended = self.batch.last
+        self._nothing = self._nothing or self.batch.without_tokens()
+        self.batch = None
+
+    def next_part(self) -> None:
+        """Have the next part of the batch due; one without tokens where there is none."""
+        self.batch = self._nothing if self.ended else next(self._batches)
+
+    def _drawing(self, step: int) -> Callable[[Batch], list[Listed]] | None:
+        """Return what draws the shortlists of batches from a step on, part by part."""
+        shortlist = self.shortlist
+        if shortlist is None:
+            return None
+        generator: torch.Generator | None = None
+
+        def draw(batch: Batch) -> list[Listed]:
+            nonlocal generator, step
+            generator = generator or shortlist.generator(step)
+            before = generator.get_state()
+            try:
+                listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NK)
+            except torch.OutOfMemoryError:
+                generator.set_state(before)  # the same once more, if it is tried again
+                raise
+            if batch.last:
+                generator, step = None, step + 1
+            return listed
+
+        return draw

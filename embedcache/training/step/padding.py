@@ -1,0 +1,154 @@
+"""Batches filled up to one of few shapes: with what counts nothing, in tensors that stay.
+
+Axes: N wanted positions, C columns of a shortlist, M starts of sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from embedcache.data.batch import Batch
+from embedcache.loss import Listed
+from embedcache.training.step.stack import WANTED
+from embedcache.units import rounded_up
+
+PIECES, COLUMNS = 4, 1024
+"""Wanted positions are filled up to so many parts of a row, and columns of a shortlist to a
+multiple, so that shapes recur."""
+
+STARTS = 16
+"""Starts that a part has at least where memory is short: one of more would be recorded anew."""
+
+Inputs = dict[tuple[object, ...], Tensor]
+"""What batches are copied into, by name and shape: those of like shapes share it."""
+
+
+class Shape(NamedTuple):
+    """What batches must have in common to be computed by one recording.
+
+    ``row``: tokens of the row, padding included. Of what follows, a recording takes less, too:
+    ``starts`` of sequences, wanted ``positions``, and ``columns`` of a shortlist, 0 without one.
+    """
+
+    row: int
+    starts: int
+    positions: int
+    columns: int
+
+    def takes(self, other: Shape) -> bool:
+        """Say whether a recording of this shape computes batches of another."""
+        like = self.row == other.row and bool(self.columns) == bool(other.columns)
+        return like and self.around(other) == self
+
+    def size(self) -> int:
+        """Return what its loss takes, by which recordings are compared."""
+        return self.positions * max(1, self.columns)
+
+    def around(self, other: Shape) -> Shape:
+        """Return the shape that takes both, of one row."""
+        return Shape(*map(max, zip(self, other, strict=True)))
+
+
+def shape_of(batch: Batch, *, whole: bool) -> Shape:
+    """Return the shape that a batch is filled up to.
+
+    Wanted positions to a quarter of the row, or more, or, where ``whole``, to all of it, and starts
+    to more than most parts have.
+    """
+    assert batch.starts_M is not None
+    row = batch.ids_BT.shape[1]
+    piece = rounded_up(row if whole else -(-row // PIECES), WANTED)
+    columns = [len(one.weight_CH) for one in cast("Sequence[Listed]", batch.drawn)]
+    return Shape(
+        row=row,
+        starts=max(len(batch.starts_M), STARTS if whole else 0),
+        positions=rounded_up(max(1, len(batch.targets_N)), piece),
+        columns=rounded_up(sum(columns), COLUMNS),
+    )
+
+
+def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
+    """Return a copy of a batch of one row, filled up to a shape with what counts nothing.
+
+    It is made of tensors of ``inputs``, which grow by those that are missing.
+    """
+    N, C = shape.positions, shape.columns
+
+    def shared(name: str, like: Tensor, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
+        key = (name, sizes, dtype or like.dtype)
+        if key not in inputs:
+            inputs[key] = like.new_zeros(sizes, dtype=dtype)
+        return inputs[key]
+
+    def same(name: str, like: Tensor) -> Tensor:
+        return shared(name, like, *like.shape)
+
+    assert batch.starts_M is not None
+
+    drawn = []
+    for one in cast("Sequence[Listed]", batch.drawn):
+        drawn.append(
+            Listed(
+                shared("weight_CH", one.weight_CH, C, one.weight_CH.shape[1]),
+                None if one.bias_C is None else shared("bias_C", one.bias_C, C),
+                shared("log_weight_C", one.log_weight_C, C),
+                shared("index_N", one.index_N, N),
+            )
+        )
+    made = replace(
+        batch,
+        x_BTH={tap: same(f"x_BTH {tap}", x) for tap, x in batch.x_BTH.items()},
+        ids_BT=same("ids_BT", batch.ids_BT),
+        positions_BT=same("positions_BT", batch.positions_BT),
+        segments_BT=same("segments_BT", batch.segments_BT),
+        starts_M=shared("starts_M", batch.starts_M, shape.starts),
+        wanted_N=shared("wanted_N", batch.wanted_N, N),
+        targets_N=shared("targets_N", batch.targets_N, N),
+        counts_N=shared("counts_N", batch.targets_N, N, dtype=torch.float32),
+        drawn=drawn,
+        top_ids_NK=None,
+    )
+    _copy(batch, made)
+    return made
+
+
+def _copy(batch: Batch, made: Batch) -> None:
+    """Copy a batch into one that is as large or larger, and fill that up.
+
+    By few calls: each lets go of the interpreter's lock, which the loader's threads are after.
+    """
+    assert made.starts_M is not None and batch.starts_M is not None and made.counts_N is not None
+    M, N = len(batch.starts_M), len(batch.targets_N)
+    pairs = [(x_BTH, batch.x_BTH[tap]) for tap, x_BTH in made.x_BTH.items()]
+    pairs += [
+        (made.ids_BT, batch.ids_BT),
+        (made.positions_BT, batch.positions_BT),
+        (made.segments_BT, batch.segments_BT),
+        (made.starts_M[:M], batch.starts_M),
+        (made.wanted_N[:N], batch.wanted_N),
+        (made.targets_N[:N], batch.targets_N),
+    ]
+    zeros = [made.wanted_N[N:], made.targets_N[N:], made.counts_N[N:]]
+    listed = zip(
+        cast("Sequence[Listed]", made.drawn), cast("Sequence[Listed]", batch.drawn), strict=True
+    )
+    for kept, one in listed:
+        C = len(one.weight_CH)
+        pairs += [
+            (kept.weight_CH[:C], one.weight_CH),
+            (kept.log_weight_C[:C], one.log_weight_C),
+            (kept.index_N[:N], one.index_N),
+        ]
+        if kept.bias_C is not None and one.bias_C is not None:
+            pairs.append((kept.bias_C[:C], one.bias_C))
+        zeros.append(kept.index_N[N:])
+        kept.log_weight_C[C:] = -torch.inf
+    made.starts_M[M:] = batch.ids_BT.shape[1]
+    made.counts_N[:N] = 1.0
+    torch._foreach_copy_([to for to, _ in pairs], [value for _, value in pairs])
+    torch._foreach_zero_(zeros)

@@ -1,0 +1,257 @@
+"""Carry-ons of one shape that are trained together, by products over all of them.
+
+Axes: K carry-ons, G of them that see the same batch, N wanted positions of a batch, P weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain, groupby
+from typing import cast
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from embedcache.carryon.branch.model import CarryOn
+from embedcache.data.batch import Batch
+from embedcache.device import any_shape_attention
+from embedcache.evaluation.evaluate import FrozenInputs
+from embedcache.loss import Listed, cross_entropy, cut, cut_listed, estimate
+from embedcache.training.config import TrainConfig
+from embedcache.training.distributed import ALONE, Ranks
+from embedcache.training.optim.adamw import FlatAdamW, send
+from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.units import rounded_up
+
+WANTED = 128
+"""Positions whose loss is computed are a multiple of this, the last ones for nothing: products of
+one shape are planned once, of each new one anew."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """One step of one carry-on, or a part of it: what it sees, and its learning rate.
+
+    ``targets`` are those of the whole step, and of all processes.
+    """
+
+    batch: Batch
+    targets: int
+    rate: float
+
+
+class Stack:
+    """K carry-ons of one shape with an optimiser each. What one does never reaches another."""
+
+    def __init__(
+        self,
+        models: Sequence[CarryOn],
+        configs: Sequence[TrainConfig],
+        inputs: FrozenInputs,
+        recipe: Recipe = PLAIN,
+        ranks: Ranks = ALONE,
+    ):
+        self.model = CarryOn.stack(models)
+        self.model.recompute = recipe.recompute
+        self._configs = list(configs)
+        self._inputs = inputs
+        self.recipe = recipe
+        self._ranks = ranks
+        self.optimizer = FlatAdamW(
+            self.model, configs, device=inputs.device, offload=recipe.offload, low=inputs.dtype
+        )
+        self.model.to(inputs.device)
+        self._share_K = torch.ones(len(configs), device=inputs.device)
+
+    def keep(self, rows: Sequence[int]) -> Stack:
+        """Return a stack of these carry-ons alone, at the state that they are in."""
+        kept = Stack(
+            [self.alone(k) for k in rows],
+            [self._configs[k] for k in rows],
+            self._inputs,
+            self.recipe,
+            self._ranks,
+        )
+        for new, old in enumerate(rows):
+            kept.optimizer.restore(new, self.optimizer.moments(old))
+        return kept
+
+    def alone(self, index: int) -> CarryOn:
+        """Return a copy of one carry-on."""
+        model = CarryOn(self.model.config, self.model.hidden)
+        model.load_state_dict(self.model.member(index))
+        return model
+
+    def begin(self, work: Sequence[Work]) -> None:
+        """Begin a step: set its learning rates, and how much each target counts in it.
+
+        A carry-on whose batch has no target stays as it is.
+        """
+        self.optimizer.schedule([one.rate if one.targets else None for one in work])
+        self.optimizer.gradient_KP.zero_()
+        send([1 / max(1, one.targets) for one in work], self._share_K)
+
+    @contextmanager
+    def counting_nothing(self) -> Iterator[None]:
+        """Add nothing to the gradients, whatever is differentiated."""
+        share_K = self._share_K.clone()
+        self._share_K.zero_()
+        try:
+            yield
+        finally:
+            self._share_K.copy_(share_K)
+
+    def prepared(self, work: Sequence[Work]) -> Callable[[], Tensor]:
+        """Return what does `differentiate`."""
+        return partial(self.differentiate, work)
+
+    @any_shape_attention()
+    def differentiate(self, work: Sequence[Work]) -> Tensor:
+        """Add the gradients of a part of the step that was begun, of every carry-on.
+
+        Work on the same batch must lie side by side. Returns what this adds to the losses, loss_K:
+        means over the targets of the whole step. Without a target a loss is 0.
+        """
+        groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.batch))]
+        h_KNR = self._features(groups)
+        loss_K = torch.zeros_like(self._share_K)
+        gradients = []
+        # From here on each position is for itself, and as wide as the base: some at a time.
+        streamed = all(self.streams(one.batch) for one in work)  # all of the head, each time
+        emitted = None if streamed else self.recipe.emitted
+        for rows in cut(h_KNR.shape[1], emitted or h_KNR.shape[1]):
+            h_KnR = h_KNR.detach()[:, rows].requires_grad_()
+            part_K = self._losses(groups, h_KnR, rows) * self._share_K
+            part_K.sum().backward()
+            loss_K += part_K.detach()
+            assert h_KnR.grad is not None
+            gradients.append(h_KnR.grad)
+        if gradients:
+            h_KNR.backward(torch.cat(gradients, dim=1))
+        return loss_K
+
+    def finish(self, loss_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Move every carry-on by the gradients that were taken; return losses and their norms.
+
+        Gradients and losses are summed over all processes. A carry-on with one that is not finite
+        stays as it is.
+        """
+        self._ranks.sum(self.optimizer.gradient_KP)
+        loss_K = self._ranks.sum(loss_K)
+        norm_K = self.optimizer.clip()
+        self.optimizer.step(loss_K, norm_K)
+        return loss_K, norm_K
+
+    def ends_alone(self) -> bool:
+        """Say whether `finish` needs no other process."""
+        return self._ranks.count == 1
+
+    def _features(self, groups: Sequence[list[Work]]) -> Tensor:
+        """Return the features h_KNR of wanted positions, as many of each, the last for nothing."""
+        batches = [group[0].batch for group in groups]
+        together = batches[0] if len(groups) == 1 else stacked_batch([*chain(*groups)])
+        h_KBTR = self._inputs.features(self.model, together)
+        K, B, T, _ = h_KBTR.shape
+        N = rounded_up(max(len(batch.targets_N) for batch in batches), WANTED)
+        place_KN = torch.cat(
+            [
+                _wanted(batch, T, N).expand(len(group), -1)
+                for group, batch in zip(groups, batches, strict=True)
+            ]
+        )
+        row_KN = place_KN + B * T * torch.arange(K, device=place_KN.device)[:, None]
+        return h_KBTR.flatten(0, 2).index_select(0, row_KN.flatten()).unflatten(0, (K, -1))
+
+    def streams(self, batch: Batch) -> bool:
+        """Say whether the loss of a batch takes the whole head from host memory, tile by tile."""
+        return self._inputs.head.weight_VH.device != self._inputs.device and not batch.drawn
+
+    def _losses(self, groups: Sequence[list[Work]], h_KnR: Tensor, rows: slice) -> Tensor:
+        """Return the sums of losses loss_K over some of the wanted positions, from features."""
+        delta_KnH = self._inputs.emit(self.model, h_KnR.unsqueeze(1)).squeeze(1)
+        losses = []
+        # All of it is not split: the gradient would be copied.
+        alone = len(groups) == 1
+        parts = [delta_KnH] if alone else delta_KnH.split([len(group) for group in groups])
+        for group, delta_GnH in zip(groups, parts, strict=True):
+            batch = group[0].batch
+            here = slice(rows.start, min(rows.stop, rounded_up(len(batch.targets_N), WANTED)))
+            if here.start >= here.stop:
+                losses.append(delta_GnH[:, :0].sum(dim=(1, 2)).float())
+                continue
+            wanted_n = _filled(batch.wanted_N)[here]
+            x_nH = batch.x_BTH["final"].flatten(0, 1).index_select(0, wanted_n)
+            y_GnH = x_nH.to(self._inputs.dtype) + delta_GnH[:, : len(wanted_n)]
+            loss_Gn = self._loss(y_GnH, batch, here)
+            if batch.counts_N is None:
+                loss_Gn = loss_Gn[:, : max(0, len(batch.targets_N) - here.start)]
+            else:
+                loss_Gn = loss_Gn * batch.counts_N[here]
+            losses.append(loss_Gn.sum(dim=1))
+        return torch.cat(losses)
+
+    def _loss(self, y_GnH: Tensor, batch: Batch, rows: slice) -> Tensor:
+        """Return loss_Gn of embeddings after the carry-ons; by shortlists where some were drawn."""
+        head, listed = self._inputs.head, list(cast("Sequence[Listed]", batch.drawn))
+        if listed:
+            last = listed[-1]
+            more = rounded_up(len(batch.targets_N), WANTED) - len(batch.targets_N)
+            listed[-1] = last._replace(index_N=F.pad(last.index_N, (0, more)))
+            some = cut_listed(listed, rows)
+            return estimate(y_GnH, some, head, logit_bytes=self.recipe.logit_bytes)
+        y_NH, targets_N = y_GnH.flatten(0, 1), _filled(batch.targets_N)[rows].repeat(len(y_GnH))
+        chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)
+        return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GnH.shape[:2])
+
+
+def _filled(values_N: Tensor) -> Tensor:
+    """Return values of positions, filled up with zeros as `WANTED` says."""
+    return F.pad(values_N, (0, -len(values_N) % WANTED))
+
+
+def _wanted(batch: Batch, T: int, count: int) -> Tensor:
+    """Return a batch's wanted positions in rows of T tokens, filled up to so many."""
+    own_T = batch.ids_BT.shape[1]
+    place_N = batch.wanted_N
+    if own_T != T:
+        place_N = place_N // own_T * T + place_N % own_T
+    return F.pad(place_N, (0, count - len(place_N)))
+
+
+def stacked_batch(work: Sequence[Work]) -> Batch:
+    """Return the batches of K carry-ons as one, padded to [K, B, T]; wanted positions are left out.
+
+    Padding is as `Batch` has it: embeddings of zero, in segment -1.
+    """
+    batches = [one.batch for one in work]
+    B = max(batch.ids_BT.shape[0] for batch in batches)
+    T = max(batch.ids_BT.shape[1] for batch in batches)
+
+    def stacked(parts: list[Tensor], fill: int) -> Tensor:
+        out = parts[0].new_full((len(parts), B, T, *parts[0].shape[2:]), fill)
+        for row, part in zip(out, parts, strict=True):
+            row[: part.shape[0], : part.shape[1]] = part
+        return out
+
+    return replace(
+        batches[0],
+        packed=any(batch.packed for batch in batches),
+        x_BTH={tap: stacked([b.x_BTH[tap] for b in batches], 0) for tap in batches[0].x_BTH},
+        ids_BT=stacked([batch.ids_BT for batch in batches], 0),
+        positions_BT=stacked([batch.positions_BT for batch in batches], 0),
+        segments_BT=stacked([batch.segments_BT for batch in batches], -1),
+        starts_M=_stacked_starts(batches, T),
+    )
+
+
+def _stacked_starts(batches: Sequence[Batch], T: int) -> Tensor | None:
+    """Return starts_KM of batches of one row; what pads a row is a sequence of its own."""
+    starts = [batch.starts_M for batch in batches if batch.starts_M is not None]
+    if not starts:
+        return None
+    most = 1 + max(len(starts_M) for starts_M in starts)
+    return torch.stack([F.pad(starts_M, (0, most - len(starts_M)), value=T) for starts_M in starts])

@@ -1,0 +1,206 @@
+"""Batches of several epochs as one stream: what is made ahead, held, raised and closed."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from embedcache.data import loader as loader_module
+from embedcache.data import order as order_module
+from embedcache.data.batch import Batch
+from embedcache.data.loader import BatchLoader
+from embedcache.data.prefetch import look_ahead
+
+SEED = 5
+
+
+@pytest.fixture(params=[1, 2, 8, 20])
+def split(request, world, monkeypatch):
+    """The train split, of 10 blocks, in windows of several sizes."""
+    monkeypatch.setattr(order_module, "WINDOW", request.param)
+    return world.cache().split("train")
+
+
+@pytest.fixture(params=[0, 2])
+def packers(request, monkeypatch):
+    monkeypatch.setattr(loader_module, "PACKERS", {"cpu": request.param})
+
+
+def loader(split, **settings) -> BatchLoader:
+    return BatchLoader(split, **{"batch_tokens": 60, "taps": ("final",), "seed": SEED} | settings)
+
+
+def room(blocks: int, split) -> dict[str, int]:
+    """Room for so many blocks from one epoch to the next."""
+    return {"kept_bytes": blocks * split.block_bytes(("final",))}
+
+
+def told(batch: Batch | None) -> object:
+    """What can be told of a batch, to be compared."""
+    if batch is None:
+        return None
+    tensors = (batch.ids_BT, batch.positions_BT, batch.targets_N, *batch.x_BTH.values())
+    return batch.sequences, batch.drawn, batch.last, *(tensor.tolist() for tensor in tensors)
+
+
+def windows(split, epoch: int) -> list[list[int]]:
+    """The blocks of an epoch's windows, by the plainest plan."""
+    blocks = np.random.default_rng([SEED, epoch]).permutation(split.manifest.blocks).tolist()
+    return [blocks[at : at + order_module.WINDOW] for at in range(0, 10, order_module.WINDOW)]
+
+
+def reads(split, monkeypatch) -> list[int]:
+    """The blocks that are read from now on, one at a time."""
+    monkeypatch.setattr("os.cpu_count", lambda: 1)
+    found: list[int] = []
+    stored = type(split).stored
+    monkeypatch.setattr(
+        type(split), "stored", lambda self, *given: found.append(given[0]) or stored(self, *given)
+    )
+    return found
+
+
+def again(found: list[int], expected: set[int]) -> set[int]:
+    """The blocks read once more than an epoch does, when all that are expected were."""
+    stop = time.perf_counter() + 5
+    while True:
+        read = set(Counter(found) - Counter(range(10)))
+        if expected <= read or time.perf_counter() > stop:
+            time.sleep(0.05)  # were there more to come
+            return set(Counter(found) - Counter(range(10)))
+        time.sleep(0.01)
+
+
+@pytest.mark.parametrize(("ranks", "part_tokens"), [(1, None), (1, 40), (3, None)])
+@pytest.mark.parametrize(("epoch", "skip"), [(0, 0), (2, 3), (1, 999)])
+def test_a_stream_is_epoch_by_epoch(split, packers, ranks, part_tokens, epoch, skip):
+    settings = {"ranks": ranks, "part_tokens": part_tokens} | room(3, split)
+    for rank in range(ranks):
+        one, number = loader(split, rank=rank, **settings), itertools.count()
+        expected = []
+        for at in range(3):
+            draw = lambda batch: [[next(number), batch.sequences]]  # noqa: B023, E731
+            batches = one.epoch(epoch + at, skip=0 if at else skip, draw=draw)
+            expected += [*map(told, batches), None]
+        number = itertools.count()
+        found = one.epochs(range(epoch, epoch + 3), skip=skip, draw=draw)
+        assert [told(batch) for batch in found] == expected
+        assert expected.count(None) == 3 and len(expected) > 9
+
+
+def test_the_next_epoch_is_read_while_the_last_window_is_trained_on(split, monkeypatch):
+    last, (first, *others) = windows(split, 0)[-1], windows(split, 1)
+    home = {s: b for b in range(10) for s in split.sequences(b)[0].tolist()}
+    used = [{home[s] for s in batch.sequences} for batch in loader(split).epoch(0)]
+    # What the last window begins with may be of the one before: read or not, it is there.
+    begin = next(n for n, blocks in enumerate(used) if blocks & set(last))
+    expected = set(first) - set().union(*used[max(begin - 1, 0) :])
+    found = reads(split, monkeypatch)
+    stream = loader(split).epochs(range(2))
+    assert all(next(stream) for _ in used[:-1])
+    assert expected <= again(found, expected) <= set(first)
+    assert next(stream) is not None
+    assert again(found, expected) <= set(first)
+    # The last window's blocks are gone: while dev is scored, two of the next epoch are read.
+    assert next(stream) is None
+    expected |= set(others[0] if others else [])
+    assert expected <= again(found, expected) <= {*first, *expected}
+    stream.close()
+
+
+def test_an_epoch_of_one_window_is_read_once(split, monkeypatch):
+    found = reads(split, monkeypatch)
+    batches = list(loader(split).epochs(range(4)))
+    assert batches.count(None) == 4
+    assert len(found) == 10 if order_module.WINDOW == 20 else len(found) > 10
+
+
+@pytest.mark.parametrize("kept", [3, 10])
+def test_blocks_that_there_is_room_for_are_read_once(split, kept, monkeypatch):
+    found = reads(split, monkeypatch)
+    list(loader(split, **room(kept, split)).epochs(range(4)))
+    once = [block for block in range(10) if found.count(block) == 1]
+    assert len(once) == (10 if order_module.WINDOW == 20 else kept)
+
+
+@pytest.mark.parametrize(("free", "together"), [(1 << 40, 1 << 30), (800 << 20, 100 << 20)])
+def test_loaders_share_the_room_to_keep_blocks_in(free, together, monkeypatch):
+    """1 GiB of a machine, and an eighth of what is free, however many loaders there are."""
+    monkeypatch.setattr(loader_module, "free_memory", lambda device: free)
+    assert loader_module.room_to_keep(1) == together
+    assert loader_module.room_to_keep(64) == together // 64
+
+
+@pytest.mark.parametrize("batches", [1, 20, "end"])
+def test_closing_stops_every_thread_and_what_was_not_begun(split, packers, batches, monkeypatch):
+    before = set(threading.enumerate())
+    found = reads(split, monkeypatch)
+    noted = type(split).stored
+    monkeypatch.setattr(type(split), "stored", lambda *given: time.sleep(0.02) or noted(*given))
+    stream = loader(split).epochs(range(100))
+    if batches == "end":
+        assert None in stream
+    else:
+        assert None not in [*map(told, itertools.islice(stream, batches))]
+    begun = len(found)
+    stream.close()
+    assert set(threading.enumerate()) == before
+    assert len(found) <= begun + 3  # of ten or more that were asked for, in windows of 8 and 20
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+@pytest.mark.parametrize("split", [1, 2, 8], indirect=True)  # of 20, no block is read twice
+def test_a_damaged_block_of_the_next_epoch_is_told_of_at_its_batch(split, packers, monkeypatch):
+    damaged = next(b for b in windows(split, 1)[0] if b not in windows(split, 0)[-1])
+    inside = set(split.sequences(damaged)[0].tolist())
+    found, stored = [], type(split).stored
+    whole = [told(batch) for batch in loader(split).epochs(range(2))]
+    end = whole.index(None)
+    due = next(n for n in range(end + 1, len(whole)) if inside & set(whole[n][0]))
+
+    def broken(self, number, *more):
+        found.append(number)
+        if number == damaged and found.count(number) > 1:
+            raise OSError("the disk is gone")
+        return stored(self, number, *more)
+
+    monkeypatch.setattr(type(split), "stored", broken)
+    stream = loader(split).epochs(range(2))
+    assert [told(next(stream)) for _ in range(due)] == whole[:due]
+    with pytest.raises(OSError, match="the disk is gone"):
+        next(stream)
+    found.clear()
+    stream = loader(split).epochs(range(2))
+    assert [told(next(stream)) for _ in range(end + 1)] == whole[: end + 1]
+    stream.close()  # nobody asked for the batch
+
+
+def test_looking_ahead_raises_in_the_place_of_the_item():
+    def items():
+        yield 1
+        yield 2
+        raise KeyError("third")
+
+    for depth in range(4):
+        found = look_ahead(items(), depth)
+        assert [next(found), next(found)] == [1, 2]
+        with pytest.raises(KeyError, match="third"):
+            next(found)
+
+
+@pytest.mark.parametrize("split", [2], indirect=True)
+def test_reading_begins_before_a_batch_is_asked_for(split, monkeypatch):
+    found = reads(split, monkeypatch)
+    stream = loader(split).epochs(range(2))
+    ends = time.monotonic() + 10
+    while len(set(found)) < 2 and time.monotonic() < ends:
+        time.sleep(0.01)
+    assert len(found) == len(set(found)) == 2  # a window's
+    stream.close()
+    assert not [one for one in threading.enumerate() if "ThreadPool" in one.name]

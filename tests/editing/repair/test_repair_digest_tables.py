@@ -1,0 +1,130 @@
+"""What ``extract --repair`` takes from ledgers and the corpus, and when it refuses."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cache_faults import names_in, served
+from support.fixtures_extract import corpus_config, flip_byte, write_documents
+from support.fixtures_repair import SHARD, TOKENS, computed, restored, run
+
+from embedcache.cache.format.layout import MANIFEST, SEALED, marker_path
+from embedcache.cache.verify import verify
+from embedcache.errors import CacheError, CorpusError, OutputError
+from embedcache.store.files import hash_file
+
+LEDGERS = ["ledger/train/sealed", "ledger/dev/sealed", "ledger/train/embeddings"]
+
+
+@pytest.mark.parametrize("harm_file", [flip_byte, Path.unlink])
+def test_ledgers_are_made_anew_from_the_files_they_vouch_for(
+    place: Path, out: Path, harm_file: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither the corpus nor the base is asked."""
+    calls = computed(monkeypatch)
+    for name in LEDGERS:
+        harm_file(out / name)
+    faults = verify(out).faults
+    assert {(fault.kind, fault.file) for fault in faults} == {("ledger", name) for name in LEDGERS}
+    with pytest.raises(CacheError, match=r"ledger/"):
+        served(out)
+    hidden = place / "corpus.away"
+    (place / "corpus").rename(hidden)
+    try:
+        run(place, out, repair=True)
+    finally:
+        hidden.rename(place / "corpus")
+    assert calls == []
+    restored(place, out)
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_a_ledger_and_files_of_it_are_restored(place: Path, out: Path, complete: bool) -> None:
+    """Tokens that nothing vouches for any more, and a block whose marker is gone, too."""
+    for name in (*LEDGERS, TOKENS, SHARD):
+        flip_byte(out / name)
+    (out / "train/tokens/blocks/c/0").unlink()
+    marker_path(out, "train", 1).unlink()
+    if not complete:
+        (out / MANIFEST).unlink()
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def test_a_ledger_that_the_corpus_cannot_restore_is_refused(
+    place: Path, out: Path, tmp_path: Path
+) -> None:
+    flip_byte(out / LEDGERS[0])
+    flip_byte(out / TOKENS)
+    kept = shutil.copytree(place / "corpus", tmp_path / "kept")
+    before = {name: hash_file(out / name) for name in names_in(out)}
+    try:
+        for path in (place / "corpus").iterdir():
+            path.write_text("another " + path.read_text())
+        with pytest.raises(CacheError, match=rf"{LEDGERS[0]} is damaged, and the corpus no longer"):
+            run(place, out, repair=True)
+    finally:
+        shutil.copytree(kept, place / "corpus", dirs_exist_ok=True)
+    assert {name: hash_file(out / name) for name in names_in(out)} == before
+
+
+def test_a_corpus_that_changed_cannot_restore_tokens_and_changes_nothing(
+    place: Path, out: Path, tmp_path: Path
+) -> None:
+    corpus = place / "corpus"
+    flip_byte(out / TOKENS)
+    flip_byte(out / SHARD)
+    before = {name: hash_file(out / name) for name in names_in(out)}
+    kept = shutil.copytree(corpus, tmp_path / "kept")
+    try:
+        for path in corpus.iterdir():
+            path.write_text("another " + path.read_text())
+        with pytest.raises(CacheError, match=rf"{TOKENS} is damaged, and the corpus no longer"):
+            run(place, out, repair=True)
+        for path in corpus.iterdir():
+            path.unlink()
+        with pytest.raises(CorpusError):
+            run(place, out, repair=True)
+    finally:
+        shutil.copytree(kept, corpus, dirs_exist_ok=True)
+    assert {name: hash_file(out / name) for name in names_in(out)} == before
+    run(place, out, repair=True)
+    restored(place, out)
+
+
+def test_embeddings_are_repaired_without_the_corpus(place: Path, out: Path) -> None:
+    flip_byte(out / SHARD)
+    hidden = place / "corpus.away"
+    (place / "corpus").rename(hidden)
+    try:
+        run(place, out, repair=True)
+    finally:
+        hidden.rename(place / "corpus")
+    restored(place, out)
+
+
+def test_nothing_that_vouches_is_refused(place: Path, out: Path) -> None:
+    (out / MANIFEST).unlink()
+    flip_byte(out / SEALED)
+    with pytest.raises(CacheError, match=r"neither manifest\.json nor sealed\.json is whole"):
+        run(place, out, repair=True)
+
+
+def test_another_request_is_refused(place: Path, out: Path) -> None:
+    flip_byte(out / SHARD)
+    other = corpus_config(place / "corpus", split_seed=5)
+    with pytest.raises(OutputError, match=r"split_seed was 0, now 5"):
+        run(place, out, repair=True, corpus=other)
+
+
+def test_what_is_no_cache_is_not_written_to(place: Path, tmp_path: Path) -> None:
+    with pytest.raises(CacheError, match=r"holds no cache to repair"):
+        run(place, tmp_path / "absent", repair=True)
+    assert not (tmp_path / "absent").exists()
+    mine = write_documents(tmp_path / "mine", 2)
+    with pytest.raises(CacheError, match=r"holds no cache to repair"):
+        run(place, mine, repair=True)
+    assert sorted(path.name for path in mine.iterdir()) == ["000.txt", "001.txt"]

@@ -1,0 +1,96 @@
+"""An append that stood still until others took it for dead harms nothing when it goes on."""
+
+from __future__ import annotations
+
+import shutil
+from contextlib import ExitStack, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.cache_contents import contents
+from support.fixtures_append import added
+from support.fixtures_extract import write_documents
+from support.fixtures_paused import DELETED, Pause
+
+import embedcache.editing.append as appending
+import embedcache.editing.join as joining
+from embedcache.cache.verify import verify
+from embedcache.editing.delete import delete
+from embedcache.errors import EmbedcacheError, OutputError
+from embedcache.store import transaction as rewrite
+from embedcache.store.lease import TURN, Claims
+
+STEPS = [
+    pytest.param(appending, "seal_corpus", 1, id="it begins"),
+    pytest.param(appending, "extract", 1, id="tokens are sealed"),
+    pytest.param(appending, "require_alike", 1, id="all is computed"),
+    pytest.param(joining, "split_manifest", 2, id="ledgers are being staged"),
+    pytest.param(rewrite, "fsync_tree", 1, id="all is staged"),
+    pytest.param(rewrite, "finish_rewrite", 1, id="it is committed"),
+    pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "call"), STEPS)
+@pytest.mark.parametrize("other", ["append", "delete"])
+def test_it_mixes_with_no_other(
+    place: Path,
+    tmp_path: Path,
+    pause: Pause,
+    other: str,
+    module: Any,
+    name: str,
+    call: int,
+) -> None:
+    out = shutil.copytree(place / "whole", tmp_path / "cache")
+    more = write_documents(tmp_path / "more", 3, seed=1)
+    gone = {DELETED} if other == "delete" else set()
+    expected = {key[:2] for key in contents(out) if key[1] not in gone}
+
+    def meanwhile() -> None:
+        if other == "delete":
+            delete(out, [DELETED])
+        else:
+            added(out, more)
+
+    pause(module, name, call, meanwhile)
+    with suppress(EmbedcacheError):
+        added(out, more)
+    assert verify(out, deep=True).faults == ()
+    added(out, more)
+    assert verify(out, deep=True).faults == ()
+    found = {key[:2] for key in contents(out)}
+    assert expected < found
+    assert len(found) == len(expected) + 3
+    assert not (out / ".staging").exists()
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), [(appending, "require_alike"), (joining, "publish_manifest")]
+)
+def test_one_whose_turn_another_has_by_now_changes_nothing(
+    place: Path,
+    tmp_path: Path,
+    pause: Pause,
+    module: Any,
+    name: str,
+) -> None:
+    """That one is still looking at the cache; what a third has staged is left alone, too."""
+    out = shutil.copytree(place / "whole", tmp_path / "cache")
+    more = write_documents(tmp_path / "more", 3, seed=1)
+    with ExitStack() as stack:
+        other, third = Claims(out), Claims(out)
+
+        def meanwhile() -> None:
+            stack.enter_context(other)
+            stack.enter_context(third)
+            assert other.take(TURN)
+            third.staging.mkdir(parents=True)
+            (third.staging / "staged").touch()
+
+        pause(module, name, 1, meanwhile)
+        with pytest.raises(OutputError, match="was taken over"):
+            added(out, more)
+        assert contents(out) == contents(place / "whole")
+        assert (third.staging / "staged").exists()

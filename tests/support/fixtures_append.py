@@ -1,0 +1,39 @@
+"""Helpers of the tests of appends."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from support.fixtures_extract import corpus_config
+
+from embedcache.cache.cache import read_attributes
+from embedcache.cache.format.layout import ExtractSettings
+from embedcache.editing.append import Appended, append
+from embedcache.editing.append_request import corpus_like
+from embedcache.extraction.extract import extract
+
+ALONE: dict[str, Any] = {"context": 64, "block_tokens": 256, "batch_tokens": 1}
+"""Each sequence is computed alone, so that its embeddings are the same bits in any block."""
+
+
+def extracted(out: Path, base: Path, *sources: Path, codec: str = "bf16", **corpus: Any) -> Path:
+    """Extract sources into one cache of two taps."""
+    config = replace(corpus_config(sources[0]), sources=tuple(map(str, sources)), **corpus)
+    settings = ExtractSettings(**ALONE, codec=codec, taps=("final", "layer_1"))
+    extract(config, base=str(base), out=out, settings=settings, device="cpu")
+    return out
+
+
+def added(cache: Path, *sources: Path | str, **given: Any) -> Appended:
+    """Append as the command does; ``given`` are settings of the corpus or of `append`."""
+    own = ("dry_run", "settings", "base")
+    request = {key: given.pop(key) for key in own if key in given}
+    config = corpus_like(read_attributes(cache), {"sources": tuple(map(str, sources)), **given})
+    return append(config, out=cache, device="cpu", **request)
+
+
+def every_byte(cache: Path) -> dict[str, bytes]:
+    """Return every file of a cache."""
+    return {str(p.relative_to(cache)): p.read_bytes() for p in cache.rglob("*") if p.is_file()}

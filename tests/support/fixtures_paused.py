@@ -1,0 +1,40 @@
+"""Helpers of the tests of processes that stood still."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from support.fixtures_extract import corpus_config, small_settings
+
+from embedcache.errors import OutputError
+from embedcache.extraction.extract import extract
+
+DELETED = "000.txt"
+Pause = Callable[[Any, str, int, Callable[[], object]], None]
+
+
+def run(place: Path, out: Path, **more: Any) -> Any:
+    return extract(
+        corpus_config(place / "corpus"),
+        base=str(place / "base"),
+        out=out,
+        settings=small_settings(),
+        device="cpu",
+        **more,
+    )
+
+
+def go_on(place: Path, out: Path, **more: Any) -> bool:
+    """Whether a process finishes; if it does not, it says why in one message."""
+    try:
+        run(place, out, **more)
+    except OutputError as error:
+        assert "was taken over by another process while this one stood still" in str(error)
+        return False
+    return True
+
+
+def nothing_is_left(out: Path) -> bool:
+    return not {"claims", ".staging"} & {path.name for path in out.iterdir()}

@@ -1,0 +1,109 @@
+"""What a feed draws for the batches that it gives."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import World
+
+from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.data import loader as loader_module
+from embedcache.training.config import TrainConfig
+from embedcache.training.distributed import ALONE, Ranks
+from embedcache.training.inputs import Materials
+from embedcache.training.run.checkpoint import TrainState
+from embedcache.training.step.batch_stream import Feed
+from embedcache.training.step.settings import PLAIN, Recipe
+
+
+@pytest.mark.parametrize("part_tokens", [None, 80])
+@pytest.mark.parametrize(("epoch", "position"), [(0, 0), (1, 4), (1, 999)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_draws_are_those_of_the_step_over_epochs_and_parts(
+    world: World, part_tokens, epoch, position, count
+):
+    config = TrainConfig(carryon=CarryOnConfig(width=32), batch_tokens=200, samples=30, epochs=3)
+    shared = Materials(world.cache(), torch.device("cpu"), Ranks(rank=0, count=count))
+    recipe = Recipe(part_tokens=part_tokens)
+    shortlist = shared.shortlist(config, recipe)
+    step = 7
+    states = TrainState(epoch=epoch, position=position, step=step)
+    members = [
+        SimpleNamespace(state=states, config=one) for one in (replace(config, epochs=1), config)
+    ]
+    loader = shared.train_loader(config, recipe)
+    feed = Feed(loader, members, shortlist)
+    drawn = []
+    for at in range(epoch, 3):
+        seen = []
+        while feed.advance():
+            generator = shortlist.generator(step)
+            while True:
+                seen.append(feed.batch.sequences)
+                (found,) = feed.batch.drawn
+                (expected,) = shortlist.draw(feed.batch.targets_N, generator)
+                assert torch.equal(found.weight_CH, expected.weight_CH)
+                assert torch.equal(found.index_N, expected.index_N)
+                drawn.append(found.log_weight_C)
+                feed.let_go()
+                assert feed.batch is None
+                if feed.ended:
+                    break
+                feed.next_part()
+            step += 1
+        whole = loader.epoch(at, skip=position if at == epoch else 0)
+        assert seen == [batch.sequences for batch in whole]
+    assert len(drawn) > step - 7 > 3 if part_tokens else len(drawn) == step - 7 > 3
+    assert not torch.equal(drawn[0], drawn[1])
+
+
+def test_what_memory_ran_out_for_is_drawn_again_as_it_was(world: World, monkeypatch):
+    config = TrainConfig(carryon=CarryOnConfig(width=32), batch_tokens=200, samples=30)
+    shared = Materials(world.cache(), torch.device("cpu"), ALONE)
+    loader, shortlist = shared.train_loader(config, PLAIN), shared.shortlist(config, PLAIN)
+    members = [SimpleNamespace(state=TrainState(), config=config)]
+    draw = Feed(loader, members, shortlist)._drawing(3)
+    batch = next(loader.epoch(0))
+    (expected,) = Feed(loader, members, shortlist)._drawing(3)(replace(batch, last=False))
+    columns, failed = shortlist.columns, []
+
+    def short(*given):
+        found = columns(*given)
+        if not failed:
+            failed.append(1)
+            raise torch.OutOfMemoryError
+        return found
+
+    monkeypatch.setattr(shortlist, "columns", short)
+    with pytest.raises(torch.OutOfMemoryError):
+        draw(batch)
+    (found,) = draw(batch)
+    assert torch.equal(found.log_weight_C, expected.log_weight_C)
+
+
+@pytest.mark.parametrize(("part_tokens", "tries"), [(None, 1), (80, 6)])
+def test_making_a_part_waits_for_memory_within_a_budget(
+    world: World, monkeypatch, part_tokens, tries
+):
+    monkeypatch.setattr(loader_module, "PAUSE_SECONDS", 0.0)
+    config = TrainConfig(carryon=CarryOnConfig(width=32), batch_tokens=200)
+    shared = Materials(world.cache(), torch.device("cpu"), ALONE)
+    loader = shared.train_loader(config, Recipe(part_tokens=part_tokens))
+    tried = []
+
+    def full(*given):
+        tried.append(1)
+        if len(tried) < tries or tries == 1:
+            raise torch.OutOfMemoryError
+        return "made"
+
+    loader._copy_now = full
+    if tries == 1:
+        with pytest.raises(torch.OutOfMemoryError):
+            loader._copy(None, None)
+    else:
+        assert loader._copy(None, None) == "made"
+    assert len(tried) == tries

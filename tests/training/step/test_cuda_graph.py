@@ -1,0 +1,424 @@
+"""Recorded steps against the same ones taken each for itself. CUDA's own recording: `test_gpu`."""
+
+from __future__ import annotations
+
+import gc
+import json
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import World
+
+from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.model import CarryOn
+from embedcache.data import packing
+from embedcache.training import inputs as materials
+from embedcache.training import trainer
+from embedcache.training.config import TrainConfig
+from embedcache.training.distributed import ALONE, Ranks
+from embedcache.training.step import cuda_graph as captured
+from embedcache.training.step import padding as filled
+from embedcache.training.step.cuda_graph import Captured
+from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.step.stack import Stack, Work
+from embedcache.training.train import sweep
+
+CPU = torch.device("cpu")
+CONFIG = TrainConfig(carryon=CarryOnConfig(width=32, blocks=1), batch_tokens=500, samples=30)
+
+
+class Replayed:
+    """What a graph does, on a CPU: the same part into the same tensors."""
+
+    def __init__(self, part):
+        part()
+        self.part, self.made, self.replays = part, part(), 0
+
+    def replay(self):
+        self.replays += 1
+        made = self.part()
+        for kept, found in zip(*map(tensors, (self.made, made)), strict=True):
+            kept.copy_(found)
+
+    def pool(self):
+        return None
+
+
+def tensors(made) -> tuple[torch.Tensor, ...]:
+    return made if isinstance(made, tuple) else (made,)
+
+
+@pytest.fixture
+def ends(monkeypatch) -> list[Replayed]:
+    """Ends of steps that are recorded, in the place of CUDA graphs."""
+    return []
+
+
+@pytest.fixture
+def graphs(monkeypatch, ends) -> list[Replayed]:
+    """Parts that are recorded, in the place of CUDA graphs."""
+    made: list[Replayed] = []
+
+    def record(part, device, pool, **more):
+        graph = Replayed(part)
+        (ends if isinstance(graph.made, tuple) else made).append(graph)
+        return graph, graph.made
+
+    monkeypatch.setattr(captured, "record", record)
+    return made
+
+
+@pytest.fixture
+def stacks(world: World, monkeypatch, graphs):
+    """Two equal stacks of two, and batches in parts of one row."""
+    monkeypatch.setattr(packing, "STARTS", 8)
+    monkeypatch.setattr(captured, "OFTEN", 1)
+    monkeypatch.setattr(filled, "COLUMNS", 384)  # shortlists have 256
+    monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
+
+    def make(loss: str):
+        shared = materials.Materials(world.cache(), CPU, ALONE)
+        configs = [replace(CONFIG, seed=seed, lr=5e-3 * (seed + 1)) for seed in range(2)]
+        models = []
+        for config in configs:
+            torch.manual_seed(config.seed)
+            model = CarryOn(config.carryon, 32)
+            torch.nn.init.normal_(model.branch.weight, std=0.1)
+            models.append(model)
+        inputs = shared.inputs(CONFIG.carryon, PLAIN, training=True)
+        loader = shared.train_loader(CONFIG, Recipe(part_tokens=200, one_row=True))
+        shortlist = shared.shortlist(CONFIG, PLAIN) if loss == "shortlist" else None
+
+        def draw(batch):
+            return (
+                [] if shortlist is None else shortlist.draw(batch.targets_N, shortlist.generator(1))
+            )
+
+        batches = list(loader.epoch(0, draw=draw))
+        return [Stack(models, configs, inputs) for _ in range(2)], batches
+
+    return make, graphs
+
+
+def works(batches) -> list[list[Work]]:
+    """Return the work of every part of one step or more."""
+    return [
+        [
+            Work(batch=batch, targets=batch.whole.targets, rate=1e-3 * (number + 1) * (k + 1))
+            for k in range(2)
+        ]
+        for number, batch in enumerate(batches)
+    ]
+
+
+def step(stack: Stack, taker: Stack | Captured, parts: list[list[Work]]):
+    """Take a step, part by part."""
+    stack.begin(parts[0])
+    found = taker.finish(sum(taker.prepared(work)().clone() for work in parts))
+    return [value.clone() for value in found]
+
+
+def in_steps(batches) -> list[list[list[Work]]]:
+    steps: list[list[list[Work]]] = [[]]
+    for work in works(batches):
+        steps[-1].append(work)
+        if work[0].batch.last:
+            steps.append([])
+    return steps[:-1]
+
+
+@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+def test_recorded_steps_are_those_computed_alone(stacks, ends, loss):
+    make, graphs = stacks
+    (plain, recorded), batches = make(loss)
+    recorder = Captured(recorded, CPU)
+    steps = in_steps(batches * 2)
+    assert len(steps) < len(batches * 2)
+    for parts in steps:
+        expected = step(plain, plain, parts)
+        found = step(recorded, recorder, parts)
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(
+        recorded.optimizer.values_KP, plain.optimizer.values_KP, rtol=1e-3, atol=1e-5
+    )
+    # Few shapes, each recorded once, in the middle of steps, too; all of it was replayed.
+    assert [end.replays for end in ends] == [len(steps)]
+    assert sum(graph.replays for graph in graphs) == 2 * len(batches)
+    assert (
+        len(graphs)
+        == len({filled.shape_of(batch, whole=False) for batch in batches})
+        < len(batches)
+    )
+    moments = [stack.optimizer.moments(0)["step"] for stack in (plain, recorded)]
+    assert moments == [len(steps)] * 2
+
+
+def test_a_part_without_targets_is_recorded_as_others_are(stacks):
+    make, graphs = stacks
+    (plain, recorded), batches = make("exact")
+    nothing = batches[0].wanted_N[:0]
+    empty = replace(batches[0], wanted_N=nothing, targets_N=nothing)
+    found = []
+    for stack, taker in ((plain, plain), (recorded, Captured(recorded, CPU))):
+        found.append(step(stack, taker, works([empty, batches[1]])))
+    for value, other in zip(*found, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    assert sum(graph.replays for graph in graphs) == 2
+
+
+def test_a_batch_that_is_no_number_moves_nobody_that_sees_it(stacks):
+    make, _ = stacks
+    (_, recorded), batches = make("exact")
+    recorder = Captured(recorded, CPU)
+    first, second = works(batches[:2])
+    step(recorded, recorder, [first])
+    before = recorded.optimizer.values_KP.clone()
+    recorded.model.branch.bias.data[1] = torch.nan
+    before[1] = recorded.optimizer.values_KP[1]
+    loss_K, _ = step(recorded, recorder, [second])
+    assert loss_K.isfinite().tolist() == [True, False]
+    assert not torch.equal(recorded.optimizer.values_KP[0], before[0])
+    torch.testing.assert_close(recorded.optimizer.values_KP[1], before[1], equal_nan=True)
+    assert [int(recorded.optimizer.moments(k)["step"]) for k in range(2)] == [2, 1]
+
+
+def test_what_cannot_be_recorded_is_left_to_the_stack(stacks, monkeypatch):
+    make, graphs = stacks
+    (plain, recorded), batches = make("exact")
+    recorder = Captured(recorded, CPU)
+    work = works(batches[:1])[0]
+    rows = replace(batches[0], starts_M=None)
+    apart = [work[0], replace(work[1], batch=replace(batches[0]))]
+
+    def check(work):
+        found = step(recorded, recorder, [work])
+        for value, other in zip(found, step(plain, plain, [work]), strict=True):
+            torch.testing.assert_close(value, other)
+
+    for one in (works([rows])[0], apart):
+        check(one)
+    monkeypatch.setattr(captured, "SHAPES", 0)
+    check(work)
+    assert not graphs
+
+
+@pytest.mark.parametrize("room", [1, 3])  # the end is recorded first, then two shapes of parts
+def test_without_room_for_a_recording_steps_are_taken_without(stacks, monkeypatch, room):
+    make, graphs = stacks
+    (plain, recorded), batches = make("exact")
+    record, tried = captured.record, []
+
+    def short(part, device, pool, **more):
+        tried.append(1)
+        if len(tried) == room:
+            part()
+            raise torch.OutOfMemoryError
+        return record(part, device, pool, **more)
+
+    monkeypatch.setattr(captured, "record", short)
+    recorder = Captured(recorded, CPU)
+    parts = works(batches)
+    found = step(recorded, recorder, parts)
+    for value, other in zip(found, step(plain, plain, parts), strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    assert len(tried) == room and len(graphs) == room // 2
+    assert not recorder.room and not recorder._recorded and recorder._end is None
+
+
+def test_a_head_that_streams_is_not_recorded(stacks):
+    make, graphs = stacks
+    (_, recorded), batches = make("exact")
+    recorded.streams = lambda batch: True
+    step(recorded, Captured(recorded, CPU), works(batches[:1]))
+    assert not graphs
+
+
+@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs, ends, loss):
+    found = []
+    for capture in (False, True):
+        recipe = Recipe(part_tokens=200, one_row=True, capture=capture)
+        monkeypatch.setattr(trainer, "plain_recipe", lambda *given, recipe=recipe: recipe)
+        runs = {
+            tmp_path / f"{capture}{seed}": replace(CONFIG, loss=loss, seed=seed, order_seed=0)
+            for seed in range(2)
+        }
+        results = sweep(world.cache_path, runs=runs, device="cpu")
+        assert bool(graphs) is bool(ends) is capture
+        found.append([one.summary.best_dev for one in results])
+        for out in runs:
+            lines = (out / "metrics.jsonl").read_text().splitlines()
+            rows = [json.loads(line) for line in lines]
+            found[-1] += [row["train_loss"] for row in rows if "train_loss" in row]
+    assert found[1] == pytest.approx(found[0], rel=1e-4)
+    assert all(graph.replays for graph in graphs)
+    # In parts, within a budget: none is there while dev is scored.
+    assert [end.replays > 0 for end in ends] == [True] * CONFIG.epochs + [False]
+
+
+def test_many_carryons_are_not_recorded(world, tmp_path, monkeypatch, graphs):
+    recipe = Recipe(one_row=True, capture=True)
+    monkeypatch.setattr(trainer, "plain_recipe", lambda *given: recipe)
+    for many in (captured.MOST + 1, captured.MOST):
+        assert not graphs
+        config = replace(CONFIG, loss="exact", epochs=1, order_seed=0)
+        runs = {tmp_path / f"{many}.{seed}": replace(config, seed=seed) for seed in range(many)}
+        assert not any(one.failure for one in sweep(world.cache_path, runs=runs, device="cpu"))
+    assert graphs
+
+
+def test_an_end_that_needs_others_is_not_recorded(stacks, ends):
+    make, _ = stacks
+    (_, recorded), _ = make("exact")
+    recorded._ranks = Ranks(count=2)
+    Captured(recorded, CPU)
+    assert not ends
+
+
+def test_the_end_is_recorded_before_any_gradient(stacks):
+    """What clips and counts does so once for each step, the first one, too."""
+    make, _ = stacks
+    (plain, recorded), batches = make("exact")
+    for stack in (plain, recorded):
+        stack.optimizer._clip_K.fill_(1e-2)
+    recorder = Captured(recorded, CPU)
+    parts = works(batches[:1])
+    found, expected = step(recorded, recorder, parts), step(plain, plain, parts)
+    assert expected[1].min() > 1e-2
+    for value, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(value, other)
+
+
+def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends, monkeypatch):
+    """A larger part's takes the place of the one before; smaller parts are filled up to it."""
+    monkeypatch.setattr(filled, "STARTS", 8)
+    make, graphs = stacks
+    (plain, recorded), batches = make("shortlist")
+    for stack in (plain, recorded):
+        stack.recipe = replace(PLAIN, part_tokens=200)
+    recorder = Captured(recorded, CPU)
+    widest = max(batches, key=lambda batch: len(batch.drawn[0].weight_CH))
+    few = widest.drawn[0]
+    many = few._replace(
+        weight_CH=torch.cat([few.weight_CH] * 3),
+        log_weight_C=torch.cat([few.log_weight_C, few.log_weight_C - 9, few.log_weight_C - 8]),
+    )
+    wide = replace(
+        widest, drawn=[many], starts_M=torch.cat([widest.starts_M] + [widest.starts_M[-1:]] * 8)
+    )
+    some = batches[0]  # of more sequences, and of fewer columns, than the widest
+    longer = replace(some, starts_M=torch.cat([some.starts_M] + [some.starts_M[-1:]] * 24))
+    for one in (some, wide, longer, wide, *batches):
+        expected = step(plain, plain, works([one]))
+        found = step(recorded, recorder, works([one]))
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+        assert len(recorder._recorded) == 1
+    assert len(graphs) == 3 and len(ends) == 1
+    (shape,) = recorder._recorded
+    assert shape.columns == 384 * -(-3 * len(few.weight_CH) // 384)
+    assert shape.positions >= 200 and shape.starts == len(longer.starts_M)
+
+
+def test_within_a_budget_few_more_sequences_need_no_other_recording(stacks):
+    make, graphs = stacks
+    (plain, recorded), batches = make("exact")
+    for stack in (plain, recorded):
+        stack.recipe = replace(PLAIN, part_tokens=200)
+    recorder = Captured(recorded, CPU)
+    few = replace(batches[0], starts_M=batches[0].starts_M[-8:].clone())
+    few.starts_M[0] = 0
+    more = replace(few, starts_M=torch.cat([few.starts_M, few.starts_M[-1:].repeat(8)]))
+    for one in (few, more, few):
+        found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+    assert [shape.starts for shape in recorder._recorded] == [16] and len(graphs) == 1
+
+
+def test_a_batch_is_let_go_of_before_its_recording_is_replayed(stacks):
+    """Within a budget, the memory of what was copied is that of the next part."""
+    make, graphs = stacks
+    (_, recorded), batches = make("shortlist")
+    recorder = Captured(recorded, CPU)
+    for _ in range(2):  # the first is recorded, the second only copied
+        batch = replace(batches[0], x_BTH={k: v.clone() for k, v in batches[0].x_BTH.items()})
+        kept = weakref.ref(batch.x_BTH["final"])
+        (work,) = works([batch])
+        recorded.begin(work)
+        differentiate = recorder.prepared(work)
+        del batch, work
+        gc.collect()
+        assert kept() is None
+        differentiate()
+    assert [graph.replays for graph in graphs] == [2]
+
+
+def test_a_shape_that_is_rare_is_taken_by_a_larger_one_s_recording(stacks, monkeypatch):
+    make, graphs = stacks
+    monkeypatch.setattr(captured, "OFTEN", 4)
+    (plain, recorded), batches = make("shortlist")
+    recorder = Captured(recorded, CPU)
+    whole = batches[0]
+    few = replace(
+        whole,
+        wanted_N=whole.wanted_N[:20],
+        targets_N=whole.targets_N[:20],
+        drawn=[whole.drawn[0]._replace(index_N=whole.drawn[0].index_N[:20])],
+    )
+    fewer, more = (filled.shape_of(one, whole=False) for one in (few, whole))
+    assert more.takes(fewer) and fewer.size() < more.size()
+    between = fewer._replace(starts=fewer.starts + 8)
+    for recordings in ((more, between), (between, more)):
+        recorder._recorded = dict.fromkeys(recordings)
+        assert recorder._shape(few) == between  # the smallest that takes it
+    recorder = Captured(recorded, CPU)
+    made = []
+    for one in (whole, few, few, few, few, few, whole):
+        found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
+        for value, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
+        made.append(len(graphs))
+    assert made == [1, 1, 1, 1, 2, 2, 2]
+    assert [graph.replays for graph in graphs] == [5, 2]
+
+
+def test_a_shape_that_nothing_takes_is_recorded_at_once(stacks, monkeypatch):
+    make, graphs = stacks
+    monkeypatch.setattr(captured, "OFTEN", 4)
+    (_, recorded), batches = make("exact")
+    recorder = Captured(recorded, CPU)
+    few = replace(
+        batches[0], wanted_N=batches[0].wanted_N[:20], targets_N=batches[0].targets_N[:20]
+    )
+
+    def longer(batch, more):
+        return replace(
+            batch, starts_M=torch.cat([batch.starts_M, batch.starts_M[-1:].repeat(more)])
+        )
+
+    for one in (few, longer(batches[0], 16)):
+        step(recorded, recorder, works([one]))
+    assert len(graphs) == 2
+    monkeypatch.setattr(captured, "SHAPES", 2)
+    for _ in range(6):  # one shape too many: the larger one's recording takes it for good
+        step(recorded, recorder, works([longer(few, 8)]))
+    assert [graph.replays for graph in graphs] == [1, 7]
+
+
+def test_one_feed_s_end_does_not_have_all_deltas_made_at_once(stacks, monkeypatch):
+    """A batch without tokens has no shortlist; that of the one beside it has."""
+    make, _ = stacks
+    (plain, _), batches = make("shortlist")
+    plain.recipe = replace(PLAIN, emitted=32)
+    plain.streams = lambda batch: not batch.drawn
+    losses, rows = plain._losses, []
+    plain._losses = lambda groups, h_KnR, some: (
+        rows.append(h_KnR.shape[1]) or losses(groups, h_KnR, some)
+    )
+    seen = [batches[0].without_tokens(), batches[0]]
+    plain.differentiate([Work(batch=batch, targets=9, rate=0.0) for batch in seen])
+    assert len(rows) > 1 and max(rows) == 32
