@@ -25,12 +25,12 @@ from embedcache.cache.format.layout import (
     block_arrays,
     shard_name,
 )
-from embedcache.cache.manifest.digests import Seal
+from embedcache.cache.manifest.digests import Digests
 from embedcache.cache.manifest.file_record import FileRecord
 from embedcache.cache.manifest.manifest import Manifest, SplitManifest, read_manifest
 from embedcache.cache.shards.errors import WAY_OUT, reading
 from embedcache.cache.shards.shard import read_shard
-from embedcache.cache.tokens.files import SealedFiles
+from embedcache.cache.tokens.files import TokenFiles
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.errors import CacheError, nearest
 
@@ -86,7 +86,7 @@ class SplitReader:
         name: str,
         attributes: CacheAttributes,
         manifest: SplitManifest,
-        sealed: Seal,
+        sealed: Digests,
     ):
         """Open it; nothing of its blocks is read."""
         self.name = name
@@ -100,7 +100,7 @@ class SplitReader:
         self._arrays = block_arrays(name, attributes.settings)
         self.top_ids = attributes.settings.top_ids
         self.files = manifest.files(cache, name, attributes.settings)
-        self._tokens = SplitTokens(cache, name, self._rows, SealedFiles(cache, name, sealed))
+        self._tokens = SplitTokens(cache, name, self._rows, TokenFiles(cache, name, sealed))
 
     def sequences(self, block: int) -> tuple[Array, Array, Array]:
         """Return (sequence_S, rows_S2, document_S) of a block's readable sequences."""
@@ -200,7 +200,7 @@ class Cache:
 
     Raises ``CacheError`` for a cache that is unfinished, of a newer schema, or has metadata, a
     head or a calibration that is not as it was written. What grows with the cache (blocks, tables,
-    ledgers) is neither read nor looked at before it is used, and is checked then.
+    digest tables) is neither read nor looked at before it is used, and is checked then.
     """
 
     def __init__(self, path: Path):

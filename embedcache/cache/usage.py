@@ -7,7 +7,7 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from embedcache.cache.format.layout import CLAIMS, COMMITS, LEDGER, SPLITS, STAGING
+from embedcache.cache.format.layout import COMMITS, DIGESTS, LEASES, SPLITS, STAGING
 from embedcache.store.files import LOCK
 
 SHARED = "shared"
@@ -20,7 +20,7 @@ def bytes_by_array(cache: Path) -> dict[str, Counter[str]]:
     """Return the bytes on disk by split (or ``SHARED``), then by array; metadata included.
 
     Arrays are ``embeddings/<tap>``, ``scale/<tap>``, ``tokens``, ``documents``, ``markers`` and
-    ``ledger`` of a split; ``head``, ``token_embedding``, ``manifest.json`` and the like of all.
+    ``digest_table`` of a split; ``head``, ``token_embedding``, ``manifest.json`` and the like of all.
     """
     found: dict[str, Counter[str]] = {name: Counter() for name in (*SPLITS, SHARED)}
     for path in cache.rglob("*"):
@@ -37,7 +37,7 @@ def used_bytes(cache: Path) -> int:
     """
     found = 0
     for top in cache.iterdir():
-        if top.name in (STAGING, CLAIMS):
+        if top.name in (STAGING, LEASES):
             continue
         within = (Path(at) / name for at, _, names in os.walk(top) for name in names)
         for path in within if top.is_dir() else [top]:
@@ -53,8 +53,8 @@ def _owner(parts: tuple[str, ...]) -> tuple[str, str]:
     (('train', 'embeddings/final'), ('shared', 'groups'))
     """
     top, *folders = parts[:-1] or (parts[0],)
-    if top in (COMMITS, LEDGER) and folders and folders[0] in SPLITS:
-        return folders[0], "markers" if top == COMMITS else "ledger"
+    if top in (COMMITS, DIGESTS) and folders and folders[0] in SPLITS:
+        return folders[0], "markers" if top == COMMITS else "digest_table"
     if top in SPLITS:
         if not folders:
             return top, "groups"

@@ -18,7 +18,7 @@ from typing import Literal
 
 from embedcache.cache.activity import require_quiet, state_of
 from embedcache.cache.blocks.commit import Marker, committed_blocks
-from embedcache.cache.blocks.files import BlockFiles, block_ledgers
+from embedcache.cache.blocks.files import BlockFiles, block_digest_tables
 from embedcache.cache.cache import read_attributes
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.integers import ArraySpec
@@ -34,18 +34,18 @@ from embedcache.cache.format.layout import (
     marker_path,
     parts_of,
 )
-from embedcache.cache.manifest.digest_table import Ledger
-from embedcache.cache.manifest.digests import METADATA, Seal, metadata_fault
+from embedcache.cache.manifest.digest_table import DigestTable
+from embedcache.cache.manifest.digests import METADATA, Digests, metadata_fault
 from embedcache.cache.manifest.file_record import FileRecord, content_fault, fault_in
 from embedcache.cache.manifest.manifest import Manifest
 from embedcache.cache.shards.shard import read_shard
-from embedcache.cache.tokens.files import SealedFiles
+from embedcache.cache.tokens.files import TokenFiles
 from embedcache.errors import CacheError
 from embedcache.progress import SILENT, Bar, Progress
 from embedcache.store.lease import writers_of
 
 Kind = Literal[
-    "manifest", "seal", "ledger", "metadata", "sealed", "base", "codec", "marker", "shard"
+    "manifest", "seal", "digest_table", "metadata", "sealed", "base", "codec", "marker", "shard"
 ]
 
 
@@ -184,7 +184,7 @@ class _Verifier:
             self._add("manifest", MANIFEST, "does not match its own SHA-256: it was edited")
         return manifest
 
-    def _read_seal(self) -> Seal | None:
+    def _read_seal(self) -> Digests | None:
         """Return the seal of pass 0: the manifest's, where that can be trusted, else the file's."""
         sealed = None if self._manifest is None else self._manifest.sealed
         path = self._cache / SEALED
@@ -192,7 +192,7 @@ class _Verifier:
             self._add("seal", SEALED, "is missing")
             return sealed
         try:
-            found = Seal.parse(path.read_bytes().decode())
+            found = Digests.parse(path.read_bytes().decode())
         except (ValueError, OSError) as error:
             self._add("seal", SEALED, _brief(error))
             return sealed
@@ -200,7 +200,7 @@ class _Verifier:
             self._add("seal", SEALED, f"does not name the files that {MANIFEST} names")
         return sealed or found
 
-    def _check_seal(self, seal: Seal, kind: Literal["sealed", "base", "codec"]) -> None:
+    def _check_seal(self, seal: Digests, kind: Literal["sealed", "base", "codec"]) -> None:
         for name, text in seal.metadata.items():
             self._files += 1
             self._bytes += len(text)
@@ -209,28 +209,28 @@ class _Verifier:
         for record in seal.files:
             self._check_file(record, kind)
 
-    def _check_sealed_files(self, seal: Seal) -> None:
-        """Check the ledgers of pass 0, and each file that they vouch for."""
+    def _check_sealed_files(self, seal: Digests) -> None:
+        """Check the digest tables of pass 0, and each file that they vouch for."""
         for split in SPLITS:
-            sealed = SealedFiles(self._cache, split, seal)
-            self._check_ledger(sealed.ledger, sealed.name)
+            sealed = TokenFiles(self._cache, split, seal)
+            self._check_ledger(sealed.digest_table, sealed.name)
             for record in filter(None, (record for _, record in sealed.records())):
                 self._check_file(record, "sealed")
 
     def _open_block_files(self, manifest: Manifest) -> None:
-        """Check the ledgers of the blocks."""
+        """Check the digest tables of the blocks."""
         for name, split in manifest.splits.items():
             found = split.files(self._cache, name, self._attributes.settings)
             self._block_files[name] = found
-            ledgers = (found.embeddings, found.quarantined)
-            for ledger, path in zip(ledgers, block_ledgers(name), strict=True):
-                self._check_ledger(ledger, path)
+            digest_tables = (found.embeddings, found.quarantined)
+            for digest_table, path in zip(digest_tables, block_digest_tables(name), strict=True):
+                self._check_ledger(digest_table, path)
 
-    def _check_ledger(self, ledger: Ledger, name: str) -> None:
-        self._files += bool(len(ledger))
-        self._bytes += ledger.size
-        if (why := ledger.fault()) is not None:
-            self._add("ledger", name, why)
+    def _check_ledger(self, digest_table: DigestTable, name: str) -> None:
+        self._files += bool(len(digest_table))
+        self._bytes += digest_table.size
+        if (why := digest_table.fault()) is not None:
+            self._add("digest_table", name, why)
 
     def _check_file(self, record: FileRecord, kind: Kind) -> None:
         self._files += 1
@@ -270,7 +270,7 @@ class _Verifier:
         path = self._markers[split].get(block)
         records: tuple[FileRecord, ...] | None = None
         if split in self._block_files:
-            with suppress(CacheError):  # a damaged ledger is told; the marker says the same
+            with suppress(CacheError):  # a damaged digest table is told; the marker says the same
                 records = self._block_files[split][block]
         elif path is None and not (self._cache / MANIFEST).is_file():
             bar.advance(1)
@@ -337,7 +337,7 @@ class _Verifier:
         try:
             stated = {int(sequence) for sequence in self._block_files[split].quarantined}
         except CacheError:
-            return  # a damaged ledger is told
+            return  # a damaged digest table is told
         found: set[int] = set()
         for block, path in self._markers[split].items():
             marker, _ = _read_marker(path, split, block)

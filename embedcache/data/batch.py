@@ -30,11 +30,11 @@ class Batch:
 
     On the loader's device: ``x_BTH``, bfloat16 by tap, zero on padding; ``ids_BT``;
     ``positions_BT`` (from 0 in each sequence); ``segments_BT`` (-1 on padding; attention never
-    crosses a segment); ``wanted_N``, the flat positions, in [0, B*T), whose next token is a target;
+    crosses a segment); ``predict_N``, the flat positions, in [0, B*T), whose next token is a target;
     ``targets_N``, those tokens. On the host, of the same N: ``documents_N`` and ``places_N2``, the
     wanted position's sequence in the split and position in it. ``sequences``: numbers of the
     sequences in the split. ``tokens``: tokens, padding left out. ``packed``: whether any row holds
-    more than one sequence; else plain causal attention crosses none. ``starts_M``: of a batch that
+    more than one sequence; else plain causal attention crosses none. ``cu_seqlens_M``: of a batch that
     is one row, int32, where its sequences begin and pieces of its padding, none longer than the
     longest sequence, then its length, over and over; else None.
 
@@ -49,14 +49,14 @@ class Batch:
     ids_BT: torch.Tensor
     positions_BT: torch.Tensor
     segments_BT: torch.Tensor
-    wanted_N: torch.Tensor
+    predict_N: torch.Tensor
     targets_N: torch.Tensor
     documents_N: Array
     places_N2: Array
     sequences: tuple[int, ...]
     tokens: int
     packed: bool
-    starts_M: torch.Tensor | None
+    cu_seqlens_M: torch.Tensor | None
     whole: Counts
     last: bool
     drawn: Drawn = ()
@@ -67,7 +67,7 @@ class Batch:
         """Return all that lies on the device."""
         names = (
             *("ids_BT", "positions_BT", "segments_BT"),
-            *("wanted_N", "targets_N", "top_ids_NK", "starts_M"),
+            *("predict_N", "targets_N", "top_ids_NK", "cu_seqlens_M"),
         )
         own = [*self.x_BTH.values(), *(getattr(self, name) for name in names)]
         return [
@@ -76,26 +76,26 @@ class Batch:
 
     def without_tokens(self) -> Batch:
         """Return a batch of padding alone, for one that has no more parts beside one that has."""
-        nothing = self.wanted_N[:0].clone()
+        nothing = self.predict_N[:0].clone()
         return replace(
             self,
             x_BTH={tap: torch.zeros_like(x[:1, :1]) for tap, x in self.x_BTH.items()},
             ids_BT=self.ids_BT[:1, :1].clone(),  # a view would keep all of it
             positions_BT=torch.zeros_like(self.positions_BT[:1, :1]),
             segments_BT=torch.full_like(self.segments_BT[:1, :1], -1),
-            wanted_N=nothing,
+            predict_N=nothing,
             targets_N=nothing,
             documents_N=self.documents_N[:0],
             places_N2=self.places_N2[:0],
             sequences=(),
             tokens=0,
             packed=False,
-            starts_M=None if self.starts_M is None else self.starts_M[:2].clamp_max(1),
+            cu_seqlens_M=None if self.cu_seqlens_M is None else self.cu_seqlens_M[:2].clamp_max(1),
             last=True,
             drawn=(),
             top_ids_NK=None,
         )
 
-    def at_wanted(self, value_BTH: torch.Tensor) -> torch.Tensor:
+    def at_predicted(self, value_BTH: torch.Tensor) -> torch.Tensor:
         """Return the rows [N, H] of a [B, T, H] tensor whose next token is a target."""
-        return value_BTH.flatten(0, 1).index_select(0, self.wanted_N)
+        return value_BTH.flatten(0, 1).index_select(0, self.predict_N)

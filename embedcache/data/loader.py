@@ -253,7 +253,7 @@ class BatchLoader:
         """Copy a batch, or a part of one, to the device and decode its embeddings there."""
         moved = partial(torch.Tensor.to, device=self._device, non_blocking=True)
         ids_BT, positions_BT, segments_BT = moved(packed.rows_3BT)
-        wanted_N, targets_N = moved(packed.wanted_2N)
+        predict_N, targets_N = moved(packed.predict_2N)
         full = packed.tokens == segments_BT.numel()
         padding_BT1 = None if full else (segments_BT < 0)[..., None]
         x_BTH = {}
@@ -266,14 +266,14 @@ class BatchLoader:
             ids_BT,
             positions_BT,
             segments_BT,
-            wanted_N,
+            predict_N,
             targets_N,
             packed.documents_N,
             packed.places_N2,
             packed.sequences,
             packed.tokens,
             packed.packed,
-            None if packed.starts_M is None else moved(packed.starts_M),
+            None if packed.cu_seqlens_M is None else moved(packed.cu_seqlens_M),
             packed.whole,
             packed.last,
             top_ids_NK=None if packed.top_ids_NK is None else moved(packed.top_ids_NK),

@@ -99,19 +99,19 @@ class Packed:
     """A batch on the host, its embeddings still integers, undefined on padding; see `Batch`.
 
     What is copied to the device together is one tensor: ``rows_3BT`` are ids_BT, positions_BT and
-    segments_BT, ``wanted_2N`` wanted_N and targets_N. ``top_ids_NK`` are those of wanted positions.
+    segments_BT, ``predict_2N`` predict_N and targets_N. ``top_ids_NK`` are those of wanted positions.
     """
 
     arrays: dict[str, dict[str, torch.Tensor]]
     rows_3BT: torch.Tensor
-    wanted_2N: torch.Tensor
+    predict_2N: torch.Tensor
     top_ids_NK: torch.Tensor | None
     documents_N: Array
     places_N2: Array
     sequences: tuple[int, ...]
     tokens: int
     packed: bool
-    starts_M: torch.Tensor | None
+    cu_seqlens_M: torch.Tensor | None
     whole: Counts
     last: bool
 
@@ -132,7 +132,7 @@ def pack(
     spans = [block.rows_S2[place].tolist() for block, place in items]
     lengths = [stop - first for first, stop in spans]
     made = partial(torch.empty, pin_memory=device.type == "cuda")
-    starts_M = None
+    cu_seqlens_M = None
     if row_tokens is None:
         T = rounded_up(max(lengths), COLUMNS)
         rows = pack_rows(lengths, T)
@@ -143,8 +143,8 @@ def pack(
         begin = [*np.cumsum([0, *lengths]).tolist(), *padding]
         few = 1 << len(begin).bit_length()
         size = rounded_up(len(begin) + 1, min(few, STARTS))
-        starts_M = made(size, dtype=torch.int32).fill_(T)
-        starts_M.numpy()[: len(begin)] = begin
+        cu_seqlens_M = made(size, dtype=torch.int32).fill_(T)
+        cu_seqlens_M.numpy()[: len(begin)] = begin
     B = len(rows)
     arrays = {
         tap: {
@@ -184,8 +184,8 @@ def pack(
         values.fill(unused)
         values[flat_L] = values_L
     target_N = np.flatnonzero(np.concatenate(masks) & (position_L > 0))
-    wanted_2N = made((2, len(target_N)), dtype=torch.int64)
-    wanted_2N.numpy()[:] = flat_L[target_N] - 1, ids_L[target_N]
+    predict_2N = made((2, len(target_N)), dtype=torch.int64)
+    predict_2N.numpy()[:] = flat_L[target_N] - 1, ids_L[target_N]
     top_ids_NK = None
     if tops:
         top_ids_NK = made((len(target_N), tops[0].shape[1]), dtype=torch.int32)
@@ -196,14 +196,14 @@ def pack(
     return Packed(
         arrays,
         rows_3BT,
-        wanted_2N,
+        predict_2N,
         top_ids_NK,
         document_S[segment_N],
         np.stack([sequence_S[segment_N], place_N], axis=1),
         tuple(sequence_S.tolist()),
         len(ids_L),
         any(len(row) > 1 for row in rows),
-        starts_M,
+        cu_seqlens_M,
         cut.whole,
         cut.last,
     )

@@ -29,11 +29,11 @@ from embedcache.editing.join import join
 from embedcache.editing.merge_parts import Part, require_alike
 from embedcache.errors import BaseModelError, OutputError, UsageError
 from embedcache.extraction.extract import extract
-from embedcache.extraction.plan import Earlier, environment_of, seal_corpus
+from embedcache.extraction.plan import Earlier, environment_of, write_tokens
 from embedcache.progress import SILENT, Progress
 from embedcache.store.disk import writing
 from embedcache.store.files import copy_tree, fsync_path
-from embedcache.store.lease import TURN, Claims
+from embedcache.store.lease import COORDINATOR, Leases
 from embedcache.store.transaction import begin_rewrite, commit_rewrite, finish_rewrite
 
 FOLDER = f"{STAGING}/append"
@@ -100,18 +100,18 @@ def append(
     if dry_run:
         return _Appending(out, request, progress).preview()
     read_attributes(out)
-    claims = Claims(out)
-    with writing(out), claims:
-        claims.require_alone("--append")
-        with claims.turn(progress):
-            claims.require_alone("--append")  # one may have come to wait just now
+    leases = Leases(out)
+    with writing(out), leases:
+        leases.require_alone("--append")
+        with leases.coordinating(progress):
+            leases.require_alone("--append")  # one may have come to wait just now
             finished = finish_rewrite(out) or {}
             if finished:
                 progress.say(f"finished what was begun on {out} and cut short")
             if finished.get("config") == corpus.to_dict():
                 shutil.rmtree(out / FOLDER, ignore_errors=True)
                 return Appended(**finished["appended"])
-            return _Appending(out, request, progress).run(claims)
+            return _Appending(out, request, progress).run(leases)
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,9 +174,9 @@ class _Appending:
             dry_run=True,
         )
 
-    def run(self, claims: Claims) -> Appended:
+    def run(self, leases: Leases) -> Appended:
         """Extract the new documents beside, and join them onto the cache."""
-        summary = self._seal(claims)
+        summary = self._seal(leases)
         if not any(summary["documents"].values()):
             shutil.rmtree(self._staged)
             return self._told(summary, bytes=0, seconds=0.0)
@@ -196,16 +196,16 @@ class _Appending:
         addition = Part(self._staged)
         require_alike(self._cache, addition)
         told = self._told(summary, bytes=addition.bytes, seconds=done.seconds)
-        claims.require(TURN)
+        leases.require(COORDINATOR)
         clear_staging(self._out, {self._staged.name})  # of appends that were killed
         try:
-            self._join(addition, told, claims)
+            self._join(addition, told, leases)
         finally:
-            shutil.rmtree(claims.staging, ignore_errors=True)
+            shutil.rmtree(leases.staging, ignore_errors=True)
         shutil.rmtree(self._staged)
         return told
 
-    def _seal(self, claims: Claims) -> dict[str, Any]:
+    def _seal(self, leases: Leases) -> dict[str, Any]:
         """Have the tokens of the new documents sealed; return the corpus's summary."""
         if (begun := self._begun()) is not None:
             return dict(begun.corpus["summary"])
@@ -213,7 +213,7 @@ class _Appending:
         device = resolve_device(request.device)
         shutil.rmtree(self._staged, ignore_errors=True)
         try:
-            attributes = seal_corpus(
+            attributes = write_tokens(
                 self._corpus,
                 self._tokenizer(),
                 self._identity,
@@ -221,7 +221,7 @@ class _Appending:
                 environment_of(device, resolve_dtype(self._dtype, device)),
                 self._staged,
                 self._progress,
-                holds=lambda: claims.holds(TURN),
+                holds=lambda: leases.holds(COORDINATOR),
                 onto=Earlier(manifest=self._onto, documents=self._held),
             )
         except BaseException:
@@ -254,7 +254,7 @@ class _Appending:
                 partial.rename(self._staged / name)
                 fsync_path(self._staged)
 
-    def _join(self, addition: Part, told: Appended, claims: Claims) -> None:
+    def _join(self, addition: Part, told: Appended, leases: Leases) -> None:
         """Put the new blocks in place."""
         attributes, new = self._cache.cache.attributes, addition.cache.attributes
         entry = new.corpus | {"environment": new.environment}
@@ -269,15 +269,15 @@ class _Appending:
         join(
             [self._cache, addition],
             names,
-            begin_rewrite(claims.staging),
+            begin_rewrite(leases.staging),
             replace(attributes, corpus=corpus),
             self._progress,
             onto_first=True,
             about={"appended": {**times, self._onto: now}},
         )
         about = {"appended": asdict(told), "config": self._corpus.to_dict()}
-        claims.require(TURN)
-        commit_rewrite(self._out, claims.staging, remove=[], about=about)
+        leases.require(COORDINATOR)
+        commit_rewrite(self._out, leases.staging, remove=[], about=about)
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self._base, revision=self._request.revision)

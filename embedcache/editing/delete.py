@@ -37,19 +37,19 @@ from embedcache.cache.format.layout import (
     marker_path,
     token_chunks,
 )
-from embedcache.cache.manifest.digests import publish_seal
+from embedcache.cache.manifest.digests import publish_digests
 from embedcache.cache.manifest.file_record import FileRecord, chunks_crc32c
 from embedcache.cache.manifest.manifest import SplitManifest, publish_manifest, split_manifest
 from embedcache.cache.shards.errors import WAY_OUT
 from embedcache.cache.shards.shard import read_chunk, read_shard, write_chunk, write_shard
-from embedcache.cache.tokens.files import seal_over
+from embedcache.cache.tokens.files import digest_over
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.cache.verify import look_at
 from embedcache.errors import CacheError, UsageError, nearest
 from embedcache.progress import SILENT, Bar, Progress
 from embedcache.store.disk import writing
-from embedcache.store.lease import TURN, Claims
+from embedcache.store.lease import COORDINATOR, Leases
 from embedcache.store.transaction import begin_rewrite, commit_rewrite, finish_rewrite
 
 Array = np.ndarray[Any, Any]
@@ -84,15 +84,15 @@ def delete(
     if dry_run:
         return _plan(cache, documents, dry_run=True).told
     read_attributes(cache)
-    claims = Claims(cache)
-    with writing(cache), claims:
-        claims.require_alone("delete")
-        with claims.turn(progress):
-            claims.require_alone("delete")  # one may have come to wait just now
-            return _delete(cache, documents, claims, progress)
+    leases = Leases(cache)
+    with writing(cache), leases:
+        leases.require_alone("delete")
+        with leases.coordinating(progress):
+            leases.require_alone("delete")  # one may have come to wait just now
+            return _delete(cache, documents, leases, progress)
 
 
-def _delete(cache: Path, documents: Sequence[str], claims: Claims, progress: Progress) -> Deletion:
+def _delete(cache: Path, documents: Sequence[str], leases: Leases, progress: Progress) -> Deletion:
     """Delete with the cache to itself."""
     finished = (finish_rewrite(cache) or {}).get("deleted")
     if finished is not None:
@@ -108,9 +108,9 @@ def _delete(cache: Path, documents: Sequence[str], claims: Claims, progress: Pro
     plan = _plan(cache, documents, dry_run=False)
     clear_staging(cache)
     try:
-        _Deleter(plan, claims).run(progress)
+        _Deleter(plan, leases).run(progress)
     finally:
-        shutil.rmtree(claims.staging, ignore_errors=True)
+        shutil.rmtree(leases.staging, ignore_errors=True)
     _tidy(cache)
     return plan.told
 
@@ -215,12 +215,12 @@ def _plan(path: Path, documents: Sequence[str], *, dry_run: bool) -> _Plan:
 class _Deleter:
     """Stages every file that changes, then commits them as one."""
 
-    def __init__(self, plan: _Plan, claims: Claims):
+    def __init__(self, plan: _Plan, leases: Leases):
         self._plan = plan
-        self._claims = claims
+        self._leases = leases
         self._cache = plan.cache.path
         self._settings = plan.cache.attributes.settings
-        self._staged = begin_rewrite(claims.staging)
+        self._staged = begin_rewrite(leases.staging)
         self._attempt = uuid.uuid4().hex
 
     def run(self, progress: Progress) -> None:
@@ -231,12 +231,12 @@ class _Deleter:
         with progress.bar("rewriting", sum(plan.told.blocks.values()), "blocks") as bar:
             for name, split in plan.splits.items():
                 splits[name] = self._split(root, name, split, bar)
-        seal, remove = seal_over(self._cache, self._staged, manifest.sealed)
-        publish_seal(self._staged, seal)
+        seal, remove = digest_over(self._cache, self._staged, manifest.sealed)
+        publish_digests(self._staged, seal)
         publish_manifest(self._staged, replace(manifest, splits=splits, sealed=seal))
         about = asdict(plan.told) | {"asked": plan.asked}
-        self._claims.require(TURN)
-        commit_rewrite(self._cache, self._claims.staging, remove=remove, about={"deleted": about})
+        self._leases.require(COORDINATOR)
+        commit_rewrite(self._cache, self._leases.staging, remove=remove, about={"deleted": about})
 
     def _attributes(self) -> dict[str, Any]:
         """Return the root attributes: how much was deleted is added, and no source names it."""
@@ -291,7 +291,7 @@ class _Deleter:
         files: BlockFiles,
         changed: dict[int, tuple[FileRecord, ...]],
     ) -> Iterator[Recorded]:
-        """Yield what the ledgers will hold of each block; stage a marker where that is new."""
+        """Yield what the digest tables will hold of each block; stage a marker where that is new."""
         newest = newest_generations(self._cache, name)
         for block, old in enumerate(files):
             aside = files.aside(*split.tables.starts_B[block : block + 2].tolist()).tolist()

@@ -30,10 +30,10 @@ from embedcache.cache.format.layout import (
     marker_path,
     token_chunks,
 )
-from embedcache.cache.manifest.digests import Seal, publish_seal
+from embedcache.cache.manifest.digests import Digests, publish_digests
 from embedcache.cache.manifest.file_record import FileRecord, content_fault
 from embedcache.cache.manifest.manifest import Manifest, publish_manifest, split_manifest
-from embedcache.cache.tokens.files import seal_over, seal_tree
+from embedcache.cache.tokens.files import digest_over, digest_tree
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.cache.tokens.writer import create_rows
 from embedcache.editing.merge_parts import Part
@@ -96,16 +96,16 @@ class _Joiner:
             for name in SPLITS:
                 self._seal(root, name, bar)
             if self._kept is None:
-                seal = seal_tree(built)
+                seal = digest_tree(built)
             else:  # nothing goes: tables only grow
-                seal, _ = seal_over(first.path, built, was.sealed)
+                seal, _ = digest_over(first.path, built, was.sealed)
             splits = {
                 name: split_manifest(
                     built, name, first.settings, self._totals(name), self._blocks(name, bar)
                 )
                 for name in SPLITS
             }
-        publish_seal(built, seal)
+        publish_digests(built, seal)
         manifest = Manifest(
             splits=splits,
             sealed=seal,
@@ -150,7 +150,7 @@ class _Joiner:
         }
 
     def _blocks(self, name: str, bar: Bar) -> Iterator[Recorded]:
-        """Take a split's shards and write their markers; yield what the ledgers hold of each."""
+        """Take a split's shards and write their markers; yield what the digest tables hold of each."""
         number, shift = 0, 0
         for part in self._parts:
             manifest = part.cache.manifest.splits[name]
@@ -205,13 +205,13 @@ class _Joiner:
                 "then the same again"
             )
 
-    def _folder(self, name: str, vouched: Seal) -> Seal:
+    def _folder(self, name: str, vouched: Digests) -> Digests:
         """Copy what all parts have the same of, where it is not in place."""
         if self._kept is not None:
             return vouched
         first = self._parts[0].path
         copy_tree(first / name, self._built / name, shutil.copyfile)
-        seal = Seal.of(self._built, self._built / name)
+        seal = Digests.of(self._built, self._built / name)
         if seal != vouched:
             raise CacheError(
                 f"{first / name} is damaged: run 'embedcache verify {first}', then the same "

@@ -14,8 +14,8 @@ import numpy as np
 from embedcache.base.identity import BaseIdentity
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import SPLITS
-from embedcache.cache.manifest.digests import Seal
-from embedcache.cache.tokens.files import SealedFiles
+from embedcache.cache.manifest.digests import Digests
+from embedcache.cache.tokens.files import TokenFiles
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.errors import IdentityError, UsageError
@@ -32,7 +32,7 @@ class Part:
         self.cache = Cache(path)
         self.settings = self.cache.attributes.settings
         seal = self.cache.manifest.sealed
-        self.sealed = {name: SealedFiles(path, name, seal) for name in SPLITS}
+        self.sealed = {name: TokenFiles(path, name, seal) for name in SPLITS}
         self.tokens = {
             name: SplitTokens(path, name, self.settings.block_tokens, self.sealed[name])
             for name in SPLITS
@@ -93,7 +93,7 @@ def require_alike(first: Part, other: Part) -> None:
         )
 
 
-def _same(one: Seal, two: Seal) -> bool:
+def _same(one: Digests, two: Digests) -> bool:
     """Whether two seals are of the same content, however Zarr spells its metadata."""
     files = [{(record.path, record.sha256) for record in seal.files} for seal in (one, two)]
     metadata = [{k: json.loads(v) for k, v in seal.metadata.items()} for seal in (one, two)]

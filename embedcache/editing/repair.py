@@ -33,16 +33,16 @@ from embedcache.cache.format.layout import (
 )
 from embedcache.cache.manifest.digests import (
     METADATA,
-    Seal,
+    Digests,
     metadata_fault,
-    publish_seal,
-    read_seal,
+    publish_digests,
+    read_digests,
 )
 from embedcache.cache.manifest.file_record import FileRecord, content_fault
 from embedcache.cache.manifest.manifest import Manifest, read_manifest
-from embedcache.cache.tokens.files import SealedFiles, sealed_ledger, write_sealed_ledger
+from embedcache.cache.tokens.files import TokenFiles, tokens_digest_table, write_tokens_digest_table
 from embedcache.cache.tokens.reader import SplitTokens
-from embedcache.cache.tokens.writer import Sealer
+from embedcache.cache.tokens.writer import TokensWriter
 from embedcache.cache.verify import Verification, look_at
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import CacheError
@@ -61,7 +61,7 @@ class Mended:
 
     markers: dict[str, dict[int, Marker]]
     base: bool
-    codec: Seal | None
+    codec: Digests | None
     extracted: dict[str, Any] | None
 
     def sound(self) -> Iterator[Marker]:
@@ -83,7 +83,7 @@ def restore_metadata(out: Path) -> None:
             publish_bytes(out / name, text.encode())
 
 
-def _vouched(out: Path) -> tuple[Manifest | None, Seal]:
+def _vouched(out: Path) -> tuple[Manifest | None, Digests]:
     """Return the manifest, where it can be trusted, and the seal of pass 0, from either file."""
     try:
         manifest = read_manifest(out)
@@ -92,7 +92,7 @@ def _vouched(out: Path) -> tuple[Manifest | None, Seal]:
     if manifest is not None:
         return manifest, manifest.sealed
     try:
-        return None, read_seal(out)
+        return None, read_digests(out)
     except CacheError as error:
         raise CacheError(
             f"{out} cannot be repaired: nothing says what its tokens were, as neither {MANIFEST} "
@@ -141,7 +141,7 @@ def mend(
     kinds = {fault.kind for fault in found.faults}
     _restore_tokens(out, found, seal, pass_zero)
     if any(fault.kind == "seal" for fault in found.faults):
-        publish_seal(out, seal)
+        publish_digests(out, seal)
     return Mended(
         markers={split: _mend_blocks(out, split, found, manifest, settings) for split in SPLITS},
         base=manifest is None or "base" in kinds,
@@ -159,7 +159,7 @@ def _pass_zero(
     shutil.rmtree(staging, ignore_errors=True)
     staging.mkdir(parents=True)
     try:
-        tokenise(Sealer(out, staging, settings.block_tokens), corpus, tokenizer, progress)
+        tokenise(TokensWriter(out, staging, settings.block_tokens), corpus, tokenizer, progress)
         yield staging
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -168,22 +168,25 @@ def _pass_zero(
 def _restore_ledgers(
     out: Path,
     found: Verification,
-    seal: Seal,
+    seal: Digests,
     pass_zero: Callable[[], AbstractContextManager[Path]],
 ) -> bool:
-    """Make the damaged ledgers of pass 0 anew, from its files or else from the corpus.
+    """Make the damaged digest tables of pass 0 anew, from its files or else from the corpus.
 
     Returns whether there were any.
     """
-    damaged = {fault.file for fault in found.faults if fault.kind == "ledger"}
-    splits = [split for split in SPLITS if sealed_ledger(split) in damaged]
+    damaged = {fault.file for fault in found.faults if fault.kind == "digest_table"}
+    splits = [split for split in SPLITS if tokens_digest_table(split) in damaged]
 
-    made = out / STAGING / "ledgers"
+    made = out / STAGING / "digest_tables"
 
     def restored(root: Path, split: str) -> bool:
-        name = sealed_ledger(split)
+        name = tokens_digest_table(split)
         with suppress(OSError):  # a file is gone, or the disk cannot read it
-            if write_sealed_ledger(root, split, seal.metadata, into=made) == seal.ledgers[name]:
+            if (
+                write_tokens_digest_table(root, split, seal.metadata, into=made)
+                == seal.digest_tables[name]
+            ):
                 _place(made / name, out / name)
                 return True
         return False
@@ -194,7 +197,7 @@ def _restore_ledgers(
             with pass_zero() as staging:
                 for split in left:
                     if not restored(staging, split):
-                        raise _no_longer(out / sealed_ledger(split))
+                        raise _no_longer(out / tokens_digest_table(split))
     finally:
         shutil.rmtree(made, ignore_errors=True)
     return bool(splits)
@@ -203,7 +206,7 @@ def _restore_ledgers(
 def _restore_tokens(
     out: Path,
     found: Verification,
-    seal: Seal,
+    seal: Digests,
     pass_zero: Callable[[], AbstractContextManager[Path]],
 ) -> None:
     """Take the damaged files of pass 0 from another one, all or none."""
@@ -213,7 +216,7 @@ def _restore_tokens(
     records = [
         record
         for split in SPLITS
-        for name, record in SealedFiles(out, split, seal).records()
+        for name, record in TokenFiles(out, split, seal).records()
         if name in damaged and record is not None
     ]
     with pass_zero() as staging:
@@ -264,7 +267,7 @@ def _mend_blocks(
             ):
                 markers[block] = marker  # of a repair that was stopped before its manifest
                 continue
-            with suppress(CacheError):  # a damaged ledger is told by verify
+            with suppress(CacheError):  # a damaged digest table is told by verify
                 if files is not None and _whole(out, files[block]):
                     markers[block] = writer.renew(
                         split,

@@ -25,7 +25,7 @@ from embedcache.data.batch import Batch
 from embedcache.data.loader import BatchLoader
 from embedcache.device import any_shape_attention, resolve_device, resolve_dtype
 from embedcache.errors import CacheError
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 from embedcache.progress import SILENT, Progress
 
 Array = np.ndarray[Any, Any]
@@ -126,10 +126,10 @@ class FrozenInputs:
     def features(self, model: CarryOn, batch: Batch) -> torch.Tensor:
         """Return the features h_(K)BTR of a carry-on, or a stack, on a batch."""
         where: torch.Tensor | Spans | None = None
-        if batch.starts_M is not None:
+        if batch.cu_seqlens_M is not None:
             # Batches of several rows, one a carry-on, end in padding that may be longer.
-            longest = self._longest if batch.starts_M.ndim == 1 else batch.ids_BT.shape[-1]
-            where = Spans(batch.starts_M, max(self._longest, longest))
+            longest = self._longest if batch.cu_seqlens_M.ndim == 1 else batch.ids_BT.shape[-1]
+            where = Spans(batch.cu_seqlens_M, max(self._longest, longest))
         elif batch.packed:
             where = segment_mask(batch.segments_BT)
         with self._products():
@@ -148,7 +148,7 @@ class FrozenInputs:
     def delta(self, model: CarryOn, batch: Batch) -> torch.Tensor:
         """Return the delta_(K)NH of a batch's wanted positions; of others none is made."""
         h_KBTR = self.features(model, batch)
-        h_KNR = h_KBTR.flatten(-3, -2).index_select(-2, batch.wanted_N)
+        h_KNR = h_KBTR.flatten(-3, -2).index_select(-2, batch.predict_N)
         return self.emit(model, h_KNR.unsqueeze(-3)).squeeze(-3)
 
     def _products(self) -> torch.autocast:
@@ -173,14 +173,14 @@ def score(
     for batch in batches:
         if not len(batch.targets_N):
             continue
-        x_NH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)
+        x_NH = batch.at_predicted(batch.x_BTH["final"]).to(inputs.dtype)
         needs_delta = any(alpha != 0 for alpha in alphas)
         delta_NH = inputs.delta(model, batch) if needs_delta else None
         document_N = batch.documents_N
         np.add.at(targets_D, document_N, 1)
         for row, alpha in enumerate(alphas):
             y_NH = x_NH if delta_NH is None or alpha == 0 else x_NH + alpha * delta_NH
-            loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N)
+            loss_N = linear_cross_entropy(y_NH, inputs.head, batch.targets_N)
             np.add.at(loss_AD[row], document_N, loss_N.double().cpu().numpy())
         on_batch(batch.tokens)
     return Scores(tuple(alphas), loss_AD, targets_D)

@@ -19,7 +19,7 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.reader import CorpusReader
 from embedcache.device import any_shape_attention
 from embedcache.evaluation.evaluate import EVAL_TOKENS, Evaluation, Scores, summarise, with_base
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 from embedcache.progress import SILENT, Bar, Progress
 
 Array = np.ndarray[Any, Any]
@@ -110,7 +110,9 @@ def _score(
         x_NH, delta_NH = x_TH[wanted], delta_TH[wanted]
         summed_A = np.array(
             [
-                cross_entropy(x_NH + alpha * delta_NH if alpha else x_NH, base.head, labels_N)
+                linear_cross_entropy(
+                    x_NH + alpha * delta_NH if alpha else x_NH, base.head, labels_N
+                )
                 .double()
                 .sum()
                 .item()

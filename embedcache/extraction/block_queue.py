@@ -10,7 +10,7 @@ from embedcache.cache.blocks.commit import Marker
 from embedcache.cache.format.layout import marker_path
 from embedcache.extraction.sample import Item
 from embedcache.store import lease as timing
-from embedcache.store.lease import Claims, claim_of
+from embedcache.store.lease import Leases, lease_name
 
 
 class Deal:
@@ -18,18 +18,18 @@ class Deal:
 
     Iterating gives a block to compute, claimed; or the marker of one that another process has
     committed; or None, again and again, while all that is left is claimed by others. It ends when
-    nothing is left, and runs no further ahead than it is asked, so that work spreads evenly.
+    nothing is left, and runs no further ahead than it is asked, so that work input_stats evenly.
     """
 
     def __init__(
         self,
         cache: Path,
-        claims: Claims,
+        leases: Leases,
         todo: list[Item],
         generations: dict[str, dict[int, int]],
     ):
         self._cache = cache
-        self._claims = claims
+        self._leases = leases
         self._todo = todo
         self._generations = generations
 
@@ -44,7 +44,7 @@ class Deal:
             others = []
             for item in left:
                 found = self._marker(item)
-                if found is None and not self._claims.take(claim_of(*item)):
+                if found is None and not self._leases.take(lease_name(*item)):
                     others.append(item)
                 elif found is None and (found := self._marker(item)) is None:
                     yield item
@@ -57,8 +57,8 @@ class Deal:
                 time.sleep(timing.POLL_SECONDS)
 
     def done(self, item: Item) -> None:
-        """Give up the claim on a block that is committed."""
-        self._claims.release(claim_of(*item))
+        """Give up the lease on a block that is committed."""
+        self._leases.release(lease_name(*item))
 
     def _marker(self, item: Item) -> Marker | None:
         path = marker_path(self._cache, *item, self.generation(item))

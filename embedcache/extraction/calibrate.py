@@ -16,7 +16,7 @@ import torch
 from embedcache.base.head import Head
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.transform import Calibration, TransformCodec, quantise, unit_rows
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 
 Array = np.ndarray[Any, Any]
 
@@ -206,7 +206,7 @@ def rise(calibration: Calibration, held: Sample, embedding_VH: torch.Tensor, hea
     codec = TransformCodec(calibration, embedding_VH)
     dtype = head.weight_VH.dtype
     targets_N = torch.from_numpy(some.targets_N).to(some.x_NH.device)
-    exact_N = cross_entropy(some.x_NH.to(dtype), head, targets_N)
+    exact_N = linear_cross_entropy(some.x_NH.to(dtype), head, targets_N)
     decoded_NH = codec.decode(codec.encode(some.x_NH, some.ids_N), some.ids_N)
-    decoded_N = cross_entropy(decoded_NH.to(dtype), head, targets_N)
+    decoded_N = linear_cross_entropy(decoded_NH.to(dtype), head, targets_N)
     return float((decoded_N - exact_N).double().mean())

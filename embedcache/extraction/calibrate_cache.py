@@ -18,7 +18,7 @@ from embedcache.cache.base_arrays import Cost, base_array_cost
 from embedcache.cache.codecs.integers import STATELESS, Codec, codec_name
 from embedcache.cache.codecs.transform import Calibration, codecs_of
 from embedcache.cache.format.layout import CODEC, DEFAULT_BITS, SPLITS, ExtractSettings
-from embedcache.cache.manifest.digests import Seal
+from embedcache.cache.manifest.digests import Digests
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.writer import fsync_tree
 from embedcache.errors import CacheError, NumericsError
@@ -110,7 +110,7 @@ def calibration_cost(cache: Path, calibrations: Calibrations, scratch: Path | No
 
 
 def store_calibrations(
-    cache: Path, calibrations: Calibrations, staging: Path, *, expected: Seal | None = None
+    cache: Path, calibrations: Calibrations, staging: Path, *, expected: Digests | None = None
 ) -> None:
     """Store the calibrations, made in ``staging``, whole and once, before the first block.
 
@@ -128,7 +128,7 @@ def store_calibrations(
         for tap, found in calibrations.items():
             found.save(group.create_group(tap))
         fsync_tree(made)
-        if expected is not None and Seal.of(staging, made) != expected:
+        if expected is not None and Digests.of(staging, made) != expected:
             raise CacheError(
                 f"the calibration in {cache / CODEC} is damaged, and what was calibrated anew is "
                 "not the one that blocks were coded with (another machine or version?): restore "

@@ -39,7 +39,7 @@ class Committed:
 
 
 def recorded(cache: Path, split: str, blocks: int) -> Iterator[Recorded]:
-    """Yield what the ledgers will hold of each block of a split, by its newest marker."""
+    """Yield what the digest tables will hold of each block of a split, by its newest marker."""
     newest = newest_generations(cache, split)
     for block in range(blocks):
         marker = Marker.read(marker_path(cache, split, block, newest[block]))

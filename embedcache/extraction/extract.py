@@ -16,15 +16,15 @@ from embedcache.extraction.plan import (
     check_out,
     environment_for,
     own_corpus,
-    seal_corpus,
+    remove_tokens,
     sealed_attributes,
-    unseal,
+    write_tokens,
 )
 from embedcache.extraction.prediction import RoomError
 from embedcache.extraction.run import Extraction, ExtractSummary
 from embedcache.progress import SILENT, Progress
 from embedcache.store.disk import writing
-from embedcache.store.lease import TURN, Claims
+from embedcache.store.lease import COORDINATOR, Leases
 from embedcache.store.transaction import finish_rewrite
 
 __all__ = ["ExtractSummary", "extract"]
@@ -79,15 +79,15 @@ def extract(
         check_taps(settings.taps, identity.num_layers)
     target = resolve_device(device)
     created = not out.exists()
-    claims = Claims(out)
+    leases = Leases(out)
     try:
-        with writing(out), claims, ExitStack() as turn:
+        with writing(out), leases, ExitStack() as turn:
             if repair:
-                claims.require_alone("--repair")
-            turn.enter_context(claims.turn(progress))
+                leases.require_alone("--repair")
+            turn.enter_context(leases.coordinating(progress))
             finish_rewrite(out)
             if repair:
-                claims.require_alone("--repair")  # one may have come to wait just now
+                leases.require_alone("--repair")  # one may have come to wait just now
                 restore_metadata(out)
             environment = environment_for(out, target, dtype)
             attributes = sealed_attributes(out, corpus, identity, settings, environment)
@@ -95,7 +95,7 @@ def extract(
             if attributes is None:
                 assert corpus is not None and settings is not None  # a repair has begun
                 tokenizer = load_tokenizer(base, revision=revision)
-                attributes = seal_corpus(
+                attributes = write_tokens(
                     corpus,
                     tokenizer,
                     identity,
@@ -103,8 +103,8 @@ def extract(
                     environment,
                     out,
                     progress,
-                    staging=claims.staging,
-                    holds=lambda: claims.holds(TURN),
+                    staging=leases.staging,
+                    holds=lambda: leases.holds(COORDINATOR),
                 )
             settings, summary = attributes.settings, summary_of(attributes.corpus)
             mended = None
@@ -116,7 +116,7 @@ def extract(
                     settings,
                     progress,
                 )
-            run = Extraction(out, claims, summary, settings, max_quarantined, progress)
+            run = Extraction(out, leases, summary, settings, max_quarantined, progress)
             if mended is not None or not (out / MANIFEST).is_file():
                 try:
                     run.compute(
@@ -127,8 +127,8 @@ def extract(
                         mended,
                     )
                 except RoomError:
-                    if not begun and claims.holds(TURN):
-                        unseal(out)
+                    if not begun and leases.holds(COORDINATOR):
+                        remove_tokens(out)
                     raise
             else:
                 run.tidy()

@@ -25,7 +25,7 @@ from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.rehearsal import encoder_threads
 from embedcache.extraction.sample import Item, Known
 from embedcache.progress import Bar, Progress
-from embedcache.store.lease import PATIENCE_SECONDS, Claims
+from embedcache.store.lease import PATIENCE_SECONDS, Leases
 
 Array = np.ndarray[Any, Any]
 Read = tuple[Item, Array, Array, int]
@@ -38,7 +38,7 @@ class Pipeline:
     def __init__(
         self,
         out: Path,
-        claims: Claims,
+        leases: Leases,
         splits: dict[str, SplitTokens],
         base: Base,
         forward: BlockForward,
@@ -47,7 +47,7 @@ class Pipeline:
         progress: Progress,
     ):
         self._out = out
-        self._claims = claims
+        self._leases = leases
         self._splits = splits
         self._base = base
         self._forward = forward
@@ -72,10 +72,10 @@ class Pipeline:
             The self-check's largest difference, and the tokens computed here.
         """
         base, forward, encoders = self._base, self._forward, self._encoders
-        deal = Deal(self._out, self._claims, todo, generations)
+        deal = Deal(self._out, self._leases, todo, generations)
         worst, number, tokens = 0.0, 0, 0
         waiting: float | None = None
-        writer = BlockWriter(self._out, self._claims.attempt)
+        writer = BlockWriter(self._out, self._leases.attempt)
         threads = encoder_threads(base.device)
         slots = HostBuffers(base.device, count=threads + 1)
         futures: list[Future[Marker]] = []
@@ -129,8 +129,8 @@ class Pipeline:
         if since is None:
             return now
         if since < now - PATIENCE_SECONDS:
-            others = ", ".join(map(str, self._claims.others())) or "a process that is gone"
-            self._progress.say(f"nothing is left to claim: waiting for blocks of {others}")
+            others = ", ".join(map(str, self._leases.others())) or "a process that is gone"
+            self._progress.say(f"nothing is left to lease: waiting for blocks of {others}")
             return float("inf")
         return since
 

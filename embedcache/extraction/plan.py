@@ -15,16 +15,16 @@ from embedcache import __version__
 from embedcache.base.identity import BaseIdentity
 from embedcache.cache.cache import read_attributes
 from embedcache.cache.format.layout import (
-    CLAIMS,
     CODEC,
-    LEDGER,
+    DIGESTS,
+    LEASES,
     SEALED,
     SPLITS,
     STAGING,
     CacheAttributes,
     ExtractSettings,
 )
-from embedcache.cache.tokens.writer import Sealer
+from embedcache.cache.tokens.writer import TokensWriter
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.dedup.near_duplicates import Held
 from embedcache.corpus.reader import CorpusReader
@@ -68,16 +68,16 @@ def _left_behind(path: Path) -> bool:
     """Whether a path in an unsealed folder is what a pass 0 that was killed leaves there."""
     if path.name in SPLITS:
         return (path / "zarr.json").is_file() and (path / "tokens").is_dir()
-    if path.name == CLAIMS:
+    if path.name == LEASES:
         return (path / WRITERS).is_dir() or not any(path.iterdir())
     if path.name in (STAGING, SEALED):
         return True
-    if path.name == LEDGER:
+    if path.name == DIGESTS:
         return all((path / split).is_dir() for split in SPLITS)
     return path.name.startswith((".zarr.json.", f".{SEALED}."))
 
 
-def seal_corpus(
+def write_tokens(
     corpus: CorpusConfig,
     tokenizer: Any,
     identity: BaseIdentity,
@@ -94,7 +94,7 @@ def seal_corpus(
     """Run pass 0 into ``out`` and return its attributes; on any error nothing is left of it.
 
     It is made in ``staging`` and moved into place if this process ``holds`` the turn to do so
-    still: one that slept past its claim's expiry leaves it to the process that has it now. A disk
+    still: one that slept past its lease's expiry leaves it to the process that has it now. A disk
     that is too small for sure for what is to come is refused, unless not to be looked at. Only what
     is new is taken where it is to come ``onto`` another cache.
     """
@@ -102,7 +102,7 @@ def seal_corpus(
     _clear(out)
     try:
         staging.mkdir(parents=True)
-        sealer = Sealer(out, staging, settings.block_tokens)
+        sealer = TokensWriter(out, staging, settings.block_tokens)
         held = () if onto is None else onto.documents
         reader = tokenise(sealer, corpus, tokenizer, progress, held=held)
         if check_disk:
@@ -127,14 +127,14 @@ def seal_corpus(
     return attributes
 
 
-def unseal(out: Path) -> None:
-    """Remove what `seal_corpus` sealed, before any block is there."""
+def remove_tokens(out: Path) -> None:
+    """Remove what `write_tokens` sealed, before any block is there."""
     (out / "zarr.json").unlink()  # first: without it the rest is what a killed pass 0 leaves
     _clear(out)
 
 
 def tokenise(
-    sealer: Sealer,
+    sealer: TokensWriter,
     corpus: CorpusConfig,
     tokenizer: Any,
     progress: Progress,
@@ -157,7 +157,7 @@ def tokenise(
 def _clear(out: Path) -> None:
     """Remove what a pass 0 wrote that was never sealed."""
     (out / SEALED).unlink(missing_ok=True)
-    for leftover in (out / STAGING, out / CODEC, out / LEDGER, *(out / split for split in SPLITS)):
+    for leftover in (out / STAGING, out / CODEC, out / DIGESTS, *(out / split for split in SPLITS)):
         shutil.rmtree(leftover, ignore_errors=True)
 
 

@@ -9,8 +9,8 @@ from embedcache.base.taps import is_tied
 from embedcache.cache.base_arrays import CHUNK_ROWS, METADATA_BYTES, Cost
 from embedcache.cache.blocks.commit import Marker
 from embedcache.cache.format.layout import MANIFEST, shard_name
-from embedcache.cache.manifest.digest_table import LedgerSeal, ledger_bytes
-from embedcache.cache.manifest.digests import Seal, read_seal
+from embedcache.cache.manifest.digest_table import TableDigest, digest_table_bytes
+from embedcache.cache.manifest.digests import Digests, read_digests
 from embedcache.cache.manifest.file_record import FILE, FileRecord
 from embedcache.cache.manifest.manifest import Manifest, SplitManifest
 from embedcache.cache.tokens.reader import SplitTokens
@@ -120,35 +120,35 @@ def _record(name: str, size: int) -> FileRecord:
 def _manifest_bytes(
     folder: Path, splits: dict[str, SplitTokens], measured: Measured, base: Base | None
 ) -> int:
-    """Return what the manifest and the ledgers of the blocks will take."""
+    """Return what the manifest and the digest tables of the blocks will take."""
     size, each = 0, {}
     for name, split in splits.items():
         found = measured.encoded.get(name)
         rows = split.blocks * len(found.arrays) if found is not None else 0
-        size += ledger_bytes(rows, FILE)
+        size += digest_table_bytes(rows, FILE)
         each[name] = SplitManifest(
             blocks=split.blocks,
             bytes=10**9,
-            embeddings=LedgerSeal(rows=rows, sha256="0" * 64),
-            quarantined=LedgerSeal(rows=0, sha256="0" * 64),
+            embeddings=TableDigest(rows=rows, sha256="0" * 64),
+            quarantined=TableDigest(rows=0, sha256="0" * 64),
             **split.totals,
         )
     manifest = Manifest(
         splits=each,
-        sealed=read_seal(folder),
+        sealed=read_digests(folder),
         base=_base_seal(folder, base),
-        codec=Seal(files=(), metadata={}),
+        codec=Digests(files=(), metadata={}),
         extracted=dict.fromkeys(EXTRACTED, 0.12345),
     )
     return size + len(manifest.to_text())
 
 
-def _base_seal(folder: Path, base: Base | None) -> Seal:
+def _base_seal(folder: Path, base: Base | None) -> Digests:
     """Return the seal of what is kept of the base, or one like it."""
     if base is None or (folder / "base").is_dir():
-        return Seal.of(folder, folder / "base")
+        return Digests.of(folder, folder / "base")
     rows = base.head.weight_VH.shape[0] * (1 if is_tied(base.model) else 2)
     names = [f"base/head/weight/c/{chunk}/0" for chunk in range(-(-rows // CHUNK_ROWS))]
     files = tuple(_record(name, 10**6) for name in names)
     metadata = {f"base/head/{number}/zarr.json": "0" * METADATA_BYTES for number in range(2)}
-    return Seal(files=files, metadata=metadata)
+    return Digests(files=files, metadata=metadata)

@@ -27,7 +27,7 @@ from embedcache.extraction.calibrate_cache import (
     codecs_by_split,
 )
 from embedcache.extraction.measure import Measured, measure
-from embedcache.extraction.plan import check_out, environment_for, seal_corpus, sealed_attributes
+from embedcache.extraction.plan import check_out, environment_for, sealed_attributes, write_tokens
 from embedcache.extraction.prediction import Prediction
 from embedcache.extraction.preflight import blocks_to_go, predict
 from embedcache.extraction.sample import Known
@@ -62,7 +62,7 @@ def preview(
     with _folder(out, sealed=attributes is not None) as folder:
         if attributes is None:
             tokenizer = load_tokenizer(base, revision=revision)
-            attributes = seal_corpus(
+            attributes = write_tokens(
                 corpus,
                 tokenizer,
                 identity,

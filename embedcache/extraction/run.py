@@ -20,9 +20,9 @@ from embedcache.cache.blocks.commit import (
     newest_generations,
     recover,
 )
-from embedcache.cache.blocks.files import block_ledgers
+from embedcache.cache.blocks.files import block_digest_tables
 from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, STAGING, ExtractSettings
-from embedcache.cache.manifest.digests import Seal, read_seal
+from embedcache.cache.manifest.digests import Digests, read_digests
 from embedcache.cache.manifest.manifest import (
     Manifest,
     publish_manifest,
@@ -51,7 +51,7 @@ from embedcache.extraction.sample import Known
 from embedcache.extraction.store_base import base_cost, store_base
 from embedcache.progress import Progress
 from embedcache.store.files import fsync_path, make_folder
-from embedcache.store.lease import TURN, Claims
+from embedcache.store.lease import COORDINATOR, Leases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,14 +88,14 @@ class Extraction:
     def __init__(
         self,
         out: Path,
-        claims: Claims,
+        leases: Leases,
         corpus_summary: dict[str, Any],
         settings: ExtractSettings,
         max_quarantined: float,
         progress: Progress,
     ):
         self._out = out
-        self._claims = claims
+        self._leases = leases
         self._corpus_summary = corpus_summary
         self._settings = settings
         self._progress = progress
@@ -114,13 +114,13 @@ class Extraction:
         """
         out, progress = self._out, self._progress
         live = self._live()
-        self._claims.require(TURN)
+        self._leases.require(COORDINATOR)
         # Before recovery: a marker that is withdrawn is made again in its place, one of a damaged
         # block is followed, and any that comes from now on is another process's.
         newest = {name: newest_generations(out, name) for name in self._splits}
         there = self._count(self._recover(live) if mended is None else mended.sound())
         clear_staging(out, live)
-        make_folder(self._claims.staging)
+        make_folder(self._leases.staging)
         self._resumed = there.blocks
         there.quarantine.check()
         todo = blocks_to_go(self._splits, there.done)
@@ -160,7 +160,7 @@ class Extraction:
                     again=damaged_codec is not None,
                 )
             codecs = codecs_by_split(self._settings, calibrations, base)
-            scratch = self._claims.staging
+            scratch = self._leases.staging
             measured = measure(
                 base, forward, self._splits, todo, self._settings, codecs, progress, scratch
             )
@@ -182,9 +182,9 @@ class Extraction:
             progress.say(str(predicted))
             require_room(predicted, out)
             if not prepared:
-                self._claims.require(TURN)
-            store_base(out, base, self._claims.staging, again=again)
-            store_calibrations(out, calibrations, self._claims.staging, expected=damaged_codec)
+                self._leases.require(COORDINATOR)
+            store_base(out, base, self._leases.staging, again=again)
+            store_calibrations(out, calibrations, self._leases.staging, expected=damaged_codec)
             if mended is None:
                 turn.close()
             encoders = {
@@ -192,13 +192,13 @@ class Extraction:
                 for name in dict(todo)
             }
             pipeline = Pipeline(
-                out, self._claims, self._splits, base, forward, encoders, there.quarantine, progress
+                out, self._leases, self._splits, base, forward, encoders, there.quarantine, progress
             )
             worst, tokens = pipeline.run(todo, known, generations)
             seconds = time.perf_counter() - started
         if mended is None:
             turn.close()
-            turn.enter_context(self._claims.turn(progress))
+            turn.enter_context(self._leases.coordinating(progress))
         live = self._live()
         made = self._count(self._recover(live))
         if left := blocks_to_go(self._splits, made.done):
@@ -218,11 +218,11 @@ class Extraction:
             "predicted_seconds": predicted.seconds,
         }
         if mended is not None or not (out / MANIFEST).is_file():
-            self._claims.require(TURN)
+            self._leases.require(COORDINATOR)
             self._publish(extracted)
         for name in self._splits:
             drop_superseded(out, name)
-        if self._claims.holds(TURN):
+        if self._leases.holds(COORDINATOR):
             clear_staging(out, live)
 
     def tidy(self) -> None:
@@ -239,7 +239,7 @@ class Extraction:
             staging.rmdir()
 
     def _manifest(self, made: Path, extracted: dict[str, Any]) -> Manifest:
-        """Return the manifest of the finished cache; its ledgers are written in ``made``."""
+        """Return the manifest of the finished cache; its digest tables are written in ``made``."""
         out, settings = self._out, self._settings
         return Manifest(
             splits={
@@ -248,32 +248,32 @@ class Extraction:
                 )
                 for name, split in self._splits.items()
             },
-            sealed=read_seal(out),
-            base=Seal.of(out, out / "base"),
-            codec=Seal.of(out, out / CODEC),
+            sealed=read_digests(out),
+            base=Digests.of(out, out / "base"),
+            codec=Digests.of(out, out / CODEC),
             extracted=extracted,
         )
 
     def _publish(self, extracted: dict[str, Any]) -> None:
-        """Publish ledgers and manifest from staging, gone if this process was taken for dead.
+        """Publish digest tables and manifest from staging, gone if this process was taken for dead.
 
         What others did to the cache meanwhile stands.
         """
-        out, made = self._out, self._claims.staging / "manifest"
+        out, made = self._out, self._leases.staging / "manifest"
         try:
             manifest = self._manifest(made, extracted)
             publish_manifest(made, manifest)
             for split, counts in manifest.splits.items():
                 seals = (counts.embeddings, counts.quarantined)
-                for name, seal in zip(block_ledgers(split), seals, strict=True):
-                    self._claims.require(TURN)
+                for name, seal in zip(block_digest_tables(split), seals, strict=True):
+                    self._leases.require(COORDINATOR)
                     make_folder((out / name).parent)
                     if seal.rows:
                         (made / name).replace(out / name)
                     else:
                         (out / name).unlink(missing_ok=True)
                     fsync_path((out / name).parent)
-            self._claims.require(TURN)
+            self._leases.require(COORDINATOR)
             (made / MANIFEST).replace(out / MANIFEST)
         finally:
             shutil.rmtree(made, ignore_errors=True)
@@ -286,7 +286,7 @@ class Extraction:
 
     def _live(self) -> set[str]:
         """Return the attempts of the other processes that are alive."""
-        return {holder.attempt for holder in self._claims.others()}
+        return {holder.attempt for holder in self._leases.others()}
 
     def _recover(self, live: set[str]) -> Iterator[Marker]:
         for name, split in self._splits.items():
@@ -294,7 +294,7 @@ class Extraction:
 
     def _count(self, markers: Iterable[Marker]) -> Committed:
         quarantine = Quarantine(self._splits, self._max_quarantined)
-        return Committed(quarantine, self._claims.attempt).count(markers)
+        return Committed(quarantine, self._leases.attempt).count(markers)
 
     def summary(self, base: str) -> ExtractSummary:
         """Return the counts and sizes of the finished cache."""

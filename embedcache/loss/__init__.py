@@ -11,26 +11,26 @@ call `frozen`, which walks the `tiles` of a head (on the device, or streamed fro
 (Triton).
 """
 
-from embedcache.loss.chunks import Chunks, cut, plan_chunks
-from embedcache.loss.exact import cross_entropy
+from embedcache.loss.chunks import Chunks, plan_chunks, split_rows
+from embedcache.loss.exact import linear_cross_entropy
 from embedcache.loss.shortlist.shortlist import (
-    Listed,
     Shortlist,
-    cut_listed,
-    estimate,
+    ShortlistSampler,
+    cut_shortlists,
+    shortlist_cross_entropy,
     tail_proposal,
 )
-from embedcache.loss.vocab_subset import Columns
+from embedcache.loss.vocab_subset import VocabSubset
 
 __all__ = [
     "Chunks",
-    "Columns",
-    "Listed",
     "Shortlist",
-    "cross_entropy",
-    "cut",
-    "cut_listed",
-    "estimate",
+    "ShortlistSampler",
+    "VocabSubset",
+    "cut_shortlists",
+    "linear_cross_entropy",
     "plan_chunks",
+    "shortlist_cross_entropy",
+    "split_rows",
     "tail_proposal",
 ]

@@ -39,11 +39,11 @@ class Chunks:
 
     def of_rows(self, N: int) -> list[slice]:
         """Cut N positions into chunks."""
-        return cut(N, self.rows)
+        return split_rows(N, self.rows)
 
     def of_columns(self, V: int) -> list[slice]:
         """Cut V tokens into tiles."""
-        return cut(V, self.columns)
+        return split_rows(V, self.columns)
 
 
 def plan_chunks(
@@ -103,10 +103,10 @@ def default_budget(device: torch.device) -> int:
     return min(budget, int(FREE_SHARE * free))
 
 
-def cut(total: int, size: int) -> list[slice]:
+def split_rows(total: int, size: int) -> list[slice]:
     """Cut a range into slices of a size, the last one smaller.
 
-    >>> cut(5, 3)
+    >>> split_rows(5, 3)
     [slice(0, 3, None), slice(3, 5, None)]
     """
     return [slice(start, min(start + size, total)) for start in range(0, total, max(1, size))]

@@ -10,10 +10,10 @@ from torch import Tensor
 from embedcache.base.head import Head
 from embedcache.loss.chunks import Chunks
 from embedcache.loss.linear_cross_entropy import frozen_head_loss
-from embedcache.loss.vocab_subset import Columns
+from embedcache.loss.vocab_subset import VocabSubset
 
 
-def cross_entropy(
+def linear_cross_entropy(
     x_NH: Tensor,
     head: Head,
     targets_N: Tensor,
@@ -40,5 +40,5 @@ def cross_entropy(
     Raises:
         UsageError: for an unknown ``impl``, or ``triton`` where it cannot run.
     """
-    columns = Columns(head.weight_VH, head.bias_V, None)
+    columns = VocabSubset(head.weight_VH, head.bias_V, None)
     return frozen_head_loss(x_NH, columns, head, targets_N, impl=impl, chunks=chunks)

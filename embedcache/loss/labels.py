@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from embedcache.loss.tiles import Tile
-from embedcache.loss.vocab_subset import Columns
+from embedcache.loss.vocab_subset import VocabSubset
 
 
 class LabelRows:
@@ -18,7 +18,7 @@ class LabelRows:
     Labels outside the columns have some other's row; their loss is NaN.
     """
 
-    def __init__(self, columns: Columns, targets_N: Tensor, device: torch.device):
+    def __init__(self, columns: VocabSubset, targets_N: Tensor, device: torch.device):
         self._columns = columns
         self._targets_N = targets_N.clamp(0, max(0, len(columns.weight_CH) - 1))
         self._kept_NH: Tensor | None = None

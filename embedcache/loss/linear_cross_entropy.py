@@ -27,7 +27,7 @@ from embedcache.loss.one_tile import whole
 from embedcache.loss.online_softmax import Running
 from embedcache.loss.tile_update import absorb, combine
 from embedcache.loss.tiles import tiles
-from embedcache.loss.vocab_subset import Columns
+from embedcache.loss.vocab_subset import VocabSubset
 from embedcache.units import rounded_up
 
 
@@ -49,7 +49,7 @@ ROW_ALIGNMENT = 64
 
 def frozen_head_loss(
     x_NH: Tensor,
-    columns: Columns,
+    columns: VocabSubset,
     head: Head,
     targets_N: Tensor,
     *,
@@ -84,7 +84,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
     def forward(
         ctx: Any,
         x_NH: Tensor,
-        columns: Columns,
+        columns: VocabSubset,
         scale: float,
         softcap: float | None,
         targets_N: Tensor,
@@ -111,7 +111,7 @@ class _FrozenHeadLoss(torch.autograd.Function):
 
 def _at_once(
     x_NH: Tensor,
-    columns: Columns,
+    columns: VocabSubset,
     scale: float,
     targets_N: Tensor,
     chunks: Chunks,
@@ -134,7 +134,7 @@ def _at_once(
 
 def _by_tiles(
     x_NH: Tensor,
-    columns: Columns,
+    columns: VocabSubset,
     scale: float,
     softcap: float | None,
     targets_N: Tensor,
@@ -213,7 +213,7 @@ def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:
     return buffer[: rows * width].view(rows, width)[:, :columns]
 
 
-def _implementation(impl: str, x_NH: Tensor, columns: Columns, head: Head) -> Steps:
+def _implementation(impl: str, x_NH: Tensor, columns: VocabSubset, head: Head) -> Steps:
     """Return the functions that the loss is computed by.
 
     Raises ``UsageError`` for an unknown name, or ``triton`` where it cannot run.

@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from embedcache.loss.vocab_subset import Columns
+from embedcache.loss.vocab_subset import VocabSubset
 
 BLOCK_BYTES = 2 << 20
 """Bytes of a block's logits in float32."""
@@ -20,7 +20,7 @@ LEAST = 1e-30
 
 def whole(
     x_RH: Tensor,
-    columns: Columns,
+    columns: VocabSubset,
     targets_R: Tensor,
     *,
     out: Tensor,
@@ -57,7 +57,7 @@ def whole(
     return loss_R.masked_fill_(targets_R != place_R1[:, 0], torch.nan)
 
 
-def _logits(product_BC: Tensor, columns: Columns, scale: float) -> Tensor:
+def _logits(product_BC: Tensor, columns: VocabSubset, scale: float) -> Tensor:
     """Make logits of products with the head's rows, in place."""
     if columns.bias_C is not None:
         product_BC.add_(columns.bias_C)

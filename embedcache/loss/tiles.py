@@ -11,18 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedcache.loss.vocab_subset import Columns
+from embedcache.loss.vocab_subset import VocabSubset
 
 
 @dataclass(frozen=True, slots=True)
 class Tile:
-    """Columns ``start`` to ``start + C`` of a softmax, on the device that computes it."""
+    """VocabSubset ``start`` to ``start + C`` of a softmax, on the device that computes it."""
 
     start: int
-    columns: Columns
+    columns: VocabSubset
 
 
-def tiles(columns: Columns, cuts: Sequence[slice], device: torch.device) -> Iterator[Tile]:
+def tiles(columns: VocabSubset, cuts: Sequence[slice], device: torch.device) -> Iterator[Tile]:
     """Yield the tiles of ``columns`` that ``cuts`` says; each is valid until the next."""
     bias = None if columns.bias_C is None else columns.bias_C.to(device)
     log_weight = None if columns.log_weight_C is None else columns.log_weight_C.to(device)
@@ -31,7 +31,7 @@ def tiles(columns: Columns, cuts: Sequence[slice], device: torch.device) -> Iter
     if weight_VH.device != device:
         weights = _streamed(weight_VH, cuts, device)
     for cut, weight_CH in zip(cuts, weights, strict=True):
-        tile = Columns(
+        tile = VocabSubset(
             weight_CH,
             None if bias is None else bias[cut],
             None if log_weight is None else log_weight[cut],

@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True, slots=True)
-class Columns:
+class VocabSubset:
     """The tokens a softmax runs over: their head rows, biases and log-weights.
 
     ``weight_CH``; ``bias_C`` or None; ``log_weight_C``, added to the logits, or None.

@@ -1,11 +1,11 @@
-"""Claims: which of the processes that write a cache is at work on what.
+"""Leases: which of the processes that write a cache is at work on what.
 
-Every process keeps one file under ``claims/writers``, and touches it while it lives. A claim is a
-hard link to that file, made exclusively, so one touch keeps all of a process's claims alive. Age is
-judged by the file system's own clock, as machines disagree. A claim that nobody keeps alive is
+Every process keeps one file under ``leases/writers``, and touches it while it lives. A lease is a
+hard link to that file, made exclusively, so one touch keeps all of a process's leases alive. Age is
+judged by the file system's own clock, as machines disagree. A lease that nobody keeps alive is
 taken over by its next generation, as a marker is repaired: of several takers one makes the link.
 
-Claims only spare work. Where two processes do compute one block, its marker decides (see
+Leases only spare work. Where two processes do compute one block, its marker decides (see
 `embedcache.cache.blocks.commit`).
 """
 
@@ -25,15 +25,15 @@ from datetime import UTC, datetime
 from os import link
 from pathlib import Path
 
-from embedcache.cache.format.layout import CLAIMS, STAGING
+from embedcache.cache.format.layout import LEASES, STAGING
 from embedcache.errors import OutputError
 from embedcache.progress import Progress
 from embedcache.store.files import publish_json
-from embedcache.store.writers import Holder, is_running, read_holder, this_machine
+from embedcache.store.writers import Writer, is_running, read_writer, this_machine
 
 WRITERS = "writers"
-TURN = "turn"
-"""The claim on what one process does for all: pass 0, the base, the calibration, the manifest."""
+COORDINATOR = "turn"
+"""The lease on what one process does for all: pass 0, the base, the calibration, the manifest."""
 EXPIRY_SECONDS = 60.0
 BEAT_SECONDS = 10.0
 POLL_SECONDS = 0.2
@@ -43,15 +43,15 @@ _SWEPT_AWAY = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
 """What a process runs into where others, taking it for dead, cleared up after it."""
 
 
-class Claims:
-    """The claims of this process on one cache, kept alive by a thread while the context is open."""
+class Leases:
+    """The leases of this process on one cache, kept alive by a thread while the context is open."""
 
     def __init__(self, cache: Path):
         self.attempt = uuid.uuid4().hex
         self.staging = cache / STAGING / self.attempt
-        self._folder = cache / CLAIMS
+        self._folder = cache / LEASES
         self._mine = self._folder / WRITERS / f"{self.attempt}.json"
-        self._me = Holder(
+        self._me = Writer(
             attempt=self.attempt,
             host=socket.gethostname(),
             machine=this_machine(),
@@ -61,9 +61,9 @@ class Claims:
         self._held: dict[str, Path] = {}
         self._made = self._lapsed = False
         self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._keep_alive, name="claims", daemon=True)
+        self._thread = threading.Thread(target=self._keep_alive, name="leases", daemon=True)
 
-    def __enter__(self) -> Claims:
+    def __enter__(self) -> Leases:
         try:
             self._beat()
         except OSError:
@@ -73,7 +73,7 @@ class Claims:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Give up all claims; raises ``OutputError`` for what comes of having been taken for dead.
+        """Give up all leases; raises ``OutputError`` for what comes of having been taken for dead.
 
         A process that stood still past its expiry may find gone, or another, what it had begun.
         """
@@ -99,7 +99,7 @@ class Claims:
         while True:
             found = self._generations(name)
             newest = max(found, default=-1)
-            last = read_holder(found[newest]) if found else None
+            last = read_writer(found[newest]) if found else None
             if last is not None and last[0].attempt == self.attempt:
                 return True
             if last is not None and self._alive(*last, self._beat()):
@@ -109,8 +109,8 @@ class Claims:
             path = self._path(name, newest + 1)
             if not self._link(path):
                 continue  # another was first
-            # Whoever looked long ago may link a generation that has come and gone since: a claim
-            # holds if it is the newest, and follows the very claim that was found expired.
+            # Whoever looked long ago may link a generation that has come and gone since: a lease
+            # holds if it is the newest, and follows the very lease that was found expired.
             found = self._generations(name)
             follows = last is None or self._attempt(found.get(newest)) == last[0].attempt
             if max(found, default=-1) == newest + 1 and follows:
@@ -121,28 +121,28 @@ class Claims:
             path.unlink(missing_ok=True)
 
     def holds(self, name: str) -> bool:
-        """Whether this process has the claim still: it may have slept past its expiry."""
+        """Whether this process has the lease still: it may have slept past its expiry."""
         found = self._generations(name)
         return bool(found) and self._attempt(found[max(found)]) == self.attempt
 
     def require(self, name: str) -> None:
-        """Raise ``OutputError`` unless this process has the claim still."""
+        """Raise ``OutputError`` unless this process has the lease still."""
         if not self.holds(name):
             raise taken_over(self._folder.parent)
 
     def release(self, name: str) -> None:
-        """Give up a claim; no harm where it is not held."""
+        """Give up a lease; no harm where it is not held."""
         path = self._held.pop(name, None)
         if path is not None and self._attempt(path) == self.attempt:
             path.unlink(missing_ok=True)
 
-    def others(self) -> list[Holder]:
+    def others(self) -> list[Writer]:
         """Return the other live processes that write here."""
         return self._others(self._beat())
 
-    def _others(self, now: float) -> list[Holder]:
+    def _others(self, now: float) -> list[Writer]:
         files = (self._folder / WRITERS).glob("*.json")
-        found = [read_holder(path) for path in files if path.name != self._mine.name]
+        found = [read_writer(path) for path in files if path.name != self._mine.name]
         return [entry[0] for entry in found if entry is not None and self._alive(*entry, now)]
 
     def require_alone(self, what: str) -> None:
@@ -156,11 +156,11 @@ class Claims:
             )
 
     @contextmanager
-    def turn(self, progress: Progress) -> Iterator[None]:
+    def coordinating(self, progress: Progress) -> Iterator[None]:
         """Hold what only one process at a time may do, after waiting for whoever is at it."""
         started, told = time.monotonic(), ""
-        while not self.take(TURN):
-            holder = self._holder(TURN)
+        while not self.take(COORDINATOR):
+            holder = self._holder(COORDINATOR)
             waited = time.monotonic() - started > PATIENCE_SECONDS
             if waited and holder is not None and holder.attempt != told:
                 told = holder.attempt
@@ -169,11 +169,11 @@ class Claims:
         try:
             yield
         finally:
-            self.release(TURN)
+            self.release(COORDINATOR)
 
-    def _holder(self, name: str) -> Holder | None:
+    def _holder(self, name: str) -> Writer | None:
         found = self._generations(name)
-        entry = read_holder(found[max(found)]) if found else None
+        entry = read_writer(found[max(found)]) if found else None
         return None if entry is None else entry[0]
 
     def _path(self, name: str, generation: int) -> Path:
@@ -193,7 +193,7 @@ class Claims:
         }
 
     def _link(self, path: Path) -> bool:
-        """Make a claim's file; False where it is there already."""
+        """Make a lease's file; False where it is there already."""
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             link(self._mine, path)
@@ -205,10 +205,10 @@ class Claims:
         return True
 
     def _attempt(self, path: Path | None) -> str | None:
-        entry = None if path is None else read_holder(path)
+        entry = None if path is None else read_writer(path)
         return None if entry is None else entry[0].attempt
 
-    def _alive(self, holder: Holder, touched: float, now: float) -> bool:
+    def _alive(self, holder: Writer, touched: float, now: float) -> bool:
         if holder.machine == self._me.machine and not is_running(holder.pid):
             return False
         return now - touched <= EXPIRY_SECONDS
@@ -240,7 +240,7 @@ class Claims:
         """Remove what dead processes left, and the folders that are empty then."""
         files = (Path(at) / name for at, _, names in os.walk(self._folder) for name in names)
         for path in list(files):
-            entry = read_holder(path)
+            entry = read_writer(path)
             if entry is not None and not self._alive(*entry, now):
                 path.unlink(missing_ok=True)
         self._remove_folders()
@@ -260,7 +260,7 @@ def taken_over(cache: Path) -> OutputError:
     )
 
 
-def writers_of(cache: Path) -> list[Holder]:
+def writers_of(cache: Path) -> list[Writer]:
     """Return the processes that write a cache, for one who only looks and touches nothing.
 
     Age is judged by this machine's clock, and not at all for a process of this machine.
@@ -268,8 +268,8 @@ def writers_of(cache: Path) -> list[Holder]:
     mine, now = this_machine(), time.time()
     files: list[Path] = []
     with suppress(FileNotFoundError):  # the last one takes the folder along, at any moment
-        files = sorted((cache / CLAIMS / WRITERS).glob("*.json"))
-    found = [entry for path in files if (entry := read_holder(path)) is not None]
+        files = sorted((cache / LEASES / WRITERS).glob("*.json"))
+    found = [entry for path in files if (entry := read_writer(path)) is not None]
     return [
         holder
         for holder, touched in found
@@ -277,10 +277,10 @@ def writers_of(cache: Path) -> list[Holder]:
     ]
 
 
-def claim_of(split: str, block: int) -> str:
-    """Return the name of the claim on a block.
+def lease_name(split: str, block: int) -> str:
+    """Return the name of the lease on a block.
 
-    >>> claim_of("train", 3)
+    >>> lease_name("train", 3)
     'train/00000003'
     """
     return f"{split}/{block:08d}"

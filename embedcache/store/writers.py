@@ -12,7 +12,7 @@ from pathlib import Path
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Holder:
+class Writer:
     """A process that writes: what its file says. ``machine`` tells apart hosts of one name."""
 
     attempt: str
@@ -25,7 +25,7 @@ class Holder:
         return f"process {self.pid} on {self.host}"
 
 
-def read_holder(path: Path) -> tuple[Holder, float] | None:
+def read_writer(path: Path) -> tuple[Writer, float] | None:
     """Return who keeps a file alive and when it was touched; None where it is gone.
 
     It is opened before it is asked for its time: a network file system may else answer from what
@@ -38,9 +38,9 @@ def read_holder(path: Path) -> tuple[Holder, float] | None:
     except FileNotFoundError:
         return None
     try:
-        return Holder(**json.loads(text)), touched
+        return Writer(**json.loads(text)), touched
     except (ValueError, TypeError):  # damaged: nobody's, until it expires
-        return Holder(attempt="", host="an unknown host", machine="", pid=0, began=""), touched
+        return Writer(attempt="", host="an unknown host", machine="", pid=0, began=""), touched
 
 
 def is_running(pid: int) -> bool:

@@ -8,13 +8,13 @@ from embedcache.base.head import Head
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import LIKELY
 from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import Spread
+from embedcache.carryon.branch.model import InputStats
 from embedcache.data.loader import BatchLoader
 from embedcache.data.sample import sample_embeddings
 from embedcache.data.subset import Documents, Subset
 from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.evaluation.evaluate import EVAL_TOKENS, FrozenInputs
-from embedcache.loss import Shortlist, tail_proposal
+from embedcache.loss import ShortlistSampler, tail_proposal
 from embedcache.loss.shortlist.shortlist import DRAWS, DRAWS_BESIDE_TOP_IDS
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import Ranks
@@ -41,7 +41,7 @@ class Materials:
         self._documents: dict[str, Documents] = {}
         self._subsets: dict[tuple[str, Patterns], Subset] = {}
         self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-        self._spreads: dict[tuple[str, ...], dict[str, Spread]] = {}
+        self._spreads: dict[tuple[str, ...], dict[str, InputStats]] = {}
         self._frozen: dict[tuple[bool, torch.dtype, bool], FrozenInputs] = {}
         self._proposal_V: torch.Tensor | None = None
 
@@ -85,11 +85,11 @@ class Materials:
             self._samples[taps] = sample_embeddings(self.train, taps)
         return self._samples[taps]
 
-    def spreads(self, taps: tuple[str, ...]) -> dict[str, Spread]:
+    def input_stats(self, taps: tuple[str, ...]) -> dict[str, InputStats]:
         """Return how each tap's components are spread, by a sample."""
         if taps not in self._spreads:
             sample = self.sample(taps)
-            self._spreads[taps] = {tap: Spread.of(sample[tap]) for tap in taps}
+            self._spreads[taps] = {tap: InputStats.of(sample[tap]) for tap in taps}
         return self._spreads[taps]
 
     def inputs(
@@ -109,7 +109,7 @@ class Materials:
             )
         return self._frozen[key]
 
-    def shortlist(self, config: TrainConfig, recipe: Recipe) -> Shortlist:
+    def shortlist(self, config: TrainConfig, recipe: Recipe) -> ShortlistSampler:
         """Return what draws the shortlists that a carry-on is trained with."""
         if self._proposal_V is None:
             inputs = self.inputs(config.carryon, recipe)
@@ -129,7 +129,7 @@ class Materials:
             )
         head = self.inputs(config.carryon, recipe, training=True).head
         proposal_V = self._proposal_V.to(self.device)
-        return Shortlist(head, proposal_V, samples=self.draws(config), seed=config.order)
+        return ShortlistSampler(head, proposal_V, samples=self.draws(config), seed=config.order)
 
     def draws(self, config: TrainConfig) -> int:
         """Return how many tokens a carry-on's shortlists draw, about."""

@@ -11,7 +11,7 @@ from embedcache.carryon.branch.model import CarryOn
 from embedcache.data.batch import Batch
 from embedcache.device import any_shape_attention
 from embedcache.evaluation.evaluate import FrozenInputs
-from embedcache.loss import Shortlist, cross_entropy, estimate
+from embedcache.loss import ShortlistSampler, linear_cross_entropy, shortlist_cross_entropy
 from embedcache.training.distributed import ALONE, Ranks
 from embedcache.training.step.settings import PLAIN, Recipe
 
@@ -33,7 +33,7 @@ def dev_losses(
     batches: Iterable[Batch],
     inputs: FrozenInputs,
     stack: CarryOn | None,
-    shortlist: Shortlist | None = None,
+    shortlist: ShortlistSampler | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
     ranks: Ranks = ALONE,
     recipe: Recipe = PLAIN,
@@ -49,17 +49,19 @@ def dev_losses(
     for step, batch in enumerate(batches):
         if not len(batch.targets_N):
             continue
-        y_KNH = batch.at_wanted(batch.x_BTH["final"]).to(inputs.dtype)[None]
+        y_KNH = batch.at_predicted(batch.x_BTH["final"]).to(inputs.dtype)[None]
         if stack is not None:
             y_KNH = y_KNH + inputs.delta(stack, batch)
         for k, y_NH in enumerate(y_KNH):
             chunks = recipe.chunks(inputs.head, len(y_NH), y_NH.device)
-            loss_N = cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)
+            loss_N = linear_cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)
             exact_K[k] += loss_N.double().sum().cpu()
         if shortlist is not None:
             generator = shortlist.generator(step)
             listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NK)
-            loss_KN = estimate(y_KNH, listed, inputs.head, logit_bytes=recipe.logit_bytes)
+            loss_KN = shortlist_cross_entropy(
+                y_KNH, listed, inputs.head, logit_bytes=recipe.logit_bytes
+            )
             estimate_K += loss_KN.double().sum(dim=1).cpu()
         targets += len(batch.targets_N)
         on_batch(batch.tokens)

@@ -86,11 +86,11 @@ class Trainer:
             self._progress.say(f"memory: {plan}")
             for member in members:
                 member.memory = str(plan)
-        spreads = self.materials.spreads(members[0].config.carryon.taps)
+        input_stats = self.materials.input_stats(members[0].config.carryon.taps)
         begun: list[Begun] = []
         for member in members:
             with failing(member):
-                begun.append((member, member.begin(self.materials.hidden, spreads)))
+                begun.append((member, member.begin(self.materials.hidden, input_stats)))
         begun = sorted((one for one in begun if one[0].failure is None), key=self._place)
         if not begun:
             return

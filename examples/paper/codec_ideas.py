@@ -34,7 +34,7 @@ from embedcache.device import resolve_device
 from embedcache.evaluation.evaluate import FrozenInputs, evaluate
 from embedcache.extraction import calibrate
 from embedcache.extraction.calibrate import Sample, coded_bits
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
 from embedcache.training.train import sweep
 
@@ -236,8 +236,8 @@ def base_rise(tried: Tried, held: Sample, head: Head) -> float:
     decoded_NH = tried.there_and_back(held.x_NH, held.ids_N)
     keep = torch.from_numpy(np.flatnonzero(held.targets_N >= 0)).to(decoded_NH.device)
     dtype = head.weight_VH.dtype
-    exact = cross_entropy(some.x_NH.to(dtype), head, targets_N).double().mean()
-    found = cross_entropy(decoded_NH[keep].to(dtype), head, targets_N).double().mean()
+    exact = linear_cross_entropy(some.x_NH.to(dtype), head, targets_N).double().mean()
+    found = linear_cross_entropy(decoded_NH[keep].to(dtype), head, targets_N).double().mean()
     return 100 * float(found / exact - 1)
 
 

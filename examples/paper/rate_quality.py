@@ -31,7 +31,7 @@ from embedcache.cache.codecs.transform import TransformCodec
 from embedcache.device import resolve_device
 from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.extraction.calibrate import Sample, calibrate
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 
 BUDGETS = (0.35, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)
 GROUP = 32
@@ -119,7 +119,9 @@ def base_loss(x_NH: Tensor, test: Sample, head: Head) -> float:
     """Return the base's mean cross-entropy over the rows that have a target."""
     wanted = torch.from_numpy(np.flatnonzero(test.targets_N >= 0)).to(x_NH.device)
     targets_N = torch.from_numpy(test.targets_N).to(x_NH.device)[wanted]
-    return float(cross_entropy(x_NH[wanted].to(head.weight_VH.dtype), head, targets_N).mean())
+    return float(
+        linear_cross_entropy(x_NH[wanted].to(head.weight_VH.dtype), head, targets_N).mean()
+    )
 
 
 def picture(rows: list[Row]) -> Figure:

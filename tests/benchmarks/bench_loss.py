@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from embedcache.base.head import Head
-from embedcache.loss import Chunks, cross_entropy, plan_chunks
+from embedcache.loss import Chunks, linear_cross_entropy, plan_chunks
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import record, row
@@ -47,7 +47,7 @@ class Measured(NamedTuple):
 
 
 def ours(x: Tensor, weight: Tensor, targets: Tensor, *, impl: str, chunks: Chunks) -> Tensor:
-    return cross_entropy(x, Head(weight), targets, impl=impl, chunks=chunks).mean()
+    return linear_cross_entropy(x, Head(weight), targets, impl=impl, chunks=chunks).mean()
 
 
 def products_alone(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -134,7 +134,7 @@ def evaluation(x: Tensor, weight: Tensor, targets: Tensor, command: str) -> dict
     rates = []
     with torch.no_grad():
         for work in (
-            lambda: cross_entropy(x, Head(weight), targets),
+            lambda: linear_cross_entropy(x, Head(weight), targets),
             lambda: torch.mm(x[:rows], weight.T, out=logits),
         ):
             work()

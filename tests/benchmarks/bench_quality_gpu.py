@@ -37,7 +37,7 @@ from embedcache.data.loader import BatchLoader
 from embedcache.device import wait_for
 from embedcache.evaluation.evaluate import FrozenInputs, evaluate
 from embedcache.extraction.extract import extract
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
 from embedcache.training.optim.schedule import learning_rate
 from embedcache.training.train import train
@@ -93,7 +93,7 @@ class Lora:
             attention_mask=segment_mask(batch.segments_BT)[:, None],
             use_cache=False,
         ).last_hidden_state
-        return cross_entropy(batch.at_wanted(hidden_BTH), self._head, batch.targets_N)
+        return linear_cross_entropy(batch.at_predicted(hidden_BTH), self._head, batch.targets_N)
 
     @torch.no_grad()
     def score(self, split: str, tokens: int) -> float:

@@ -29,7 +29,7 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.data.loader import BatchLoader
 from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.extraction.extract import extract
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
 from embedcache.training.train import TrainSummary, train
 
@@ -81,7 +81,7 @@ def lora_tokens_per_second(
         hidden = decoder(
             input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False
         ).last_hidden_state
-        cross_entropy(batch.at_wanted(hidden), head, batch.targets_N).mean().backward()
+        linear_cross_entropy(batch.at_predicted(hidden), head, batch.targets_N).mean().backward()
         torch.nn.utils.clip_grad_norm_(weights, 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

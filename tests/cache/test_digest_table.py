@@ -1,4 +1,4 @@
-"""A ledger gives what was written, page by page, or nothing."""
+"""A digest table gives what was written, page by page, or nothing."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ import numpy as np
 import pytest
 
 from embedcache.cache.manifest import digest_table as ledger_module
-from embedcache.cache.manifest.digest_table import PAGE, Ledger, LedgerSeal, write_ledger
+from embedcache.cache.manifest.digest_table import (
+    PAGE,
+    DigestTable,
+    TableDigest,
+    write_digest_table,
+)
 from embedcache.cache.manifest.file_record import FILE
 from embedcache.errors import CacheError
 
@@ -23,24 +28,24 @@ def records(count: int) -> list[tuple[int, int, bytes]]:
     return [(draw.getrandbits(60), draw.getrandbits(32), draw.randbytes(32)) for _ in range(count)]
 
 
-def written(path: Path, count: int) -> tuple[LedgerSeal, Ledger]:
-    seal = write_ledger(path, FILE, iter(records(count)))
-    return seal, Ledger(path, FILE, seal)
+def written(path: Path, count: int) -> tuple[TableDigest, DigestTable]:
+    seal = write_digest_table(path, FILE, iter(records(count)))
+    return seal, DigestTable(path, FILE, seal)
 
 
 @pytest.mark.parametrize("count", SIZES)
 def test_what_is_written_is_read_by_numpy_too(tmp_path: Path, count: int) -> None:
-    path = tmp_path / "folder" / "ledger"
-    seal, ledger = written(path, count)
-    assert [row.item() for row in ledger] == records(count)
-    assert [ledger[row].item() for row in range(len(ledger))] == records(count)
-    assert ledger.fault() is None
+    path = tmp_path / "folder" / "digest_table"
+    seal, digest_table = written(path, count)
+    assert [row.item() for row in digest_table] == records(count)
+    assert [digest_table[row].item() for row in range(len(digest_table))] == records(count)
+    assert digest_table.fault() is None
     assert path.is_file() == bool(count)
-    assert [p.name for p in path.parent.iterdir()] == ["ledger"] * bool(count)
+    assert [p.name for p in path.parent.iterdir()] == ["digest_table"] * bool(count)
     if not count:
         return
     data = path.read_bytes()
-    assert len(data) == ledger.size
+    assert len(data) == digest_table.size
     mapped: Any = np.memmap(path, FILE, mode="r", shape=(count,))
     assert [row.item() for row in mapped] == records(count)
     pages = [
@@ -48,40 +53,40 @@ def test_what_is_written_is_read_by_numpy_too(tmp_path: Path, count: int) -> Non
         for start in range(0, count, PAGE)
     ]
     assert data == mapped.tobytes() + b"".join(pages)
-    assert seal == LedgerSeal(rows=count, sha256=hashlib.sha256(b"".join(pages)).hexdigest())
+    assert seal == TableDigest(rows=count, sha256=hashlib.sha256(b"".join(pages)).hexdigest())
 
 
 def test_a_record_that_it_does_not_have_is_no_record(tmp_path: Path) -> None:
-    _, ledger = written(tmp_path / "ledger", 5)
+    _, digest_table = written(tmp_path / "digest_table", 5)
     for row in (-1, 5):
         with pytest.raises(IndexError):
-            ledger[row]
+            digest_table[row]
 
 
 @pytest.mark.parametrize("place", [0, PAGE * 44 - 1, PAGE * 44, 3 * PAGE * 44 + 5, -1, -65, -128])
 def test_a_changed_bit_is_noticed_where_it_is_and_nowhere_else(tmp_path: Path, place: int) -> None:
-    path, count = tmp_path / "ledger", 3 * PAGE + 7
+    path, count = tmp_path / "digest_table", 3 * PAGE + 7
     seal, _ = written(path, count)
     data = bytearray(path.read_bytes())
     data[place] ^= 16
     path.write_bytes(data)
-    ledger = Ledger(path, FILE, seal)
+    digest_table = DigestTable(path, FILE, seal)
     of_hashes = place % len(data) >= count * 44
     damaged = set(range(4)) if of_hashes else {place // (PAGE * 44)}
     for row, record in enumerate(records(count)):
         if row // PAGE in damaged:
             with pytest.raises(CacheError, match=r"Run 'embedcache verify CACHE --deep'"):
-                ledger[row]
+                digest_table[row]
         else:
-            assert ledger[row].item() == record
+            assert digest_table[row].item() == record
     why = "other page hashes" if of_hashes else f"fails the SHA-256 of page {min(damaged)}"
-    assert why in (ledger.fault() or "")
+    assert why in (digest_table.fault() or "")
 
 
 @pytest.mark.parametrize("change", ["shorter", "longer", "empty", "missing", "another's"])
 def test_another_file_is_refused(tmp_path: Path, change: str) -> None:
-    path = tmp_path / "ledger"
-    _, ledger = written(path, PAGE + 3)
+    path = tmp_path / "digest_table"
+    _, digest_table = written(path, PAGE + 3)
     data = path.read_bytes()
     match change:
         case "shorter":
@@ -93,25 +98,25 @@ def test_another_file_is_refused(tmp_path: Path, change: str) -> None:
         case "missing":
             path.unlink()
         case "another's":
-            write_ledger(path, FILE, records(PAGE + 4)[1:])
-    assert ledger.fault()
+            write_digest_table(path, FILE, records(PAGE + 4)[1:])
+    assert digest_table.fault()
     if change != "longer":  # of which all that is read is as it was written
         with pytest.raises(CacheError, match=r"the cache is damaged"):
-            ledger[0]
+            digest_table[0]
 
 
 def test_few_pages_are_kept_and_each_is_read_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, ledger = written(tmp_path / "ledger", 40 * PAGE)
+    _, digest_table = written(tmp_path / "digest_table", 40 * PAGE)
     read: list[int] = []
     pread = ledger_module.os.pread
     monkeypatch.setattr(
         ledger_module.os, "pread", lambda fd, size, at: read.append(size) or pread(fd, size, at)
     )
     for row in [*range(PAGE), PAGE, 0, 1]:
-        ledger[row]
+        digest_table[row]
     assert sorted(read) == sorted([40 * 32, PAGE * 44, PAGE * 44])
     for row in range(0, 40 * PAGE, PAGE):
-        ledger[row]
-    assert ledger._page.cache_info().currsize == ledger_module.KEPT_PAGES
+        digest_table[row]
+    assert digest_table._page.cache_info().currsize == ledger_module.KEPT_PAGES

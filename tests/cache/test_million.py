@@ -124,7 +124,7 @@ def test_ranks_start_at_once_too(million: Path, measured: dict[str, Any]) -> Non
 
 def test_an_edit_of_a_page_is_found_by_whoever_uses_it(million: Path, tmp_path: Path) -> None:
     used, other = first_blocks(2)
-    path = million / "ledger/train/embeddings"
+    path = million / "digests/train/embeddings"
     data = path.read_bytes()
     changed = bytearray(data)
     changed[used * 44] ^= 1

@@ -112,7 +112,7 @@ def edit_json(path: Path, *keys: Any, value: Any) -> None:
         (("splits", "train", "tokens"), 1),
         (("splits", "train", "quarantined", "rows"), 1),
         (("splits", "train", "embeddings", "sha256"), "0" * 64),
-        (("sealed", "ledgers", "ledger/train/sealed", "rows"), 1),
+        (("sealed", "digest_tables", "digests/train/sealed", "rows"), 1),
         (("sealed", "metadata", "zarr.json"), "{}"),
         (("base", "files"), []),
         (("hash",), "0" * 64),

@@ -16,7 +16,7 @@ from embedcache.cache.format.layout import FINGERPRINT_BYTES
 from embedcache.cache.tokens import reader as tokens_module
 from embedcache.cache.tokens import tables
 from embedcache.cache.tokens.reader import SplitTokens
-from embedcache.cache.tokens.writer import SplitSealer
+from embedcache.cache.tokens.writer import SplitTokensWriter
 from embedcache.corpus.reader import CorpusReader
 from embedcache.errors import UsageError
 
@@ -38,7 +38,7 @@ def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[li
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for module in (tables, tokens_module):
             patch.setattr(module, "TABLE_CHUNK", 3)  # tables of several chunks
-        sealer = SplitSealer(zarr.create_group(Path(folder) / "train", zarr_format=3), BLOCK)
+        sealer = SplitTokensWriter(zarr.create_group(Path(folder) / "train", zarr_format=3), BLOCK)
         expected, count = [], 1
         for number, document in enumerate(lengths):
             sequences = []
@@ -71,7 +71,7 @@ def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[li
 
 
 def test_a_sequence_longer_than_a_block_is_refused(tmp_path: Path) -> None:
-    sealer = SplitSealer(zarr.create_group(tmp_path / "train", zarr_format=3), BLOCK)
+    sealer = SplitTokensWriter(zarr.create_group(tmp_path / "train", zarr_format=3), BLOCK)
     with pytest.raises(UsageError, match=r"17 tokens .* --block-tokens"):
         sealer.append_document(0, "a", fingerprint(0), [made(BLOCK + 1, 1)])
 

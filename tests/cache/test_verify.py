@@ -20,9 +20,9 @@ from embedcache.cache.blocks.commit import BlockWriter, Marker
 from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import ARRAYS, ArraySpec
 from embedcache.cache.format.layout import MANIFEST, SCHEMA, SEALED, marker_path
-from embedcache.cache.manifest import digest_table as ledger
+from embedcache.cache.manifest import digest_table as digest_table
 from embedcache.cache.manifest import file_record as records
-from embedcache.cache.manifest.digests import publish_seal
+from embedcache.cache.manifest.digests import publish_digests
 from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import Fault, verify
 from embedcache.errors import CacheError, EmbedcacheError
@@ -102,7 +102,12 @@ FINAL = ("train/embeddings/final/zarr.json",)
         ("base/head/zarr.json", ("attributes", "scale"), 2.0, "attributes.scale"),
         (MANIFEST, ("extracted", "seconds"), 1e9, "does not match its own SHA-256"),
         (MANIFEST, ("splits", "dev", "tokens"), 1, "does not match its own hash"),
-        (SEALED, ("ledgers", "ledger/train/sealed", "rows"), 1, "does not match its own SHA-256"),
+        (
+            SEALED,
+            ("digest_tables", "digests/train/sealed", "rows"),
+            1,
+            "does not match its own SHA-256",
+        ),
         ("commits/dev/00000000.0.json", ("quarantined",), [0], "does not match its own SHA-256"),
     ],
 )
@@ -166,7 +171,7 @@ def test_a_manifest_or_seal_of_its_own_that_says_another_thing_disagrees(copied:
     """Both are whole, as far as their own hashes tell."""
     sealed = read_manifest(copied).sealed
     put_aside(copied, "train", 0, (1,))
-    publish_seal(copied, replace(sealed, metadata=sealed.metadata | {"zarr.json": "{}"}))
+    publish_digests(copied, replace(sealed, metadata=sealed.metadata | {"zarr.json": "{}"}))
     assert told(copied) == [
         "sealed.json does not name the files that manifest.json names",
         "manifest.json puts 'train' sequences aside that no marker does",
@@ -270,7 +275,7 @@ def test_a_damaged_page_of_a_ledger_costs_its_own_blocks_only(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Pages of three records, one a block."""
-    monkeypatch.setattr(ledger, "PAGE", 3)
+    monkeypatch.setattr(digest_table, "PAGE", 3)
     path = tmp_path / "cache"
     extract(
         corpus_config(write_documents(tmp_path / "corpus", 20)),
@@ -281,14 +286,14 @@ def test_a_damaged_page_of_a_ledger_costs_its_own_blocks_only(
     )
     assert told(path, deep=True) == []
     before = served(path)
-    data = bytearray((path / "ledger/train/embeddings").read_bytes())
+    data = bytearray((path / "digests/train/embeddings").read_bytes())
     data[4 * 44] ^= 1
-    (path / "ledger/train/embeddings").write_bytes(data)
-    assert told(path, deep=True) == ["ledger/train/embeddings fails the SHA-256 of page 1"]
+    (path / "digests/train/embeddings").write_bytes(data)
+    assert told(path, deep=True) == ["digests/train/embeddings fails the SHA-256 of page 1"]
     flip_byte(path / "train/embeddings/final/c/1/0")
     flip_byte(path / "train/embeddings/final/c/4/0")  # which its marker vouches for, still
     assert [line.split(":")[0] for line in told(path, deep=True)] == [
-        "ledger/train/embeddings fails the SHA-256 of page 1",
+        "digests/train/embeddings fails the SHA-256 of page 1",
         "train block 1",
         "train block 4",
     ]

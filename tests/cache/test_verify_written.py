@@ -34,7 +34,7 @@ from embedcache.extraction import run as stage_one
 from embedcache.extraction import store_base
 from embedcache.extraction.extract import extract
 from embedcache.store import transaction as rewrite
-from embedcache.store.lease import Claims
+from embedcache.store.lease import Leases
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
 
@@ -90,7 +90,7 @@ def looks_at(out: Path, real: set[str], seen: list[str]) -> Callable[[], None]:
 
 
 WRITING = [
-    (seal, "publish_seal"),
+    (seal, "publish_digests"),
     (store_base, "fsync_tree"),
     (commit, "promote"),
     (commit.os, "link"),
@@ -119,7 +119,7 @@ def test_during_a_repair(
     damaged = [SHARD, "base/head/weight/c/0/0", "train/tokens/ids/c/0", "sealed.json"]
     for name in damaged:
         flip_byte(copied / name)
-    steps = [*WRITING[1:], (repair, "publish_seal"), (repair, "tokenise")]
+    steps = [*WRITING[1:], (repair, "publish_digests"), (repair, "tokenise")]
     with monkeypatch.context() as patch:
         at_every_call(patch, steps, looks_at(copied, set(), seen))
         run(corpus, tiny_base, copied, repair=True)
@@ -182,7 +182,7 @@ def test_damage_of_a_cache_that_nobody_writes_is_damage(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip_byte(copied / SHARD)
-    with Claims(copied), pytest.raises(CacheError, match=rf"is being written .*{SHARD} fails"):
+    with Leases(copied), pytest.raises(CacheError, match=rf"is being written .*{SHARD} fails"):
         verify(copied, deep=True)
     (fault,) = verify(copied, deep=True).faults
     assert fault.file == SHARD
@@ -193,7 +193,7 @@ def test_a_sound_one_that_is_written_says_by_whom(
 ) -> None:
     (copied / MANIFEST).unlink()
     marker_path(copied, "train", 0).unlink()
-    with Claims(copied):
+    with Leases(copied):
         assert call_main(monkeypatch, "verify", str(copied)) == 0
     assert f"It is being written by process {os.getpid()} on " in capsys.readouterr().out
 

@@ -82,7 +82,7 @@ def test_the_standard_library() -> None:
     assert set(found) == expected
     assert len(found) == len(expected)
     assert "asyncio/base_events.py" in expected
-    # The order spreads over the library: its first tenth holds files of many first letters.
+    # The order input_stats over the library: its first tenth holds files of many first letters.
     assert len({name[0] for name in found[: len(found) // 10]}) > 8
     assert found == names("stdlib:")
 

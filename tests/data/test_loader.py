@@ -60,7 +60,7 @@ def by_sequence(split) -> dict[int, tuple[np.ndarray, np.ndarray, torch.Tensor, 
 
 
 def same(first: Batch, second: Batch) -> bool:
-    tensors = ("ids_BT", "positions_BT", "segments_BT", "wanted_N", "targets_N")
+    tensors = ("ids_BT", "positions_BT", "segments_BT", "predict_N", "targets_N")
     return (
         first.sequences == second.sequences
         and first.tokens == second.tokens
@@ -170,7 +170,7 @@ def test_contents_and_targets_match_each_sequence(split):
         assert not batch.x_BTH["final"][~real].any()
         targets = {}
         for flat, target, document, place in zip(
-            batch.wanted_N.tolist(),
+            batch.predict_N.tolist(),
             batch.targets_N.tolist(),
             batch.documents_N.tolist(),
             batch.places_N2.tolist(),
@@ -197,7 +197,7 @@ def test_contents_and_targets_match_each_sequence(split):
 def test_a_row_has_few_more_starts_than_it_needs(split, tokens, few):
     """A power of two, or from 64 on a multiple: attention takes memory for each."""
     for batch in batches(split, tokens=tokens, one_row=True):
-        starts = batch.starts_M.tolist()
+        starts = batch.cu_seqlens_M.tolist()
         needed, T = sum(start < batch.ids_BT.shape[1] for start in starts) + 1, starts[-1]
         assert starts == sorted(starts) and batch.ids_BT.shape[1] == T
         assert len(batch.sequences) < needed <= len(starts)
@@ -220,8 +220,8 @@ def test_a_sequence_s_first_token_is_nobody_s_target(split, monkeypatch, one_row
         wanted = batch.segments_BT >= 0
         wanted &= batch.segments_BT == batch.segments_BT.roll(-1, 1)
         wanted &= batch.positions_BT + 1 == batch.positions_BT.roll(-1, 1)
-        assert sorted(batch.wanted_N.tolist()) == wanted.flatten().nonzero()[:, 0].tolist()
-        assert torch.equal(batch.targets_N, batch.ids_BT.flatten()[batch.wanted_N + 1])
+        assert sorted(batch.predict_N.tolist()) == wanted.flatten().nonzero()[:, 0].tolist()
+        assert torch.equal(batch.targets_N, batch.ids_BT.flatten()[batch.predict_N + 1])
         assert batch.whole == (batch.tokens, batch.tokens - len(batch.sequences))
 
 

@@ -44,7 +44,7 @@ def test_it_is_what_one_extraction_of_both_gives(
     tables = ("offsets", "document/", "tokens/blocks", "documents/", "zarr.json")
     told_in = ("manifest.json", "sealed.json")
     assert all(
-        path in told_in or path.startswith("ledger/") or any(table in path for table in tables)
+        path in told_in or path.startswith("digests/") or any(table in path for table in tables)
         for path in changed
     ), changed
     for path in ("train/tokens/ids/c/0", f"train/tokens/span/c/{one.splits['train'].blocks}/0"):

@@ -16,7 +16,7 @@ import embedcache.editing.append as verb
 from embedcache.cache.blocks.commit import BlockWriter
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import block_shards
-from embedcache.cache.manifest import digest_table as ledger
+from embedcache.cache.manifest import digest_table as digest_table
 from embedcache.cache.manifest.file_record import FILE
 from embedcache.cache.verify import verify
 from embedcache.errors import CacheError
@@ -24,14 +24,14 @@ from embedcache.extraction.extract import extract
 
 
 def rows_of(cache: Path, name: str, count: int) -> list[tuple[int, int, bytes]]:
-    """Return a ledger's records as its file has them, without what reads it."""
-    return np.frombuffer((cache / "ledger" / name).read_bytes(), FILE, count).tolist()
+    """Return a digest table's records as its file has them, without what reads it."""
+    return np.frombuffer((cache / "digest_table" / name).read_bytes(), FILE, count).tolist()
 
 
 def test_new_records_follow_those_that_were_there_over_pages(
     tiny_base: Path, corpus: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ledger, "PAGE", 3)
+    monkeypatch.setattr(digest_table, "PAGE", 3)
     old = extracted(tmp_path / "cache", tiny_base, corpus)
     before, settings = Cache(old).manifest.splits["train"], Cache(old).attributes.settings
     was = rows_of(old, "train/embeddings", before.embeddings.rows)
@@ -78,7 +78,7 @@ def test_what_was_put_aside_stays_aside_on_both_sides(
 @pytest.mark.parametrize("name", ["sealed", "embeddings"])
 def test_a_damaged_ledger_is_not_added_to(old: Path, more: Path, name: str) -> None:
     before = every_byte(old)
-    path = f"ledger/train/{name}"
+    path = f"digests/train/{name}"
     flip_byte(old / path)
     with pytest.raises(CacheError, match=rf"{path} .*the cache is damaged.*--repair"):
         added(old, more)

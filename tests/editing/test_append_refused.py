@@ -27,7 +27,7 @@ from embedcache.errors import (
     UsageError,
 )
 from embedcache.extraction.extract import extract
-from embedcache.store.lease import Claims
+from embedcache.store.lease import Leases
 
 
 @pytest.fixture
@@ -83,7 +83,7 @@ def test_bad_input_leaves_the_cache_as_it_was(untouched: Path, tmp_path: Path) -
 
 
 def test_while_another_writes_it_is_refused(untouched: Path, more: Path) -> None:
-    with Claims(untouched) as other:
+    with Leases(untouched) as other:
         assert other.take("turn")
         with pytest.raises(OutputError, match=r"--append needs .* alone.*process \d+"):
             added(untouched, more)
@@ -153,7 +153,7 @@ def test_one_that_was_begun_goes_on_or_is_dropped(
         added(old, write_documents(tmp_path / "new", 2, seed=5))
     assert str(more) in str(told.value)
     reads: list[Any] = []
-    monkeypatch.setattr(verb, "seal_corpus", lambda *a, **k: reads.append(a))
+    monkeypatch.setattr(verb, "write_tokens", lambda *a, **k: reads.append(a))
     assert sum(added(old, more).documents.values()) == 9
     assert not reads  # tokens were sealed the first time
 

@@ -22,9 +22,9 @@ from embedcache.cache.blocks.commit import BlockWriter
 from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import ARRAYS, codec_name
 from embedcache.cache.format.layout import SPLITS, token_chunks
-from embedcache.cache.manifest.digests import publish_seal
+from embedcache.cache.manifest.digests import publish_digests
 from embedcache.cache.manifest.manifest import publish_manifest, read_manifest
-from embedcache.cache.tokens.files import seal_tree
+from embedcache.cache.tokens.files import digest_tree
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.cache.verify import verify
@@ -120,8 +120,8 @@ def rename(cache: Path, split: str, number: int, name: str) -> None:
     group.create_group("documents")
     replace(tables, names=tuple(changed)).write(group)
     manifest = read_manifest(cache)
-    seal = seal_tree(cache)
-    publish_seal(cache, seal)
+    seal = digest_tree(cache)
+    publish_digests(cache, seal)
     publish_manifest(cache, replace(manifest, sealed=seal))
     assert verify(cache, deep=True).faults == ()
 

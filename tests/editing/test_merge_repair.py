@@ -87,7 +87,11 @@ def test_damaged_blocks_come_out_as_they_were(
 
 
 def test_all_else_that_needs_no_corpus_is_mended(out: Path, merged: Path, tiny_base: Path) -> None:
-    for name in ("base/head/weight/c/0/0", "ledger/train/sealed", "ledger/dev/embeddings"):
+    for name in (
+        "base/head/weight/c/0/0",
+        "digests/train/sealed",
+        "digests/dev/embeddings",
+    ):
         flip_byte(out / name)
     for name in ("zarr.json", "train/zarr.json"):
         (out / name).write_text("{}")

@@ -30,7 +30,7 @@ from embedcache.errors import OutputError
 from embedcache.extraction import run as stage_one
 from embedcache.extraction.extract import ExtractSummary, extract
 from embedcache.extraction.measure import Measured
-from embedcache.store.lease import Claims, claim_of
+from embedcache.store.lease import Leases, lease_name
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_three_processes_share_one_cache_out(place: Path, tmp_path: Path) -> Non
     for process in processes:
         process.join()
     assert comparable_tree(out) == comparable_tree(place / "alone")
-    assert not {"claims", ".staging"} & {path.name for path in out.iterdir()}
+    assert not {"leases", ".staging"} & {path.name for path in out.iterdir()}
     computed = [summary["computed_blocks"] for summary in found]
     assert min(computed) >= 1
     assert sum(computed) == found[0]["blocks"] > 30
@@ -133,7 +133,7 @@ def test_the_rest_finish_what_a_killed_one_had_begun(place: Path, tmp_path: Path
     assert not (out / "manifest.json").exists()
     assert finished(other)["blocks"] > 30
     assert comparable_tree(out) == comparable_tree(place / "alone")
-    assert not {"claims", ".staging"} & {path.name for path in out.iterdir()}
+    assert not {"leases", ".staging"} & {path.name for path in out.iterdir()}
 
 
 def test_a_writer_that_comes_late_leaves_all_as_it_is(
@@ -175,10 +175,10 @@ def test_a_writer_that_comes_late_clears_up_after_one_killed_at_the_end(
 
 def test_repair_refuses_while_another_writes(place: Path, tmp_path: Path) -> None:
     with (
-        Claims(place / "alone") as other,
+        Leases(place / "alone") as other,
         pytest.raises(OutputError, match=r"--repair needs .* alone"),
     ):
-        other.take(claim_of("train", 0))
+        other.take(lease_name("train", 0))
         run(place, place / "alone", repair=True)
 
 
@@ -202,7 +202,7 @@ def killed_and_resumed(place: Path, folder: Path, times: int, seed: int) -> None
         if process.exitcode != -signal.SIGKILL or killed == times:
             extract_small(place, out)
             assert comparable_tree(out) == comparable_tree(place / "alone")
-            assert not {"claims", ".staging"} & {path.name for path in out.iterdir()}
+            assert not {"leases", ".staging"} & {path.name for path in out.iterdir()}
             finished += 1
         assert finished <= 3 * times
 

@@ -36,7 +36,7 @@ from embedcache.errors import IdentityError, UsageError
 from embedcache.extraction import top_ids
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
-from embedcache.loss import Shortlist
+from embedcache.loss import ShortlistSampler
 from embedcache.training import inputs as materials_module
 from embedcache.training.config import TrainConfig
 from embedcache.training.train import train
@@ -241,7 +241,7 @@ def test_a_shortlist_holds_them_and_its_sum_stays_unbiased(place: Path) -> None:
     targets_N = torch.randint(V, (9,), generator=draw)
     top_NK = torch.tensor([[4, 0], [0, 0], [V, 7]] * 3, dtype=torch.int32)
     proposal_V = torch.rand(V, generator=draw) + 0.05
-    shortlist = Shortlist(head, proposal_V / proposal_V.sum(), samples=12)
+    shortlist = ShortlistSampler(head, proposal_V / proposal_V.sum(), samples=12)
     held = {3, 6, V - 1, *targets_N.tolist()}
     logits_NV, totals = head(x_NH), []
     for step in range(600):
@@ -266,13 +266,15 @@ def test_a_carry_on_trained_with_few_draws_is_near_one_with_all(
     monkeypatch.setattr(materials_module, "DRAWS_BESIDE_TOP_IDS", 20)
     shape = CarryOnConfig(width=32, blocks=1)
     config = TrainConfig(carryon=shape, epochs=2, batch_tokens=256, lr=5e-3, loss="shortlist")
-    draw, seen = Shortlist.draw, []
+    draw, seen = ShortlistSampler.draw, []
 
-    def noted(self: Shortlist, targets_N: Any, generator: Any, top_ids_NK: Any = None) -> Any:
+    def noted(
+        self: ShortlistSampler, targets_N: Any, generator: Any, top_ids_NK: Any = None
+    ) -> Any:
         seen.append(top_ids_NK is not None)
         return draw(self, targets_N, generator, top_ids_NK)
 
-    monkeypatch.setattr(Shortlist, "draw", noted)
+    monkeypatch.setattr(ShortlistSampler, "draw", noted)
     few = train(place / "cache", out=tmp_path / "few", config=config)
     assert all(seen) and len(seen) > 4  # of train and of dev
     assert proposed.call_args.kwargs == {"held": LIKELY}

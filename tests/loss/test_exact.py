@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedcache.base.head import Head
 from embedcache.errors import UsageError
-from embedcache.loss import Chunks, Shortlist, cross_entropy, tail_proposal
+from embedcache.loss import Chunks, ShortlistSampler, linear_cross_entropy, tail_proposal
 from embedcache.loss import tile_update as absorb
 
 ALL = 10_000
@@ -37,7 +37,7 @@ def weights(N: int) -> torch.Tensor:
 def test_values_and_gradients(kind, shape, cuts, dtype):
     x, head, targets = problem(kind, *shape, dtype)
     upstream = weights(shape[0])
-    found = cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
     (found * upstream).sum().backward()
     expected, gradient = reference(x, head, targets, upstream)
     nats, share = TOLERANCES[dtype]
@@ -51,7 +51,7 @@ def test_values_and_gradients(kind, shape, cuts, dtype):
 @pytest.mark.parametrize("kind", HEADS)
 def test_default_chunks_and_no_gradient_give_the_same(kind):
     x, head, targets = problem(kind, 64, 101, 16)
-    found = cross_entropy(x.detach(), head, targets)
+    found = linear_cross_entropy(x.detach(), head, targets)
     assert not found.requires_grad
     expected = reference(x, head, targets, weights(64))[0]
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
@@ -63,7 +63,7 @@ def test_blocks_of_copies_give_the_same_bits(dtype, monkeypatch):
     results = []
     for rows in (100, 7):
         monkeypatch.setitem(absorb.BLOCK_BYTES, "cpu", rows * 4 * 30)
-        loss = cross_entropy(x, head, targets, chunks=Chunks(rows=ALL, columns=30))
+        loss = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=ALL, columns=30))
         results.append((loss, *torch.autograd.grad(loss.sum(), x)))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
@@ -72,7 +72,9 @@ def test_blocks_of_copies_give_the_same_bits(dtype, monkeypatch):
 def test_finite_differences():
     x, head, targets = problem("all", 7, 33, 5, torch.float64)
     chunks = Chunks(rows=3, columns=10)
-    assert torch.autograd.gradcheck(lambda x: cross_entropy(x, head, targets, chunks=chunks), x)
+    assert torch.autograd.gradcheck(
+        lambda x: linear_cross_entropy(x, head, targets, chunks=chunks), x
+    )
 
 
 @pytest.mark.parametrize("cuts", [(ALL, ALL), (3, 30)])
@@ -80,7 +82,7 @@ def test_bfloat16_gradients_of_confident_positions(cuts):
     # p is 0.998 and more: p - 1 rounded beside the other slopes would have an error of its own size
     _, head, targets = problem("plain", 64, 101, 64, torch.bfloat16)
     x = (head.weight_VH[targets] / 5).requires_grad_()
-    found = cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
     found.sum().backward()
     expected, gradient = reference(x, head, targets, torch.ones(64))
     assert expected.median() < 0.002
@@ -92,7 +94,7 @@ def test_many_tiles_add_no_rounding_to_bfloat16_gradients():
     x, head, targets = problem("scale", 64, 2003, 16, torch.bfloat16)
     errors = []
     for columns in (ALL, 20):
-        loss = cross_entropy(x, head, targets, chunks=Chunks(rows=ALL, columns=columns))
+        loss = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=ALL, columns=columns))
         (gradient,) = torch.autograd.grad(loss.sum(), x)
         errors.append(difference(gradient, reference(x, head, targets, torch.ones(64))[1]))
     assert errors[1] < 1.2 * errors[0]
@@ -104,9 +106,9 @@ def test_the_head_never_takes_a_gradient(kind):
     for frozen in (head.weight_VH, head.bias_V):
         if frozen is not None:
             frozen.requires_grad_()
-    shortlist = Shortlist(head, tail_proposal(x.detach(), head), samples=5)
+    shortlist = ShortlistSampler(head, tail_proposal(x.detach(), head), samples=5)
     (
-        cross_entropy(x, head, targets).sum()
+        linear_cross_entropy(x, head, targets).sum()
         + shortlist.cross_entropy(x[None], targets, step=0).sum()
     ).backward()
     assert x.grad is not None
@@ -118,7 +120,7 @@ def test_a_tied_embedding_learns_from_its_inputs_only():
     torch.manual_seed(0)
     embedding = nn.Embedding(33, 5)
     ids, targets = torch.arange(7), torch.arange(7) + 3
-    cross_entropy(embedding(ids), Head(embedding.weight), targets).sum().backward()
+    linear_cross_entropy(embedding(ids), Head(embedding.weight), targets).sum().backward()
     untied = nn.Embedding.from_pretrained(embedding.weight.detach().clone(), freeze=False)
     logits = reference_logits(untied(ids), Head(embedding.weight))
     nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
@@ -128,14 +130,14 @@ def test_a_tied_embedding_learns_from_its_inputs_only():
 
 def test_no_rows_is_no_loss():
     x, head, targets = problem("plain", 7, 33, 5)
-    found = cross_entropy(x[:0], head, targets[:0])
+    found = linear_cross_entropy(x[:0], head, targets[:0])
     assert found.shape == (0,)
     found.sum().backward()
 
 
 def test_backward_twice_gives_the_same_twice():
     x, head, targets = problem("plain", 7, 33, 5)
-    loss = cross_entropy(x, head, targets).sum()
+    loss = linear_cross_entropy(x, head, targets).sum()
     (first,) = torch.autograd.grad(loss, x, retain_graph=True)
     (second,) = torch.autograd.grad(loss, x)
     assert torch.equal(first, second)
@@ -162,9 +164,9 @@ class Made(TorchDispatchMode):
 def test_no_gradient_is_computed_for_nobody():
     x, head, targets = problem("plain", 7, 33, 5)
     with Made() as wanted:
-        cross_entropy(x, head, targets)
+        linear_cross_entropy(x, head, targets)
     with torch.no_grad(), Made() as unwanted:
-        cross_entropy(x, head, targets)
+        linear_cross_entropy(x, head, targets)
     assert wanted.operations - unwanted.operations >= {"expm1", "scatter_"}
 
 
@@ -172,7 +174,7 @@ def test_neither_all_logits_nor_a_float32_head_ever_exist():
     N, V, H = 60, 501, 64
     x, head, targets = problem("all", N, V, H, torch.bfloat16)
     with Made() as made:
-        cross_entropy(x, head, targets, chunks=Chunks(rows=10, columns=100)).sum().backward()
+        linear_cross_entropy(x, head, targets, chunks=Chunks(rows=10, columns=100)).sum().backward()
     assert 0 < made.elements <= N * H < V * H
     assert made.wide <= N * H
 
@@ -182,10 +184,10 @@ def test_neither_all_logits_nor_a_float32_head_ever_exist():
 def test_autocast_changes_nothing(head_dtype, autocast):
     x, head, targets = problem("plain", 64, 101, 16)
     head = Head(head.weight_VH.to(head_dtype))
-    expected = cross_entropy(x, head, targets, chunks=Chunks(rows=9, columns=20))
+    expected = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=9, columns=20))
     (gradient,) = torch.autograd.grad(expected.sum(), x)
     with torch.autocast("cpu", autocast):
-        found = cross_entropy(x, head, targets, chunks=Chunks(rows=9, columns=20))
+        found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=9, columns=20))
     found.sum().backward()
     assert torch.equal(found, expected)
     assert torch.equal(x.grad, gradient)
@@ -198,7 +200,7 @@ def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(kind, bad, cuts):
     x, head, targets = problem(kind, 7, 33, 5)
     with torch.no_grad():
         x[3, 2] = bad
-    found = cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
     assert found.isnan().tolist() == [row == 3 for row in range(7)]
 
 
@@ -206,7 +208,7 @@ def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(kind, bad, cuts):
 def test_a_target_outside_the_vocabulary_has_a_loss_of_nan(target):
     x, head, targets = problem("plain", 7, 33, 5)
     targets[4] = target
-    found = cross_entropy(x, head, targets, chunks=Chunks(rows=3, columns=7))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=3, columns=7))
     assert found.isnan().tolist() == [row == 4 for row in range(7)]
 
 
@@ -215,7 +217,7 @@ def test_tokens_that_a_bias_forbids(cuts):
     x, head, targets = problem("bias", 7, 33, 5)
     head.bias_V[:10] = -torch.inf  # whole tiles of them, and the first
     targets.clamp_(min=10)
-    found = cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
     found.sum().backward()
     expected, gradient = reference(x, head, targets, torch.ones(7))
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
@@ -225,10 +227,10 @@ def test_tokens_that_a_bias_forbids(cuts):
 def test_an_unknown_implementation_is_refused():
     x, head, targets = problem("plain", 7, 33, 5)
     with pytest.raises(UsageError, match="Did you mean 'triton'"):
-        cross_entropy(x, head, targets, impl="tritn")
+        linear_cross_entropy(x, head, targets, impl="tritn")
 
 
 def test_triton_is_refused_where_it_cannot_run():
     x, head, targets = problem("plain", 7, 33, 5, torch.float64)
     with pytest.raises(UsageError, match=r"float64 on cpu.*impl='auto'"):
-        cross_entropy(x, head, targets, impl="triton")
+        linear_cross_entropy(x, head, targets, impl="triton")

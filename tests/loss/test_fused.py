@@ -12,7 +12,7 @@ from support.loss_problems import HEADS, difference, problem, reference
 from torch import Tensor
 
 from embedcache.base.head import Head
-from embedcache.loss import Chunks, Columns, cross_entropy
+from embedcache.loss import Chunks, VocabSubset, linear_cross_entropy
 from embedcache.loss.linear_cross_entropy import frozen_head_loss
 
 # Interpreted, products of bfloat16 are not what a GPU's are; compiled, only those are taken.
@@ -55,7 +55,7 @@ def fused(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
 
 def computed(x: Tensor, head: Head, targets: Tensor) -> tuple[Tensor, Tensor]:
     """Return the loss of each position, and x's gradient."""
-    loss = cross_entropy(x, head, targets, impl="triton", chunks=WHOLE)
+    loss = linear_cross_entropy(x, head, targets, impl="triton", chunks=WHOLE)
     (gradient,) = torch.autograd.grad(loss.sum(), x)
     return loss.detach(), gradient
 
@@ -82,7 +82,7 @@ def test_one_position_of_few_columns_and_no_gradient(fused, device, dtype):
     found = computed(x, head, targets)
     assert close(found, reference(x, head, targets, torch.ones(1, device=device)), dtype)
     with torch.no_grad():
-        assert cross_entropy(x, head, targets, impl="triton", chunks=WHOLE).equal(found[0])
+        assert linear_cross_entropy(x, head, targets, impl="triton", chunks=WHOLE).equal(found[0])
 
 
 @pytest.mark.gpu
@@ -103,11 +103,11 @@ def test_columns_of_their_own_weight(fused, device, dtype, kind):
     """As a shortlist has them."""
     x, head, targets = problem(kind, 37, 104, 40, dtype, device)
     log_weight = torch.linspace(-3, 3, 104, device=device)
-    columns = Columns(head.weight_VH.detach(), head.bias_V, log_weight)
+    columns = VocabSubset(head.weight_VH.detach(), head.bias_V, log_weight)
     loss = frozen_head_loss(x, columns, head, targets, impl="triton", chunks=WHOLE)
     assert fused.positions == 37
     other = x.detach().double().requires_grad_()
-    wide = Columns(
+    wide = VocabSubset(
         columns.weight_CH.double(),
         None if head.bias_V is None else head.bias_V.double(),
         log_weight.double(),
@@ -151,7 +151,7 @@ def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(fused, device, dtype,
         x, head, targets = problem(kind, 37, 104, 40, dtype, device)
         with torch.no_grad():
             x[3, 2] = bad
-        found = cross_entropy(x, head, targets, impl="triton", chunks=WHOLE)
+        found = linear_cross_entropy(x, head, targets, impl="triton", chunks=WHOLE)
         assert found.isnan().tolist() == [row == 3 for row in range(37)]
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.loss_problems import HEADS, difference, problem, reference
 
-from embedcache.loss import Chunks, Columns, cross_entropy
+from embedcache.loss import Chunks, VocabSubset, linear_cross_entropy
 from embedcache.loss import tile_update as absorb_module
 from embedcache.loss.online_softmax import Running
 from embedcache.loss.tile_update import absorb
@@ -51,7 +51,7 @@ def test_a_step_of_the_running_softmax(
     padded[2, :20] = -torch.inf
     bias = torch.randn(C, device=device) if options else None
     log_weight = torch.rand(C, device=device) if options else None
-    tile = Tile(100, Columns(torch.empty(C, 1, device=device), bias, log_weight))
+    tile = Tile(100, VocabSubset(torch.empty(C, 1, device=device), bias, log_weight))
     targets = torch.tensor([100, 99, 142, 143, 121], device=device)  # 99 and 143: other tiles'
     settings = {"scale": 0.7 if options else 1.0, "softcap": softcap}
     results = []
@@ -120,7 +120,7 @@ def test_sums_and_labels_make_a_gradient(kernels, device, dtype, hidden, labels,
 def test_values_and_gradients(kernels, device, kind, dtype, nats, share, cuts):
     x, head, targets = problem(kind, 7, 101, 16, dtype, device)
     chunks = Chunks(rows=cuts[0], columns=cuts[1])
-    found = cross_entropy(x, head, targets, impl="triton", chunks=chunks)
+    found = linear_cross_entropy(x, head, targets, impl="triton", chunks=chunks)
     found.sum().backward()
     expected, gradient = reference(x, head, targets, torch.ones(7, device=device))
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=nats)
@@ -137,7 +137,7 @@ def test_logits_far_above_those_before_are_all_there_is(kernels, device, columns
         x[:4] = x[:4].abs()
         head.weight_VH[70] = 300 / x[:4].sum(dim=1).min()
     chunks = Chunks(rows=10_000, columns=columns)
-    found = cross_entropy(x, head, targets, impl="triton", chunks=chunks)
+    found = linear_cross_entropy(x, head, targets, impl="triton", chunks=chunks)
     found.sum().backward()
     expected, gradient = reference(x, head, targets, torch.ones(7, device=device))
     assert (expected[:4] > 200).all()
@@ -156,7 +156,7 @@ def test_programs_of_many_warps_scale_down_what_they_wrote(kernels, device, dtyp
     for block in (1, 3):
         logits[torch.arange(R), block * kernels.BLOCK + torch.randint(4000, (R,))] = rises * block
     logits = logits.to(dtype)
-    tile = Tile(0, Columns(torch.empty(C, 1, device=device), None, None))
+    tile = Tile(0, VocabSubset(torch.empty(C, 1, device=device), None, None))
     targets = torch.randint(C, (R,), device=device)
     results = []
     for step in (absorb, kernels.absorb_by_triton):
@@ -177,7 +177,7 @@ def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(kernels, device, kind
     x, head, targets = problem(kind, 7, 33, 5, device=device)
     with torch.no_grad():
         x[3, 2] = bad
-    found = cross_entropy(x, head, targets, impl="triton", chunks=Chunks(rows=3, columns=10))
+    found = linear_cross_entropy(x, head, targets, impl="triton", chunks=Chunks(rows=3, columns=10))
     assert found.isnan().tolist() == [row == 3 for row in range(7)]
 
 
@@ -192,7 +192,7 @@ def test_both_implementations_agree_on_a_gpu(kernels, kind, dtype, shape, monkey
         head.weight_VH.mul_(shape[2] ** -0.5)
     results = []
     for impl in ("torch", "triton"):
-        loss = cross_entropy(x, head, targets, impl=impl)
+        loss = linear_cross_entropy(x, head, targets, impl=impl)
         (gradient,) = torch.autograd.grad(loss.sum(), x)
         results.append((loss, gradient))
     (loss, gradient), (oracle_loss, oracle_gradient) = results[1], results[0]

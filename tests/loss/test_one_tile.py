@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.loss_problems import difference, problem, reference
 
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 from embedcache.loss import one_tile as whole
 from embedcache.loss import tile_update as absorb
 
@@ -18,7 +18,7 @@ def test_labels_that_are_all_but_impossible_keep_their_loss(dtype):
     x = (x.detach() * 300).to(dtype).requires_grad_()
     head.weight_VH.data = head.weight_VH.data.to(dtype)
     upstream = torch.rand(64, generator=torch.Generator().manual_seed(1))
-    found = cross_entropy(x, head, targets)
+    found = linear_cross_entropy(x, head, targets)
     (found * upstream).sum().backward()
     expected, gradient = reference(x, head, targets, upstream)
     assert expected.max() > 300
@@ -28,10 +28,10 @@ def test_labels_that_are_all_but_impossible_keep_their_loss(dtype):
 
 def test_a_label_that_no_column_is_has_no_loss():
     x, head, targets = problem("plain", 64, 101, 16, torch.float32)
-    expected = cross_entropy(x, head, targets).detach()
+    expected = linear_cross_entropy(x, head, targets).detach()
     outside = targets.clone()
     outside[[3, 40]] = torch.tensor([101, -1])
-    found = cross_entropy(x, head, outside)
+    found = linear_cross_entropy(x, head, outside)
     assert found[[3, 40]].isnan().all()
     inside = outside == targets
     assert torch.equal(found[inside], expected[inside])
@@ -42,7 +42,7 @@ def test_blocks_give_the_same_bits(monkeypatch):
     for size in (whole.BLOCK_BYTES, 4 * 101 * 3):
         monkeypatch.setattr(whole, "BLOCK_BYTES", size)
         x, head, targets = problem("plain", 64, 101, 16, torch.bfloat16)
-        loss = cross_entropy(x, head, targets)
+        loss = linear_cross_entropy(x, head, targets)
         loss.sum().backward()
         results.append((loss.detach(), x.grad))
     for one, other in zip(*results, strict=True):

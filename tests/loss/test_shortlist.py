@@ -7,7 +7,7 @@ import torch
 from support.loss_problems import HEADS, problem, reference_logits
 
 from embedcache.base.head import Head
-from embedcache.loss import Shortlist, chunks, cross_entropy, tail_proposal
+from embedcache.loss import ShortlistSampler, chunks, linear_cross_entropy, tail_proposal
 from embedcache.loss.shortlist import shortlist as shortlist_module
 from embedcache.loss.shortlist.shortlist import distinct
 
@@ -21,11 +21,11 @@ def proposal(V: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", HEADS)
 def test_a_shortlist_of_everything_is_exact(kind):
     x, head, targets = problem(kind, 64, 101, 16)
-    shortlist = Shortlist(head, proposal(101), samples=100_000)
+    shortlist = ShortlistSampler(head, proposal(101), samples=100_000)
     full = shortlist.cross_entropy(x[None], targets, step=3)[0]
     full.sum().backward()
     other = x.detach().clone().requires_grad_()
-    exact = cross_entropy(other, head, targets)
+    exact = linear_cross_entropy(other, head, targets)
     exact.sum().backward()
     torch.testing.assert_close(full, exact, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(x.grad, other.grad, rtol=1e-4, atol=1e-5)
@@ -45,7 +45,7 @@ def test_shortlist_values_and_gradients(kind, monkeypatch):
     x, head, targets = problem(kind, N, V, 16)
     x_GNH = torch.stack([x.detach() * scale for scale in (1, 0.5, -1)]).requires_grad_()
     q_V = proposal(V)
-    shortlist = Shortlist(head, q_V, samples=samples, seed=4)
+    shortlist = ShortlistSampler(head, q_V, samples=samples, seed=4)
     found = shortlist.cross_entropy(x_GNH, targets, step=9)
     found.sum().backward()
 
@@ -79,11 +79,11 @@ def test_shortlist_values_and_gradients(kind, monkeypatch):
 
 def estimates(x: torch.Tensor, head: Head, targets: torch.Tensor, q_V: torch.Tensor):
     """The sums that losses are logarithms of, over many draws, and the exact ones."""
-    shortlist = Shortlist(head, q_V, samples=10)
+    shortlist = ShortlistSampler(head, q_V, samples=10)
     draws = torch.stack(
         [shortlist.cross_entropy(x[None], targets, step=s)[0].double().exp() for s in range(800)]
     )
-    return draws, cross_entropy(x, head, targets).double().exp()
+    return draws, linear_cross_entropy(x, head, targets).double().exp()
 
 
 def test_the_estimated_sum_is_unbiased():
@@ -131,7 +131,7 @@ def test_draws_are_those_of_a_line_made_anew_without_what_is_held(held):
     """Whose pieces lie one behind the other, those of held tokens empty."""
     _, head, _ = problem("plain", 7, 101, 16)
     q_V = proposal(101)
-    shortlist = Shortlist(head, q_V, samples=10)
+    shortlist = ShortlistSampler(head, q_V, samples=10)
     end_V = q_V.double().index_fill(0, torch.tensor(held), 0).cumsum(0)
     several = set()
     for step in range(50):
@@ -157,7 +157,7 @@ def test_a_point_at_the_very_end_draws_nothing_twice(monkeypatch):
     _, head, _ = problem("plain", 7, 101, 16)
     ones = torch.ones(1, dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *given, **more: ones)
-    shortlist = Shortlist(head, torch.full((101,), 1 / 101), samples=10)
+    shortlist = ShortlistSampler(head, torch.full((101,), 1 / 101), samples=10)
     columns, _ = shortlist.columns(torch.tensor([3, 100]), torch.Generator())
     real = columns.weight_CH[columns.log_weight_C.isfinite()]
     assert len(real.unique(dim=0)) == len(real) > 9
@@ -167,7 +167,7 @@ def test_draws_depend_on_seed_and_step_only():
     x, head, targets = problem("plain", 7, 101, 16)
 
     def loss(seed: int, step: int) -> torch.Tensor:
-        shortlist = Shortlist(head, proposal(101), samples=10, seed=seed)
+        shortlist = ShortlistSampler(head, proposal(101), samples=10, seed=seed)
         return shortlist.cross_entropy(x.detach()[None], targets, step=step)
 
     first = loss(1, 5)

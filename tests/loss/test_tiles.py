@@ -7,7 +7,7 @@ import torch
 from support.loss_problems import HEADS, problem
 
 from embedcache.base.head import Head
-from embedcache.loss import Chunks, Columns, cross_entropy
+from embedcache.loss import Chunks, VocabSubset, linear_cross_entropy
 from embedcache.loss.labels import LabelRows
 from embedcache.loss.tiles import tiles
 
@@ -16,7 +16,7 @@ ELSEWHERE = torch.device("cuda")  # as seen from a head in host memory; nothing 
 
 def test_tiles_of_a_head_on_the_device_are_views():
     _, head, _ = problem("bias", 7, 33, 5)
-    columns = Columns(head.weight_VH, head.bias_V, None)
+    columns = VocabSubset(head.weight_VH, head.bias_V, None)
     cuts = Chunks(rows=1, columns=10).of_columns(33)
     starts = []
     for tile in tiles(columns, cuts, torch.device("cpu")):
@@ -30,7 +30,7 @@ def test_tiles_of_a_head_on_the_device_are_views():
 
 def test_label_rows_kept_from_passing_tiles_are_those_looked_up():
     _, head, targets = problem("plain", 64, 101, 16)
-    columns = Columns(head.weight_VH, None, None)
+    columns = VocabSubset(head.weight_VH, None, None)
     kept = LabelRows(columns, targets, ELSEWHERE)
     for tile in tiles(columns, Chunks(rows=1, columns=30).of_columns(101), torch.device("cpu")):
         kept.see(tile)
@@ -54,7 +54,7 @@ def test_a_head_streamed_from_host_memory_gives_the_same(kind, dtype, cuts):
     results = []
     for each in (head, host):
         for _ in range(3):  # again, over memory that was used
-            loss = cross_entropy(x, each, targets, chunks=chunks)
+            loss = linear_cross_entropy(x, each, targets, chunks=chunks)
             (gradient,) = torch.autograd.grad(loss.sum(), x)
         results.append((loss, gradient))
     torch.testing.assert_close(results[0], results[1], rtol=0, atol=0)

@@ -233,7 +233,7 @@ def test_stopped_by_the_disk_at_a_step_it_says_so_and_goes_on(
             assert len(str(error).splitlines()) == 1
             with pytest.raises(OutputError, match=MESSAGES[code]):
                 raise
-        for beat in out.glob("claims/writers/*"):  # that process has ended
+        for beat in out.glob("leases/writers/*"):  # that process has ended
             os.utime(beat, (1, 1))
         if code == errno.ENOSPC and not finished(job, out):
             assert job.stopped(out), step

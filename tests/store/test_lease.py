@@ -14,28 +14,28 @@ from pathlib import Path
 import pytest
 from support.lease_holders import BLOCK, foreign
 
-from embedcache.cache.format.layout import CLAIMS
+from embedcache.cache.format.layout import LEASES
 from embedcache.errors import OutputError
 from embedcache.progress import SILENT, Silent
-from embedcache.store import lease as claims
-from embedcache.store.lease import TURN, Claims, claim_of
+from embedcache.store import lease as leases
+from embedcache.store.lease import COORDINATOR, Leases, lease_name
 
 HOLD = """
 import sys, time
 from pathlib import Path
-from embedcache.store.lease import Claims
-with Claims(Path(sys.argv[1])) as claims:
-    print(claims.take(sys.argv[2]), flush=True)
+from embedcache.store.lease import Leases
+with Leases(Path(sys.argv[1])) as leases:
+    print(leases.take(sys.argv[2]), flush=True)
     time.sleep(60)
 """
 RACE = """
 import sys
 from pathlib import Path
-from embedcache.store.lease import Claims
-with Claims(Path(sys.argv[1])) as claims:
+from embedcache.store.lease import Leases
+with Leases(Path(sys.argv[1])) as leases:
     print("ready", flush=True)
     sys.stdin.readline()
-    print(sum(claims.take(f"train/{block:08d}") for block in range(40)), flush=True)
+    print(sum(leases.take(f"train/{block:08d}") for block in range(40)), flush=True)
     sys.stdin.readline()
 """
 
@@ -57,11 +57,11 @@ def told(process: subprocess.Popen[str]) -> None:
 
 
 def test_one_has_it_until_it_gives_it_up(tmp_path: Path, stack: ExitStack) -> None:
-    first, second = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
+    first, second = (stack.enter_context(Leases(tmp_path)) for _ in range(2))
     assert first.take(BLOCK)
     assert first.take(BLOCK)
     assert not second.take(BLOCK)
-    assert second.take(claim_of("train", 4))
+    assert second.take(lease_name("train", 4))
     second.release(BLOCK)  # not its own
     assert first.holds(BLOCK)
     first.release(BLOCK)
@@ -69,9 +69,9 @@ def test_one_has_it_until_it_gives_it_up(tmp_path: Path, stack: ExitStack) -> No
 
 
 def test_a_claim_names_its_holder(tmp_path: Path) -> None:
-    with Claims(tmp_path) as held:
+    with Leases(tmp_path) as held:
         held.take(BLOCK)
-        found = json.loads((tmp_path / CLAIMS / "train/00000003.0.json").read_text())
+        found = json.loads((tmp_path / LEASES / "train/00000003.0.json").read_text())
     assert found["pid"] == os.getpid()
     assert found["attempt"] == held.attempt
     assert found["host"]
@@ -79,29 +79,29 @@ def test_a_claim_names_its_holder(tmp_path: Path) -> None:
 
 
 def test_nothing_is_left_when_the_last_has_gone(tmp_path: Path) -> None:
-    with Claims(tmp_path) as first:
-        with Claims(tmp_path) as second:
+    with Leases(tmp_path) as first:
+        with Leases(tmp_path) as second:
             first.take(BLOCK)
-            second.take(TURN)
+            second.take(COORDINATOR)
         assert first.holds(BLOCK)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_claim_expires_without_a_heartbeat(tmp_path: Path, stack: ExitStack) -> None:
-    taker = stack.enter_context(Claims(tmp_path))
-    foreign(tmp_path, BLOCK, age=claims.EXPIRY_SECONDS - 20)
+    taker = stack.enter_context(Leases(tmp_path))
+    foreign(tmp_path, BLOCK, age=leases.EXPIRY_SECONDS - 20)
     assert not taker.take(BLOCK)
     assert [holder.attempt for holder in taker.others()] == ["f00"]
-    foreign(tmp_path, TURN, age=claims.EXPIRY_SECONDS + 20)
+    foreign(tmp_path, COORDINATOR, age=leases.EXPIRY_SECONDS + 20)
     assert taker.others() == []
-    assert taker.take(TURN)
-    assert [path.name for path in (tmp_path / CLAIMS).glob("turn.*")] == ["turn.1.json"]
+    assert taker.take(COORDINATOR)
+    assert [path.name for path in (tmp_path / LEASES).glob("turn.*")] == ["turn.1.json"]
 
 
 def test_age_is_judged_by_the_file_systems_clock(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taker = stack.enter_context(Claims(tmp_path))
+    taker = stack.enter_context(Leases(tmp_path))
     foreign(tmp_path, BLOCK, age=0)
     monkeypatch.setattr(time, "time", lambda: 4e9)
     assert not taker.take(BLOCK)
@@ -110,9 +110,9 @@ def test_age_is_judged_by_the_file_systems_clock(
 def test_the_heartbeat_keeps_a_claim(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.05)
-    monkeypatch.setattr(claims, "EXPIRY_SECONDS", 0.5)
-    first, second = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.05)
+    monkeypatch.setattr(leases, "EXPIRY_SECONDS", 0.5)
+    first, second = (stack.enter_context(Leases(tmp_path)) for _ in range(2))
     first.take(BLOCK)
     deadline = time.monotonic() + 1.2
     while time.monotonic() < deadline:
@@ -129,7 +129,7 @@ def test_the_heartbeat_keeps_a_claim(
 def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) -> None:
     process = start(HOLD, tmp_path, BLOCK)
     assert said(process) == "True"
-    with Claims(tmp_path) as taker:
+    with Leases(tmp_path) as taker:
         assert not taker.take(BLOCK)
         with pytest.raises(OutputError, match=rf"needs .* alone.*process {process.pid} on"):
             taker.require_alone("--repair")
@@ -142,9 +142,9 @@ def test_a_killed_process_of_this_machine_is_followed_at_once(tmp_path: Path) ->
 
 def test_of_racing_processes_one_takes_over(tmp_path: Path) -> None:
     for block in range(0, 40, 2):
-        foreign(tmp_path, claim_of("train", block), age=0)
-        (tmp_path / CLAIMS / "writers/f00.json").unlink()
-    for path in (tmp_path / CLAIMS / "train").iterdir():
+        foreign(tmp_path, lease_name("train", block), age=0)
+        (tmp_path / LEASES / "writers/f00.json").unlink()
+    for path in (tmp_path / LEASES / "train").iterdir():
         os.utime(path, (1, 1))
     racers = [start(RACE, tmp_path) for _ in range(4)]
     assert [said(racer) for racer in racers] == ["ready"] * 4
@@ -157,12 +157,12 @@ def test_of_racing_processes_one_takes_over(tmp_path: Path) -> None:
 
 
 def test_of_racing_threads_one_at_a_time_is_the_owner(tmp_path: Path, stack: ExitStack) -> None:
-    """Claims are made, dropped and taken over on the way, so that generations come and go."""
+    """Leases are made, dropped and taken over on the way, so that generations come and go."""
     owners, most, rounds = 0, 0, []
     guard = threading.Lock()
     foreign(tmp_path, BLOCK, age=1000)
 
-    def race(racer: Claims) -> None:
+    def race(racer: Leases) -> None:
         nonlocal owners, most
         done = 0
         while done < 40:
@@ -177,7 +177,7 @@ def test_of_racing_threads_one_at_a_time_is_the_owner(tmp_path: Path, stack: Exi
                 done += 1
         rounds.append(done)
 
-    racers = [stack.enter_context(Claims(tmp_path)) for _ in range(3)]
+    racers = [stack.enter_context(Leases(tmp_path)) for _ in range(3)]
     threads = [threading.Thread(target=race, args=(racer,)) for racer in racers]
     for thread in threads:
         thread.start()
@@ -190,19 +190,19 @@ def test_of_racing_threads_one_at_a_time_is_the_owner(tmp_path: Path, stack: Exi
 def test_a_taker_that_looked_long_ago_is_refused(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It saw an expired claim; since then that was taken over, given up, and claimed anew."""
-    slow, quick, third = (stack.enter_context(Claims(tmp_path)) for _ in range(3))
+    """It saw an expired lease; since then that was taken over, given up, and claimed anew."""
+    slow, quick, third = (stack.enter_context(Leases(tmp_path)) for _ in range(3))
     foreign(tmp_path, BLOCK, age=1000)
-    link = claims.link
+    link = leases.link
 
     def late(source: Path, target: Path) -> None:
-        monkeypatch.setattr(claims, "link", link)
+        monkeypatch.setattr(leases, "link", link)
         assert quick.take(BLOCK)
         quick.release(BLOCK)
         assert third.take(BLOCK)
         link(source, target)
 
-    monkeypatch.setattr(claims, "link", late)
+    monkeypatch.setattr(leases, "link", late)
     assert not slow.take(BLOCK)
     assert third.holds(BLOCK)
 
@@ -210,8 +210,8 @@ def test_a_taker_that_looked_long_ago_is_refused(
 def test_turns_are_waited_for_with_a_word(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(claims, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(leases, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(leases, "POLL_SECONDS", 0.01)
     heard: list[str] = []
 
     class Ear(Silent):
@@ -219,10 +219,10 @@ def test_turns_are_waited_for_with_a_word(
             heard.append(remark)
             first_turn.close()
 
-    first, second = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
+    first, second = (stack.enter_context(Leases(tmp_path)) for _ in range(2))
     first_turn = ExitStack()
     first_turn.enter_context(first.turn(SILENT))
     with second.turn(Ear()):
-        assert not first.holds(TURN)
+        assert not first.holds(COORDINATOR)
     assert len(heard) == 1
     assert heard[0].startswith(f"waiting for process {os.getpid()} on ")

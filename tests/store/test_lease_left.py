@@ -1,4 +1,4 @@
-"""What those who claim leave behind, wait for, run into and see of each other."""
+"""What those who lease leave behind, wait for, run into and see of each other."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from typing import Any
 import pytest
 from support.lease_holders import BLOCK, LONG_AGO, dead_pid, fall_asleep, foreign
 
-from embedcache.cache.format.layout import CLAIMS
+from embedcache.cache.format.layout import LEASES
 from embedcache.errors import OutputError
 from embedcache.progress import SILENT, Silent
-from embedcache.store import lease as claims
-from embedcache.store.lease import TURN, Claims, writers_of
+from embedcache.store import lease as leases
+from embedcache.store.lease import COORDINATOR, Leases, writers_of
 from embedcache.store.writers import this_machine
 
 
 def test_who_leaves_others_alive_touches_nothing_of_the_dead(
     tmp_path: Path, stack: ExitStack
 ) -> None:
-    stack.enter_context(Claims(tmp_path))
+    stack.enter_context(Leases(tmp_path))
     left = foreign(tmp_path, BLOCK, age=LONG_AGO)
-    with Claims(tmp_path):
+    with Leases(tmp_path):
         pass
     assert left.exists()
 
@@ -32,28 +32,28 @@ def test_who_leaves_others_alive_touches_nothing_of_the_dead(
 def test_who_leaves_last_sweeps_nothing_of_one_that_just_came(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    comer = Claims(tmp_path)
-    others = Claims._others
+    comer = Leases(tmp_path)
+    others = Leases._others
 
-    def before_the_sweep(self: Claims, now: float) -> Any:
-        monkeypatch.setattr(Claims, "_others", others)
+    def before_the_sweep(self: Leases, now: float) -> Any:
+        monkeypatch.setattr(Leases, "_others", others)
         found = others(self, now)
         stack.enter_context(comer)
         assert comer.take(BLOCK)
         return found
 
-    monkeypatch.setattr(Claims, "_others", before_the_sweep)
-    with Claims(tmp_path):
+    monkeypatch.setattr(Leases, "_others", before_the_sweep)
+    with Leases(tmp_path):
         pass
     assert comer.holds(BLOCK)
     assert comer._mine.exists()
 
 
 def test_an_empty_staging_folder_goes_and_a_full_one_stays(tmp_path: Path) -> None:
-    with Claims(tmp_path) as held:
+    with Leases(tmp_path) as held:
         held.staging.mkdir(parents=True)
     assert not list(tmp_path.iterdir())
-    with Claims(tmp_path) as held:
+    with Leases(tmp_path) as held:
         held.staging.mkdir(parents=True)
         (held.staging / "block").touch()
     assert [path.name for path in tmp_path.iterdir()] == [".staging"]
@@ -69,8 +69,8 @@ def test_a_wait_tells_each_holder_once_and_only_after_a_moment(
         def say(self, remark: str) -> None:
             heard.append(remark)
 
-    first, second = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
-    assert first.take(TURN)
+    first, second = (stack.enter_context(Leases(tmp_path)) for _ in range(2))
+    assert first.take(COORDINATOR)
 
     def slept(seconds: float) -> None:
         nonlocal polls
@@ -78,13 +78,13 @@ def test_a_wait_tells_each_holder_once_and_only_after_a_moment(
         clock[0] = {1: 0.5, 2: 2.0, 3: 3.0, 4: 4.0}.get(polls, 5.0)
         assert len(heard) == (polls > 2)  # told once, after the sleep until 2.0
         if polls == 5:
-            (tmp_path / CLAIMS / f"{TURN}.0.json").unlink()
+            (tmp_path / LEASES / f"{COORDINATOR}.0.json").unlink()
 
-    monkeypatch.setattr(claims.time, "sleep", slept)
-    monkeypatch.setattr(claims.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(leases.time, "sleep", slept)
+    monkeypatch.setattr(leases.time, "monotonic", lambda: clock[0])
     with second.turn(Ear()):
-        assert second.holds(TURN)
-    assert not second.holds(TURN)
+        assert second.holds(COORDINATOR)
+    assert not second.holds(COORDINATOR)
     assert len(heard) == 1
     assert polls == 5
 
@@ -93,19 +93,19 @@ def test_a_turn_that_is_given_up_as_it_is_asked_for_is_no_ones(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """After the wait has begun the holder leaves between two looks: there is nobody to name."""
-    monkeypatch.setattr(claims, "PATIENCE_SECONDS", -1.0)
-    first, second = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
-    assert first.take(TURN)
-    take = Claims.take
+    monkeypatch.setattr(leases, "PATIENCE_SECONDS", -1.0)
+    first, second = (stack.enter_context(Leases(tmp_path)) for _ in range(2))
+    assert first.take(COORDINATOR)
+    take = Leases.take
 
-    def missed(self: Claims, name: str) -> bool:
-        monkeypatch.setattr(Claims, "take", take)
-        first.release(TURN)
+    def missed(self: Leases, name: str) -> bool:
+        monkeypatch.setattr(Leases, "take", take)
+        first.release(COORDINATOR)
         return False
 
-    monkeypatch.setattr(Claims, "take", missed)
+    monkeypatch.setattr(Leases, "take", missed)
     with second.turn(SILENT):
-        assert second.holds(TURN)
+        assert second.holds(COORDINATOR)
 
 
 @pytest.mark.parametrize("code", [errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST])
@@ -115,7 +115,7 @@ def test_what_a_sleeper_runs_into_is_told_as_what_it_is(
 ) -> None:
     with (
         pytest.raises(OutputError, match="was taken over by another process") as told,
-        Claims(tmp_path) as sleeper,
+        Leases(tmp_path) as sleeper,
     ):
         fall_asleep(sleeper)
         if swept:
@@ -125,12 +125,12 @@ def test_what_a_sleeper_runs_into_is_told_as_what_it_is(
 
 
 def test_whatever_comes_of_staging_that_others_cleared_away_is_told_so(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="was taken over"), Claims(tmp_path) as sleeper:
+    with pytest.raises(OutputError, match="was taken over"), Leases(tmp_path) as sleeper:
         fall_asleep(sleeper)
         raise ValueError("no such numbers")
-    with pytest.raises(ValueError, match="no such numbers"), Claims(tmp_path):
+    with pytest.raises(ValueError, match="no such numbers"), Leases(tmp_path):
         raise ValueError("no such numbers")
-    with pytest.raises(KeyboardInterrupt), Claims(tmp_path) as sleeper:
+    with pytest.raises(KeyboardInterrupt), Leases(tmp_path) as sleeper:
         fall_asleep(sleeper)
         raise KeyboardInterrupt
 
@@ -138,7 +138,7 @@ def test_whatever_comes_of_staging_that_others_cleared_away_is_told_so(tmp_path:
 @pytest.mark.parametrize("slept", [False, True])
 def test_any_other_failure_stays_what_it_is(tmp_path: Path, slept: bool) -> None:
     error = OSError(errno.EIO if slept else errno.ENOENT, "of another kind")
-    with pytest.raises(OSError, match="of another kind"), Claims(tmp_path) as held:
+    with pytest.raises(OSError, match="of another kind"), Leases(tmp_path) as held:
         held.staging.mkdir(parents=True)
         if slept:
             fall_asleep(held)
@@ -153,11 +153,11 @@ def test_a_disk_that_takes_nothing_hides_no_failure_and_leaves_no_folder(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(claims, "publish_json", full)
+        patch.setattr(leases, "publish_json", full)
         with pytest.raises(OSError, match="No space"):
-            Claims(tmp_path / "cache").__enter__()
+            Leases(tmp_path / "cache").__enter__()
     assert [path.name for path in tmp_path.rglob("*")] == ["cache"]
-    with pytest.raises(ValueError, match="the first"), Claims(tmp_path) as held:
+    with pytest.raises(ValueError, match="the first"), Leases(tmp_path) as held:
         held.take(BLOCK)
         monkeypatch.setattr(os, "utime", full)
         raise ValueError("the first")
@@ -165,7 +165,7 @@ def test_a_disk_that_takes_nothing_hides_no_failure_and_leaves_no_folder(
 
 def test_one_who_only_looks_sees_who_writes(tmp_path: Path) -> None:
     assert writers_of(tmp_path) == []
-    with Claims(tmp_path) as writing:
+    with Leases(tmp_path) as writing:
         fall_asleep(writing)  # of this machine: it may wake up
         foreign(tmp_path, BLOCK, age=0, attempt="far")
         foreign(tmp_path, BLOCK, age=LONG_AGO, attempt="expired", generation=1)

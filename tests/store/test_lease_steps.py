@@ -1,4 +1,4 @@
-"""Claims step by step: each interleaving of two processes is laid out by hand."""
+"""Leases step by step: each interleaving of two processes is laid out by hand."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from typing import Any
 import pytest
 from support.lease_holders import BLOCK, LONG_AGO, before_linking, dead_pid, fall_asleep, foreign
 
-from embedcache.cache.format.layout import CLAIMS
+from embedcache.cache.format.layout import LEASES
 from embedcache.errors import OutputError
-from embedcache.store import lease as claims
+from embedcache.store import lease as leases
 from embedcache.store import writers as holder
-from embedcache.store.lease import TURN, WRITERS, Claims, claim_of
+from embedcache.store.lease import COORDINATOR, WRITERS, Leases, lease_name
 from embedcache.store.writers import this_machine
 
 
 def test_a_claim_that_was_dropped_while_it_was_read_is_not_taken_beside_its_next_owner(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, quick, third = (stack.enter_context(Claims(tmp_path)) for _ in range(3))
+    slow, quick, third = (stack.enter_context(Leases(tmp_path)) for _ in range(3))
     assert quick.take(BLOCK)
-    read = claims.read_holder
+    read = leases.read_writer
 
     def too_late(path: Path) -> Any:
-        monkeypatch.setattr(claims, "read_holder", read)
+        monkeypatch.setattr(leases, "read_writer", read)
         quick.release(BLOCK)
         found = read(path)
         before_linking(monkeypatch, lambda: owners.append(third.take(BLOCK)))
         return found
 
     owners: list[bool] = []
-    monkeypatch.setattr(claims, "read_holder", too_late)
+    monkeypatch.setattr(leases, "read_writer", too_late)
     owners.append(slow.take(BLOCK))
     assert owners == [True, False]
     assert third.holds(BLOCK)
@@ -47,7 +47,7 @@ def test_a_claim_that_was_dropped_while_it_was_read_is_not_taken_beside_its_next
 def test_one_that_saw_no_claim_is_refused_by_one_taken_over_since(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    slow, quick = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
+    slow, quick = (stack.enter_context(Leases(tmp_path)) for _ in range(2))
 
     def meanwhile() -> None:
         foreign(tmp_path, BLOCK, age=LONG_AGO)
@@ -62,7 +62,7 @@ def test_one_that_saw_no_claim_is_refused_by_one_taken_over_since(
 def test_a_dead_one_that_was_first_is_followed_at_once(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    taker = stack.enter_context(Claims(tmp_path))
+    taker = stack.enter_context(Leases(tmp_path))
     before_linking(monkeypatch, lambda: foreign(tmp_path, BLOCK, age=LONG_AGO))
     assert taker.take(BLOCK)
     assert taker.holds(BLOCK)
@@ -73,12 +73,12 @@ def test_two_takers_of_an_expired_claim_at_the_same_step(
 ) -> None:
     """Both saw it expired; either may link first, and the other is refused."""
     for quick_releases in (False, True):
-        slow, quick = (stack.enter_context(Claims(tmp_path)) for _ in range(2))
-        name = claim_of("train", 10 + quick_releases)
+        slow, quick = (stack.enter_context(Leases(tmp_path)) for _ in range(2))
+        name = lease_name("train", 10 + quick_releases)
         foreign(tmp_path, name, age=LONG_AGO, attempt=f"dead{quick_releases}")
 
         def meanwhile(
-            name: str = name, quick: Claims = quick, drops: bool = quick_releases
+            name: str = name, quick: Leases = quick, drops: bool = quick_releases
         ) -> None:
             assert quick.take(name)
             if drops:
@@ -90,7 +90,7 @@ def test_two_takers_of_an_expired_claim_at_the_same_step(
 
 
 def test_who_slept_drops_nothing_of_its_followers(tmp_path: Path, stack: ExitStack) -> None:
-    sleeper, second, third = (stack.enter_context(Claims(tmp_path)) for _ in range(3))
+    sleeper, second, third = (stack.enter_context(Leases(tmp_path)) for _ in range(3))
     assert sleeper.take(BLOCK)
     fall_asleep(sleeper)
     assert second.take(BLOCK)
@@ -106,7 +106,7 @@ def test_who_slept_drops_nothing_of_its_followers(tmp_path: Path, stack: ExitSta
 
 def test_of_two_generations_the_newest_holds(tmp_path: Path, stack: ExitStack) -> None:
     """A taker has linked, and has not yet removed what it follows."""
-    first = stack.enter_context(Claims(tmp_path))
+    first = stack.enter_context(Leases(tmp_path))
     assert first.take(BLOCK)
     foreign(tmp_path, BLOCK, age=0, generation=1)
     assert not first.holds(BLOCK)
@@ -114,7 +114,7 @@ def test_of_two_generations_the_newest_holds(tmp_path: Path, stack: ExitStack) -
 
 
 def test_a_damaged_claim_is_nobodys_and_expires(tmp_path: Path, stack: ExitStack) -> None:
-    taker = stack.enter_context(Claims(tmp_path))
+    taker = stack.enter_context(Leases(tmp_path))
     for text in ("", "[1]", '{"attempt": "f00"}'):
         path = foreign(tmp_path, BLOCK, age=0)
         path.write_text(text)
@@ -123,21 +123,21 @@ def test_a_damaged_claim_is_nobodys_and_expires(tmp_path: Path, stack: ExitStack
         os.utime(path, (1, 1))
         assert taker.take(BLOCK)
         taker.release(BLOCK)
-        shutil.rmtree(tmp_path / CLAIMS / WRITERS)
+        shutil.rmtree(tmp_path / LEASES / WRITERS)
 
 
 def test_a_process_of_another_machine_is_judged_by_its_age_alone(
     tmp_path: Path, stack: ExitStack
 ) -> None:
-    taker, gone = stack.enter_context(Claims(tmp_path)), dead_pid()
+    taker, gone = stack.enter_context(Leases(tmp_path)), dead_pid()
     foreign(tmp_path, BLOCK, age=0, pid=gone)
     assert not taker.take(BLOCK)
-    foreign(tmp_path, TURN, age=0, pid=gone, attempt="near", machine=this_machine())
-    assert taker.take(TURN)
+    foreign(tmp_path, COORDINATOR, age=0, pid=gone, attempt="near", machine=this_machine())
+    assert taker.take(COORDINATOR)
 
 
 def test_a_clock_that_is_ahead_keeps_a_claim(tmp_path: Path, stack: ExitStack) -> None:
-    taker = stack.enter_context(Claims(tmp_path))
+    taker = stack.enter_context(Leases(tmp_path))
     foreign(tmp_path, BLOCK, age=-LONG_AGO)
     assert not taker.take(BLOCK)
 
@@ -157,8 +157,8 @@ def test_containers_of_one_machine_are_told_apart(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_swept_folder_is_made_again(tmp_path: Path, stack: ExitStack) -> None:
-    taker = stack.enter_context(Claims(tmp_path))
-    shutil.rmtree(tmp_path / CLAIMS)
+    taker = stack.enter_context(Leases(tmp_path))
+    shutil.rmtree(tmp_path / LEASES)
     assert taker.take(BLOCK)
     assert taker.holds(BLOCK)
 
@@ -166,33 +166,33 @@ def test_a_swept_folder_is_made_again(tmp_path: Path, stack: ExitStack) -> None:
 def test_a_folder_that_is_swept_while_a_process_begins_is_made_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    publish = claims.publish_json
+    publish = leases.publish_json
 
     def swept(path: Path, value: Any) -> None:
-        monkeypatch.setattr(claims, "publish_json", publish)
+        monkeypatch.setattr(leases, "publish_json", publish)
         raise FileNotFoundError(errno.ENOENT, "swept", str(path))
 
-    monkeypatch.setattr(claims, "publish_json", swept)
-    with Claims(tmp_path) as begun:
+    monkeypatch.setattr(leases, "publish_json", swept)
+    with Leases(tmp_path) as begun:
         assert begun.take(BLOCK)
 
 
 def test_a_heart_that_missed_a_beat_goes_on(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 0.01)
-    beats, again, touch = [], threading.Event(), Claims._touch
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 0.01)
+    beats, again, touch = [], threading.Event(), Leases._touch
 
-    def failing(self: Claims) -> float:
-        if threading.current_thread().name == "claims":
+    def failing(self: Leases) -> float:
+        if threading.current_thread().name == "leases":
             beats.append(1)
             if len(beats) == 1:
                 raise OSError(errno.EIO, "a network that is down")
             again.set()
         return touch(self)
 
-    monkeypatch.setattr(Claims, "_touch", failing)
-    stack.enter_context(Claims(tmp_path))
+    monkeypatch.setattr(Leases, "_touch", failing)
+    stack.enter_context(Leases(tmp_path))
     assert again.wait(60)
 
 
@@ -202,7 +202,7 @@ def test_racing_threads_that_fall_asleep_never_own_at_once(tmp_path: Path) -> No
     stop = threading.Event()
     foreign(tmp_path, BLOCK, age=LONG_AGO)
 
-    def race(racer: Claims) -> None:
+    def race(racer: Leases) -> None:
         while not stop.is_set():
             if not racer.take(BLOCK):
                 continue
@@ -222,7 +222,7 @@ def test_racing_threads_that_fall_asleep_never_own_at_once(tmp_path: Path) -> No
                         abandon(tmp_path, racer)
 
     with ExitStack() as opened:
-        racers = [opened.enter_context(Claims(tmp_path)) for _ in range(3)]
+        racers = [opened.enter_context(Leases(tmp_path)) for _ in range(3)]
         threads = [threading.Thread(target=race, args=(racer,)) for racer in racers]
         for thread in threads:
             thread.start()
@@ -232,10 +232,10 @@ def test_racing_threads_that_fall_asleep_never_own_at_once(tmp_path: Path) -> No
     assert len(wins) >= 60
 
 
-def abandon(cache: Path, racer: Claims) -> None:
-    """Turn a racer's claim into one of a process that is dead for long, in one step."""
+def abandon(cache: Path, racer: Leases) -> None:
+    """Turn a racer's lease into one of a process that is dead for long, in one step."""
     path = racer._held.pop(BLOCK)
-    dead = cache / CLAIMS / f"{racer.attempt}.dead"
+    dead = cache / LEASES / f"{racer.attempt}.dead"
     says = {"attempt": racer.attempt[::-1], "host": "far", "machine": "elsewhere", "pid": 1}
     dead.write_text(json.dumps(says | {"began": ""}))
     os.utime(dead, (1, 1))

@@ -158,8 +158,8 @@ def edit_array(cache: Path, draw: random.Random) -> tuple[str, ...]:
 
 
 def edit_ledger(cache: Path, draw: random.Random) -> tuple[str, ...]:
-    """Change a record of a ledger, or two of its page hashes' bytes, or give it one record more."""
-    name = _one(cache, draw, "ledger/")
+    """Change a record of a digest table, or two of its page hashes' bytes, or give it one record more."""
+    name = _one(cache, draw, "digests/")
     data = bytearray((cache / name).read_bytes())
     match draw.choice(["size", "sha256", "page hash", "one more", "another's"]):
         case "size":
@@ -171,7 +171,7 @@ def edit_ledger(cache: Path, draw: random.Random) -> tuple[str, ...]:
         case "one more":
             data[-32:-32] = data[:44]
         case "another's":
-            other = draw.choice([n for n in names_in(cache) if n.startswith("ledger/")])
+            other = draw.choice([n for n in names_in(cache) if n.startswith("digests/")])
             data = bytearray((cache / other).read_bytes()) if other != name else data[:-1]
     (cache / name).write_bytes(data)
     return (name,)
@@ -191,7 +191,7 @@ KINDS: dict[str, Callable[[Path, random.Random], tuple[str, ...]]] = {
     "deleted marker": delete_marker,
     "edited attribute": edit_attribute,
     "changed array": edit_array,
-    "edited ledger": edit_ledger,
+    "edited digest table": edit_ledger,
 }
 
 

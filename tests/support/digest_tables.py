@@ -1,4 +1,4 @@
-"""A finished cache's blocks as its ledgers tell them, and told otherwise."""
+"""A finished cache's blocks as its digest tables tell them, and told otherwise."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def quarantined(cache: Path, split: str) -> tuple[int, ...]:
 
 
 def publish_blocks(cache: Path, split: str, blocks: list[Recorded]) -> None:
-    """Publish a manifest that vouches for ledgers of these blocks."""
+    """Publish a manifest that vouches for digest tables of these blocks."""
     manifest = read_manifest(cache)
     totals = {name: getattr(manifest.splits[split], name) for name in TOTALS}
     told = split_manifest(cache, split, read_attributes(cache).settings, totals, blocks)

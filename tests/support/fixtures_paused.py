@@ -37,4 +37,4 @@ def go_on(place: Path, out: Path, **more: Any) -> bool:
 
 
 def nothing_is_left(out: Path) -> bool:
-    return not {"claims", ".staging"} & {path.name for path in out.iterdir()}
+    return not {"leases", ".staging"} & {path.name for path in out.iterdir()}

@@ -1,4 +1,4 @@
-"""Claims of others, and moments between the steps of a taker."""
+"""Leases of others, and moments between the steps of a taker."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 
-from embedcache.cache.format.layout import CLAIMS
-from embedcache.store import lease as claims
-from embedcache.store.lease import WRITERS, Claims, claim_of
+from embedcache.cache.format.layout import LEASES
+from embedcache.store import lease as leases
+from embedcache.store.lease import WRITERS, Leases, lease_name
 
-BLOCK = claim_of("train", 3)
+BLOCK = lease_name("train", 3)
 LONG_AGO = 1000.0
 
 
@@ -31,32 +31,32 @@ def dead_pid() -> int:
 def foreign(
     cache: Path, name: str, *, age: float, generation: int = 0, attempt: str = "f00", **says: Any
 ) -> Path:
-    """Leave a claim of a process on another machine that beat so long ago; return its file."""
-    writer = cache / CLAIMS / WRITERS / f"{attempt}.json"
+    """Leave a lease of a process on another machine that beat so long ago; return its file."""
+    writer = cache / LEASES / WRITERS / f"{attempt}.json"
     writer.parent.mkdir(parents=True, exist_ok=True)
     said = {"attempt": attempt, "host": "far", "machine": "elsewhere", "pid": 1, "began": ""}
     writer.write_text(json.dumps(said | says))
-    target = cache / CLAIMS / f"{name}.{generation}.json"
+    target = cache / LEASES / f"{name}.{generation}.json"
     target.parent.mkdir(exist_ok=True)
     target.hardlink_to(writer)
     os.utime(writer, (time.time() - age,) * 2)
     return target
 
 
-def fall_asleep(sleeper: Claims) -> None:
-    """Let a process stand still for longer than its claims last."""
+def fall_asleep(sleeper: Leases) -> None:
+    """Let a process stand still for longer than its leases last."""
     sleeper._closed.set()  # its heart stops
     sleeper._thread.join()
     os.utime(sleeper._mine, (1, 1))
 
 
 def before_linking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Have ``act`` done once, before the next claim's file is linked."""
-    link = claims.link
+    """Have ``act`` done once, before the next lease's file is linked."""
+    link = leases.link
 
     def late(source: Path, target: Path) -> None:
-        monkeypatch.setattr(claims, "link", link)
+        monkeypatch.setattr(leases, "link", link)
         act()
         link(source, target)
 
-    monkeypatch.setattr(claims, "link", late)
+    monkeypatch.setattr(leases, "link", late)

@@ -1,7 +1,7 @@
 """A cache that says it has many blocks, of which a few are really there.
 
 Each is a hard link to one of a small cache's, so all that is read of it can be told beforehand. Its
-tables and ledgers are written here, by numpy.
+tables and digest tables are written here, by numpy.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from support.digest_tables import files_of
 from embedcache.cache.cache import read_attributes
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.format.layout import ROWS, TABLE_CHUNK, TABLES, block_shards, token_chunks
-from embedcache.cache.manifest.digest_table import PAGE, LedgerSeal
-from embedcache.cache.manifest.digests import publish_seal
+from embedcache.cache.manifest.digest_table import PAGE, TableDigest
+from embedcache.cache.manifest.digests import publish_digests
 from embedcache.cache.manifest.file_record import FILE, packed, record_file
 from embedcache.cache.manifest.manifest import publish_manifest, read_manifest
 from embedcache.cache.shards.shard import write_chunk
-from embedcache.cache.tokens.files import chunk_name, sealed_ledger
+from embedcache.cache.tokens.files import chunk_name, tokens_digest_table
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.tables import SplitTables
 
@@ -65,10 +65,10 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
             write_chunk(path / file, values, CODERS["blosc"])
             told[number] = packed(record_file(path / file, file))
         parts.append(told)
-    sealed = _write(path / sealed_ledger(SPLIT), np.concatenate(parts))
+    sealed = _write(path / tokens_digest_table(SPLIT), np.concatenate(parts))
     shards = np.array([packed(r) for files in files_of(small, SPLIT) for r in files], FILE)
     shards = np.resize(shards, blocks * len(block_shards(SPLIT, 0, settings)))
-    embeddings = _write(path / "ledger" / SPLIT / "embeddings", shards)
+    embeddings = _write(path / "digest_table" / SPLIT / "embeddings", shards)
     for block in real:
         old, new = (
             (*token_chunks(SPLIT, number), *block_shards(SPLIT, number, settings))
@@ -81,7 +81,7 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
     seal = replace(
         manifest.sealed,
         metadata=_lengthen(path, manifest.sealed.metadata, lengths, settings.block_tokens * blocks),
-        ledgers=manifest.sealed.ledgers | {sealed_ledger(SPLIT): sealed},
+        digest_tables=manifest.sealed.digest_tables | {tokens_digest_table(SPLIT): sealed},
     )
     train = replace(
         manifest.splits[SPLIT],
@@ -90,7 +90,7 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
         tokens=like.tokens,
         embeddings=embeddings,
     )
-    publish_seal(path, seal)
+    publish_digests(path, seal)
     splits = manifest.splits | {SPLIT: train}
     publish_manifest(path, replace(manifest, sealed=seal, splits=splits))
     return path
@@ -132,14 +132,14 @@ def _records(root: Path, files: list[str]) -> Array:
     return np.array([packed(record_file(root / name, name)) for name in files], FILE)
 
 
-def _write(path: Path, rows: Array) -> LedgerSeal:
+def _write(path: Path, rows: Array) -> TableDigest:
     data, size = rows.tobytes(), PAGE * rows.itemsize
     hashes = b"".join(
         hashlib.sha256(data[at : at + size]).digest() for at in range(0, len(data), size)
     )
     path.unlink()  # it is a link to the small cache's
     path.write_bytes(data + hashes)
-    return LedgerSeal(rows=len(rows), sha256=hashlib.sha256(hashes).hexdigest())
+    return TableDigest(rows=len(rows), sha256=hashlib.sha256(hashes).hexdigest())
 
 
 def _lengthen(

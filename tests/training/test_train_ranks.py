@@ -18,13 +18,13 @@ from conftest import World
 from support.forked import ForkedCommand, exit_code, started
 
 from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn, Spread
+from embedcache.carryon.branch.model import CarryOn, InputStats
 from embedcache.carryon.saving import load_carryon
 from embedcache.data.loader import BatchLoader
 from embedcache.data.sample import sample_embeddings
 from embedcache.device import fast_dtype
 from embedcache.evaluation.evaluate import FrozenInputs, evaluate
-from embedcache.loss import cross_entropy
+from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
 from embedcache.training.optim.schedule import learning_rate
 from embedcache.training.run import run as member
@@ -103,7 +103,7 @@ def reference(world: World, ranks: int) -> CarryOn:
     torch.manual_seed(CONFIG.seed)
     model = CarryOn(CONFIG.carryon, cache.attributes.base["hidden_size"])
     sample = sample_embeddings(split, ("final",))
-    model.calibrate({"final": Spread.of(sample["final"])})
+    model.calibrate({"final": InputStats.of(sample["final"])})
     groups = [
         {"params": [p for p in model.parameters() if p.ndim > 1], "weight_decay": 0.01},
         {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0},
@@ -119,8 +119,10 @@ def reference(world: World, ranks: int) -> CarryOn:
             targets = sum(len(batch.targets_N) for batch in step)
             optimizer.zero_grad()
             for batch in step:
-                y_NH = batch.at_wanted(batch.x_BTH["final"].float()) + inputs.delta(model, batch)
-                (cross_entropy(y_NH, inputs.head, batch.targets_N).sum() / targets).backward()
+                y_NH = batch.at_predicted(batch.x_BTH["final"].float()) + inputs.delta(model, batch)
+                (
+                    linear_cross_entropy(y_NH, inputs.head, batch.targets_N).sum() / targets
+                ).backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), CONFIG.clip)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(done / total, peak=CONFIG.lr, warmup=CONFIG.warmup)

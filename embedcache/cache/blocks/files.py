@@ -1,4 +1,4 @@
-"""The shards of a split's blocks, what was put aside of them, and the ledgers of both.
+"""The shards of a split's blocks, what was put aside of them, and the digest tables of both.
 
 ``embeddings`` has a record for each shard, block by block, as `block_shards` orders them;
 ``quarantined`` the sequences (of the split) that are never to be read, ascending.
@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.cache.format.layout import LEDGER, ExtractSettings, block_shards
-from embedcache.cache.manifest.digest_table import Ledger, LedgerSeal, write_ledger
+from embedcache.cache.format.layout import DIGESTS, ExtractSettings, block_shards
+from embedcache.cache.manifest.digest_table import DigestTable, TableDigest, write_digest_table
 from embedcache.cache.manifest.file_record import FILE, FileRecord, packed, unpacked
 
 Array = np.ndarray[Any, Any]
@@ -27,7 +27,7 @@ Recorded = tuple[tuple[FileRecord, ...], tuple[int, ...]]
 class BlockFiles:
     """The records of a split's blocks, as its manifest vouches for them.
 
-    What reads a record raises ``CacheError`` where the ledger is damaged.
+    What reads a record raises ``CacheError`` where the digest table is damaged.
     """
 
     def __init__(
@@ -35,15 +35,15 @@ class BlockFiles:
         cache: Path,
         split: str,
         settings: ExtractSettings,
-        embeddings: LedgerSeal,
-        quarantined: LedgerSeal,
+        embeddings: TableDigest,
+        quarantined: TableDigest,
     ):
         self._split = split
         self._settings = settings
         self._each = len(block_shards(split, 0, settings))
-        paths = (cache / name for name in block_ledgers(split))
-        self.embeddings = Ledger(next(paths), FILE, embeddings)
-        self.quarantined = Ledger(next(paths), SEQUENCE, quarantined)
+        paths = (cache / name for name in block_digest_tables(split))
+        self.embeddings = DigestTable(next(paths), FILE, embeddings)
+        self.quarantined = DigestTable(next(paths), SEQUENCE, quarantined)
 
     def __len__(self) -> int:
         return len(self.embeddings) // self._each
@@ -65,8 +65,8 @@ class BlockFiles:
 
 def write_block_files(
     cache: Path, split: str, settings: ExtractSettings, blocks: Iterable[Recorded]
-) -> tuple[LedgerSeal, LedgerSeal, int]:
-    """Write both ledgers of a split from its blocks in order; return their seals and all bytes."""
+) -> tuple[TableDigest, TableDigest, int]:
+    """Write both digest tables of a split from its blocks in order; return their seals and all bytes."""
     aside, size = array("Q"), 0
 
     def rows() -> Iterator[Any]:
@@ -78,12 +78,12 @@ def write_block_files(
                 size += by_path[name].bytes
                 yield packed(by_path[name])
 
-    paths = (cache / name for name in block_ledgers(split))
-    embeddings = write_ledger(next(paths), FILE, rows())
-    quarantined = write_ledger(next(paths), SEQUENCE, sorted(aside))
+    paths = (cache / name for name in block_digest_tables(split))
+    embeddings = write_digest_table(next(paths), FILE, rows())
+    quarantined = write_digest_table(next(paths), SEQUENCE, sorted(aside))
     return embeddings, quarantined, size
 
 
-def block_ledgers(split: str) -> tuple[str, str]:
-    """Return the paths, inside the cache, of the ledgers of a split's shards and quarantine."""
-    return f"{LEDGER}/{split}/embeddings", f"{LEDGER}/{split}/quarantined"
+def block_digest_tables(split: str) -> tuple[str, str]:
+    """Return the paths, inside the cache, of the digest tables of a split's shards and quarantine."""
+    return f"{DIGESTS}/{split}/embeddings", f"{DIGESTS}/{split}/quarantined"

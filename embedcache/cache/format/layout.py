@@ -12,11 +12,11 @@ zarr.json                          root group; its attributes are a `CacheAttrib
 <split>/head/top_ids                      [blocks * R, k]    (optional) see `LIKELY`
 codec/<tap>/{mean,centre,predictor,inverse}   (transform only) see `cache.codecs.transform`
 base/head/{weight,bias}, base/token_embedding/weight
-ledger/<split>/{sealed,embeddings,quarantined}   see `cache.blocks.files`, `cache.tokens.files`
-sealed.json                                 vouches for what pass 0 wrote, ledger/<split>/sealed
+digests/<split>/{sealed,embeddings,quarantined}   see `cache.blocks.files`, `cache.tokens.files`
+sealed.json                                 vouches for what pass 0 wrote, digests/<split>/sealed
 commits/<split>/<block>.<generation>.json   one marker a committed block
-manifest.json                               published last; vouches for all ledgers
-claims/                                     while processes write: `embedcache.store.lease`
+manifest.json                               published last; vouches for all digest tables
+leases/                                     while processes write: `embedcache.store.lease`
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ SPLITS = ("train", "dev", "test")
 ATTRIBUTE = "embedcache"
 STAGING = ".staging"
 COMMITS = "commits"
-CLAIMS = "claims"
+LEASES = "leases"
 CODEC = "codec"
-LEDGER = "ledger"
+DIGESTS = "digests"
 TOP_IDS = "head/top_ids"
 LIKELY = 0.05
 """Probability from which a token is among a position's top ids, which hold 1 + its id, likeliest
@@ -262,7 +262,7 @@ def block_arrays(split: str, settings: ExtractSettings) -> dict[str, ArraySpec]:
 
 
 def block_shards(split: str, block: int, settings: ExtractSettings) -> dict[str, ArraySpec]:
-    """Return a block's shards by path, inside the cache, in the order of the ledger.
+    """Return a block's shards by path, inside the cache, in the order of the digest table.
 
     >>> list(block_shards("train", 3, ExtractSettings(codec="int8")))
     ['train/embeddings/final/c/3/0', 'train/scale/final/c/3']

@@ -1,8 +1,8 @@
-"""A ledger: a table of fixed-width records, vouched for page by page.
+"""A digest table: a table of fixed-width records, vouched for page by page.
 
 The file is the records one after the other, as numpy maps them, then the SHA-256 of each page of
-`PAGE` records. Who vouches for it keeps its `LedgerSeal`: the number of records, and the SHA-256 of
-the page hashes. So a ledger of any size is opened at once, and each page is checked when it is
+`PAGE` records. Who vouches for it keeps its `TableDigest`: the number of records, and the SHA-256 of
+the page hashes. So a digest table of any size is opened at once, and each page is checked when it is
 used. One without records has no file.
 """
 
@@ -33,17 +33,17 @@ _DIGEST = hashlib.sha256().digest_size
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LedgerSeal:
-    """What vouches for a ledger: its number of records, and the SHA-256 of its page hashes."""
+class TableDigest:
+    """What vouches for a digest table: its number of records, and the SHA-256 of its page hashes."""
 
     rows: int
     sha256: str
 
 
-class Ledger:
-    """Reads one ledger; indexed by record. A page that is not as it was written is never used."""
+class DigestTable:
+    """Reads one digest table; indexed by record. A page that is not as it was written is never used."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], seal: LedgerSeal):
+    def __init__(self, path: Path, dtype: np.dtype[Any], seal: TableDigest):
         self._path = path
         self._dtype = dtype
         self._seal = seal
@@ -64,7 +64,7 @@ class Ledger:
     @property
     def size(self) -> int:
         """Bytes of the file."""
-        return ledger_bytes(len(self), self._dtype)
+        return digest_table_bytes(len(self), self._dtype)
 
     def fault(self) -> str | None:
         """Return what is wrong with the file, by all of its bytes; None if nothing is."""
@@ -110,13 +110,13 @@ class Ledger:
             raise rewritten(self._path, "is missing") from error
 
 
-def ledger_bytes(rows: int, dtype: np.dtype[Any]) -> int:
-    """Return the size of a ledger's file."""
+def digest_table_bytes(rows: int, dtype: np.dtype[Any]) -> int:
+    """Return the size of a digest table's file."""
     return rows * dtype.itemsize + -(-rows // PAGE) * _DIGEST
 
 
-def write_ledger(path: Path, dtype: np.dtype[Any], records: Iterable[Any]) -> LedgerSeal:
-    """Publish the records as the ledger at ``path``, whole; memory holds one page of them."""
+def write_digest_table(path: Path, dtype: np.dtype[Any], records: Iterable[Any]) -> TableDigest:
+    """Publish the records as the digest table at ``path``, whole; memory holds one page of them."""
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     hashes, rows, left = bytearray(), 0, iter(records)
@@ -136,4 +136,4 @@ def write_ledger(path: Path, dtype: np.dtype[Any], records: Iterable[Any]) -> Le
     finally:
         partial.unlink(missing_ok=True)
     fsync_path(path.parent)
-    return LedgerSeal(rows=rows, sha256=hashlib.sha256(hashes).hexdigest())
+    return TableDigest(rows=rows, sha256=hashlib.sha256(hashes).hexdigest())

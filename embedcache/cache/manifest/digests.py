@@ -2,7 +2,7 @@
 
 Pass 0 publishes one of its tokens, documents and arrays as ``sealed.json``, so that a cache can be
 verified before it is complete; the manifest holds it too, and one of what is kept of the base. Few
-files are told in the seal itself; those of pass 0, which may be millions, in its ledgers.
+files are told in the seal itself; those of pass 0, which may be millions, in its digest tables.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cache.format.layout import SEALED
-from embedcache.cache.manifest.digest_table import LedgerSeal
+from embedcache.cache.manifest.digest_table import TableDigest
 from embedcache.cache.manifest.file_record import FileRecord, check_files, record_file
 from embedcache.cache.shards.errors import WAY_OUT, damaged
 from embedcache.errors import CacheError
@@ -23,20 +23,20 @@ METADATA = "zarr.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Seal:
+class Digests:
     """Files as they were written.
 
     ``metadata`` is every ``zarr.json`` verbatim, by path: Zarr believes whatever one says, and
     reads an empty object as a group without attributes, so readers compare all of it, and a repair
-    restores it from here. ``ledgers`` are of further files, by path (see `sealed_files`).
+    restores it from here. ``digest_tables`` are of further files, by path (see `sealed_files`).
     """
 
     files: tuple[FileRecord, ...]
     metadata: dict[str, str]
-    ledgers: dict[str, LedgerSeal] = field(default_factory=dict)
+    digest_tables: dict[str, TableDigest] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, root: Path, folder: Path) -> Seal:
+    def of(cls, root: Path, folder: Path) -> Digests:
         """Return the seal of every file in ``folder``, by its path inside ``root``."""
         names = {
             path.relative_to(root).as_posix(): path
@@ -55,14 +55,16 @@ class Seal:
         )
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> Seal:
+    def from_dict(cls, value: dict[str, Any]) -> Digests:
         """Return the seal that `to_dict` told; raises ``ValueError`` or ``TypeError`` else."""
-        if not isinstance(value, dict) or set(value) != {"files", "metadata", "ledgers"}:
+        if not isinstance(value, dict) or set(value) != {"files", "metadata", "digest_tables"}:
             raise ValueError("it names no files")
         return cls(
             files=tuple(FileRecord(**record) for record in value["files"]),
             metadata=dict(value["metadata"]),
-            ledgers={name: LedgerSeal(**seal) for name, seal in value["ledgers"].items()},
+            digest_tables={
+                name: TableDigest(**seal) for name, seal in value["digest_tables"].items()
+            },
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -70,7 +72,7 @@ class Seal:
         return {
             "files": [asdict(record) for record in self.files],
             "metadata": self.metadata,
-            "ledgers": {name: asdict(seal) for name, seal in self.ledgers.items()},
+            "digest_tables": {name: asdict(seal) for name, seal in self.digest_tables.items()},
         }
 
     def to_text(self) -> str:
@@ -79,7 +81,7 @@ class Seal:
         return json.dumps(content | {"sha256": hash_json(content)}, indent=2) + "\n"
 
     @classmethod
-    def parse(cls, text: str) -> Seal:
+    def parse(cls, text: str) -> Digests:
         """Return the seal that `to_text` told; ``ValueError`` saying why for another text."""
         try:
             value = json.loads(text)
@@ -92,7 +94,7 @@ class Seal:
         return seal
 
     def check(self, cache: Path) -> None:
-        """Raise ``CacheError`` unless all but what ledgers tell is as it was written.
+        """Raise ``CacheError`` unless all but what digest tables tell is as it was written.
 
         Metadata is compared whole, files by `check_files`.
         """
@@ -131,16 +133,16 @@ def _differences(found: Any, expected: Any, place: str = "") -> list[str]:
     ]
 
 
-def publish_seal(cache: Path, seal: Seal) -> None:
+def publish_digests(cache: Path, seal: Digests) -> None:
     """Publish ``sealed.json``."""
     publish_bytes(cache / SEALED, seal.to_text().encode())
 
 
-def read_seal(cache: Path) -> Seal:
+def read_digests(cache: Path) -> Digests:
     """Read ``sealed.json``; raises ``CacheError`` where it is missing or damaged."""
     path = cache / SEALED
     try:
-        return Seal.parse(path.read_bytes().decode())
+        return Digests.parse(path.read_bytes().decode())
     except FileNotFoundError as error:
         raise damaged(path, "is missing") from error
     except ValueError as error:

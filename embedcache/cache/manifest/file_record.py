@@ -38,16 +38,16 @@ class FileRecord:
 
 
 FILE = np.dtype([("bytes", "<u8"), ("crc32c", "<u4"), ("sha256", "V32")])
-"""A file's record in a ledger, where its place says its path."""
+"""A file's record in a digest table, where its place says its path."""
 
 
 def packed(record: FileRecord) -> tuple[int, int, bytes]:
-    """Return a record as a ledger holds it."""
+    """Return a record as a digest table holds it."""
     return record.bytes, int(record.crc32c, 16), bytes.fromhex(record.sha256)
 
 
 def unpacked(row: Any, path: str) -> FileRecord:
-    """Return the record of the file at ``path`` that a ledger holds as ``row``."""
+    """Return the record of the file at ``path`` that a digest table holds as ``row``."""
     size, crc32c, digest = row.item()
     return FileRecord(path=path, bytes=size, sha256=digest.hex(), crc32c=f"{crc32c:08x}")
 

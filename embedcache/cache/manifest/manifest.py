@@ -10,8 +10,8 @@ from typing import Any
 
 from embedcache.cache.blocks.files import BlockFiles, Recorded, write_block_files
 from embedcache.cache.format.layout import MANIFEST, ExtractSettings, block_shards
-from embedcache.cache.manifest.digest_table import LedgerSeal
-from embedcache.cache.manifest.digests import Seal
+from embedcache.cache.manifest.digest_table import TableDigest
+from embedcache.cache.manifest.digests import Digests
 from embedcache.cache.shards.errors import WAY_OUT
 from embedcache.errors import CacheError
 from embedcache.store.files import hash_json, publish_bytes
@@ -19,7 +19,7 @@ from embedcache.store.files import hash_json, publish_bytes
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitManifest:
-    """One split's totals, and what vouches for the ledgers of its blocks (see `block_files`)."""
+    """One split's totals, and what vouches for the digest tables of its blocks (see `block_files`)."""
 
     sequences: int
     tokens: int
@@ -28,8 +28,8 @@ class SplitManifest:
     blocks: int
     bytes: int
     """Of the embeddings on disk."""
-    embeddings: LedgerSeal
-    quarantined: LedgerSeal
+    embeddings: TableDigest
+    quarantined: TableDigest
 
     def files(self, cache: Path, split: str, settings: ExtractSettings) -> BlockFiles:
         """Return the records of the blocks, vouched for by this."""
@@ -42,15 +42,15 @@ class SplitManifest:
 class Manifest:
     """All splits, and the hash that a trainer's state is tied to.
 
-    It is small, whatever the cache: files that grow in number with it are told in ledgers.
+    It is small, whatever the cache: files that grow in number with it are told in digest tables.
     """
 
     splits: dict[str, SplitManifest]
-    sealed: Seal
+    sealed: Digests
     """What pass 0 wrote."""
-    base: Seal
+    base: Digests
     """What is kept of the base."""
-    codec: Seal
+    codec: Digests
     """The codec's calibration; empty where it needs none."""
     extracted: dict[str, Any]
     """What the run saw: tokens per second, the self-check's largest error."""
@@ -82,9 +82,9 @@ class Manifest:
             value = json.loads(text)
             manifest = cls(
                 splits={name: _parse_split(split) for name, split in value["splits"].items()},
-                sealed=Seal.from_dict(value["sealed"]),
-                base=Seal.from_dict(value["base"]),
-                codec=Seal.from_dict(value["codec"]),
+                sealed=Digests.from_dict(value["sealed"]),
+                base=Digests.from_dict(value["base"]),
+                codec=Digests.from_dict(value["codec"]),
                 extracted=dict(value["extracted"]),
             )
             stated = value["hash"]
@@ -102,7 +102,7 @@ def split_manifest(
     totals: dict[str, int],
     blocks: Iterable[Recorded],
 ) -> SplitManifest:
-    """Write the ledgers of a split's blocks, given in order; return what the manifest says.
+    """Write the digest tables of a split's blocks, given in order; return what the manifest says.
 
     ``totals`` are those of its sequences, tokens, targets and documents.
     """
@@ -137,6 +137,6 @@ def read_manifest(cache: Path) -> Manifest:
 
 def _parse_split(value: dict[str, Any]) -> SplitManifest:
     embeddings, quarantined = (
-        LedgerSeal(**value.pop(name)) for name in ("embeddings", "quarantined")
+        TableDigest(**value.pop(name)) for name in ("embeddings", "quarantined")
     )
     return SplitManifest(embeddings=embeddings, quarantined=quarantined, **value)

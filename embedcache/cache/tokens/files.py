@@ -1,6 +1,6 @@
-"""The files that pass 0 wrote of a split, and their ledger.
+"""The files that pass 0 wrote of a split, and their digest table.
 
-The ledger has a record for each chunk of each array, array by array; which and how many these are
+The digest table has a record for each chunk of each array, array by array; which and how many these are
 follows from the arrays' metadata, which the seal holds verbatim.
 """
 
@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 
-from embedcache.cache.format.layout import LEDGER, ROWS, SPLITS, TABLES, shard_name
-from embedcache.cache.manifest.digest_table import Ledger, LedgerSeal, write_ledger
-from embedcache.cache.manifest.digests import METADATA, Seal
+from embedcache.cache.format.layout import DIGESTS, ROWS, SPLITS, TABLES, shard_name
+from embedcache.cache.manifest.digest_table import DigestTable, TableDigest, write_digest_table
+from embedcache.cache.manifest.digests import METADATA, Digests
 from embedcache.cache.manifest.file_record import (
     FILE,
     FileRecord,
@@ -26,22 +26,22 @@ from embedcache.cache.manifest.file_record import (
 from embedcache.cache.shards.errors import rewritten
 from embedcache.errors import CacheError
 
-SEALED_ARRAYS = {**ROWS, **TABLES}
-"""What pass 0 writes of a split, in the order of its ledger."""
+TOKEN_ARRAYS = {**ROWS, **TABLES}
+"""What pass 0 writes of a split, in the order of its digest table."""
 
 
-class SealedFiles:
+class TokenFiles:
     """The records of a split's sealed files, by array (its path under the split) and chunk.
 
-    What reads a record raises ``CacheError`` where the ledger is damaged.
+    What reads a record raises ``CacheError`` where the digest table is damaged.
     """
 
-    def __init__(self, cache: Path, split: str, seal: Seal):
+    def __init__(self, cache: Path, split: str, seal: Digests):
         self._cache = cache
         self._split = split
-        self.name = sealed_ledger(split)
+        self.name = tokens_digest_table(split)
         self.chunks = chunk_counts(split, seal.metadata)
-        self.ledger = Ledger(cache / self.name, FILE, seal.ledgers[self.name])
+        self.digest_table = DigestTable(cache / self.name, FILE, seal.digest_tables[self.name])
         self._starts: dict[str, int] = {}
         rows = 0
         for array, count in self.chunks.items():
@@ -50,7 +50,7 @@ class SealedFiles:
 
     def record(self, array: str, number: int) -> FileRecord:
         """Return the record of a chunk."""
-        row = self.ledger[self._starts[array] + number]
+        row = self.digest_table[self._starts[array] + number]
         return unpacked(row, chunk_name(self._split, array, number))
 
     def record_over(self, staged: Path, array: str, number: int) -> FileRecord:
@@ -73,10 +73,10 @@ class SealedFiles:
     @property
     def bytes(self) -> int:
         """Bytes of all of them."""
-        return sum(int(row["bytes"]) for row in self.ledger)
+        return sum(int(row["bytes"]) for row in self.digest_table)
 
     def records(self) -> Iterator[tuple[str, FileRecord | None]]:
-        """Yield every file with its record, None where the ledger is damaged there."""
+        """Yield every file with its record, None where the digest table is damaged there."""
         for array, count in self.chunks.items():
             for number in range(count):
                 try:
@@ -86,15 +86,15 @@ class SealedFiles:
                 yield chunk_name(self._split, array, number), record
 
 
-def sealed_ledger(split: str) -> str:
-    """Return the path, inside the cache, of the ledger of what pass 0 wrote of a split."""
-    return f"{LEDGER}/{split}/sealed"
+def tokens_digest_table(split: str) -> str:
+    """Return the path, inside the cache, of the digest table of what pass 0 wrote of a split."""
+    return f"{DIGESTS}/{split}/sealed"
 
 
 def chunk_counts(split: str, metadata: Mapping[str, str]) -> dict[str, int]:
     """Return how many chunks each array of a split has, by the ``zarr.json`` of each."""
     counts = {}
-    for array in SEALED_ARRAYS:
+    for array in TOKEN_ARRAYS:
         told = json.loads(metadata[f"{split}/{array}/{METADATA}"])
         rows = told["chunk_grid"]["configuration"]["chunk_shape"][0]
         counts[array] = -(-told["shape"][0] // rows)
@@ -107,24 +107,24 @@ def chunk_name(split: str, array: str, number: int) -> str:
     >>> chunk_name("train", "tokens/offsets", 2)
     'train/tokens/offsets/c/2/0'
     """
-    return shard_name(f"{split}/{array}", number, 1 + len(SEALED_ARRAYS[array][1]))
+    return shard_name(f"{split}/{array}", number, 1 + len(TOKEN_ARRAYS[array][1]))
 
 
-def write_sealed_ledger(
+def write_tokens_digest_table(
     root: Path,
     split: str,
     metadata: Mapping[str, str],
     *,
     into: Path | None = None,
     record: Callable[[str, int], FileRecord] | None = None,
-) -> LedgerSeal:
-    """Write the ledger of what pass 0 wrote of a split; return its seal.
+) -> TableDigest:
+    """Write the digest table of what pass 0 wrote of a split; return its seal.
 
     Args:
         root: the cache, or where it is staged.
         split: the split's name.
         metadata: every ``zarr.json``, by path.
-        into: the cache that the ledger goes into, if not ``root``.
+        into: the cache that the digest table goes into, if not ``root``.
         record: gives the record of an array's chunk; taken from the file itself otherwise.
 
     Raises:
@@ -141,29 +141,32 @@ def write_sealed_ledger(
         for array, count in counts.items()
         for number in range(count)
     )
-    return write_ledger((into or root) / sealed_ledger(split), FILE, rows)
+    return write_digest_table((into or root) / tokens_digest_table(split), FILE, rows)
 
 
-def seal_tree(root: Path) -> Seal:
-    """Write the ledgers of all that pass 0 wrote in ``root``; return the seal of it."""
+def digest_tree(root: Path) -> Digests:
+    """Write the digest tables of all that pass 0 wrote in ``root``; return the seal of it."""
     metadata = metadata_in(root)
-    ledgers = {sealed_ledger(split): write_sealed_ledger(root, split, metadata) for split in SPLITS}
-    return Seal(files=(), metadata=metadata, ledgers=ledgers)
+    digest_tables = {
+        tokens_digest_table(split): write_tokens_digest_table(root, split, metadata)
+        for split in SPLITS
+    }
+    return Digests(files=(), metadata=metadata, digest_tables=digest_tables)
 
 
-def seal_over(cache: Path, staged: Path, old: Seal) -> tuple[Seal, list[str]]:
-    """Write, in ``staged``, the ledgers of what pass 0 wrote as it is once ``staged`` is in place.
+def digest_over(cache: Path, staged: Path, old: Digests) -> tuple[Digests, list[str]]:
+    """Write, in ``staged``, the digest tables of what pass 0 wrote as it is once ``staged`` is in place.
 
     A split of which nothing is staged keeps its own. Returns the seal of it all, and the files that
     are then of no array.
     """
     metadata = old.metadata | metadata_in(staged)
-    ledgers, gone = dict(old.ledgers), []
+    digest_tables, gone = dict(old.digest_tables), []
     for split in SPLITS:
         if not (staged / split).is_dir():
             continue
-        before, after = SealedFiles(cache, split, old), chunk_counts(split, metadata)
-        ledgers[before.name] = write_sealed_ledger(
+        before, after = TokenFiles(cache, split, old), chunk_counts(split, metadata)
+        digest_tables[before.name] = write_tokens_digest_table(
             staged, split, metadata, record=partial(before.record_over, staged)
         )
         gone += [
@@ -171,7 +174,7 @@ def seal_over(cache: Path, staged: Path, old: Seal) -> tuple[Seal, list[str]]:
             for array, count in before.chunks.items()
             for number in range(after[array], count)
         ]
-    return Seal(files=(), metadata=metadata, ledgers=ledgers), gone
+    return Digests(files=(), metadata=metadata, digest_tables=digest_tables), gone
 
 
 def metadata_in(root: Path) -> dict[str, str]:

@@ -14,7 +14,7 @@ from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.format.layout import ATTRIBUTE, ROWS, TABLE_CHUNK, TABLES
 from embedcache.cache.shards.errors import damaged, reading
 from embedcache.cache.shards.shard import read_chunk
-from embedcache.cache.tokens.files import SealedFiles, chunk_name
+from embedcache.cache.tokens.files import TokenFiles, chunk_name
 
 Array = np.ndarray[Any, Any]
 
@@ -30,9 +30,7 @@ class SplitTokens:
     ``CacheError`` for what is damaged.
     """
 
-    def __init__(
-        self, cache: Path, name: str, block_tokens: int, sealed: SealedFiles | None = None
-    ):
+    def __init__(self, cache: Path, name: str, block_tokens: int, sealed: TokenFiles | None = None):
         """Open them; with ``sealed``, a file that was rewritten since is refused, not read."""
         self._block_tokens = block_tokens
         self._path = cache / name

@@ -17,15 +17,15 @@ import zarr
 from embedcache.cache.format.arrays import checked, create_arrays
 from embedcache.cache.format.layout import (
     ATTRIBUTE,
-    LEDGER,
+    DIGESTS,
     ROWS,
     SEALED,
     SPLITS,
     CacheAttributes,
     block_arrays,
 )
-from embedcache.cache.manifest.digests import METADATA, publish_seal
-from embedcache.cache.tokens.files import seal_tree
+from embedcache.cache.manifest.digests import METADATA, publish_digests
+from embedcache.cache.tokens.files import digest_tree
 from embedcache.cache.tokens.tables import Table
 from embedcache.errors import UsageError
 from embedcache.store.files import fsync_path
@@ -47,7 +47,7 @@ def create_rows(tokens: zarr.Group, *, rows: int, block_tokens: int) -> dict[str
     }
 
 
-class SplitSealer:
+class SplitTokensWriter:
     """Writes one split's tokens; `append` sequences in order, then `close`."""
 
     def __init__(self, group: zarr.Group, block_tokens: int):
@@ -145,7 +145,7 @@ class SplitSealer:
         }
 
 
-class Sealer:
+class TokensWriter:
     """Builds the sealed tokens of all splits in a staging folder, then moves them into place."""
 
     def __init__(self, cache: Path, staging: Path, block_tokens: int):
@@ -155,7 +155,7 @@ class Sealer:
         self._root = zarr.create_group(staging, zarr_format=3)
         self._groups = {name: self._root.create_group(name) for name in SPLITS}
         self.splits = {
-            name: SplitSealer(group, block_tokens) for name, group in self._groups.items()
+            name: SplitTokensWriter(group, block_tokens) for name, group in self._groups.items()
         }
 
     def close(self) -> None:
@@ -181,8 +181,8 @@ class Sealer:
             )
         self._root.attrs[ATTRIBUTE] = attributes.to_dict()
         fsync_tree(self._staging)
-        publish_seal(self._staging, seal_tree(self._staging))
-        for name in (*SPLITS, LEDGER, SEALED, METADATA):
+        publish_digests(self._staging, digest_tree(self._staging))
+        for name in (*SPLITS, DIGESTS, SEALED, METADATA):
             fsync_path(self._cache)
             (self._staging / name).rename(self._cache / name)
         fsync_path(self._cache)

@@ -41,14 +41,14 @@ KeyValueUpdate = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """Takes a block's number and its new keys and values [B, N, T, D]; returns all of them so far."""
 
 
-class Spread(NamedTuple):
+class InputStats(NamedTuple):
     """Mean and standard deviation of each component of a tap's embeddings, float64."""
 
     mean_H: Tensor
     deviation_H: Tensor
 
     @classmethod
-    def of(cls, sample_NH: Tensor) -> Spread:
+    def of(cls, sample_NH: Tensor) -> InputStats:
         """Return that of some embeddings."""
         x_NH = sample_NH.double()
         return cls(x_NH.mean(dim=0), x_NH.std(dim=0, correction=0))
@@ -158,14 +158,14 @@ class CarryOn(nn.Module):
         return delta_BTH
 
     @torch.no_grad()
-    def calibrate(self, spreads: dict[str, Spread]) -> None:
+    def calibrate(self, input_stats: dict[str, InputStats]) -> None:
         """Bring each component of each tap to zero mean and unit variance, as they are spread.
 
         A few components of a base's embeddings are ten times the others: unscaled, they are most
         of what a branch of small width sees.
         """
         for index, tap in enumerate(self.config.taps):
-            mean_H, deviation_H = spreads[tap]
+            mean_H, deviation_H = input_stats[tap]
             self.mean_PH[index] = mean_H.to(self.mean_PH.dtype)
             self.scale_PH[index] = (1 / deviation_H.clamp_min(1e-6)).to(self.scale_PH.dtype)
 

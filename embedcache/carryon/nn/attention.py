@@ -24,12 +24,12 @@ SPANS = 65_535
 class Spans:
     """Sequences that lie one behind the other in a batch of one row.
 
-    ``starts_M``: int32 (K, M + 1), where each begins, and the row's length; equal ones are empty
+    ``cu_seqlens_M``: int32 (K, M + 1), where each begins, and the row's length; equal ones are empty
     spans. ``longest``: tokens that none is longer than. No mask exists, and nothing is computed
     between sequences: on a GPU (bfloat16) this is the fastest way.
     """
 
-    starts_M: Tensor
+    cu_seqlens_M: Tensor
     longest: int
 
 
@@ -64,31 +64,35 @@ def _over_spans(q_BTND: Tensor, k_BTND: Tensor, v_BTND: Tensor, spans: Spans) ->
     q, k, v = (part.flatten(0, -3) for part in (q_BTND, k_BTND, v_BTND))
     T = q_BTND.shape[-3]
     rows = len(q) // T
-    starts_KM = spans.starts_M.expand(rows, -1)
-    each = max(1, SPANS // starts_KM.shape[1])
+    cu_seqlens_KM = spans.cu_seqlens_M.expand(rows, -1)
+    each = max(1, SPANS // cu_seqlens_KM.shape[1])
     if rows > each:
-        cuts = [x.split(each) for x in (q_BTND, k_BTND, v_BTND, starts_KM)]
+        cuts = [x.split(each) for x in (q_BTND, k_BTND, v_BTND, cu_seqlens_KM)]
         return torch.cat(
             [
                 _over_spans(q, k, v, Spans(starts, spans.longest))
                 for q, k, v, starts in zip(*cuts, strict=True)
             ]
         )
-    starts_M = starts_KM[0]
+    cu_seqlens_M = cu_seqlens_KM[0]
     if rows > 1:
-        first_K1 = T * torch.arange(rows, device=starts_M.device, dtype=starts_M.dtype)[:, None]
-        starts_M = (starts_KM + first_K1).flatten()
-    return _varlen(q, k, v, starts_M, spans.longest).view(q_BTND.shape)
+        first_K1 = (
+            T * torch.arange(rows, device=cu_seqlens_M.device, dtype=cu_seqlens_M.dtype)[:, None]
+        )
+        cu_seqlens_M = (cu_seqlens_KM + first_K1).flatten()
+    return _varlen(q, k, v, cu_seqlens_M, spans.longest).view(q_BTND.shape)
 
 
-def _varlen(q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, starts_M: Tensor, longest: int) -> Tensor:
+def _varlen(
+    q_TND: Tensor, k_TND: Tensor, v_TND: Tensor, cu_seqlens_M: Tensor, longest: int
+) -> Tensor:
     if q_TND.device.type != "cpu":
         attended = varlen_attn(
-            q_TND, k_TND, v_TND, starts_M, starts_M, longest, longest, window_size=(-1, 0)
+            q_TND, k_TND, v_TND, cu_seqlens_M, cu_seqlens_M, longest, longest, window_size=(-1, 0)
         )
         return cast("Tensor", attended)
     # A CPU, where this is only tried, takes one after the other: no span's nan reaches another.
-    lengths = starts_M.diff().tolist()
+    lengths = cu_seqlens_M.diff().tolist()
     spans = zip(*(x[None].split(lengths, dim=1) for x in (q_TND, k_TND, v_TND)), strict=True)
     return torch.cat([attend(q, k, v, None)[0] for q, k, v in spans if q.numel()])
 

@@ -23,7 +23,7 @@ PROGRAMS = 4096
 TILES = 4
 """Tiles that a program has, at least: sums of fewer would be many."""
 COLUMNS = 128
-"""Columns of a gate's tile."""
+"""VocabSubset of a gate's tile."""
 EPS = torch.finfo(torch.float32).eps
 """What keeps a norm from dividing by zero, as PyTorch has it."""
 

@@ -17,7 +17,7 @@ from embedcache.base.head import Head
 from embedcache.base.rows import rows_of
 from embedcache.loss.chunks import plan_chunks
 from embedcache.loss.linear_cross_entropy import frozen_head_loss
-from embedcache.loss.vocab_subset import Columns
+from embedcache.loss.vocab_subset import VocabSubset
 
 SHORTLIST_ROWS = {"cpu": 512, "cuda": 16_384}
 """Positions that share one shortlist. Fewer have fewer labels, and so fewer columns to compute; but
@@ -45,8 +45,8 @@ EXPLORED = 0.1
 """Share of the tail's draws that no probability steers, for what the base thought impossible."""
 
 
-class Listed(NamedTuple):
-    """A shortlist for N positions: `Columns`, and the place of each label among them."""
+class Shortlist(NamedTuple):
+    """A shortlist for N positions: `VocabSubset`, and the place of each label among them."""
 
     weight_CH: Tensor
     bias_C: Tensor | None
@@ -54,7 +54,7 @@ class Listed(NamedTuple):
     index_N: Tensor
 
 
-class Shortlist:
+class ShortlistSampler:
     """A softmax over the labels of some positions and a sampled tail, which stands for the rest.
 
     Beside the labels it holds the top ids of each position, where a cache stores them. Of the other
@@ -89,7 +89,9 @@ class Shortlist:
             targets_N: token ids in [0, V).
             step: numbers the draws.
         """
-        return estimate(x_GNH, self.draw(targets_N, self.generator(step)), self._head)
+        return shortlist_cross_entropy(
+            x_GNH, self.draw(targets_N, self.generator(step)), self._head
+        )
 
     def generator(self, step: int) -> torch.Generator:
         """Return what a step's shortlists are drawn with, one behind the other."""
@@ -101,7 +103,7 @@ class Shortlist:
         targets_N: Tensor,
         generator: torch.Generator,
         top_ids_NK: Tensor | None = None,
-    ) -> list[Listed]:
+    ) -> list[Shortlist]:
         """Return a shortlist for every so many positions, on the proposal's device.
 
         ``top_ids_NK``: as a cache stores them (see `embedcache.cache.format.layout.LIKELY`).
@@ -116,10 +118,12 @@ class Shortlist:
             columns, ids = self.columns(held, generator)
             assert columns.log_weight_C is not None
             index_N = torch.searchsorted(ids, targets)
-            listed.append(Listed(columns.weight_CH, columns.bias_C, columns.log_weight_C, index_N))
+            listed.append(
+                Shortlist(columns.weight_CH, columns.bias_C, columns.log_weight_C, index_N)
+            )
         return listed
 
-    def columns(self, held_N: Tensor, generator: torch.Generator) -> tuple[Columns, Tensor]:
+    def columns(self, held_N: Tensor, generator: torch.Generator) -> tuple[VocabSubset, Tensor]:
         """Return columns of some tokens and a drawn tail, and those tokens' ids.
 
         The first columns are theirs, in the order of the ids, which is rising.
@@ -140,7 +144,7 @@ class Shortlist:
         nearest_held = held[torch.searchsorted(held, drawn).clamp_max_(len(held) - 1)]
         drawn = drawn[nearest_held != drawn]  # a sum that is rounded may end on one
         chosen = torch.cat([held, drawn])
-        # Columns of no weight: products of one shape are planned once, of each new one anew.
+        # VocabSubset of no weight: products of one shape are planned once, of each new one anew.
         padding = -len(chosen) % self._multiple
         log_weight_C = F.pad(
             -(self._piece_V[drawn] / distance).clamp_max_(1).log_().float(), (len(held), 0)
@@ -148,7 +152,7 @@ class Shortlist:
         log_weight_C = F.pad(log_weight_C, (0, padding), value=-torch.inf)
         chosen = F.pad(chosen, (0, padding))
         bias = None if head.bias_V is None else rows_of(head.bias_V[:, None], chosen)[:, 0]
-        return Columns(rows_of(head.weight_VH, chosen), bias, log_weight_C), held
+        return VocabSubset(rows_of(head.weight_VH, chosen), bias, log_weight_C), held
 
 
 def distinct(ids_N: Tensor, V: int) -> Tensor:
@@ -160,7 +164,7 @@ def distinct(ids_N: Tensor, V: int) -> Tensor:
     return torch.from_numpy(np.flatnonzero(there_V))
 
 
-def cut_listed(listed: Sequence[Listed], rows: slice) -> list[Listed]:
+def cut_shortlists(listed: Sequence[Shortlist], rows: slice) -> list[Shortlist]:
     """Return the shortlists of some of the positions, those of ``rows``."""
     found, first = [], 0
     for one in listed:
@@ -171,8 +175,8 @@ def cut_listed(listed: Sequence[Listed], rows: slice) -> list[Listed]:
     return found
 
 
-def estimate(
-    x_GNH: Tensor, listed: Sequence[Listed], head: Head, *, logit_bytes: int | None = None
+def shortlist_cross_entropy(
+    x_GNH: Tensor, listed: Sequence[Shortlist], head: Head, *, logit_bytes: int | None = None
 ) -> Tensor:
     """Return the cross-entropy over shortlists that lie on x's device, float32 [G, N], in nats.
 
@@ -183,7 +187,7 @@ def estimate(
     # All of it is not split: the gradient would be copied.
     parts = [x_GNH] if len(sizes) == 1 else x_GNH.split(sizes, dim=1)
     for one, x_GnH in zip(listed, parts, strict=True):
-        columns = Columns(one.weight_CH, one.bias_C, one.log_weight_C)
+        columns = VocabSubset(one.weight_CH, one.bias_C, one.log_weight_C)
         x_NH, index_N = x_GnH.flatten(0, 1), one.index_N
         index_N = index_N if len(x_GnH) == 1 else index_N.repeat(len(x_GnH))
         C, dtype = len(one.weight_CH), one.weight_CH.dtype

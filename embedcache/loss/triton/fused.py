@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from embedcache.loss.online_softmax import Running
 from embedcache.loss.tiles import Tile
 from embedcache.loss.triton.kernels import logits_of
-from embedcache.loss.vocab_subset import Columns
+from embedcache.loss.vocab_subset import VocabSubset
 
 MOST_HIDDEN = 2048
 """Width of embeddings up to which this is faster than a library's product and `absorb`."""
@@ -39,7 +39,7 @@ ALIGNMENT = 16
 """Bytes that matrices and their rows begin at multiples of."""
 
 
-def fits(x_NH: Tensor, columns: Columns) -> bool:
+def fits(x_NH: Tensor, columns: VocabSubset) -> bool:
     """Say whether `fused_slopes` can do it, and pays."""
     if x_NH.shape[1] > MOST_HIDDEN or not all(map(_aligned, (x_NH, columns.weight_CH))):
         return False

@@ -19,9 +19,9 @@ from embedcache.loss.tiles import Tile
 from embedcache.units import rounded_up
 
 BLOCK = 4096
-"""Columns at a time."""
+"""VocabSubset at a time."""
 LANES = 16
-"""Columns a thread: two 16-byte loads of bfloat16."""
+"""VocabSubset a thread: two 16-byte loads of bfloat16."""
 FAR = 60.0
 """Nats by which a logit may be above the one that all are relative to: float32 and bfloat16 hold
 e^88, and sums of many e^60. In float16, whose largest is e^11, none is."""

@@ -197,4 +197,4 @@ class _Trials:
 
 
 def _size(batch: Batch) -> int:
-    return batch.tokens if batch.starts_M is None else batch.ids_BT.numel()
+    return batch.tokens if batch.cu_seqlens_M is None else batch.ids_BT.numel()

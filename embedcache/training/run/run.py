@@ -12,7 +12,7 @@ import torch
 
 from embedcache.cache.format.layout import CacheAttributes
 from embedcache.cache.manifest.manifest import Manifest
-from embedcache.carryon.branch.model import CarryOn, Spread
+from embedcache.carryon.branch.model import CarryOn, InputStats
 from embedcache.carryon.saving import CarryOnRecord, save_carryon
 from embedcache.errors import EmbedcacheError, NumericsError
 from embedcache.progress import Progress
@@ -94,13 +94,13 @@ class Member:
         self._before = (0, 0.0)
         self._saved_at = time.perf_counter()
 
-    def begin(self, hidden: int, spreads: dict[str, Spread]) -> CarryOn:
+    def begin(self, hidden: int, input_stats: dict[str, InputStats]) -> CarryOn:
         """Return the carry-on at its start, or as the checkpoint has it."""
         # Initial weights are drawn on the CPU from the seed alone, whatever else has drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = CarryOn(self.config.carryon, hidden)
-        model.calibrate(spreads)
+        model.calibrate(input_stats)
         for path in self.out.iterdir():
             if self._writes and is_partial(path):
                 path.unlink()

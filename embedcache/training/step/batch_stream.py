@@ -8,7 +8,7 @@ import torch
 
 from embedcache.data.batch import Batch
 from embedcache.data.loader import BatchLoader
-from embedcache.loss import Listed, Shortlist
+from embedcache.loss import Shortlist, ShortlistSampler
 from embedcache.training.run.run import Member
 
 
@@ -21,7 +21,7 @@ class Feed:
     """
 
     def __init__(
-        self, loader: BatchLoader, members: list[Member], shortlist: Shortlist | None = None
+        self, loader: BatchLoader, members: list[Member], shortlist: ShortlistSampler | None = None
     ):
         self.members = members
         self.shortlist = shortlist
@@ -56,14 +56,14 @@ class Feed:
         """Have the next part of the batch due; one without tokens where there is none."""
         self.batch = self._nothing if self.ended else next(self._batches)
 
-    def _drawing(self, step: int) -> Callable[[Batch], list[Listed]] | None:
+    def _drawing(self, step: int) -> Callable[[Batch], list[Shortlist]] | None:
         """Return what draws the shortlists of batches from a step on, part by part."""
         shortlist = self.shortlist
         if shortlist is None:
             return None
         generator: torch.Generator | None = None
 
-        def draw(batch: Batch) -> list[Listed]:
+        def draw(batch: Batch) -> list[Shortlist]:
             nonlocal generator, step
             generator = generator or shortlist.generator(step)
             before = generator.get_state()

@@ -131,7 +131,7 @@ class Captured:
                 before.synchronize()
 
     def _fits(self, batch: Batch) -> bool:
-        one_row = batch.starts_M is not None and len(batch.drawn) <= 1
+        one_row = batch.cu_seqlens_M is not None and len(batch.drawn) <= 1
         return one_row and not self._stack.streams(batch)
 
     def _shape(self, batch: Batch) -> Shape:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from embedcache.data.batch import Batch
-from embedcache.loss import Listed
+from embedcache.loss import Shortlist
 from embedcache.training.step.stack import WANTED
 from embedcache.units import rounded_up
 
@@ -60,13 +60,13 @@ def shape_of(batch: Batch, *, whole: bool) -> Shape:
     Wanted positions to a quarter of the row, or more, or, where ``whole``, to all of it, and starts
     to more than most parts have.
     """
-    assert batch.starts_M is not None
+    assert batch.cu_seqlens_M is not None
     row = batch.ids_BT.shape[1]
     piece = rounded_up(row if whole else -(-row // PIECES), WANTED)
-    columns = [len(one.weight_CH) for one in cast("Sequence[Listed]", batch.drawn)]
+    columns = [len(one.weight_CH) for one in cast("Sequence[Shortlist]", batch.drawn)]
     return Shape(
         row=row,
-        starts=max(len(batch.starts_M), STARTS if whole else 0),
+        starts=max(len(batch.cu_seqlens_M), STARTS if whole else 0),
         positions=rounded_up(max(1, len(batch.targets_N)), piece),
         columns=rounded_up(sum(columns), COLUMNS),
     )
@@ -88,12 +88,12 @@ def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
     def same(name: str, like: Tensor) -> Tensor:
         return shared(name, like, *like.shape)
 
-    assert batch.starts_M is not None
+    assert batch.cu_seqlens_M is not None
 
     drawn = []
-    for one in cast("Sequence[Listed]", batch.drawn):
+    for one in cast("Sequence[Shortlist]", batch.drawn):
         drawn.append(
-            Listed(
+            Shortlist(
                 shared("weight_CH", one.weight_CH, C, one.weight_CH.shape[1]),
                 None if one.bias_C is None else shared("bias_C", one.bias_C, C),
                 shared("log_weight_C", one.log_weight_C, C),
@@ -106,8 +106,8 @@ def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
         ids_BT=same("ids_BT", batch.ids_BT),
         positions_BT=same("positions_BT", batch.positions_BT),
         segments_BT=same("segments_BT", batch.segments_BT),
-        starts_M=shared("starts_M", batch.starts_M, shape.starts),
-        wanted_N=shared("wanted_N", batch.wanted_N, N),
+        cu_seqlens_M=shared("cu_seqlens_M", batch.cu_seqlens_M, shape.starts),
+        predict_N=shared("predict_N", batch.predict_N, N),
         targets_N=shared("targets_N", batch.targets_N, N),
         counts_N=shared("counts_N", batch.targets_N, N, dtype=torch.float32),
         drawn=drawn,
@@ -122,20 +122,26 @@ def _copy(batch: Batch, made: Batch) -> None:
 
     By few calls: each lets go of the interpreter's lock, which the loader's threads are after.
     """
-    assert made.starts_M is not None and batch.starts_M is not None and made.counts_N is not None
-    M, N = len(batch.starts_M), len(batch.targets_N)
+    assert (
+        made.cu_seqlens_M is not None
+        and batch.cu_seqlens_M is not None
+        and made.counts_N is not None
+    )
+    M, N = len(batch.cu_seqlens_M), len(batch.targets_N)
     pairs = [(x_BTH, batch.x_BTH[tap]) for tap, x_BTH in made.x_BTH.items()]
     pairs += [
         (made.ids_BT, batch.ids_BT),
         (made.positions_BT, batch.positions_BT),
         (made.segments_BT, batch.segments_BT),
-        (made.starts_M[:M], batch.starts_M),
-        (made.wanted_N[:N], batch.wanted_N),
+        (made.cu_seqlens_M[:M], batch.cu_seqlens_M),
+        (made.predict_N[:N], batch.predict_N),
         (made.targets_N[:N], batch.targets_N),
     ]
-    zeros = [made.wanted_N[N:], made.targets_N[N:], made.counts_N[N:]]
+    zeros = [made.predict_N[N:], made.targets_N[N:], made.counts_N[N:]]
     listed = zip(
-        cast("Sequence[Listed]", made.drawn), cast("Sequence[Listed]", batch.drawn), strict=True
+        cast("Sequence[Shortlist]", made.drawn),
+        cast("Sequence[Shortlist]", batch.drawn),
+        strict=True,
     )
     for kept, one in listed:
         C = len(one.weight_CH)
@@ -148,7 +154,7 @@ def _copy(batch: Batch, made: Batch) -> None:
             pairs.append((kept.bias_C[:C], one.bias_C))
         zeros.append(kept.index_N[N:])
         kept.log_weight_C[C:] = -torch.inf
-    made.starts_M[M:] = batch.ids_BT.shape[1]
+    made.cu_seqlens_M[M:] = batch.ids_BT.shape[1]
     made.counts_N[:N] = 1.0
     torch._foreach_copy_([to for to, _ in pairs], [value for _, value in pairs])
     torch._foreach_zero_(zeros)

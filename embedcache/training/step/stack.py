@@ -20,7 +20,13 @@ from embedcache.carryon.branch.model import CarryOn
 from embedcache.data.batch import Batch
 from embedcache.device import any_shape_attention
 from embedcache.evaluation.evaluate import FrozenInputs
-from embedcache.loss import Listed, cross_entropy, cut, cut_listed, estimate
+from embedcache.loss import (
+    Shortlist,
+    cut_shortlists,
+    linear_cross_entropy,
+    shortlist_cross_entropy,
+    split_rows,
+)
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
 from embedcache.training.optim.adamw import FlatAdamW, send
@@ -123,7 +129,7 @@ class Stack:
         # From here on each position is for itself, and as wide as the base: some at a time.
         streamed = all(self.streams(one.batch) for one in work)  # all of the head, each time
         emitted = None if streamed else self.recipe.emitted
-        for rows in cut(h_KNR.shape[1], emitted or h_KNR.shape[1]):
+        for rows in split_rows(h_KNR.shape[1], emitted or h_KNR.shape[1]):
             h_KnR = h_KNR.detach()[:, rows].requires_grad_()
             part_K = self._losses(groups, h_KnR, rows) * self._share_K
             part_K.sum().backward()
@@ -183,9 +189,9 @@ class Stack:
             if here.start >= here.stop:
                 losses.append(delta_GnH[:, :0].sum(dim=(1, 2)).float())
                 continue
-            wanted_n = _filled(batch.wanted_N)[here]
-            x_nH = batch.x_BTH["final"].flatten(0, 1).index_select(0, wanted_n)
-            y_GnH = x_nH.to(self._inputs.dtype) + delta_GnH[:, : len(wanted_n)]
+            predict_n = _filled(batch.predict_N)[here]
+            x_nH = batch.x_BTH["final"].flatten(0, 1).index_select(0, predict_n)
+            y_GnH = x_nH.to(self._inputs.dtype) + delta_GnH[:, : len(predict_n)]
             loss_Gn = self._loss(y_GnH, batch, here)
             if batch.counts_N is None:
                 loss_Gn = loss_Gn[:, : max(0, len(batch.targets_N) - here.start)]
@@ -196,16 +202,16 @@ class Stack:
 
     def _loss(self, y_GnH: Tensor, batch: Batch, rows: slice) -> Tensor:
         """Return loss_Gn of embeddings after the carry-ons; by shortlists where some were drawn."""
-        head, listed = self._inputs.head, list(cast("Sequence[Listed]", batch.drawn))
+        head, listed = self._inputs.head, list(cast("Sequence[Shortlist]", batch.drawn))
         if listed:
             last = listed[-1]
             more = rounded_up(len(batch.targets_N), WANTED) - len(batch.targets_N)
             listed[-1] = last._replace(index_N=F.pad(last.index_N, (0, more)))
-            some = cut_listed(listed, rows)
-            return estimate(y_GnH, some, head, logit_bytes=self.recipe.logit_bytes)
+            some = cut_shortlists(listed, rows)
+            return shortlist_cross_entropy(y_GnH, some, head, logit_bytes=self.recipe.logit_bytes)
         y_NH, targets_N = y_GnH.flatten(0, 1), _filled(batch.targets_N)[rows].repeat(len(y_GnH))
         chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)
-        return cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GnH.shape[:2])
+        return linear_cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GnH.shape[:2])
 
 
 def _filled(values_N: Tensor) -> Tensor:
@@ -216,7 +222,7 @@ def _filled(values_N: Tensor) -> Tensor:
 def _wanted(batch: Batch, T: int, count: int) -> Tensor:
     """Return a batch's wanted positions in rows of T tokens, filled up to so many."""
     own_T = batch.ids_BT.shape[1]
-    place_N = batch.wanted_N
+    place_N = batch.predict_N
     if own_T != T:
         place_N = place_N // own_T * T + place_N % own_T
     return F.pad(place_N, (0, count - len(place_N)))
@@ -244,14 +250,16 @@ def stacked_batch(work: Sequence[Work]) -> Batch:
         ids_BT=stacked([batch.ids_BT for batch in batches], 0),
         positions_BT=stacked([batch.positions_BT for batch in batches], 0),
         segments_BT=stacked([batch.segments_BT for batch in batches], -1),
-        starts_M=_stacked_starts(batches, T),
+        cu_seqlens_M=_stacked_starts(batches, T),
     )
 
 
 def _stacked_starts(batches: Sequence[Batch], T: int) -> Tensor | None:
-    """Return starts_KM of batches of one row; what pads a row is a sequence of its own."""
-    starts = [batch.starts_M for batch in batches if batch.starts_M is not None]
+    """Return cu_seqlens_KM of batches of one row; what pads a row is a sequence of its own."""
+    starts = [batch.cu_seqlens_M for batch in batches if batch.cu_seqlens_M is not None]
     if not starts:
         return None
-    most = 1 + max(len(starts_M) for starts_M in starts)
-    return torch.stack([F.pad(starts_M, (0, most - len(starts_M)), value=T) for starts_M in starts])
+    most = 1 + max(len(cu_seqlens_M) for cu_seqlens_M in starts)
+    return torch.stack(
+        [F.pad(cu_seqlens_M, (0, most - len(cu_seqlens_M)), value=T) for cu_seqlens_M in starts]
+    )

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn, Spread, bridge
+from embedcache.carryon.branch.model import CarryOn, InputStats, bridge
 from embedcache.carryon.nn.attention import segment_mask
 from embedcache.carryon.nn.elementwise import residual_norm, rotary_angles, rotate, rotated
 
@@ -161,7 +161,7 @@ def test_calibration_gives_zero_mean_and_unit_variance():
         for tap in ("final", "layer_1")
     }
     sample["final"][:, 0] = 3.0  # a component that never changes must not become infinite
-    model.calibrate({tap: Spread.of(x) for tap, x in sample.items()})
+    model.calibrate({tap: InputStats.of(x) for tap, x in sample.items()})
     for index, tap in enumerate(model.config.taps):
         x = ((sample[tap] - model.mean_PH[index]) * model.scale_PH[index]).double()
         assert x.isfinite().all()
@@ -239,7 +239,7 @@ def test_inputs_in_bfloat16_are_those_in_float32(calibrated):
     x = (torch.randn(2, 50, H, generator=draw) * 3).bfloat16()
     x[..., 4] += 40
     if calibrated:
-        model.calibrate({"final": Spread.of(x.float().flatten(0, 1))})
+        model.calibrate({"final": InputStats.of(x.float().flatten(0, 1))})
     at, seen = positions(2, 50), []
     model.project.register_forward_hook(lambda layer, given, made: seen.append(given[0]))
     model({"final": x.float()}, positions_BT=at)
@@ -285,7 +285,7 @@ def test_norms_and_their_gradients(lead):
 def test_a_member_of_a_stack_is_the_carry_on_that_went_in():
     models = [trained(), trained(), trained()]
     for model in models:
-        model.calibrate({"final": Spread.of(inputs(1, 50)["final"][0])})
+        model.calibrate({"final": InputStats.of(inputs(1, 50)["final"][0])})
     members = [CarryOn.stack(models).member(k) for k in range(3)]
     for model, member in zip(models, members, strict=True):
         expected = model.state_dict()

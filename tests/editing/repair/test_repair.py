@@ -77,7 +77,7 @@ def test_only_what_is_damaged_is_made_anew(
         "dev/embeddings/layer_1/c/0/0",
         TOKENS,
         MANIFEST,
-        *(f"ledger/{split}/embeddings" for split in SPLITS),
+        *(f"digests/{split}/embeddings" for split in SPLITS),
     }
 
 
@@ -108,7 +108,7 @@ def test_an_unfinished_cache_is_repaired_and_goes_on(
 
 def test_many_faults_at_once(place: Path, out: Path) -> None:
     for name in names_in(out):
-        if name.startswith(("ledger/", "base")) or "/tokens/" in name or "/documents/" in name:
+        if name.startswith(("digests/", "base")) or "/tokens/" in name or "/documents/" in name:
             (out / name).unlink()
         elif name.endswith("zarr.json"):
             (out / name).write_text("{}")
@@ -123,7 +123,7 @@ STEPS = [
     pytest.param(repair, "publish_bytes", 2, id="metadata is being restored"),
     pytest.param(repair, "tokenise", 1, id="pass 0 is to run again"),
     pytest.param(repair, "fsync_path", 2, id="tokens are being restored"),
-    pytest.param(repair, "publish_seal", 1, id="the seal is to be restored"),
+    pytest.param(repair, "publish_digests", 1, id="the seal is to be restored"),
     pytest.param(commit.os, "link", 1, id="a lost marker is to be renewed"),
     pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
     pytest.param(store_base, "fsync_path", 1, id="the base is in place"),

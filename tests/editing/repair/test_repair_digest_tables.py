@@ -1,4 +1,4 @@
-"""What ``extract --repair`` takes from ledgers and the corpus, and when it refuses."""
+"""What ``extract --repair`` takes from digest tables and the corpus, and when it refuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from embedcache.cache.verify import verify
 from embedcache.errors import CacheError, CorpusError, OutputError
 from embedcache.store.files import hash_file
 
-LEDGERS = ["ledger/train/sealed", "ledger/dev/sealed", "ledger/train/embeddings"]
+LEDGERS = ["digests/train/sealed", "digests/dev/sealed", "digests/train/embeddings"]
 
 
 @pytest.mark.parametrize("harm_file", [flip_byte, Path.unlink])
@@ -28,8 +28,10 @@ def test_ledgers_are_made_anew_from_the_files_they_vouch_for(
     for name in LEDGERS:
         harm_file(out / name)
     faults = verify(out).faults
-    assert {(fault.kind, fault.file) for fault in faults} == {("ledger", name) for name in LEDGERS}
-    with pytest.raises(CacheError, match=r"ledger/"):
+    assert {(fault.kind, fault.file) for fault in faults} == {
+        ("digest_table", name) for name in LEDGERS
+    }
+    with pytest.raises(CacheError, match=r"digests/"):
         served(out)
     hidden = place / "corpus.away"
     (place / "corpus").rename(hidden)

@@ -16,7 +16,7 @@ from support.tiny import tiny_base_directory
 
 from embedcache.editing.delete import delete
 from embedcache.extraction import pipeline
-from embedcache.store import lease as claims
+from embedcache.store import lease as leases
 
 
 @pytest.fixture(scope="session")
@@ -48,7 +48,7 @@ class Inline:
 @pytest.fixture
 def pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pause]:
     """Have ``act`` done before the n-th call of a function, its process taken for dead then."""
-    monkeypatch.setattr(claims, "BEAT_SECONDS", 1e6)
+    monkeypatch.setattr(leases, "BEAT_SECONDS", 1e6)
     monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(pipeline, "prefetch", lambda dealt: dealt)
     paused = []
@@ -62,7 +62,7 @@ def pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pause]:
             if calls == call:
                 paused.append(name)
                 monkeypatch.setattr(module, name, real)
-                (beat,) = (tmp_path / "cache/claims/writers").iterdir()
+                (beat,) = (tmp_path / "cache/leases/writers").iterdir()
                 os.utime(beat, (1, 1))
                 act()
             return real(*arguments, **more)

@@ -32,14 +32,14 @@ from embedcache.errors import OutputError
 from embedcache.extraction import plan, store_base
 from embedcache.extraction import run as stage_one
 from embedcache.store import transaction as rewrite
-from embedcache.store.lease import TURN, Claims
+from embedcache.store.lease import COORDINATOR, Leases
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
 
 STEPS = [
     pytest.param(plan, "tokenise", 1, id="pass 0 begins"),
     pytest.param(seal, "fsync_tree", 1, id="pass 0 is staged"),
-    pytest.param(seal, "publish_seal", 1, id="pass 0 is to be moved into place"),
+    pytest.param(seal, "publish_digests", 1, id="pass 0 is to be moved into place"),
     pytest.param(Path, "rename", 2, id="a split of pass 0 is in place"),
     pytest.param(Path, "rename", 4, id="splits are in place"),
     pytest.param(Path, "rename", 5, id="the seal of pass 0 is in place"),
@@ -54,8 +54,8 @@ STEPS = [
     pytest.param(commit, "promote", 2, id="a marker is linked"),
     pytest.param(stage_one, "split_manifest", 1, id="all blocks are there"),
     pytest.param(stage_one, "publish_manifest", 1, id="the manifest is to be staged"),
-    pytest.param(stage_one, "fsync_path", 1, id="a ledger is in place"),
-    pytest.param(stage_one, "fsync_path", 6, id="the ledgers are in place"),
+    pytest.param(stage_one, "fsync_path", 1, id="a digest table is in place"),
+    pytest.param(stage_one, "fsync_path", 6, id="the digest tables are in place"),
     pytest.param(stage_one, "fsync_path", 7, id="the manifest is in place"),
     pytest.param(stage_one, "drop_superseded", 1, id="the manifest is there"),
     pytest.param(stage_one, "clear_staging", 2, id="staging is to be cleared"),
@@ -185,11 +185,11 @@ def test_a_deletion_whose_turn_another_has_by_now_is_not_committed(
     """That one is still looking at the cache: it must not change under it."""
     out = shutil.copytree(place / "whole", tmp_path / "cache")
     with ExitStack() as stack:
-        other = Claims(out)
+        other = Leases(out)
 
         def meanwhile() -> None:
             stack.enter_context(other)
-            assert other.take(TURN)
+            assert other.take(COORDINATOR)
 
         pause(deleting, "publish_manifest", 1, meanwhile)
         with pytest.raises(OutputError, match="was taken over"):
@@ -204,17 +204,17 @@ def test_an_extraction_whose_turn_another_has_by_now_changes_nothing(
     """That one goes on with what it found: a staging folder of a third is left alone, too."""
     out, found, own = tmp_path / "cache", [], list[str]()
     with ExitStack() as stack:
-        other, third = Claims(out), Claims(out)
+        other, third = Leases(out), Leases(out)
 
         def published() -> set[str]:
-            passing = ("claims/", f"{STAGING}/{own[0]}/manifest/" if own else "claims/")
+            passing = ("leases/", f"{STAGING}/{own[0]}/manifest/" if own else "leases/")
             return {name for name in comparable_tree(out) if not name.startswith(passing)}
 
         def meanwhile() -> None:
             own.extend(path.name for path in out.glob(f"{STAGING}/*"))
             stack.enter_context(other)
             stack.enter_context(third)
-            assert other.take(TURN)
+            assert other.take(COORDINATOR)
             third.staging.mkdir(parents=True)
             (third.staging / "staged").touch()
             found.append(published())
@@ -247,7 +247,7 @@ def test_who_changes_a_finished_cache_first_takes_their_licence_from_the_dead(
 
 
 def test_a_process_that_is_stopped_and_continued(place: Path, tmp_path: Path) -> None:
-    """By the real signals; instead of waiting for its claims to expire they are made to be old."""
+    """By the real signals; instead of waiting for its leases to expire they are made to be old."""
     out = tmp_path / "cache"
     process = start_command(*small_flags(place / "corpus", place / "base", out))
     try:
@@ -258,7 +258,7 @@ def test_a_process_that_is_stopped_and_continued(place: Path, tmp_path: Path) ->
             time.sleep(0.001)
         process.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
-        for beat in out.glob("claims/writers/*.json"):
+        for beat in out.glob("leases/writers/*.json"):
             os.utime(beat, (1, 1))
         run(place, out)
         whole = comparable_tree(place / "whole")

@@ -19,13 +19,13 @@ from embedcache.cache.verify import verify
 from embedcache.editing.delete import delete
 from embedcache.errors import EmbedcacheError, OutputError
 from embedcache.store import transaction as rewrite
-from embedcache.store.lease import TURN, Claims
+from embedcache.store.lease import COORDINATOR, Leases
 
 STEPS = [
-    pytest.param(appending, "seal_corpus", 1, id="it begins"),
+    pytest.param(appending, "write_tokens", 1, id="it begins"),
     pytest.param(appending, "extract", 1, id="tokens are sealed"),
     pytest.param(appending, "require_alike", 1, id="all is computed"),
-    pytest.param(joining, "split_manifest", 2, id="ledgers are being staged"),
+    pytest.param(joining, "split_manifest", 2, id="digest_tables are being staged"),
     pytest.param(rewrite, "fsync_tree", 1, id="all is staged"),
     pytest.param(rewrite, "finish_rewrite", 1, id="it is committed"),
     pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
@@ -80,12 +80,12 @@ def test_one_whose_turn_another_has_by_now_changes_nothing(
     out = shutil.copytree(place / "whole", tmp_path / "cache")
     more = write_documents(tmp_path / "more", 3, seed=1)
     with ExitStack() as stack:
-        other, third = Claims(out), Claims(out)
+        other, third = Leases(out), Leases(out)
 
         def meanwhile() -> None:
             stack.enter_context(other)
             stack.enter_context(third)
-            assert other.take(TURN)
+            assert other.take(COORDINATOR)
             third.staging.mkdir(parents=True)
             (third.staging / "staged").touch()
 

@@ -159,8 +159,8 @@ def test_recorded_steps_are_those_computed_alone(stacks, ends, loss):
 def test_a_part_without_targets_is_recorded_as_others_are(stacks):
     make, graphs = stacks
     (plain, recorded), batches = make("exact")
-    nothing = batches[0].wanted_N[:0]
-    empty = replace(batches[0], wanted_N=nothing, targets_N=nothing)
+    nothing = batches[0].predict_N[:0]
+    empty = replace(batches[0], predict_N=nothing, targets_N=nothing)
     found = []
     for stack, taker in ((plain, plain), (recorded, Captured(recorded, CPU))):
         found.append(step(stack, taker, works([empty, batches[1]])))
@@ -190,7 +190,7 @@ def test_what_cannot_be_recorded_is_left_to_the_stack(stacks, monkeypatch):
     (plain, recorded), batches = make("exact")
     recorder = Captured(recorded, CPU)
     work = works(batches[:1])[0]
-    rows = replace(batches[0], starts_M=None)
+    rows = replace(batches[0], cu_seqlens_M=None)
     apart = [work[0], replace(work[1], batch=replace(batches[0]))]
 
     def check(work):
@@ -307,10 +307,14 @@ def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends, mon
         log_weight_C=torch.cat([few.log_weight_C, few.log_weight_C - 9, few.log_weight_C - 8]),
     )
     wide = replace(
-        widest, drawn=[many], starts_M=torch.cat([widest.starts_M] + [widest.starts_M[-1:]] * 8)
+        widest,
+        drawn=[many],
+        cu_seqlens_M=torch.cat([widest.cu_seqlens_M] + [widest.cu_seqlens_M[-1:]] * 8),
     )
     some = batches[0]  # of more sequences, and of fewer columns, than the widest
-    longer = replace(some, starts_M=torch.cat([some.starts_M] + [some.starts_M[-1:]] * 24))
+    longer = replace(
+        some, cu_seqlens_M=torch.cat([some.cu_seqlens_M] + [some.cu_seqlens_M[-1:]] * 24)
+    )
     for one in (some, wide, longer, wide, *batches):
         expected = step(plain, plain, works([one]))
         found = step(recorded, recorder, works([one]))
@@ -320,7 +324,7 @@ def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends, mon
     assert len(graphs) == 3 and len(ends) == 1
     (shape,) = recorder._recorded
     assert shape.columns == 384 * -(-3 * len(few.weight_CH) // 384)
-    assert shape.positions >= 200 and shape.starts == len(longer.starts_M)
+    assert shape.positions >= 200 and shape.starts == len(longer.cu_seqlens_M)
 
 
 def test_within_a_budget_few_more_sequences_need_no_other_recording(stacks):
@@ -329,9 +333,9 @@ def test_within_a_budget_few_more_sequences_need_no_other_recording(stacks):
     for stack in (plain, recorded):
         stack.recipe = replace(PLAIN, part_tokens=200)
     recorder = Captured(recorded, CPU)
-    few = replace(batches[0], starts_M=batches[0].starts_M[-8:].clone())
-    few.starts_M[0] = 0
-    more = replace(few, starts_M=torch.cat([few.starts_M, few.starts_M[-1:].repeat(8)]))
+    few = replace(batches[0], cu_seqlens_M=batches[0].cu_seqlens_M[-8:].clone())
+    few.cu_seqlens_M[0] = 0
+    more = replace(few, cu_seqlens_M=torch.cat([few.cu_seqlens_M, few.cu_seqlens_M[-1:].repeat(8)]))
     for one in (few, more, few):
         found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
         for value, other in zip(found, expected, strict=True):
@@ -365,7 +369,7 @@ def test_a_shape_that_is_rare_is_taken_by_a_larger_one_s_recording(stacks, monke
     whole = batches[0]
     few = replace(
         whole,
-        wanted_N=whole.wanted_N[:20],
+        predict_N=whole.predict_N[:20],
         targets_N=whole.targets_N[:20],
         drawn=[whole.drawn[0]._replace(index_N=whole.drawn[0].index_N[:20])],
     )
@@ -392,12 +396,13 @@ def test_a_shape_that_nothing_takes_is_recorded_at_once(stacks, monkeypatch):
     (_, recorded), batches = make("exact")
     recorder = Captured(recorded, CPU)
     few = replace(
-        batches[0], wanted_N=batches[0].wanted_N[:20], targets_N=batches[0].targets_N[:20]
+        batches[0], predict_N=batches[0].predict_N[:20], targets_N=batches[0].targets_N[:20]
     )
 
     def longer(batch, more):
         return replace(
-            batch, starts_M=torch.cat([batch.starts_M, batch.starts_M[-1:].repeat(more)])
+            batch,
+            cu_seqlens_M=torch.cat([batch.cu_seqlens_M, batch.cu_seqlens_M[-1:].repeat(more)]),
         )
 
     for one in (few, longer(batches[0], 16)):

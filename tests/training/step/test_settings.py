@@ -186,11 +186,11 @@ def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
     )
     for expected, found in zip(several, one, strict=True):
         assert found.ids_BT.shape == (1, 300)
-        assert len(found.starts_M) % 4 == 0
-        assert found.starts_M.dtype == torch.int32
+        assert len(found.cu_seqlens_M) % 4 == 0
+        assert found.cu_seqlens_M.dtype == torch.int32
         # Padding comes in pieces, none longer than the longest sequence.
-        assert found.starts_M[-1] == 300
-        assert found.starts_M.diff().max() == found.positions_BT.max() + 1
+        assert found.cu_seqlens_M[-1] == 300
+        assert found.cu_seqlens_M.diff().max() == found.positions_BT.max() + 1
         assert sorted(found.targets_N.tolist()) == sorted(expected.targets_N.tolist())
         places = [
             {tuple(place): row for row, place in enumerate(batch.places_N2.tolist())}

@@ -37,7 +37,7 @@ def test_rows_of_one_sequence_each_need_no_mask(world: World) -> None:
             )
             torch.testing.assert_close(
                 inputs.delta(carryon, batch),
-                batch.at_wanted(masked),
+                batch.at_predicted(masked),
                 rtol=1e-4,
                 atol=1e-5,
             )
@@ -62,7 +62,7 @@ def test_padding_to_the_largest_batch_changes_nobody(world: World) -> None:
     for k, batch in enumerate(batches):
         B, T = batch.ids_BT.shape
         torch.testing.assert_close(
-            found[k, :B, :T].flatten(0, 1).index_select(0, batch.wanted_N),
+            found[k, :B, :T].flatten(0, 1).index_select(0, batch.predict_N),
             inputs.delta(carryon, batch),
             rtol=1e-4,
             atol=1e-5,
