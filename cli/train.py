@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -58,8 +57,6 @@ def train_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Stage two."""
-    if memory is not None:  # before torch is imported: gaps between segments count, too
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     from embedcache.base.taps import parse_taps
     from embedcache.errors import UsageError
     from embedcache.training.config import TrainConfig, read_settings

@@ -248,8 +248,8 @@ def test_the_gradient_of_a_bias_takes_little_memory():
 PIECES = """
 import torch
 from embedcache.training.step.cuda_graph import record
-from embedcache.training.budget.allocator import spare_reserves
-spare_reserves()
+from embedcache.training.budget.allocator import configure_allocator
+configure_allocator()
 
 def part():
     few = [torch.ones(size << 20, dtype=torch.uint8, device="cuda") for size in (14, 20, 30)]

@@ -74,6 +74,8 @@ class Loop:
     ):
         self._feeds, self._bar = feeds, bar
         self._taken: Taken | None = None
+        self._whole = True
+        """Whether the weights are those of the last step that was noted or is to be read."""
         self._ranks, self._device = ranks, device
         self._score, self._finish = score, finish
         self._on(stack)
@@ -85,7 +87,20 @@ class Loop:
         self._taker = Captured(stack, self._device) if recorded else stack
 
     def train(self) -> None:
-        """Step until no member is left."""
+        """Step until no member is left.
+
+        Raises ``torch.OutOfMemoryError`` when memory runs out, after every member was saved at its
+        last whole step. If the optimiser was stepping, the checkpoint before stands instead.
+        """
+        try:
+            self._train()
+        except torch.OutOfMemoryError:
+            if self._whole:
+                self._read()
+                self._save(lambda member: member.summary is None)
+            raise
+
+    def _train(self) -> None:
         self._let_go()
         self._clock = time.perf_counter()
         self._waits: list[tuple[Mark, Mark]] = []
@@ -124,14 +139,18 @@ class Loop:
         waits, self._waits = self._waits, []
         taken = Taken([member for _, member in self._rows()], counts, Arriving(*values), waits)
         self._read()
-        self._taken = taken
+        self._taken, self._whole = taken, True
         if due:  # in all processes, which see one that fails at the same step
             self._read()
-            for index, member in self._rows():
-                with failing(member):
-                    if member.failure is None and member.save_due:
-                        member.save(self._stack, index)
+            self._save(lambda member: member.save_due)
             self._clock = time.perf_counter()
+
+    def _save(self, due: Callable[[Member], bool]) -> None:
+        """Save the members that are due and have not failed."""
+        for index, member in self._rows():
+            with failing(member):
+                if member.failure is None and due(member):
+                    member.save(self._stack, index)
 
     def _read(self) -> None:
         """Take note of the step that was begun last, if that was not done."""
@@ -173,6 +192,7 @@ class Loop:
                 for feed in self._feeds:
                     feed.next_part()
             loss_K += self._take_part(everywhere)
+        self._whole = False
         return self._taker.finish(loss_K)
 
     def _take_part(self, everywhere: Sequence[Counts]) -> Tensor:
@@ -229,13 +249,14 @@ class Loop:
                 left.append((index, member))
         staying = [member for _, member in left]
         if len(left) < len(self._rows()):
+            stack = self._stack.keep([index for index, _ in left]) if left else self._stack
             for feed in self._feeds:
                 feed.members = [member for member in feed.members if member in staying]
                 if not feed.members:
                     feed.close()
             self._feeds = [feed for feed in self._feeds if feed.members]
             if left:
-                self._on(self._stack.keep([index for index, _ in left]))
+                self._on(stack)
 
 
 @contextmanager

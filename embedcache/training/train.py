@@ -18,8 +18,8 @@ from embedcache.loss.shortlist.shortlist import DRAWS
 from embedcache.progress import SILENT, Progress
 from embedcache.store.disk import writing
 from embedcache.store.files import LOCK, writer_lock
-from embedcache.training.budget.allocator import spare_reserves
-from embedcache.training.budget.planning import plan_memory
+from embedcache.training.budget.allocator import configure_allocator
+from embedcache.training.budget.probe import plan_memory
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks, joined, local_device
 from embedcache.training.run.output import check_out
@@ -164,7 +164,7 @@ def _target(device: str, memory: int | None) -> torch.device:
     """Return the device named, whose allocator is sparing where there is a budget."""
     target = resolve_device(device)
     if memory is not None and target.type == "cuda":
-        spare_reserves()  # before torch asks the device for anything: settings are read then
+        configure_allocator()  # before torch asks the device for anything: settings are read then
     return local_device(target)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from itertools import groupby
 
 import torch
@@ -15,9 +15,9 @@ from embedcache.data.loader import room_to_keep
 from embedcache.device import current, free_memory
 from embedcache.errors import DeviceMemoryError
 from embedcache.progress import Progress
-from embedcache.training.budget.allocator import held
-from embedcache.training.budget.memory import MemoryPlan, rounded
-from embedcache.training.budget.planning import plan_memory
+from embedcache.training.budget.allocator import memory_limit
+from embedcache.training.budget.ladder import MemoryPlan
+from embedcache.training.budget.probe import plan_memory
 from embedcache.training.distributed import ALONE, Ranks
 from embedcache.training.inputs import Materials, Patterns
 from embedcache.training.loop import Loop, failing
@@ -29,6 +29,9 @@ from embedcache.training.step.stack import Stack
 
 CPU_STACK_BYTES = 400 << 20
 """Of what a stack works on, at most, on a CPU."""
+
+FREE = 0.9
+"""Share of a device's free memory that a run takes after it ran out of memory without a budget."""
 
 Begun = tuple[Member, CarryOn]
 
@@ -79,10 +82,61 @@ class Trainer:
         return max(1, room // (tokens * values * size + weights))
 
     def run(self, members: Sequence[Member], plan: MemoryPlan | None = None) -> None:
-        """Train members of one shape and one loss until each is finished or has failed."""
+        """Train members of one shape and one loss until each is finished or has failed.
+
+        When the device runs out of memory, everything on it is freed, and the run goes on from its
+        last state by a leaner plan.
+        """
+        todo: list[tuple[Sequence[Member], MemoryPlan | None]] = [(members, plan)]
+        while todo:
+            members, plan = todo.pop(0)
+            try:
+                self._attempt(members, plan)
+                continue
+            except torch.OutOfMemoryError:
+                if self._ranks.count > 1:  # the others wait for this one's gradients
+                    raise
+            gc.collect()  # the error held the step's tensors
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+            left = [one for one in members if one.failure is None and one.summary is None]
+            todo[:0] = self._leaner(left, plan)
+
+    def _leaner(
+        self, members: list[Member], plan: MemoryPlan | None
+    ) -> list[tuple[list[Member], MemoryPlan | None]]:
+        """Return how to go on with members after memory ran out; ends those that cannot."""
+        found: MemoryPlan | None = None
+        budget = self._memory or (
+            int(FREE * free_memory(self._device)) if plan is None else plan.budget
+        )
+        configs = [member.config for member in members]
+        with suppress(DeviceMemoryError):
+            found = plan_memory(self.materials, configs, members[0].loss, budget, below=plan)
+        if found is not None:
+            parts = [(members, found)]
+        elif len(members) > 1:
+            half = len(members) // 2
+            parts = [(members[:half], plan), (members[half:], plan)]
+        elif plan is not None and members[0].advanced:
+            parts = [(members, plan)]  # once more: other steps before this one held
+        else:
+            (member,) = members
+            member.failure = DeviceMemoryError(
+                f"{self._device} ran out of memory at step {member.state.step}, and no smaller "
+                "plan holds. Train a smaller carry-on (fewer or narrower layers, fewer taps) or "
+                f"pass a larger `memory=`. The last checkpoint in {member.out} stays; the same "
+                "call goes on from it."
+            )
+            return []
+        self._progress.say("Out of memory; retrying with a smaller plan.")
+        return parts
+
+    def _attempt(self, members: Sequence[Member], plan: MemoryPlan | None) -> None:
+        """Train members by one plan; raises ``torch.OutOfMemoryError`` if it does not hold."""
         recipe = plain_recipe(self._device, members[0].config.carryon.head_width)
         if plan is not None:
-            recipe = plan.recipe
+            recipe = plan.settings
             self._progress.say(f"memory: {plan}")
             for member in members:
                 member.memory = str(plan)
@@ -92,26 +146,10 @@ class Trainer:
             with failing(member):
                 begun.append((member, member.begin(self.materials.hidden, input_stats)))
         begun = sorted((one for one in begun if one[0].failure is None), key=self._place)
-        if not begun:
-            return
-        try:
-            with current(self._device), held(None if plan is None else plan.budget, self._device):
+        if begun:
+            budget = None if plan is None else plan.budget
+            with current(self._device), memory_limit(budget, self._device):
                 self._train(begun, recipe)
-        except torch.OutOfMemoryError as error:
-            if self._ranks.count > 1:  # the others wait for this one's gradients
-                raise
-            why = str(error).partition(" GPU ")[0].rstrip(".")
-        else:
-            return
-        gc.collect()  # what the steps held
-        members = [member for member, _ in begun]
-        longest = self._cache.attributes.settings.context
-        less = plan and (plan.smaller(longest) or plan.unrecorded())
-        if less is not None and all(m.state.step == m.resumed_at for m in members):
-            self._progress.say(f"that does not hold ({why}): once more, with less")
-            self.run(members, less)
-        else:
-            self._fail_for_memory(members, why)
 
     def _train(self, begun: Sequence[Begun], recipe: Recipe) -> None:
         with ExitStack() as reading:
@@ -174,23 +212,6 @@ class Trainer:
         if told != self._told:
             self._told = told
             self._progress.say(told)
-
-    def _fail_for_memory(self, members: Sequence[Member], why: str) -> None:
-        """End all that are not done, with what would have fitted."""
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
-        budget = int(0.8 * (self._memory or free_memory(self._device)))
-        try:
-            plan = plan_memory(self.materials, [m.config for m in members], members[0].loss, budget)
-            way_out = f"Type the same with --memory {rounded(budget)} ({plan})"
-        except (DeviceMemoryError, torch.OutOfMemoryError):
-            way_out = "Train fewer or smaller ones: less --width, --blocks or taps"
-        for member in members:
-            if member.failure is None and member.summary is None:
-                member.failure = DeviceMemoryError(
-                    f"{self._device} ran out of memory at step {member.state.step} ({why}). "
-                    f"{way_out}. What was saved last in {member.out} stands, and is gone on from"
-                )
 
     def _feed(self, members: list[Member], recipe: Recipe, kept_bytes: int) -> Feed:
         """Return the batches of members that are at one place in one order."""
@@ -278,4 +299,4 @@ class Trainer:
         plans = self._ranks.gather(plan)
         failed = [one for one in plans if isinstance(one, DeviceMemoryError)]
         made = [one for one in plans if isinstance(one, MemoryPlan)]
-        return failed[0] if failed else max(made, key=lambda one: one.leanness)
+        return failed[0] if failed else max(made, key=lambda one: one.rung)

@@ -5,9 +5,9 @@ layer: what training takes depends on shapes alone. It is extracted and trained 
 own commands, each training in a process of its own, which reports what its allocator reserved at
 most, and what the driver says that it has.
 
-That the lean way of training learns as much is shown on the real base: the same carry-on trained
-in the plain way, and by the leanest recipe: bfloat16 weights, states and head in host memory,
-activations computed again, small parts.
+That the leanest settings learn as much is shown on the real base: the same carry-on is trained with
+the plain settings and with the leanest ones, which keep bfloat16 weights on the GPU, the
+optimiser's states and the head in host memory, and recompute activations for the gradient.
 
     python examples/paper/gpu_memory.py --out runs/gpu-memory
 """
@@ -21,7 +21,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +31,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from commands import embedcache, extract
 
 from embedcache.base.load import load_tokenizer
-from embedcache.training.budget import planning
-from embedcache.training.budget.allocator import spare_reserves
-from embedcache.training.step.settings import Recipe
+from embedcache.training.budget import probe
+from embedcache.training.budget.allocator import configure_allocator
+from embedcache.training.budget.ladder import Rung
 
 BUDGETS = {
     "shortlist": ["--memory", "0.95GB", "--loss", "shortlist"],
@@ -127,19 +126,18 @@ def trained(cache: Path, out: Path, flags: list[str]) -> dict[str, Any]:
 
 @contextmanager
 def leanest() -> Iterator[None]:
-    """Let budgets choose the leanest recipe alone, recorded or not."""
-    candidates = planning.candidates
+    """Let budgets choose the leanest settings alone, with CUDA graphs or without."""
+    ladder = probe.ladder
 
-    def last(*given: Any, **more: Any) -> list[Recipe]:
-        found = candidates(*given, **more)
-        lean = replace(found[-1], capture=False)
-        return [one for one in found if replace(one, capture=False) == lean]
+    def last(*given: Any, **more: Any) -> list[Rung]:
+        found = ladder(*given, **more)
+        return [rung for rung in found if rung.name == found[-1].name]
 
-    planning.candidates = last
+    probe.ladder = last
     try:
         yield
     finally:
-        planning.candidates = candidates
+        probe.ladder = ladder
 
 
 def main() -> None:
@@ -154,7 +152,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=1728)
     parser.add_argument("--lean-memory", default="400MB")
     options = parser.parse_args()
-    spare_reserves()  # this process's, too, before it computes anything
+    configure_allocator()  # for this process, too, before it computes anything
     out: Path = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     report: dict[str, Any] = {"memory": [], "quality": []}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from embedcache.training.budget import memory
+from embedcache.training.budget import ladder
 from embedcache.training.step.settings import Recipe
 
 
@@ -12,5 +12,5 @@ from embedcache.training.step.settings import Recipe
 def recording(monkeypatch):
     """Recipes as on a GPU that records them."""
     monkeypatch.setattr(
-        memory, "plain_recipe", lambda *given: Recipe(one_row=True, capture=True, ahead=1)
+        ladder, "plain_recipe", lambda *given: Recipe(one_row=True, capture=True, ahead=1)
     )

@@ -1,4 +1,4 @@
-"""A device's allocator: what it gave out at the most, and keeping it within a budget."""
+"""The CUDA allocator: how it reserves memory, a limit on it, and the peak of what it gave out."""
 
 from __future__ import annotations
 
@@ -14,8 +14,48 @@ from torch.utils._pytree import tree_leaves
 
 from embedcache.device import wait_for
 
-SEGMENT = 12 << 20
-"""Bytes that a CUDA allocator reserves at a time within a budget: it takes no less than that."""
+SMALL_SEGMENT = 12 << 20
+"""Bytes that the allocator reserves at a time where `configure_allocator` could decide."""
+DEFAULT_SEGMENT = 20 << 20
+"""Bytes that PyTorch's allocator reserves at a time otherwise."""
+SETTINGS = f"expandable_segments:True,large_segment_size_mb:{SMALL_SEGMENT >> 20}"
+
+
+def configure_allocator() -> None:
+    """Set the environment so that PyTorch and cuBLAS reserve little of a GPU.
+
+    Expandable segments leave no gaps, and grow by 12 MiB instead of 20. cuBLAS keeps 8 MiB for each
+    stream instead of 32. Nothing changes where the user has set these variables. Both libraries
+    read them once, when they first use the GPU: after that the call has no effect.
+    """
+    if not torch.cuda.is_initialized() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", SETTINGS)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
+
+
+def segment_bytes() -> int:
+    """Return how many bytes the allocator may reserve beyond a limit that it is given."""
+    ours = os.environ.get("PYTORCH_ALLOC_CONF") == SETTINGS
+    return SMALL_SEGMENT if ours else DEFAULT_SEGMENT
+
+
+@contextmanager
+def memory_limit(budget: int | None, device: torch.device) -> Iterator[None]:
+    """Keep what the allocator reserves within a budget in bytes. On a CPU nothing is limited.
+
+    Raises ``torch.OutOfMemoryError`` where more would be needed.
+    """
+    if budget is None or device.type != "cuda":
+        yield
+        return
+    total = torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.empty_cache()
+    share = max(0, budget - segment_bytes()) / total
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
 class _LiveBytes(TorchDispatchMode):
@@ -40,21 +80,21 @@ class _LiveBytes(TorchDispatchMode):
                 if key not in before and key not in self._known:
                     self._known.add(key)
                     self._live += storage.nbytes()
-                    weakref.finalize(storage, self._gone, key, storage.nbytes())
+                    weakref.finalize(storage, self._freed, key, storage.nbytes())
         self.peak = max(self.peak, self._live)
         return made
 
-    def _gone(self, key: int, count: int) -> None:
+    def _freed(self, key: int, count: int) -> None:
         self._known.discard(key)
         self._live -= count
 
 
 @contextmanager
-def peak_of(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[list[int]]:
-    """Put into the list, at the end, the most bytes that were in use at a time.
+def peak_memory(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[list[int]]:
+    """Append to the yielded list, at the end, the most bytes that were in use at a time.
 
-    On CUDA those that the allocator had given out; on a CPU those of ``resident`` tensors, and of
-    all that the calling thread made.
+    On CUDA these are the bytes that the allocator had given out. On a CPU they are those of the
+    ``resident`` tensors and of all tensors that the calling thread made.
     """
     peak: list[int] = []
     if device.type == "cuda":
@@ -67,31 +107,3 @@ def peak_of(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[
     with _LiveBytes() as live:
         yield peak
     peak.append(live.peak + sum(tensor.nbytes for tensor in resident))
-
-
-def spare_reserves() -> None:
-    """Have libraries reserve little of a GPU that nothing was computed on yet in this process.
-
-    Unless the user says otherwise: segments that grow leave no gaps, and do so by 12 MiB instead of
-    20; and cuBLAS keeps 8 MiB for each of its streams instead of 32.
-    """
-    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:  # its name before
-        growing = f"expandable_segments:True,large_segment_size_mb:{SEGMENT >> 20}"
-        os.environ.setdefault("PYTORCH_ALLOC_CONF", growing)
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")
-
-
-@contextmanager
-def held(budget: int | None, device: torch.device) -> Iterator[None]:
-    """Let the allocator reserve no more than a budget meanwhile; of a CPU nothing is held."""
-    if budget is None or device.type != "cuda":
-        yield
-        return
-    total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.empty_cache()
-    share = max(0, budget - SEGMENT) / total
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
-    try:
-        yield
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)

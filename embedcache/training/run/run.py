@@ -90,7 +90,8 @@ class Member:
         self._progress = progress
         self._moments: Tensors = {}
         self._best: Tensors = {}
-        self.resumed_at = 0
+        self.resumed_at: int | None = None
+        self._begun_at = self._saved_step = 0
         self._before = (0, 0.0)
         self._saved_at = time.perf_counter()
 
@@ -111,7 +112,9 @@ class Member:
             found = load_checkpoint(checkpoint, model)
             self.state, self._best, self._moments = found.state, found.best, found.moments
             self._progress.say(f"resuming at step {self.state.step}")
-        self.resumed_at = self.state.step
+        self._begun_at = self._saved_step = self.state.step
+        if self.resumed_at is None:
+            self.resumed_at = self.state.step
         self._before = (self.state.tokens, self.state.seconds)
         if self._writes:
             self.metrics = Metrics(self.out / METRICS_FILE, resume=self.state if resumed else None)
@@ -218,6 +221,11 @@ class Member:
         self._log(step=state.step, epoch=state.epoch, **row)
 
     @property
+    def advanced(self) -> bool:
+        """Whether a checkpoint is later than the state that the run began with."""
+        return self._saved_step > self._begun_at
+
+    @property
     def save_due(self) -> bool:
         """Whether the last checkpoint is some time ago."""
         return self._writes and time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS
@@ -233,6 +241,7 @@ class Member:
             moments=stack.optimizer.moments(index),
         )
         save_checkpoint(self.out / CHECKPOINT, checkpoint, request=self._request)
+        self._saved_step = self.state.step
         self._saved_at = time.perf_counter()
 
     def finish(self, attributes: CacheAttributes, manifest: Manifest) -> None:
@@ -256,7 +265,7 @@ class Member:
             seconds=round(state.seconds, 3),
             tokens_per_second=round(state.tokens / max(state.seconds, 1e-9), 1),
             data_wait=round(state.waited / max(state.seconds, 1e-9), 4),
-            resumed_at_step=self.resumed_at,
+            resumed_at_step=self.resumed_at or 0,
             memory=self.memory,
         )
         if self._writes:

@@ -17,7 +17,7 @@ from embedcache.data.loader import BatchLoader
 from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.loss.shortlist import shortlist as shortlist_module
 from embedcache.training import inputs as materials
-from embedcache.training.budget.memory import MemoryPlan
+from embedcache.training.budget.ladder import MemoryPlan
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE
 from embedcache.training.inputs import Materials
@@ -41,7 +41,7 @@ def in_float32(monkeypatch):
 
 
 def planned_by(monkeypatch, recipe: Recipe) -> None:
-    plan = MemoryPlan(recipe=recipe, budget=1, expected=1)
+    plan = MemoryPlan(name="", settings=recipe, rung=0, budget=1, expected=1)
 
     def planned(self, members):
         return [(stack, plan) for stack in self.stacks(members)]

@@ -1,0 +1,152 @@
+"""The ladder of a memory budget: named step settings in the order in which they are tried."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from embedcache.device import has_triton
+from embedcache.errors import DeviceMemoryError
+from embedcache.training.step.settings import Recipe, plain_recipe
+from embedcache.units import size
+
+PART_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
+"""Sizes of the parts of a step that are tried with each settings. Smaller parts are slower by the
+token, so that leaner settings with larger parts are preferred to them."""
+FEWEST_TOKENS = (384, 256, 192, 128, 64)
+"""Sizes that are tried last, with the leanest settings alone."""
+DELTA_POSITIONS = 512
+"""Positions whose embeddings after the carry-on exist at a time: more would hardly be faster."""
+LOGIT_SHARE = 16
+"""Logits take at most one part in so many of the budget."""
+LEAST_LOGITS, LOGITS_OF_HIDDEN = 1 << 20, 1024
+"""The least bytes of logits: so many, or so many for each component of an embedding. With fewer,
+the tiles of a head that is streamed would be too small to be worth a product."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MemoryPlan:
+    """Step settings that were measured to hold within a budget.
+
+    Attributes:
+        name: which settings these are, in words.
+        settings: how steps are computed.
+        rung: their place in the ladder, which tells plans of several processes apart.
+        budget: bytes of the device.
+        expected: bytes in use at the peak of the probe.
+    """
+
+    name: str
+    settings: Recipe
+    rung: int
+    budget: int
+    expected: int
+
+    def __str__(self) -> str:
+        parts = f"parts of {self.settings.part_tokens:,} tokens"
+        graphs = ", CUDA graphs" if self.settings.capture else ""
+        return (
+            f"{size(self.expected)} expected of {size(self.budget)}: {self.name}, {parts}{graphs}"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Rung:
+    """Named step settings, and the sizes of parts to try with them, the largest first."""
+
+    name: str
+    settings: Recipe
+    sizes: Sequence[int]
+
+
+def ladder(
+    device: torch.device,
+    *,
+    budget: int,
+    hidden: int,
+    head_width: int,
+    loss: str,
+    longest: int,
+    step_tokens: int,
+    graphs: bool,
+) -> list[Rung]:
+    """Return the step settings for a budget, the fastest first.
+
+    Args:
+        device: the device that is trained on. Host memory is a place of its own beside a GPU only.
+        budget: bytes of the device.
+        hidden: width of the base's embeddings.
+        head_width: width of an attention head of the carry-on.
+        loss: ``"exact"`` or ``"shortlist"``. An exact loss streams a head that is in host memory,
+            which is slow, so that the optimiser moves there first.
+        longest: tokens of the longest sequence; sequences are never cut.
+        step_tokens: tokens of a step; larger parts are of no use.
+        graphs: whether the steps of these carry-ons can be captured as CUDA graphs at all.
+    """
+    logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
+    plain = replace(
+        plain_recipe(device, head_width), logit_bytes=logits, emitted=DELTA_POSITIONS, ahead=1
+    )
+    step_tokens = max(step_tokens, longest)
+
+    def sizes(wanted: Sequence[int]) -> list[int]:
+        return list(dict.fromkeys(max(longest, min(tokens, step_tokens)) for tokens in wanted))
+
+    rungs = []
+    for name, changes in _named(device, loss).items():
+        captured = plain.capture and graphs and not (changes.get("host_head") and loss == "exact")
+        settings = replace(plain, capture=captured, **changes)
+        rungs.append(Rung(name, settings, sizes(PART_TOKENS)))
+    rungs[-1] = replace(rungs[-1], sizes=sizes((*PART_TOKENS, *FEWEST_TOKENS, longest)))
+    if settings.capture:  # a graph holds copies of its inputs
+        rungs.append(Rung(name, replace(settings, capture=False), [longest]))
+    return rungs
+
+
+def _named(device: torch.device, loss: str) -> dict[str, dict[str, Any]]:
+    """Return what each settings change of the plain ones, by name, the fastest first."""
+    again = {"recompute": True}
+    if device.type != "cuda":
+        return {"blocks kept": {}, "blocks recomputed": again}
+    head, optimiser = {"host_head": True}, {"offload": True}
+    if not has_triton():  # the kernel that steps states in host memory is written in it
+        both, places = head, "head"
+        one: dict[str, dict[str, Any]] = {}
+    else:
+        both, places = head | optimiser, "head and optimiser"
+        one = {
+            "shortlist": {"head in host memory": head},
+            "exact": {"optimiser in host memory": optimiser},
+        }[loss]
+    return {
+        "all on the GPU": {},
+        "blocks recomputed": again,
+        **one,
+        f"{places} in host memory": both,
+        f"{places} in host memory, blocks recomputed": both | again,
+    }
+
+
+def too_small(budget: int, longest: int, least: float | None) -> DeviceMemoryError:
+    """Return the error for a budget that holds no sequence; ``least`` bytes would do, if known."""
+    takes, way_out = "more", "Give more."
+    if least is not None:
+        text = rounded_size(least)
+        takes, way_out = f"at least {text}", f'Pass `memory="{text}"`'
+    return DeviceMemoryError(
+        f"`memory=` of {size(budget)} does not hold a sequence of {longest:,} tokens and the "
+        f"carry-ons that train on it: that takes {takes}. {way_out}"
+    )
+
+
+def rounded_size(count: float) -> str:
+    """Return bytes as `bytes_of` reads them, rounded up.
+
+    >>> rounded_size(1_230_000_000), rounded_size(2_040_000)
+    ('1.3GB', '2.1MB')
+    """
+    unit, name = (1e9, "GB") if count > 5e8 else (1e6, "MB")
+    return f"{-(-count // (unit / 10)) / 10:g}{name}"

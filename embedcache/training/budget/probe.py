@@ -1,0 +1,200 @@
+"""The choice of step settings for a memory budget, by probing what a part of a step takes."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from itertools import islice
+
+import torch
+
+from embedcache.carryon.branch.model import CarryOn
+from embedcache.data.batch import Batch
+from embedcache.device import current, fast_dtype, wait_for
+from embedcache.training.budget.allocator import memory_limit, peak_memory
+from embedcache.training.budget.ladder import MemoryPlan, Rung, ladder, too_small
+from embedcache.training.config import TrainConfig
+from embedcache.training.inputs import Materials
+from embedcache.training.scoring import dev_losses
+from embedcache.training.step.cuda_graph import MOST, Captured
+from embedcache.training.step.settings import Recipe
+from embedcache.training.step.stack import Stack, Work
+
+USED = 0.95
+"""Share of a budget that a probe may use: later parts may take more."""
+LEANER = 0.9
+"""Share of a budget that a probe may use after a run that passed its probe ran out of memory."""
+PARTS = {"cpu": 2, "cuda": 4}
+"""Parts of a probe: on a GPU, others are prepared ahead by the last one, as in training."""
+
+
+def plan_memory(
+    materials: Materials,
+    configs: Sequence[TrainConfig],
+    loss: str,
+    budget: int,
+    *,
+    below: MemoryPlan | None = None,
+) -> MemoryPlan:
+    """Return the fastest step settings that hold within a budget.
+
+    Args:
+        materials: what is trained on.
+        configs: carry-ons of one shape, trained together.
+        loss: ``"exact"`` or ``"shortlist"``.
+        budget: bytes of the device.
+        below: a plan that ran out of memory; only leaner ones are tried.
+
+    Raises:
+        DeviceMemoryError: if no settings hold a sequence, with the least budget that would do.
+    """
+    probe = _Probe(materials, configs, loss)
+    share = USED if below is None else LEANER * USED
+    plans = list(_plans(probe.ladder(budget), budget))
+    if below is not None:
+        plans = plans[below.rung + 1 :]
+    for name in dict.fromkeys(plan.name for plan in plans):
+        tried = [plan for plan in plans if plan.name == name]
+        if found := _first_that_holds(tried, probe, int(share * budget)):
+            return found
+    raise too_small(budget, probe.longest, probe.least(budget) if below is None else None)
+
+
+def _plans(rungs: Sequence[Rung], budget: int) -> Iterator[MemoryPlan]:
+    """Yield a plan for each rung and size of parts, in order; nothing is measured."""
+    number = 0
+    for rung in rungs:
+        for tokens in rung.sizes:
+            settings = replace(rung.settings, part_tokens=tokens)
+            yield MemoryPlan(
+                name=rung.name, settings=settings, rung=number, budget=budget, expected=0
+            )
+            number += 1
+
+
+def _first_that_holds(plans: Sequence[MemoryPlan], probe: _Probe, limit: int) -> MemoryPlan | None:
+    """Return the first plan that holds, each taking less than the one before: by bisection."""
+    found: MemoryPlan | None = None
+    low, high = 0, len(plans)
+    while low < high:
+        middle = (low + high) // 2
+        taken = probe.taken(plans[middle].settings, limit)
+        if taken is None:
+            low = middle + 1
+        else:
+            high, found = middle, replace(plans[middle], expected=taken)
+    return found
+
+
+class _Probe:
+    """Takes the first parts of a step by one settings or another, and keeps nothing of them."""
+
+    def __init__(self, materials: Materials, configs: Sequence[TrainConfig], loss: str):
+        self._materials, self._configs, self._loss = materials, configs, loss
+        self.longest: int = materials.cache.attributes.settings.context
+        with torch.random.fork_rng(devices=[]):
+            self._models = [CarryOn(config.carryon, materials.hidden) for config in configs]
+
+    def ladder(self, budget: int) -> list[Rung]:
+        """Return the ladder of a budget for these carry-ons."""
+        materials, configs = self._materials, self._configs
+        return ladder(
+            materials.device,
+            budget=budget,
+            hidden=materials.hidden,
+            head_width=configs[0].carryon.head_width,
+            loss=self._loss,
+            longest=self.longest,
+            step_tokens=max(materials.batch_tokens(config) for config in configs),
+            graphs=len(configs) <= MOST and len(set(map(materials.order, configs))) == 1,
+        )
+
+    def least(self, budget: int) -> float | None:
+        """Return the least bytes of a budget that holds a sequence, above one that does not."""
+        *_, leanest = _plans(self.ladder(budget), budget)
+        taken = self.taken(leanest.settings, None)
+        if taken is None:
+            return None
+        least = max(taken / USED, budget * 1.05)
+        for _ in range(10):  # a CUDA allocator reserves more than it gives out
+            *_, leanest = _plans(self.ladder(int(least)), int(least))
+            if self.taken(leanest.settings, int(USED * least)) is not None:
+                break
+            least *= 1.1
+        return least
+
+    def taken(self, settings: Recipe, limit: int | None) -> int | None:
+        """Return the bytes in use at the peak of a step's first parts; None if above the limit."""
+        if limit is not None and self._kept(settings) > limit:
+            return None
+        try:
+            with memory_limit(limit, self._materials.device):
+                taken = self._measured(settings)
+        except torch.OutOfMemoryError:
+            taken = None
+        gc.collect()  # the error of a loader's thread holds what was tried
+        return taken if limit is None or taken is None or taken <= limit else None
+
+    def _kept(self, settings: Recipe) -> int:
+        """Return the bytes that settings keep on the device whatever a part is."""
+        weights = sum(model.parameter_count() for model in self._models)
+        # Weights and gradients; and both moments, unless they are in host memory.
+        kept = weights * (2 * 2 if settings.offload else 4 * 4)
+        if not settings.host_head:
+            base, dtype = self._materials.cache.attributes.base, fast_dtype(self._materials.device)
+            kept += base["hidden_size"] * base["vocab_size"] * dtype.itemsize
+        return kept
+
+    def _measured(self, settings: Recipe) -> int:
+        """Take some parts' gradients, a step of the optimiser, and a part's dev loss."""
+        materials, configs = self._materials, self._configs
+        config, device = configs[0], materials.device
+        inputs = materials.inputs(config.carryon, settings, training=True)
+        scoring = materials.inputs(config.carryon, settings)
+        used = [*inputs.tensors(), *scoring.tensors()]
+        resident = {id(tensor): tensor for tensor in used if tensor.device == device}
+        orders = {materials.order(config): config for config in configs}
+        with current(device), peak_memory(device, resident.values()) as peak, ExitStack() as opened:
+            stack = Stack(self._models, configs, inputs, settings)
+            captured = Captured(stack, device) if settings.capture else None
+            taker = captured or stack
+            streams = {
+                order: opened.enter_context(closing(self._parts(config, settings)))
+                for order, config in orders.items()
+            }
+            opened.callback(wait_for, device)  # graphs are freed when none of them runs
+            for _ in range(PARTS[device.type]):
+                batches = {order: next(parts, None) for order, parts in streams.items()}
+                work = [
+                    Work(batch=batch, targets=batch.whole.targets, rate=0.0)
+                    for batch in (batches[materials.order(config)] for config in configs)
+                    if batch is not None
+                ]
+                if len(work) < len(configs):
+                    break
+                work.sort(key=lambda one: id(one.batch))
+                differentiate = taker.prepared(work)
+                del batches, work  # the next ones need their memory
+                loss_K = differentiate()
+                if captured is not None and not captured.room:
+                    raise torch.OutOfMemoryError
+                with stack.optimizer.held():
+                    taker.finish(loss_K)
+                del differentiate
+            captured, taker = None, stack  # no graph is there while dev is scored
+            with closing(self._parts(config, settings)) as parts:
+                dev_losses(islice(parts, 1), scoring, stack.model, recipe=settings)
+        return peak[0]
+
+    def _parts(self, config: TrainConfig, settings: Recipe) -> Generator[Batch]:
+        materials = self._materials
+        shortlist = materials.shortlist(config, settings) if self._loss == "shortlist" else None
+
+        def draw(batch: Batch) -> Sequence[Sequence[object]]:
+            if shortlist is None:
+                return ()
+            return shortlist.draw(batch.targets_N, shortlist.generator(0), batch.top_ids_NK)
+
+        return materials.train_loader(config, settings).epoch(0, draw=draw)
