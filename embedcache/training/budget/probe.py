@@ -10,7 +10,7 @@ from itertools import islice
 
 import torch
 
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.registry import build
 from embedcache.data.batch import Batch
 from embedcache.device import current, fast_dtype, wait_for
 from embedcache.training.budget.allocator import memory_limit, peak_memory
@@ -95,7 +95,7 @@ class _Probe:
         self._materials, self._configs, self._loss = materials, configs, loss
         self.longest: int = materials.cache.attributes.settings.context
         with torch.random.fork_rng(devices=[]):
-            self._models = [CarryOn(config.carryon, materials.hidden) for config in configs]
+            self._models = [build(config.carryon, materials.hidden) for config in configs]
 
     def ladder(self, budget: int) -> list[Rung]:
         """Return the ladder of a budget for these carry-ons."""
@@ -104,7 +104,7 @@ class _Probe:
             materials.device,
             budget=budget,
             hidden=materials.hidden,
-            head_width=configs[0].carryon.head_width,
+            head_width=configs[0].carryon.attention_head_width,
             loss=self._loss,
             longest=self.longest,
             step_tokens=max(materials.batch_tokens(config) for config in configs),

@@ -11,8 +11,8 @@ import torch
 from conftest import World
 from typer.testing import CliRunner
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.errors import DeviceMemoryError
 from embedcache.training import trainer
 from embedcache.training.budget import probe
@@ -32,7 +32,7 @@ from embedcache_cli.app import app
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32, blocks=2), epochs=1, batch_tokens=1024, loss="exact"
+    carryon=BranchConfig(width=32, blocks=2), epochs=1, batch_tokens=1024, loss="exact"
 )
 
 
@@ -77,7 +77,7 @@ def test_nothing_is_probed_where_weights_and_head_alone_exceed_the_budget(world,
 
     monkeypatch.setattr(probe._Probe, "_measured", noted)
     materials = Materials(world.cache(), CPU, ALONE)
-    weights = CarryOn(CONFIG.carryon, 32).parameter_count()
+    weights = Branch(CONFIG.carryon, 32).parameter_count()
     head = materials.inputs(CONFIG.carryon, PLAIN, training=True).head.weight_VH.nbytes
     with pytest.raises(DeviceMemoryError, match="at least"):
         plan_memory(materials, [CONFIG], "exact", head + 16 * weights - 1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import World
 
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import load_carryon
 from embedcache.errors import DeviceMemoryError
 from embedcache.progress import Silent
@@ -24,7 +24,7 @@ from embedcache.training.step.stack import Stack
 from embedcache.training.train import sweep, train
 
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32, blocks=2),
+    carryon=BranchConfig(width=32, blocks=2),
     epochs=2,
     batch_tokens=256,
     lr=5e-3,
