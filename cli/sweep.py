@@ -28,8 +28,8 @@ def run_sweep(
 ) -> None:
     """Train all runs into folders of ``out``, and rank them; exit with 1 if any failed."""
     from embedcache.training.distributed import is_leader
-    from embedcache.training.leaderboard import publish_leaderboard, ranking
-    from embedcache.training.train import preview, sweep
+    from embedcache.training.sweep import publish_leaderboard, ranking, sweep
+    from embedcache.training.train import preview
 
     if dry_run:
         plans = {
@@ -59,12 +59,7 @@ def run_sweep(
     failed = [result for result in results if result.failure is not None]
     if not is_leader():
         raise typer.Exit(int(bool(failed)))
-    rows = ranking(
-        [
-            (name, result.config, result.summary, result.failure)
-            for name, result in zip(runs, results, strict=True)
-        ]
-    )
+    rows = ranking(dict(zip(runs, results, strict=True)))
     publish_leaderboard(out, rows)
     if as_json:
         print_json(rows)

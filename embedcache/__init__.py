@@ -45,7 +45,7 @@ _NAMES = {
     "load": "compose.load",
     "merge": "editing.merge",
     "repair": "editing.repair",
-    "sweep": "training.train",
+    "sweep": "training.sweep",
     "train": "training.train",
     "verify": "cache.verify",
 }
@@ -81,7 +81,7 @@ if TYPE_CHECKING:
     from embedcache.evaluation.evaluate import evaluate as evaluate
     from embedcache.extraction.extract import extract as extract
     from embedcache.training.config import TrainConfig as TrainConfig
-    from embedcache.training.train import sweep as sweep
+    from embedcache.training.sweep import sweep as sweep
     from embedcache.training.train import train as train
 
 

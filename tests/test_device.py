@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from embedcache.device import fast_dtype
-from embedcache.training import inputs as materials
+from embedcache.training import inputs as inputs_module
 from embedcache.training.config import TrainConfig
 from embedcache.training.step.stack import Stack
 from embedcache.training.train import train
@@ -39,7 +39,7 @@ def test_precision_is_of_products_alone(world, tmp_path, monkeypatch, loss):
 
     monkeypatch.setattr(Stack, "differentiate", noted)
     for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(materials, "fast_dtype", lambda device, dtype=dtype: dtype)
+        monkeypatch.setattr(inputs_module, "fast_dtype", lambda device, dtype=dtype: dtype)
         config = TrainConfig(epochs=2, loss=loss)
         summary = train(world.cache_path, out=tmp_path / str(dtype), config=config, device="cpu")
         best.append((summary.base_dev, summary.best_dev))

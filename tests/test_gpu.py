@@ -23,10 +23,11 @@ from embedcache.device import free_memory
 from embedcache.evaluation.evaluate import evaluate
 from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
-from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.step.settings import PLAIN, StepSettings
 from embedcache.training.step.stack import Stack
-from embedcache.training.step.timestamps import Mark
-from embedcache.training.train import sweep, train
+from embedcache.training.step.timestamps import Timestamp
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 
 pytestmark = pytest.mark.gpu
 
@@ -137,11 +138,11 @@ def test_the_next_epoch_waits_on_the_device_unless_memory_is_short(world, part_t
     batches.close()
 
 
-RECIPES = {
-    "one row": Recipe(one_row=True),
-    "captured": Recipe(one_row=True, capture=True),
-    "parts": Recipe(part_tokens=128, one_row=True, capture=True),
-    "lean": Recipe(
+SETTINGS = {
+    "one row": StepSettings(one_row=True),
+    "captured": StepSettings(one_row=True, capture=True),
+    "parts": StepSettings(part_tokens=128, one_row=True, capture=True),
+    "lean": StepSettings(
         part_tokens=128,
         offload=True,
         host_head=True,
@@ -155,18 +156,18 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", SETTINGS)
 def test_a_gpu_learns_the_same_by_every_recipe(tmp_path, world, monkeypatch, name, loss):
     config = TrainConfig(
         carryon=BranchConfig(width=32), epochs=3, loss=loss, samples=100, batch_tokens=512
     )
     found = {}
-    for recipe in (PLAIN, RECIPES[name]):
-        monkeypatch.setattr(trainer, "plain_recipe", lambda *given, recipe=recipe: recipe)
+    for settings in (PLAIN, SETTINGS[name]):
+        monkeypatch.setattr(trainer, "plain_settings", lambda *given, settings=settings: settings)
         runs = {
-            tmp_path / str(recipe) / str(s): replace(config, seed=s, order_seed=0) for s in (0, 1)
+            tmp_path / str(settings) / str(s): replace(config, seed=s, order_seed=0) for s in (0, 1)
         }
-        found[recipe] = sweep(world.cache_path, runs=runs, device="cuda")
+        found[settings] = sweep(world.cache_path, runs=runs, device="cuda")
     for plain, other in zip(*found.values(), strict=True):
         assert plain.summary is not None and other.summary is not None, other.failure
         gain = plain.summary.base_dev - plain.summary.best_dev
@@ -180,8 +181,8 @@ def test_a_gpu_without_room_for_recordings_trains_without(tmp_path, world, monke
     config = TrainConfig(
         carryon=BranchConfig(width=32), epochs=2, loss=loss, samples=100, batch_tokens=512
     )
-    recipe = Recipe(one_row=True, capture=True)
-    monkeypatch.setattr(trainer, "plain_recipe", lambda *given: recipe)
+    settings = StepSettings(one_row=True, capture=True)
+    monkeypatch.setattr(trainer, "plain_settings", lambda *given: settings)
     expected = train(world.cache_path, out=tmp_path / "plain", config=config, device="cuda")
     differentiate, recorded = Stack.differentiate, []
     for allowed in (0, 1):
@@ -279,9 +280,9 @@ def test_waits_count_while_a_gpu_has_no_work():
         torch.cuda.synchronize()
         for _ in range(rounds):
             busy.mul_(1.0)
-        before = Mark(device)
+        before = Timestamp(device)
         time.sleep(0.1)
-        found.append((before, Mark(device)))
+        found.append((before, Timestamp(device)))
     torch.cuda.synchronize()
     idle, working = (before.until(after) for before, after in found)
     assert 0.08 < idle < 0.2 and working < 0.02

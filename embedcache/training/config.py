@@ -12,8 +12,17 @@ from pydantic import InstanceOf
 
 from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.config import CarryOnConfig
-from embedcache.carryon.registry import config_from_dict
-from embedcache.config import Config, Count, Fraction, Names, NotNegative, Positive, Seed
+from embedcache.carryon.registry import config_from_dict, kind_named
+from embedcache.config import (
+    Config,
+    Count,
+    Fraction,
+    Names,
+    NotNegative,
+    Positive,
+    Seed,
+    split_settings,
+)
 from embedcache.errors import UsageError
 
 
@@ -86,6 +95,37 @@ class TrainConfig(Config):
         if self.batch_tokens is not None:
             return self.batch_tokens
         return min(16384, max(2048, train_tokens // 64))
+
+
+def config_from(config: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
+    """Return a configuration, or make one of settings by name.
+
+    A name belongs to `TrainConfig` or to the configuration of the carry-on, whose kind the name
+    ``kind`` gives.
+
+    >>> config_from(None, {"lr": 1e-3, "width": 128}).carryon
+    BranchConfig(width=128)
+
+    Raises ``UsageError`` for a name that is unknown, naming the nearest known one, and where both a
+    configuration and settings are given.
+    """
+    if config is not None:
+        if settings:
+            names = ", ".join(f"`{name}=`" for name in settings)
+            raise UsageError(
+                f"`config=` and settings exclude each other, found both: {names}. Put the settings "
+                "into the configuration, or leave `config=` out."
+            )
+        return config
+    named = dict(settings)
+    kind = str(named.pop("kind", BranchConfig.kind))
+    training, shape = split_settings(named, TrainConfig, kind_named(kind).config)
+    if "carryon" not in training:
+        training["carryon"] = {"kind": kind, **shape}
+    elif shape or "kind" in settings:
+        names = ", ".join(f"`{name}=`" for name in settings if name in ("kind", *shape))
+        raise UsageError(f"`carryon=` gives the carry-on's settings, found {names} as well")
+    return TrainConfig.from_dict(training)
 
 
 def read_settings(path: Path) -> dict[str, Any]:

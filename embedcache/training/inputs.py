@@ -19,7 +19,7 @@ from embedcache.loss import ShortlistSampler, tail_proposal
 from embedcache.loss.shortlist.shortlist import DRAWS, DRAWS_BESIDE_TOP_IDS
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import Ranks
-from embedcache.training.step.settings import Recipe
+from embedcache.training.step.settings import StepSettings
 
 Patterns = tuple[str, ...]
 
@@ -29,7 +29,7 @@ HOST_PROPOSAL_POSITIONS = 1024
 """As many where a CPU computes them for a GPU, within a memory budget."""
 
 
-class Materials:
+class TrainingInputs:
     """Reads each thing of a cache once, when it is first asked for."""
 
     def __init__(self, cache: Cache, device: torch.device, ranks: Ranks):
@@ -93,15 +93,15 @@ class Materials:
             self._spreads[taps] = {tap: InputStats.of(sample[tap]) for tap in taps}
         return self._spreads[taps]
 
-    def inputs(
-        self, carryon: CarryOnConfig, recipe: Recipe, *, training: bool = False
+    def frozen(
+        self, carryon: CarryOnConfig, settings: StepSettings, *, training: bool = False
     ) -> FrozenInputs:
         """Return what is used of the base: for exact figures, or for ``training``."""
         dtype = fast_dtype(self.device) if training else resolve_dtype("auto", self.device)
-        key = (carryon.base_arrays, dtype, recipe.host_head)
+        key = (carryon.base_arrays, dtype, settings.host_head)
         if key not in self._frozen:
             arrays, dtype, host_head = key
-            # What lies in the other place is of a recipe that did not do, or of other carry-ons.
+            # What lies in the other place is of a settings that did not do, or of other carry-ons.
             self._frozen = {
                 k: v for k, v in self._frozen.items() if (k[0], k[2]) == (arrays, host_head)
             }
@@ -110,13 +110,13 @@ class Materials:
             )
         return self._frozen[key]
 
-    def shortlist(self, config: TrainConfig, recipe: Recipe) -> ShortlistSampler:
+    def shortlist(self, config: TrainConfig, settings: StepSettings) -> ShortlistSampler:
         """Return what draws the shortlists that a carry-on is trained with."""
         if self._proposal_V is None:
-            inputs = self.inputs(config.carryon, recipe)
-            x_NH, home = self.sample(config.carryon.taps)["final"], inputs.head.weight_VH.device
-            head, most = inputs.head, PROPOSAL_POSITIONS
-            if recipe.logit_bytes is not None and self.device.type == "cuda":
+            frozen = self.frozen(config.carryon, settings)
+            x_NH, home = self.sample(config.carryon.taps)["final"], frozen.head.weight_VH.device
+            head, most = frozen.head, PROPOSAL_POSITIONS
+            if settings.logit_bytes is not None and self.device.type == "cuda":
                 # Probabilities of the whole vocabulary are much; those few, a CPU computes.
                 home, most = torch.device("cpu"), HOST_PROPOSAL_POSITIONS
                 head = Head.from_parts(
@@ -126,9 +126,9 @@ class Materials:
                 )
             some = torch.linspace(0, len(x_NH) - 1, min(len(x_NH), most)).long()
             self._proposal_V = tail_proposal(
-                x_NH[some].to(home, inputs.dtype), head, held=LIKELY if self.train.top_ids else None
+                x_NH[some].to(home, frozen.dtype), head, held=LIKELY if self.train.top_ids else None
             )
-        head = self.inputs(config.carryon, recipe, training=True).head
+        head = self.frozen(config.carryon, settings, training=True).head
         proposal_V = self._proposal_V.to(self.device)
         return ShortlistSampler(head, proposal_V, samples=self.draws(config), seed=config.order)
 
@@ -137,7 +137,7 @@ class Materials:
         return config.samples or (DRAWS_BESIDE_TOP_IDS if self.train.top_ids else DRAWS)
 
     def train_loader(
-        self, config: TrainConfig, recipe: Recipe, *, kept_bytes: int = 0
+        self, config: TrainConfig, settings: StepSettings, *, kept_bytes: int = 0
     ) -> BatchLoader:
         """Return the batches that a carry-on is trained on, in the order of its seed."""
         return BatchLoader(
@@ -149,25 +149,27 @@ class Materials:
             subset=self.subset("train", config.documents),
             rank=self.ranks.rank,
             ranks=self.ranks.count,
-            one_row=recipe.one_row,
-            part_tokens=recipe.part_tokens,
-            ahead=recipe.ahead,
+            one_row=settings.one_row,
+            part_tokens=settings.part_tokens,
+            ahead=settings.ahead,
             kept_bytes=kept_bytes,
             top_ids=self.train.top_ids > 0,
         )
 
-    def dev_loader(self, patterns: Patterns, taps: tuple[str, ...], recipe: Recipe) -> BatchLoader:
+    def dev_loader(
+        self, patterns: Patterns, taps: tuple[str, ...], settings: StepSettings
+    ) -> BatchLoader:
         """Return the batches of dev that are scored."""
         return BatchLoader(
             self._splits["dev"],
-            batch_tokens=min(EVAL_TOKENS, recipe.part_tokens or EVAL_TOKENS),
+            batch_tokens=min(EVAL_TOKENS, settings.part_tokens or EVAL_TOKENS),
             taps=taps,
             shuffle=False,
             device=self.device,
             subset=self.subset("dev", patterns),
             rank=self.ranks.rank,
             ranks=self.ranks.count,
-            one_row=recipe.one_row,
-            ahead=recipe.ahead,
+            one_row=settings.one_row,
+            ahead=settings.ahead,
             top_ids=self._splits["dev"].top_ids > 0,
         )

@@ -16,12 +16,12 @@ from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
 from embedcache.store.disk import writing
 from embedcache.training.distributed import Ranks
-from embedcache.training.run.run import Member
+from embedcache.training.run.run import Run
 from embedcache.training.scoring import DevLoss
-from embedcache.training.step.batch_stream import Feed
-from embedcache.training.step.cuda_graph import Captured, recordable
+from embedcache.training.step.batch_stream import BatchStream
+from embedcache.training.step.cuda_graph import GraphedStack, capturable
 from embedcache.training.step.stack import Stack, Work
-from embedcache.training.step.timestamps import Mark
+from embedcache.training.step.timestamps import Timestamp
 
 
 class Arriving:
@@ -46,33 +46,33 @@ class Arriving:
 class Taken:
     """A step that was begun: whose, how much each saw, what came of it, and waits for batches."""
 
-    members: list[Member]
+    runs: list[Run]
     counts: list[Counts]
     values: Arriving
-    waits: list[tuple[Mark, Mark]]
+    waits: list[tuple[Timestamp, Timestamp]]
 
 
 class Loop:
     """Steps a stack until each of its carry-ons is finished or has failed.
 
-    The stack's rows are the feeds' members, in order. What a step comes to is read while the device
-    is at the next one, so that it never waits for the host. A feed is closed with its last member,
-    and else by whoever made it. ``score`` returns the dev losses of the members of a feed, stacked;
-    ``finish`` publishes a member.
+    The stack's rows are the streams' runs, in order. What a step comes to is read while the device
+    is at the next one, so that it never waits for the host. A stream is closed with its last run,
+    and else by whoever made it. ``score`` returns the dev losses of the runs of a stream, stacked;
+    ``finish`` publishes a run.
     """
 
     def __init__(
         self,
         stack: Stack,
-        feeds: list[Feed],
+        streams: list[BatchStream],
         bar: Bar,
         *,
         ranks: Ranks,
         device: torch.device,
-        score: Callable[[Feed, CarryOn], list[DevLoss] | None],
-        finish: Callable[[Member], None],
+        score: Callable[[BatchStream, CarryOn], list[DevLoss] | None],
+        finish: Callable[[Run], None],
     ):
-        self._feeds, self._bar = feeds, bar
+        self._streams, self._bar = streams, bar
         self._taken: Taken | None = None
         self._whole = True
         """Whether the weights are those of the last step that was noted or is to be read."""
@@ -83,13 +83,13 @@ class Loop:
     def _on(self, stack: Stack) -> None:
         """Go on with a stack."""
         self._stack = stack
-        recorded = recordable(stack.recipe, len(self._rows()))
-        self._taker = Captured(stack, self._device) if recorded else stack
+        recorded = capturable(stack.settings, len(self._rows()))
+        self._taker = GraphedStack(stack, self._device) if recorded else stack
 
     def train(self) -> None:
-        """Step until no member is left.
+        """Step until no run is left.
 
-        Raises ``torch.OutOfMemoryError`` when memory runs out, after every member was saved at its
+        Raises ``torch.OutOfMemoryError`` when memory runs out, after every run was saved at its
         last whole step. If the optimiser was stepping, the checkpoint before stands instead.
         """
         try:
@@ -97,21 +97,21 @@ class Loop:
         except torch.OutOfMemoryError:
             if self._whole:
                 self._read()
-                self._save(lambda member: member.summary is None)
+                self._save(lambda run: run.summary is None)
             raise
 
     def _train(self) -> None:
         self._let_go()
         self._clock = time.perf_counter()
-        self._waits: list[tuple[Mark, Mark]] = []
-        while self._feeds:
+        self._waits: list[tuple[Timestamp, Timestamp]] = []
+        while self._streams:
             with self._waiting():
-                ended = [feed for feed in self._feeds if not feed.advance()]
+                ended = [stream for stream in self._streams if not stream.advance()]
             if ended:
                 self._read()
                 began = time.perf_counter()
-                for feed in ended:
-                    self._end_epoch(feed)
+                for stream in ended:
+                    self._end_epoch(stream)
                 self._clock += time.perf_counter() - began
             else:
                 self._step()
@@ -119,38 +119,38 @@ class Loop:
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Mark a wait for batches: what of it the device is without work, counts."""
-        began = Mark(self._device)
+        """Timestamp a wait for batches: what of it the device is without work, counts."""
+        began = Timestamp(self._device)
         yield
-        self._waits.append((began, Mark(self._device)))
+        self._waits.append((began, Timestamp(self._device)))
 
-    def _rows(self) -> list[tuple[int, Member]]:
-        return list(enumerate(member for feed in self._feeds for member in feed.members))
+    def _rows(self) -> list[tuple[int, Run]]:
+        return list(enumerate(run for stream in self._streams for run in stream.runs))
 
     def _step(self) -> None:
         """Begin a step, and take note of the one before while the device works on it."""
         here = [batch.whole for batch in self._batches()]
-        due = any(member.save_due for _, member in self._rows())
+        due = any(run.save_due for _, run in self._rows())
         everywhere, due = self._ranks.agree(here, due)
         values = self._take(everywhere)
         counts = [
-            one for one, feed in zip(everywhere, self._feeds, strict=True) for _ in feed.members
+            one for one, stream in zip(everywhere, self._streams, strict=True) for _ in stream.runs
         ]
         waits, self._waits = self._waits, []
-        taken = Taken([member for _, member in self._rows()], counts, Arriving(*values), waits)
+        taken = Taken([run for _, run in self._rows()], counts, Arriving(*values), waits)
         self._read()
         self._taken, self._whole = taken, True
         if due:  # in all processes, which see one that fails at the same step
             self._read()
-            self._save(lambda member: member.save_due)
+            self._save(lambda run: run.save_due)
             self._clock = time.perf_counter()
 
-    def _save(self, due: Callable[[Member], bool]) -> None:
-        """Save the members that are due and have not failed."""
-        for index, member in self._rows():
-            with failing(member):
-                if member.failure is None and due(member):
-                    member.save(self._stack, index)
+    def _save(self, due: Callable[[Run], bool]) -> None:
+        """Save the runs that are due and have not failed."""
+        for index, run in self._rows():
+            with failing(run):
+                if run.failure is None and due(run):
+                    run.save(self._stack, index)
 
     def _read(self) -> None:
         """Take note of the step that was begun last, if that was not done."""
@@ -161,36 +161,36 @@ class Loop:
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
         waited = sum(began.until(ended) for began, ended in taken.waits)
-        rows = zip(taken.members, taken.counts, losses, norms, strict=True)
-        for index, (member, one, loss, norm) in enumerate(rows):
-            if member.failure is not None:
+        rows = zip(taken.runs, taken.counts, losses, norms, strict=True)
+        for index, (run, one, loss, norm) in enumerate(rows):
+            if run.failure is not None:
                 continue
-            with failing(member):
+            with failing(run):
                 try:
-                    member.require_finite(loss, norm)
+                    run.require_finite(loss, norm)
                 except EmbedcacheError:
-                    member.save(self._stack, index)  # it stayed as it was before that step
+                    run.save(self._stack, index)  # it stayed as it was before that step
                     raise
-                member.count(
+                run.count(
                     loss=loss,
                     norm=norm,
-                    rate=member.rate(one.tokens),
+                    rate=run.rate(one.tokens),
                     tokens=one.tokens,
                     targets=one.targets,
                     batches=self._ranks.count,
                     seconds=seconds,
                     waited=waited,
                 )
-            self._bar.advance(one.tokens, f"loss {member.train_loss:.4f}")
+            self._bar.advance(one.tokens, f"loss {run.train_loss:.4f}")
 
     def _take(self, everywhere: Sequence[Counts]) -> tuple[Tensor, Tensor]:
         """Take a step, part by part; return losses and norms."""
         self._stack.begin(self._work(everywhere))
         loss_K = self._take_part(everywhere).clone()
-        while not all(feed.ended for feed in self._feeds):
+        while not all(stream.ended for stream in self._streams):
             with self._waiting():
-                for feed in self._feeds:
-                    feed.next_part()
+                for stream in self._streams:
+                    stream.next_part()
             loss_K += self._take_part(everywhere)
         self._whole = False
         return self._taker.finish(loss_K)
@@ -198,77 +198,79 @@ class Loop:
     def _take_part(self, everywhere: Sequence[Counts]) -> Tensor:
         """Add the gradients of the part that is due, which nobody has after that."""
         differentiate = self._taker.prepared(self._work(everywhere))
-        for feed in self._feeds:
-            feed.let_go()
+        for stream in self._streams:
+            stream.let_go()
         return differentiate()
 
     def _batches(self) -> list[Batch]:
-        return [feed.batch for feed in self._feeds if feed.batch is not None]
+        return [stream.batch for stream in self._streams if stream.batch is not None]
 
     def _work(self, everywhere: Sequence[Counts]) -> list[Work]:
-        """Return what each member does with the batch, or the part, that is due."""
+        """Return what each run does with the batch, or the part, that is due."""
         taken = self._taken
-        unread = {} if taken is None else dict(zip(taken.members, taken.counts, strict=True))
+        unread = {} if taken is None else dict(zip(taken.runs, taken.counts, strict=True))
         return [
             Work(
                 batch=batch,
                 targets=counts.targets,
-                rate=member.rate(counts.tokens + (unread[member].tokens if unread else 0)),
+                rate=run.rate(counts.tokens + (unread[run].tokens if unread else 0)),
             )
-            for feed, batch, counts in zip(self._feeds, self._batches(), everywhere, strict=True)
-            for member in feed.members
+            for stream, batch, counts in zip(
+                self._streams, self._batches(), everywhere, strict=True
+            )
+            for run in stream.runs
         ]
 
-    def _end_epoch(self, feed: Feed) -> None:
+    def _end_epoch(self, stream: BatchStream) -> None:
         """Score dev and save."""
-        if self._stack.recipe.part_tokens is not None:
+        if self._stack.settings.part_tokens is not None:
             self._on(self._stack)  # within a budget, no recordings beside what scoring takes
-        rows = [(index, member) for index, member in self._rows() if member in feed.members]
+        rows = [(index, run) for index, run in self._rows() if run in stream.runs]
         stack = self._stack.model
-        if len(self._feeds) > 1:
+        if len(self._streams) > 1:
             stack = stack_of([self._stack.alone(index) for index, _ in rows])
-        scores = self._score(feed, stack.to(self._device))
-        for number, (index, member) in enumerate(rows):
-            if member.failure is not None:
+        scores = self._score(stream, stack.to(self._device))
+        for number, (index, run) in enumerate(rows):
+            if run.failure is not None:
                 continue
-            with failing(member):
+            with failing(run):
                 dev = None if scores is None else scores[number]
-                member.end_epoch(dev, self._stack.model.member(index))
-                member.save(self._stack, index)
+                run.end_epoch(dev, self._stack.model.member(index))
+                run.save(self._stack, index)
 
     def _let_go(self) -> None:
         """Let those leave the stack that are finished or have failed."""
-        if any(member.failure is not None for _, member in self._rows()):
+        if any(run.failure is not None for _, run in self._rows()):
             self._read()
         left = []
-        for index, member in self._rows():
-            if member.failure is None and member.done:
-                with failing(member):
-                    self._finish(member)
-            elif member.failure is None:
-                left.append((index, member))
-        staying = [member for _, member in left]
+        for index, run in self._rows():
+            if run.failure is None and run.done:
+                with failing(run):
+                    self._finish(run)
+            elif run.failure is None:
+                left.append((index, run))
+        staying = [run for _, run in left]
         if len(left) < len(self._rows()):
             stack = self._stack.keep([index for index, _ in left]) if left else self._stack
-            for feed in self._feeds:
-                feed.members = [member for member in feed.members if member in staying]
-                if not feed.members:
-                    feed.close()
-            self._feeds = [feed for feed in self._feeds if feed.members]
+            for stream in self._streams:
+                stream.runs = [run for run in stream.runs if run in staying]
+                if not stream.runs:
+                    stream.close()
+            self._streams = [stream for stream in self._streams if stream.runs]
             if left:
                 self._on(stack)
 
 
 @contextmanager
-def failing(member: Member) -> Iterator[None]:
-    """Take an error as the end of one member, not of those beside it.
+def failing(run: Run) -> Iterator[None]:
+    """Take an error as the end of one run, not of those beside it.
 
     Of one that other processes train, too, it ends this process: they would wait for it.
     """
     try:
-        with writing(member.out):
+        with writing(run.out):
             yield
     except (EmbedcacheError, OSError) as error:
-        if member.shared:
+        if run.shared:
             raise
-        member.failure = error
+        run.failure = error

@@ -13,7 +13,7 @@ from embedcache.data.frozen import FrozenInputs
 from embedcache.device import any_shape_attention
 from embedcache.loss import ShortlistSampler, linear_cross_entropy, shortlist_cross_entropy
 from embedcache.training.distributed import ALONE, Ranks
-from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.step.settings import PLAIN, StepSettings
 
 
 class DevLoss(NamedTuple):
@@ -36,7 +36,7 @@ def dev_losses(
     shortlist: ShortlistSampler | None = None,
     on_batch: Callable[[int], None] = lambda tokens: None,
     ranks: Ranks = ALONE,
-    recipe: Recipe = PLAIN,
+    settings: StepSettings = PLAIN,
 ) -> list[DevLoss]:
     """Return the loss of each of K carry-ons in one pass over batches that hold some target.
 
@@ -53,14 +53,14 @@ def dev_losses(
         if stack is None:
             y_KNH = y_KNH[None]
         for k, y_NH in enumerate(y_KNH):
-            chunks = recipe.chunks(inputs.head, len(y_NH), y_NH.device)
+            chunks = settings.chunks(inputs.head, len(y_NH), y_NH.device)
             loss_N = linear_cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)
             exact_K[k] += loss_N.double().sum().cpu()
         if shortlist is not None:
             generator = shortlist.generator(step)
             listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NK)
             loss_KN = shortlist_cross_entropy(
-                y_KNH, listed, inputs.head, logit_bytes=recipe.logit_bytes
+                y_KNH, listed, inputs.head, logit_bytes=settings.logit_bytes
             )
             estimate_K += loss_KN.double().sum(dim=1).cpu()
         targets += len(batch.targets_N)

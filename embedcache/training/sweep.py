@@ -1,26 +1,112 @@
-"""A file that names many runs: settings they share, a grid, and a list.
+"""Many carry-ons on one cache: the sweep, the file that names its runs, and its leaderboard.
 
-epochs = 3                       # shared: keys of `TrainConfig`, and a table ``carryon``
-[grid]                           # every combination of these
-lr = [1e-3, 2e-3]
-"carryon.width" = [64, 128]
-[[runs]]                         # each of these, with every combination
-name = "alice"
-documents = ["alice/*"]
+A sweep file, TOML or YAML, holds settings that the runs share, a grid, and a list of runs:
+
+    epochs = 3                       # shared: keys of `TrainConfig`, and a table ``carryon``
+    [grid]                           # every combination of these
+    lr = [1e-3, 2e-3]
+    "carryon.width" = [64, 128]
+    [[runs]]                         # each of these, with every combination
+    name = "alice"
+    documents = ["alice/*"]
 """
 
 from __future__ import annotations
 
+import io
 import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from embedcache.errors import UsageError, nearest
-from embedcache.training.config import TrainConfig, read_settings
+from embedcache.errors import EmbedcacheError, UsageError, nearest
+from embedcache.progress import SILENT, Progress
+from embedcache.store.files import publish_bytes, publish_json
+from embedcache.training.config import TrainConfig, config_from, read_settings
+from embedcache.training.distributed import joined
+from embedcache.training.run.report import TrainSummary
+from embedcache.training.train import Session, training_device
 
 GRID, RUNS, NAME = "grid", "runs", "name"
 MOST_RUNS = 10_000
+"""Runs of a sweep file, at most."""
+BOARD_FILE, PICTURE_FILE = "leaderboard.json", "leaderboard.png"
+SHOWN = 30
+"""Runs in the leaderboard's picture, at most."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class SweepResult:
+    """The outcome of one run of a sweep: ``summary`` or ``failure`` is None."""
+
+    out: Path
+    config: TrainConfig
+    summary: TrainSummary | None
+    failure: EmbedcacheError | OSError | None
+
+    def __repr__(self) -> str:
+        """Return the summary, or the folder and the error."""
+        found = self.summary or self.failure
+        return f"SweepResult(out={str(self.out)!r}, {found!r})"
+
+
+def sweep(
+    cache: str | Path,
+    *,
+    runs: Mapping[str | Path, TrainConfig | Mapping[str, Any]],
+    memory: str | int | None = None,
+    device: str = "auto",
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> list[SweepResult]:
+    """Train several carry-ons on one cache. Each learns what `train` alone would teach it.
+
+    Carry-ons of one shape are stacked: they share products, and those that see the same documents
+    in the same order share each batch. A run that fails ends no other. Under ``torchrun`` the runs
+    are spread over the processes, and every process returns all results. A sweep that was
+    interrupted is resumed by the same call, which skips the runs that are finished.
+
+        embedcache.sweep("cache", runs={"a": {"lr": 1e-3}, "b": {"lr": 2e-3}}, width=128)
+
+    Args:
+        cache: folder of a finished cache.
+        runs: by folder, a configuration or a mapping of settings, as `train` takes them.
+        memory: budget of the device's memory, such as ``"1GB"``, or bytes; see `train`.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: receives bars and remarks.
+        settings: settings of all runs that are given as mappings; a run's own come first.
+
+    Returns:
+        The outcome of each run, in the order of ``runs``.
+
+    Raises:
+        UsageError, CacheError, OutputError, DeviceMemoryError: as `train`, before any run begins.
+    """
+    configs = {
+        Path(out): config_from(run, settings)
+        if isinstance(run, TrainConfig)
+        else config_from(None, {**settings, **run})
+        for out, run in runs.items()
+    }
+    target = training_device(device, memory)
+    with joined(target) as ranks:
+        session = Session(cache, target, progress, memory=memory)
+        done = {out: session.finished(out, config) for out, config in configs.items()}
+        todo = [out for out in configs if done[out] is None]
+        for out in todo:
+            session.check(out, configs[out])
+        ranks.wait()  # no process writes before all have checked
+        trained = [
+            SweepResult(out=run.out, config=run.config, summary=run.summary, failure=run.failure)
+            for run in session.train({out: configs[out] for out in todo[ranks.rank :: ranks.count]})
+        ]
+        results = {result.out: result for some in ranks.gather(trained) for result in some}
+    return [
+        results.get(out) or SweepResult(out=out, config=config, summary=done[out], failure=None)
+        for out, config in configs.items()
+    ]
 
 
 def read_sweep(path: Path, flags: dict[str, Any] | None = None) -> dict[str, TrainConfig]:
@@ -110,3 +196,43 @@ def _spelt(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     return "+".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def ranking(results: Mapping[str, SweepResult]) -> list[dict[str, Any]]:
+    """Return a row for each run by name, the largest gain on dev first, failed runs last."""
+    rows = []
+    for name, result in results.items():
+        summary, failure = result.summary, result.failure
+        base, best = (None, None) if summary is None else (summary.base_dev, summary.best_dev)
+        rows.append(
+            {
+                "name": name,
+                "dev_gain": None if base is None or best is None else base - best,
+                "failure": None if failure is None else str(failure),
+                "settings": result.config.to_dict(),
+                "results": None if summary is None else asdict(summary),
+            }
+        )
+    return sorted(rows, key=lambda row: (row["failure"] is not None, -(row["dev_gain"] or 0.0)))
+
+
+def publish_leaderboard(folder: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write the ranking into a folder, as JSON and as a picture."""
+    publish_json(folder / BOARD_FILE, rows)
+    publish_bytes(folder / PICTURE_FILE, _picture(rows))
+
+
+def _picture(rows: Sequence[dict[str, Any]]) -> bytes:
+    """Return a PNG of the gain over the base on dev, for the best runs."""
+    from matplotlib.figure import Figure
+
+    shown = [row for row in rows if row["dev_gain"] is not None][:SHOWN]
+    figure = Figure(figsize=(8, 1.2 + 0.25 * len(shown)), dpi=120, layout="constrained")
+    axes = figure.subplots()
+    axes.barh([row["name"] for row in shown], [row["dev_gain"] for row in shown])
+    axes.invert_yaxis()
+    axes.set_xlabel("gain over the base on dev (nats a token)")
+    axes.spines[["top", "right"]].set_visible(False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()

@@ -1,7 +1,8 @@
-"""Stage two: train carry-ons from a cache. The base is never opened."""
+"""Stage two: train a carry-on from a cache. The base is never opened."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,112 +14,84 @@ from embedcache.cache.cache import Cache
 from embedcache.carryon.registry import build
 from embedcache.carryon.saving import CONFIG_FILE, read_record
 from embedcache.device import resolve_device
-from embedcache.errors import EmbedcacheError
 from embedcache.loss.shortlist.shortlist import DRAWS
 from embedcache.progress import SILENT, Progress
 from embedcache.store.disk import writing
 from embedcache.store.files import LOCK, writer_lock
 from embedcache.training.budget.allocator import configure_allocator
 from embedcache.training.budget.probe import plan_memory
-from embedcache.training.config import TrainConfig
+from embedcache.training.config import TrainConfig, config_from
 from embedcache.training.distributed import ALONE, Ranks, joined, local_device
-from embedcache.training.run.output import check_out
-from embedcache.training.run.run import Member, TrainSummary
+from embedcache.training.run.checkpoint import check_out
+from embedcache.training.run.report import TrainSummary
+from embedcache.training.run.run import Run
 from embedcache.training.trainer import Trainer
+from embedcache.units import bytes_of
 
-SHORTER = 8
-"""A shortlist pays where a vocabulary is so many times what it samples: it holds labels, too."""
+LONGER = 8
+"""``loss="auto"`` takes a shortlist where the vocabulary is so many times as long as its draws: a
+shortlist holds labels, too."""
 
-__all__ = ["SweepResult", "TrainPlan", "TrainSummary", "preview", "sweep", "train"]
+__all__ = ["TrainPlan", "TrainSummary", "preview", "train"]
 
 
 def train(
-    cache_path: Path,
+    cache: str | Path,
     *,
-    out: Path,
+    out: str | Path,
     config: TrainConfig | None = None,
+    memory: str | int | None = None,
     device: str = "auto",
-    memory: int | None = None,
     progress: Progress = SILENT,
+    **settings: Any,
 ) -> TrainSummary:
-    """Train a carry-on on a cache's train split into the folder ``out``.
+    """Train a carry-on on the train split of a cache.
 
-    The dev split picks the epoch that is kept. A run that was interrupted goes on where its last
-    checkpoint stands and gives the same weights as one that was not (same device and threads).
+    The epoch with the lowest dev loss is kept. An interrupted run is resumed by the same call, and
+    ends with the weights of a run that was not interrupted (on the same device and threads). Under
+    ``torchrun`` each process takes a share of each step's tokens (data parallelism).
 
-    Under ``torchrun``, every process takes a share of each step's tokens (data-parallel).
+        embedcache.train("cache", out="carryon", lr=1e-3, width=128)
 
-    ``memory`` is a budget in bytes: how a step is computed is chosen so that tensors take no more
-    of the device (CUDA's own context is not counted), and on CUDA the allocator is held to it. What
-    is learned stays the same up to rounding and the draws of a shortlist.
+    Args:
+        cache: folder of a finished cache.
+        out: folder of the carry-on: a new or empty one, or that of the interrupted run.
+        config: the configuration of the run; by default it is made of ``settings``.
+        memory: budget of the device's memory, such as ``"1GB"``, or bytes. The way in which a step
+            is computed is chosen so that tensors take no more (CUDA's own context is not counted);
+            on CUDA the allocator is limited to the budget. A run that runs out of memory goes on
+            with a leaner plan. What is learned stays the same up to rounding and the draws of a
+            shortlist.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        progress: receives bars and remarks.
+        settings: names and values of `TrainConfig` and of the carry-on's configuration
+            (`BranchConfig`, or that of ``kind=``).
+
+    Returns:
+        The outcome of the run.
 
     Raises:
-        UsageError: for settings that cannot be.
-        CacheError: if the cache is incomplete, damaged or lacks a tap.
-        OutputError: if ``out`` holds something else, or a finished carry-on.
-        NumericsError: if the loss or gradient is not finite; the last good state is kept.
-        DeviceMemoryError: if the budget holds no sequence, or the device runs out of memory.
+        UsageError: for settings that are unknown or out of range.
+        CacheError: if the cache is incomplete or damaged, or lacks a tap.
+        OutputError: if ``out`` holds other files or a finished carry-on.
+        NumericsError: if the loss or gradient is not finite; the last finite state is kept.
+        DeviceMemoryError: if the budget holds no sequence, or the device has too little memory.
     """
-    runs = {out: config or TrainConfig()}
-    target = _target(device, memory)
+    request = config_from(config, settings)
+    target = training_device(device, memory)
     with joined(target) as ranks:
-        shared = _Shared(cache_path, target, progress, ranks, memory)
-        for out, settings in runs.items():
-            shared.check(out, settings)
-        (result,) = _train(shared, runs)
-    if result.failure is not None:
-        raise result.failure
-    assert result.summary is not None
-    return result.summary
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SweepResult:
-    """How one of several runs ended: ``summary`` or ``failure`` is None."""
-
-    out: Path
-    config: TrainConfig
-    summary: TrainSummary | None
-    failure: EmbedcacheError | OSError | None
-
-
-def sweep(
-    cache_path: Path,
-    *,
-    runs: dict[Path, TrainConfig],
-    device: str = "auto",
-    memory: int | None = None,
-    progress: Progress = SILENT,
-) -> list[SweepResult]:
-    """Train several carry-ons, by folder, on one cache: each comes to what `train` alone makes.
-
-    Those of one shape are stacked: they go through the same products, and what is read for one is
-    read for all that see it. One that fails leaves the others alone, and is reported. Under
-    ``torchrun``, the runs are dealt out to the processes, and every one returns all results.
-
-    Runs that are finished already, with these very settings, are passed over, so that a sweep that
-    was stopped goes on by the same call. Raises what `train` does for settings and folders, before
-    anything is written.
-    """
-    target = _target(device, memory)
-    shared = _Shared(cache_path, target, progress, memory=memory)
-    with joined(target) as ranks:
-        done = {out: shared.finished(out, config) for out, config in runs.items()}
-        todo = [out for out in runs if done[out] is None]
-        for out in todo:
-            shared.check(out, runs[out])
-        ranks.wait()  # none writes before all have checked
-        trained = _train(shared, {out: runs[out] for out in todo[ranks.rank :: ranks.count]})
-        results = {result.out: result for some in ranks.gather(trained) for result in some}
-    return [
-        results.get(out) or SweepResult(out=out, config=config, summary=done[out], failure=None)
-        for out, config in runs.items()
-    ]
+        session = Session(cache, target, progress, ranks, memory)
+        session.check(Path(out), request)
+        (run,) = session.train({Path(out): request})
+    if run.failure is not None:
+        raise run.failure
+    assert run.summary is not None
+    return run.summary
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainPlan:
-    """What a run would do."""
+    """What a run would do: its size, its steps, its loss, and its plan for the memory budget."""
 
     out: str
     parameters: int
@@ -132,78 +105,80 @@ class TrainPlan:
 
 
 def preview(
-    cache_path: Path,
+    cache: str | Path,
     *,
-    out: Path,
-    config: TrainConfig,
+    out: str | Path,
+    config: TrainConfig | None = None,
+    memory: str | int | None = None,
     device: str = "auto",
-    memory: int | None = None,
+    **settings: Any,
 ) -> TrainPlan:
-    """Make every check that `train` makes before it writes; return the plan."""
-    shared = _Shared(cache_path, _target(device, memory), SILENT, memory=memory)
-    shared.check(out, config)
-    loss, plan = _loss_name(config, shared.vocabulary), None
-    if memory is not None:
-        plan = plan_memory(shared.materials, [config], loss, memory)
-    tokens = shared.materials.tokens("train", config.documents)
-    step = config.steps_tokens(tokens)
+    """Make every check that `train` makes before it writes, and return the plan.
+
+    Arguments and errors are those of `train`.
+    """
+    request = config_from(config, settings)
+    session = Session(cache, training_device(device, memory), memory=memory)
+    session.check(Path(out), request)
+    loss, plan = session.loss(request), None
+    if session.memory is not None:
+        plan = plan_memory(session.inputs, [request], loss, session.memory)
+    tokens = session.inputs.tokens("train", request.documents)
+    step = request.steps_tokens(tokens)
     return TrainPlan(
         out=str(out),
-        parameters=build(config.carryon, shared.materials.hidden).parameter_count(),
+        parameters=build(request.carryon, session.inputs.hidden).parameter_count(),
         train_tokens=tokens,
-        dev_tokens=shared.materials.tokens("dev", config.documents),
+        dev_tokens=session.inputs.tokens("dev", request.documents),
         tokens_per_step=step,
-        steps=config.epochs * -(-tokens // step),
+        steps=request.epochs * -(-tokens // step),
         loss=loss,
-        device=str(shared.device),
+        device=str(session.device),
         memory=None if plan is None else str(plan),
     )
 
 
-def _target(device: str, memory: int | None) -> torch.device:
-    """Return the device named, whose allocator is sparing where there is a budget."""
+def training_device(device: str, memory: str | int | None) -> torch.device:
+    """Return the device named; with a budget, its allocator is set up to reserve little."""
     target = resolve_device(device)
     if memory is not None and target.type == "cuda":
-        configure_allocator()  # before torch asks the device for anything: settings are read then
+        configure_allocator()  # before PyTorch first uses the device
     return local_device(target)
 
 
-class _Shared:
-    """An open cache and what is checked before anything is written."""
+class Session:
+    """An open cache, and the runs that are checked and trained on it."""
 
     def __init__(
         self,
-        cache_path: Path,
+        cache: str | Path,
         device: torch.device,
-        progress: Progress,
+        progress: Progress = SILENT,
         ranks: Ranks = ALONE,
-        memory: int | None = None,
+        memory: str | int | None = None,
     ):
-        self.cache = Cache(cache_path)
+        self.cache = Cache(Path(cache))
         self.device = device
-        self.progress = progress
-        self.ranks = ranks
-        self.trainer = Trainer(self.cache, self.device, progress, ranks, memory)
-        self.materials = self.trainer.materials
-        self.vocabulary: int = self.cache.attributes.base["vocab_size"]
-
-    def request(self, config: TrainConfig) -> dict[str, Any]:
-        """Return what a checkpoint must have been made for, to be gone on from."""
-        return {
-            "cache": self.cache.manifest.hash,
-            "config": config.to_dict(),
-            "device": self.device.type,
-            "processes": self.ranks.count,
-        }
+        self.memory = bytes_of(memory) if isinstance(memory, str) else memory
+        self._progress, self._ranks = progress, ranks
+        self._trainer = Trainer(self.cache, device, progress, ranks, self.memory)
+        self.inputs = self._trainer.inputs
 
     def check(self, out: Path, config: TrainConfig) -> None:
-        """Raise for a tap or documents that are not there, or a folder that holds something."""
+        """Raise for a tap or documents that the cache lacks, or a folder that holds other files."""
         self.cache.require_taps(config.carryon.taps)
-        self.materials.tokens("train", config.documents)
-        check_out(out, self.request(config))
+        self.inputs.tokens("train", config.documents)
+        check_out(out, self._request(config))
+
+    def loss(self, config: TrainConfig) -> str:
+        """Return the loss of a configuration: ``exact`` or ``shortlist``."""
+        if config.loss != "auto":
+            return config.loss
+        vocabulary: int = self.cache.attributes.base["vocab_size"]
+        return "shortlist" if vocabulary >= LONGER * (config.samples or DRAWS) else "exact"
 
     def finished(self, out: Path, config: TrainConfig) -> TrainSummary | None:
-        """Return how a run ended that was this very one, None where there is none in ``out``."""
+        """Return the summary of this very run if it was finished before, else None."""
         if not (out / CONFIG_FILE).is_file():
             return None
         record = read_record(out)
@@ -213,47 +188,46 @@ class _Shared:
         )
         return TrainSummary(**record.results) if same else None
 
+    def train(self, configs: Mapping[Path, TrainConfig]) -> list[Run]:
+        """Train carry-ons by folder; a run that fails holds its error and ends no other."""
+        for config in configs.values():
+            self.inputs.sample(config.carryon.taps)  # embeddings that are not finite raise here
+        ranks = self._ranks
+        runs = [
+            Run(
+                out,
+                config,
+                loss=self.loss(config),
+                tokens=self.inputs.tokens("train", config.documents),
+                request=self._request(config),
+                progress=self._progress,
+                ranks=ranks,
+            )
+            for out, config in configs.items()
+        ]
+        planned = self._trainer.planned(runs)
+        ranks.wait()  # no process writes before all have checked
+        with ExitStack() as locks:
+            for run in runs:
+                if ranks.leads:
+                    with writing(run.out):
+                        locks.enter_context(writer_lock(run.out))
+                    check_out(run.out, self._request(run.config))  # it may have changed meanwhile
+            ranks.wait()  # the folders are there
+            for stack, plan in planned:
+                self._trainer.run(stack, plan)
+            for run in runs:
+                if run.summary is not None and ranks.leads:
+                    with writing(run.out):
+                        (run.out / LOCK).unlink()
+            ranks.wait()
+        return runs
 
-def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
-    for config in runs.values():
-        shared.materials.sample(config.carryon.taps)  # what cannot be trained on leaves nothing
-    ranks = shared.ranks
-    members = [
-        Member(
-            out,
-            config,
-            loss=_loss_name(config, shared.vocabulary),
-            tokens=shared.materials.tokens("train", config.documents),
-            request=shared.request(config),
-            progress=shared.progress,
-            ranks=ranks,
-        )
-        for out, config in runs.items()
-    ]
-    planned = shared.trainer.planned(members)
-    ranks.wait()  # none writes before all have checked
-    with ExitStack() as locks:
-        for out, config in runs.items():
-            if ranks.leads:
-                with writing(out):
-                    locks.enter_context(writer_lock(out))
-                check_out(out, shared.request(config))  # it may have changed meanwhile
-        ranks.wait()  # the folders are there
-        for stack, plan in planned:
-            shared.trainer.run(stack, plan)
-        for member in members:
-            if member.summary is not None and ranks.leads:
-                with writing(member.out):
-                    (member.out / LOCK).unlink()
-        ranks.wait()
-    return [
-        SweepResult(out=m.out, config=m.config, summary=m.summary, failure=m.failure)
-        for m in members
-    ]
-
-
-def _loss_name(config: TrainConfig, vocabulary: int) -> str:
-    """Return the loss asked for, or a shortlist where that is much shorter than the vocabulary."""
-    if config.loss != "auto":
-        return config.loss
-    return "shortlist" if vocabulary >= SHORTER * (config.samples or DRAWS) else "exact"
+    def _request(self, config: TrainConfig) -> dict[str, Any]:
+        """Return all that a checkpoint must have been made with to be resumed."""
+        return {
+            "cache": self.cache.manifest.hash,
+            "config": config.to_dict(),
+            "device": self.device.type,
+            "processes": self._ranks.count,
+        }

@@ -1,4 +1,4 @@
-"""Training carry-ons on one cache: those of one shape stacked, each as if it were alone."""
+"""Training carry-ons on one cache: those of one shape are stacked, each learns as if alone."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from embedcache.training.budget.allocator import memory_limit
 from embedcache.training.budget.ladder import MemoryPlan
 from embedcache.training.budget.probe import plan_memory
 from embedcache.training.distributed import ALONE, Ranks
-from embedcache.training.inputs import Materials, Patterns
+from embedcache.training.inputs import Patterns, TrainingInputs
 from embedcache.training.loop import Loop, failing
-from embedcache.training.run.run import Member
+from embedcache.training.run.run import Run
 from embedcache.training.scoring import DevLoss, dev_losses
-from embedcache.training.step.batch_stream import Feed
-from embedcache.training.step.settings import PLAIN, Recipe, plain_recipe
+from embedcache.training.step.batch_stream import BatchStream
+from embedcache.training.step.settings import PLAIN, StepSettings, plain_settings
 from embedcache.training.step.stack import Stack
 
 CPU_STACK_BYTES = 400 << 20
-"""Of what a stack works on, at most, on a CPU."""
+"""Bytes that a stack works on, at most, on a CPU: more would not stay in its caches."""
 
 FREE = 0.9
-"""Share of a device's free memory that a run takes after it ran out of memory without a budget."""
+"""Share of the free memory that is the budget of a run without one, once it runs out of memory."""
 
-Begun = tuple[Member, CarryOn]
+Begun = tuple[Run, CarryOn]
 
 
 class Trainer:
-    """Trains members on one cache, within so many bytes of ``memory`` if that is set."""
+    """Trains runs on one cache, within ``memory`` bytes of the device if that is set."""
 
     def __init__(
         self,
@@ -48,32 +48,32 @@ class Trainer:
         ranks: Ranks = ALONE,
         memory: int | None = None,
     ):
-        self.materials = Materials(cache, device, ranks)
+        self.inputs = TrainingInputs(cache, device, ranks)
         self._cache, self._device, self._progress, self._ranks = cache, device, progress, ranks
         self._memory = memory
         self._base_dev: dict[Patterns, float | None] = {}
-        self._told = ""
+        self._said = ""
 
-    def stacks(self, members: Sequence[Member]) -> Iterator[list[Member]]:
-        """Yield the members in lists that one `run` can train: of one shape, and few enough."""
+    def stacks(self, runs: Sequence[Run]) -> Iterator[list[Run]]:
+        """Yield the runs in lists that can be stacked: of one shape and loss, and few enough."""
 
-        def kind(member: Member) -> str:
-            config = member.config
-            return repr((config.carryon, member.loss, config.samples))
+        def kind(run: Run) -> str:
+            config = run.config
+            return repr((config.carryon, run.loss, config.samples))
 
-        for _, group in groupby(sorted(members, key=kind), key=kind):
+        for _, group in groupby(sorted(runs, key=kind), key=kind):
             stack = list(group)
             size = self._most(stack)
             for start in range(0, len(stack), size):
                 yield stack[start : start + size]
 
-    def _most(self, members: Sequence[Member]) -> int:
-        """Return how many of one shape to train at once, by a rough estimate of what each takes.
+    def _most(self, runs: Sequence[Run]) -> int:
+        """Return how many runs of one shape to stack, by a rough estimate of what each takes.
 
-        On a GPU what half of its free memory holds; a CPU is slower where that leaves its caches.
+        On a GPU they may take half of the free memory; on a CPU, `CPU_STACK_BYTES`.
         """
-        config, hidden = members[0].config.carryon, self.materials.hidden
-        tokens = max(self.materials.batch_tokens(member.config) for member in members)
+        config, hidden = runs[0].config.carryon, self.inputs.hidden
+        tokens = max(self.inputs.batch_tokens(run.config) for run in runs)
         values = config.values_per_token(hidden)
         size = 2 if self._device.type == "cuda" else 4
         weights = 24 * build(config, hidden).parameter_count()
@@ -82,17 +82,17 @@ class Trainer:
             room = min(room, CPU_STACK_BYTES)
         return max(1, room // (tokens * values * size + weights))
 
-    def run(self, members: Sequence[Member], plan: MemoryPlan | None = None) -> None:
-        """Train members of one shape and one loss until each is finished or has failed.
+    def run(self, runs: Sequence[Run], plan: MemoryPlan | None = None) -> None:
+        """Train runs of one shape and one loss until each is finished or has failed.
 
         When the device runs out of memory, everything on it is freed, and the run goes on from its
         last state by a leaner plan.
         """
-        todo: list[tuple[Sequence[Member], MemoryPlan | None]] = [(members, plan)]
+        todo: list[tuple[Sequence[Run], MemoryPlan | None]] = [(runs, plan)]
         while todo:
-            members, plan = todo.pop(0)
+            runs, plan = todo.pop(0)
             try:
-                self._attempt(members, plan)
+                self._attempt(runs, plan)
                 continue
             except torch.OutOfMemoryError:
                 if self._ranks.count > 1:  # the others wait for this one's gradients
@@ -100,162 +100,174 @@ class Trainer:
             gc.collect()  # the error held the step's tensors
             if self._device.type == "cuda":
                 torch.cuda.empty_cache()
-            left = [one for one in members if one.failure is None and one.summary is None]
+            left = [one for one in runs if one.failure is None and one.summary is None]
             todo[:0] = self._leaner(left, plan)
 
     def _leaner(
-        self, members: list[Member], plan: MemoryPlan | None
-    ) -> list[tuple[list[Member], MemoryPlan | None]]:
-        """Return how to go on with members after memory ran out; ends those that cannot."""
+        self, runs: list[Run], plan: MemoryPlan | None
+    ) -> list[tuple[list[Run], MemoryPlan | None]]:
+        """Return how to go on with runs after memory ran out: a leaner plan, or smaller stacks.
+
+        A run for which there is none ends with a ``DeviceMemoryError``.
+        """
         found: MemoryPlan | None = None
+        parts: list[tuple[list[Run], MemoryPlan | None]]
         budget = self._memory or (
             int(FREE * free_memory(self._device)) if plan is None else plan.budget
         )
-        configs = [member.config for member in members]
+        configs = [run.config for run in runs]
         with suppress(DeviceMemoryError):
-            found = plan_memory(self.materials, configs, members[0].loss, budget, below=plan)
+            found = plan_memory(self.inputs, configs, runs[0].loss, budget, below=plan)
         if found is not None:
-            parts = [(members, found)]
-        elif len(members) > 1:
-            half = len(members) // 2
-            parts = [(members[:half], plan), (members[half:], plan)]
-        elif plan is not None and members[0].advanced:
-            parts = [(members, plan)]  # once more: other steps before this one held
+            parts = [(runs, found)]
+        elif len(runs) > 1:
+            half = len(runs) // 2
+            parts = [(runs[:half], plan), (runs[half:], plan)]
+        elif plan is not None and runs[0].advanced:
+            parts = [(runs, plan)]  # again: it took whole steps by this plan
         else:
-            (member,) = members
-            member.failure = DeviceMemoryError(
-                f"{self._device} ran out of memory at step {member.state.step}, and no smaller "
-                "plan holds. Train a smaller carry-on (fewer or narrower layers, fewer taps) or "
-                f"pass a larger `memory=`. The last checkpoint in {member.out} stays; the same "
-                "call goes on from it."
+            (run,) = runs
+            run.failure = DeviceMemoryError(
+                f"{self._device} ran out of memory at step {run.state.step}, and no smaller plan "
+                "holds. Train a smaller carry-on (fewer or narrower layers, fewer taps), or pass a "
+                f"larger `memory=`. The last checkpoint is kept in {run.out}: run the same call "
+                "again to resume."
             )
             return []
         self._progress.say("Out of memory; retrying with a smaller plan.")
         return parts
 
-    def _attempt(self, members: Sequence[Member], plan: MemoryPlan | None) -> None:
-        """Train members by one plan; raises ``torch.OutOfMemoryError`` if it does not hold."""
-        recipe = plain_recipe(self._device, members[0].config.carryon.attention_head_width)
+    def _attempt(self, runs: Sequence[Run], plan: MemoryPlan | None) -> None:
+        """Train runs by one plan; raises ``torch.OutOfMemoryError`` when memory runs out."""
+        settings = plain_settings(self._device, runs[0].config.carryon.attention_head_width)
         if plan is not None:
-            recipe = plan.settings
+            settings = plan.settings
             self._progress.say(f"memory: {plan}")
-            for member in members:
-                member.memory = str(plan)
-        input_stats = self.materials.input_stats(members[0].config.carryon.taps)
+            for run in runs:
+                run.memory = str(plan)
+        input_stats = self.inputs.input_stats(runs[0].config.carryon.taps)
         begun: list[Begun] = []
-        for member in members:
-            with failing(member):
-                begun.append((member, member.begin(self.materials.hidden, input_stats)))
+        for run in runs:
+            with failing(run):
+                begun.append((run, run.begin(self.inputs.hidden, input_stats)))
         begun = sorted((one for one in begun if one[0].failure is None), key=self._place)
         if begun:
             budget = None if plan is None else plan.budget
             with current(self._device), memory_limit(budget, self._device):
-                self._train(begun, recipe)
+                self._train(begun, settings)
 
-    def _train(self, begun: Sequence[Begun], recipe: Recipe) -> None:
+    def _train(self, begun: Sequence[Begun], settings: StepSettings) -> None:
         with ExitStack() as reading:
-            feeds = []
-            groups = [[member for member, _ in of] for _, of in groupby(begun, key=self._place)]
+            streams = []
+            groups = [[run for run, _ in of] for _, of in groupby(begun, key=self._place)]
             room = room_to_keep(len(groups) * self._ranks.count)
-            for members in groups:
-                feeds.append(self._feed(members, recipe, room))
-                reading.callback(feeds[-1].close)
-            # The first batches are read meanwhile.
-            for member, _ in begun:
-                with failing(member):
-                    member.take_base(self._base(member, recipe))
-            self._step(begun, feeds, recipe)
+            for runs in groups:
+                streams.append(self._stream(runs, settings, room))
+                reading.callback(streams[-1].close)
+            # The first batches are read while the base is scored.
+            for run, _ in begun:
+                with failing(run):
+                    run.take_base(self._base(run, settings))
+            self._step(begun, streams, settings)
 
-    def _step(self, begun: Sequence[Begun], feeds: list[Feed], recipe: Recipe) -> None:
-        members, models = [member for member, _ in begun], [model for _, model in begun]
-        carryon = members[0].config.carryon
+    def _step(
+        self, begun: Sequence[Begun], streams: list[BatchStream], settings: StepSettings
+    ) -> None:
+        runs, models = [run for run, _ in begun], [model for _, model in begun]
+        carryon = runs[0].config.carryon
         stack = Stack(
             models,
-            [member.config for member in members],
-            self.materials.inputs(carryon, recipe, training=True),
-            recipe,
+            [run.config for run in runs],
+            self.inputs.frozen(carryon, settings, training=True),
+            settings,
             self._ranks,
         )
-        for index, member in enumerate(members):
-            member.enter(stack, index)
-        self._say_loss(members, recipe)
+        for index, run in enumerate(runs):
+            run.enter(stack, index)
+        self._say_loss(runs, settings)
 
-        def score(feed: Feed, stack: CarryOn) -> list[DevLoss] | None:
-            return self.score(feed.members[0], stack, recipe, feed)
+        def score(stream: BatchStream, stack: CarryOn) -> list[DevLoss] | None:
+            return self.score(stream.runs[0], stack, settings, stream)
 
-        with self._progress.bar("training", sum(m.total for m in members), "tok") as bar:
-            bar.advance(sum(member.state.tokens for member in members))
+        with self._progress.bar("training", sum(m.total for m in runs), "tok") as bar:
+            bar.advance(sum(run.state.tokens for run in runs))
             Loop(
                 stack,
-                feeds,
+                streams,
                 bar,
                 ranks=self._ranks,
                 device=self._device,
                 score=score,
-                finish=lambda member: member.finish(self._cache.attributes, self._cache.manifest),
+                finish=lambda run: run.finish(self._cache.attributes, self._cache.manifest),
             ).train()
 
-    def _say_loss(self, members: Sequence[Member], recipe: Recipe) -> None:
-        """Say how the loss is computed, unless that was said of a stack before."""
-        config = members[0].config
-        likely = ", the base's top ids" if self.materials.train.top_ids else ""
-        draws = self.materials.draws(config)
-        told = f"loss: shortlists of the labels{likely} and {draws:,} draws"
-        if members[0].loss == "exact":
-            head = self.materials.inputs(config.carryon, recipe, training=True).head
-            tokens = max(self.materials.batch_tokens(member.config) for member in members)
-            positions = min(tokens, recipe.part_tokens or tokens)
-            if recipe.emitted and not recipe.host_head:
-                positions = min(positions, recipe.emitted)
-            positions *= len(members)
-            chunks = recipe.chunks(head, positions, self._device)
-            told = f"loss: exact, logits of {chunks} at a time"
-        if told != self._told:
-            self._told = told
-            self._progress.say(told)
+    def _say_loss(self, runs: Sequence[Run], settings: StepSettings) -> None:
+        """Say how the loss is computed, unless the same was said before."""
+        config = runs[0].config
+        likely = ", the base's top ids" if self.inputs.train.top_ids else ""
+        draws = self.inputs.draws(config)
+        text = f"loss: shortlists of the labels{likely} and {draws:,} draws"
+        if runs[0].loss == "exact":
+            head = self.inputs.frozen(config.carryon, settings, training=True).head
+            tokens = max(self.inputs.batch_tokens(run.config) for run in runs)
+            positions = min(tokens, settings.part_tokens or tokens)
+            if settings.emitted and not settings.host_head:
+                positions = min(positions, settings.emitted)
+            positions *= len(runs)
+            chunks = settings.chunks(head, positions, self._device)
+            text = f"loss: exact, logits of {chunks} at a time"
+        if text != self._said:
+            self._said = text
+            self._progress.say(text)
 
-    def _feed(self, members: list[Member], recipe: Recipe, kept_bytes: int) -> Feed:
-        """Return the batches of members that are at one place in one order."""
-        config = members[0].config
-        loader = self.materials.train_loader(config, recipe, kept_bytes=kept_bytes)
-        if members[0].loss != "shortlist":
-            return Feed(loader, members)
-        return Feed(loader, members, self.materials.shortlist(config, recipe))
+    def _stream(self, runs: list[Run], settings: StepSettings, kept_bytes: int) -> BatchStream:
+        """Return the batches of runs that are at the same place in the same order."""
+        config = runs[0].config
+        loader = self.inputs.train_loader(config, settings, kept_bytes=kept_bytes)
+        if runs[0].loss != "shortlist":
+            return BatchStream(loader, runs)
+        return BatchStream(loader, runs, self.inputs.shortlist(config, settings))
 
     def score(
         self,
-        member: Member,
+        run: Run,
         stack: CarryOn | None,
-        recipe: Recipe = PLAIN,
-        feed: Feed | None = None,
+        settings: StepSettings = PLAIN,
+        stream: BatchStream | None = None,
     ) -> list[DevLoss] | None:
-        """Return the dev loss of each carry-on of a stack, or of the base alone.
+        """Return the dev loss of each carry-on of a stack, or of the base without one.
 
-        On the documents of a member, and by the shortlists of a feed, too; None without dev.
+        Args:
+            run: its documents are scored on.
+            stack: the carry-ons.
+            settings: how much is computed at a time.
+            stream: its shortlists estimate the loss as well.
+
+        Returns None for a cache without a dev split.
         """
-        config = member.config
-        tokens = self.materials.tokens("dev", config.documents)
+        config = run.config
+        tokens = self.inputs.tokens("dev", config.documents)
         if not tokens:
             return None
         taps = ("final",) if stack is None else config.carryon.taps
         title = "scoring the base on dev" if stack is None else "scoring dev"
         with self._progress.bar(title, tokens, "tok") as bar:
             return dev_losses(
-                self.materials.dev_loader(config.documents, taps, recipe).epoch(0),
-                self.materials.inputs(config.carryon, recipe),
+                self.inputs.dev_loader(config.documents, taps, settings).epoch(0),
+                self.inputs.frozen(config.carryon, settings),
                 stack,
-                None if feed is None else feed.shortlist,
+                None if stream is None else stream.shortlist,
                 bar.advance,
                 self._ranks,
-                recipe,
+                settings,
             )
 
-    def _base(self, member: Member, recipe: Recipe) -> float | None:
-        """Return the base's dev loss on a member's documents; it is computed once."""
-        patterns = member.config.documents
+    def _base(self, run: Run, settings: StepSettings) -> float | None:
+        """Return the base's dev loss on a run's documents, computed once."""
+        patterns = run.config.documents
         if patterns not in self._base_dev:
-            found = member.state.base_dev
-            if found is None and (scores := self.score(member, None, recipe)):
+            found = run.state.base_dev
+            if found is None and (scores := self.score(run, None, settings)):
                 found = scores[0].exact
             if found is None:
                 which = f" of {', '.join(patterns)}" if patterns else ""
@@ -264,18 +276,18 @@ class Trainer:
         return self._base_dev[patterns]
 
     def _place(self, begun: Begun) -> tuple[object, ...]:
-        """Return where a member is in which order of batches: those at one place go in step."""
+        """Return the order of batches and the place in it; runs at one place share batches."""
         config, state = begun[0].config, begun[0].state
-        return (*self.materials.order(config), state.epoch, state.position)
+        return (*self.inputs.order(config), state.epoch, state.position)
 
-    def planned(self, members: Sequence[Member]) -> list[tuple[list[Member], MemoryPlan | None]]:
-        """Return the members in lists that one `run` can train, and how within the budget.
+    def planned(self, runs: Sequence[Run]) -> list[tuple[list[Run], MemoryPlan | None]]:
+        """Return the runs in lists to stack, each with its plan for the memory budget.
 
-        All processes of a run keep to the leanest plan of theirs. Raises ``DeviceMemoryError`` if
-        nothing fits.
+        All processes of a run take the leanest plan of any. Raises ``DeviceMemoryError`` if no plan
+        holds.
         """
-        found: list[tuple[list[Member], MemoryPlan | None]] = []
-        todo = list(self.stacks(members))
+        found: list[tuple[list[Run], MemoryPlan | None]] = []
+        todo = list(self.stacks(runs))
         while todo:
             stack = todo.pop(0)
             plan = self._plan(stack)
@@ -288,13 +300,13 @@ class Trainer:
                 found.append((stack, plan))
         return found
 
-    def _plan(self, members: Sequence[Member]) -> MemoryPlan | DeviceMemoryError | None:
+    def _plan(self, runs: Sequence[Run]) -> MemoryPlan | DeviceMemoryError | None:
         if self._memory is None:
             return None
-        configs = [member.config for member in members]
+        configs = [run.config for run in runs]
         plan: MemoryPlan | DeviceMemoryError
         try:
-            plan = plan_memory(self.materials, configs, members[0].loss, self._memory)
+            plan = plan_memory(self.inputs, configs, runs[0].loss, self._memory)
         except DeviceMemoryError as error:
             plan = error
         plans = self._ranks.gather(plan)

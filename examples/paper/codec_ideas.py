@@ -36,7 +36,7 @@ from embedcache.extraction import calibrate
 from embedcache.extraction.calibrate import Sample, coded_bits
 from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
-from embedcache.training.train import sweep
+from embedcache.training.sweep import sweep
 
 Array = np.ndarray[Any, Any]
 PLACES = 16

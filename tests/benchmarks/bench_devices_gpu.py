@@ -32,7 +32,8 @@ SWEPT = 128
 CHILD = """
 import json, sys
 from pathlib import Path
-from embedcache.training.train import sweep, train
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import is_leader
 

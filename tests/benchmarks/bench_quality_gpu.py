@@ -40,7 +40,7 @@ from embedcache.evaluation.evaluate import evaluate
 from embedcache.extraction.extract import extract
 from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
-from embedcache.training.optim.schedule import learning_rate
+from embedcache.training.optim.adamw import learning_rate
 from embedcache.training.train import train
 
 RATES = (1e-3, 2e-3, 4e-3)

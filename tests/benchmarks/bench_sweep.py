@@ -24,7 +24,8 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.sources.stdlib import library_files
 from embedcache.extraction.extract import extract
 from embedcache.training.config import TrainConfig
-from embedcache.training.train import sweep, train
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 
 sys.path.insert(0, str(Path(__file__).parent))
 from record import record, row

@@ -32,7 +32,8 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.evaluation.evaluate import evaluate
 from embedcache.extraction.extract import extract
 from embedcache.training.config import TrainConfig
-from embedcache.training.train import sweep, train
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 
 STEP = 16_384
 EPOCHS = 4

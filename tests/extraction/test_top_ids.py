@@ -37,7 +37,7 @@ from embedcache.extraction import top_ids
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
 from embedcache.loss import ShortlistSampler
-from embedcache.training import inputs as materials_module
+from embedcache.training import inputs as inputs_module
 from embedcache.training.config import TrainConfig
 from embedcache.training.train import train
 
@@ -101,11 +101,11 @@ def test_they_are_those_of_transformers(place: Path, monkeypatch: pytest.MonkeyP
             for first, stop in block.rows_S2.tolist():
                 with torch.no_grad():
                     logits = model(torch.from_numpy(block.ids_N[first:stop])[None]).logits[0]
-                chance_NK, id_NK = logits.softmax(dim=1).topk(K + 1, dim=1)
+                uniform_NK, id_NK = logits.softmax(dim=1).topk(K + 1, dim=1)
                 found_NK = torch.from_numpy(block.top_ids_NK[first:stop])
-                sure = ((chance_NK[:, :-1] - chance_NK[:, 1:]) > 1e-6).all(dim=1)
-                sure &= ((chance_NK - top_ids.LIKELY).abs() > 1e-6).all(dim=1)
-                expected = torch.where(chance_NK >= top_ids.LIKELY, id_NK + 1, 0)[:, :K].int()
+                sure = ((uniform_NK[:, :-1] - uniform_NK[:, 1:]) > 1e-6).all(dim=1)
+                sure &= ((uniform_NK - top_ids.LIKELY).abs() > 1e-6).all(dim=1)
+                expected = torch.where(uniform_NK >= top_ids.LIKELY, id_NK + 1, 0)[:, :K].int()
                 assert torch.equal(found_NK[sure], expected[sure])
                 seen.append(found_NK[sure])
     counts = (torch.cat(seen) > 0).sum(dim=1)
@@ -261,9 +261,9 @@ def test_a_shortlist_holds_them_and_its_sum_stays_unbiased(place: Path) -> None:
 def test_a_carry_on_trained_with_few_draws_is_near_one_with_all(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    proposed = Mock(wraps=materials_module.tail_proposal)
-    monkeypatch.setattr(materials_module, "tail_proposal", proposed)
-    monkeypatch.setattr(materials_module, "DRAWS_BESIDE_TOP_IDS", 20)
+    proposed = Mock(wraps=inputs_module.tail_proposal)
+    monkeypatch.setattr(inputs_module, "tail_proposal", proposed)
+    monkeypatch.setattr(inputs_module, "DRAWS_BESIDE_TOP_IDS", 20)
     shape = BranchConfig(width=32, blocks=1)
     config = TrainConfig(carryon=shape, epochs=2, batch_tokens=256, lr=5e-3, loss="shortlist")
     draw, seen = ShortlistSampler.draw, []

@@ -40,7 +40,7 @@ from embedcache.errors import CacheError, OutputError
 from embedcache.extraction.extract import extract
 from embedcache.store.disk import writing
 from embedcache.training.config import TrainConfig
-from embedcache.training.run import run as member
+from embedcache.training.run import run as run_module
 from embedcache.training.train import train
 
 MESSAGES = {
@@ -182,7 +182,7 @@ def job(
                 lambda out: not out.exists(),
             )
         case "train":
-            monkeypatch.setattr(member, "CHECKPOINT_SECONDS", 0.0)
+            monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
             return Job(
                 nothing,
                 lambda out: train(world.cache_path, out=out, config=SHORT, device="cpu"),

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from embedcache.training.budget import ladder
-from embedcache.training.step.settings import Recipe
+from embedcache.training.step.settings import StepSettings
 
 
 @pytest.fixture
 def recording(monkeypatch):
     """Recipes as on a GPU that records them."""
     monkeypatch.setattr(
-        ladder, "plain_recipe", lambda *given: Recipe(one_row=True, capture=True, ahead=1)
+        ladder, "plain_settings", lambda *given: StepSettings(one_row=True, capture=True, ahead=1)
     )

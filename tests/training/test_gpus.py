@@ -31,14 +31,14 @@ FLAGS = ["--width", "32", "--epochs", "3", "--batch-tokens", "512", "--device", 
 
 FULL = """
 import errno, os, sys
-from embedcache.training.run import run as member
+from embedcache.training.run import run as run_module
 from embedcache_cli.app import main
 
 def no_space(*given, **more):
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 if os.environ["RANK"] == "0":
-    member.save_checkpoint = no_space
+    run_module.save_checkpoint = no_space
 main()
 """
 

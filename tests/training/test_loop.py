@@ -16,12 +16,13 @@ from embedcache.data.loader import BatchLoader
 from embedcache.errors import CacheError
 from embedcache.training import loop
 from embedcache.training.config import TrainConfig
-from embedcache.training.run.metrics import METRICS_FILE
+from embedcache.training.run.checkpoint import METRICS_FILE
 from embedcache.training.scoring import DevLoss
 from embedcache.training.step import timestamps as marks
-from embedcache.training.step.batch_stream import Feed
+from embedcache.training.step.batch_stream import BatchStream
 from embedcache.training.step.stack import Stack
-from embedcache.training.train import sweep, train
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 from embedcache.training.trainer import Trainer
 
 CONFIG = TrainConfig(
@@ -57,9 +58,9 @@ def test_one_stream_gives_all_epochs_and_is_closed(world, tmp_path, streams):
 def test_the_first_batches_are_read_while_the_base_is_scored(world, tmp_path, streams, monkeypatch):
     begun, score = [], Trainer.score
 
-    def scored(self, member, stack, *more):
+    def scored(self, run, stack, *more):
         begun.append((stack is None, len(streams)))
-        return score(self, member, stack, *more)
+        return score(self, run, stack, *more)
 
     monkeypatch.setattr(Trainer, "score", scored)
     train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
@@ -75,13 +76,13 @@ def test_early_stopping_closes_the_stream(world, tmp_path, streams, monkeypatch)
 
 
 def test_each_feed_s_stream_ends_with_its_last_member(world, tmp_path, streams, monkeypatch):
-    open_ones, end = [], Feed.close
+    open_ones, end = [], BatchStream.close
 
     def noted(self):
         end(self)
         open_ones.append(sum(not closed([one]) for one in streams))
 
-    monkeypatch.setattr(Feed, "close", noted)
+    monkeypatch.setattr(BatchStream, "close", noted)
     runs = {
         tmp_path / "short": replace(CONFIG, epochs=1),
         tmp_path / "long": replace(CONFIG, epochs=3),
@@ -106,14 +107,14 @@ def test_an_error_elsewhere_closes_the_streams(world, tmp_path, streams, monkeyp
 
 
 def test_those_of_several_orders_share_the_room_to_keep_blocks_in(world, tmp_path, monkeypatch):
-    kept, made = [], Trainer._feed
+    kept, made = [], Trainer._stream
 
-    def noted(self, members, recipe, kept_bytes):
+    def noted(self, runs, settings, kept_bytes):
         kept.append(kept_bytes)
-        return made(self, members, recipe, kept_bytes)
+        return made(self, runs, settings, kept_bytes)
 
     monkeypatch.setattr(loader, "KEPT_BYTES", 100)
-    monkeypatch.setattr(Trainer, "_feed", noted)
+    monkeypatch.setattr(Trainer, "_stream", noted)
     runs = {tmp_path / str(seed): replace(CONFIG, seed=seed) for seed in range(3)}
     assert not any(one.failure for one in sweep(world.cache_path, runs=runs, device="cpu"))
     assert kept == [33, 33, 33]
@@ -166,18 +167,18 @@ def test_waiting_for_an_epoch_s_first_batch_counts_and_scoring_does_not(
 
 def test_batches_are_let_go_of_before_they_are_differentiated(world, tmp_path, monkeypatch):
     """What is copied of them is all that a recording needs."""
-    feeds, seen, prepared, init = [], [], Stack.prepared, Feed.__init__
+    streams, seen, prepared, init = [], [], Stack.prepared, BatchStream.__init__
 
     def kept(self, *given):
-        feeds.append(self)
+        streams.append(self)
         init(self, *given)
 
     def checked(self, work):
         differentiate = prepared(self, work)
-        return lambda: seen.append([feed.batch for feed in feeds]) or differentiate()
+        return lambda: seen.append([stream.batch for stream in streams]) or differentiate()
 
-    monkeypatch.setattr(Feed, "__init__", kept)
+    monkeypatch.setattr(BatchStream, "__init__", kept)
     monkeypatch.setattr(Stack, "prepared", checked)
     runs = {tmp_path / str(seed): replace(CONFIG, epochs=1, seed=seed) for seed in (0, 1)}
     assert not any(one.failure for one in sweep(world.cache_path, runs=runs, device="cpu"))
-    assert len(feeds) == 2 and seen and all(one == [None, None] for one in seen)
+    assert len(streams) == 2 and seen and all(one == [None, None] for one in seen)

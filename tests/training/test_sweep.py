@@ -19,10 +19,11 @@ from embedcache.carryon.saving import load_carryon
 from embedcache.errors import NumericsError, OutputError, UsageError
 from embedcache.evaluation.evaluate import evaluate
 from embedcache.training.config import TrainConfig
-from embedcache.training.run import run as member
+from embedcache.training.run import run as run_module
 from embedcache.training.run.checkpoint import CHECKPOINT
 from embedcache.training.step.stack import Stack
-from embedcache.training.train import sweep, train
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 from embedcache_cli.app import app
 
 SMALL = BranchConfig(width=32, blocks=1)
@@ -80,7 +81,7 @@ def test_a_sweep_is_the_loop_over_its_runs(world: World, tmp_path, loss, monkeyp
 
 
 def test_one_that_fails_leaves_the_others_untouched(world, tmp_path, monkeypatch):
-    monkeypatch.setattr(member, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
     good = {name: MANY[name] for name in ("one", "rate", "some")}
     runs = {"bad": replace(CONFIG, lr=1e30), **good}
     found = sweep(world.cache_path, runs=placed(tmp_path / "with", runs), device="cpu")
@@ -159,8 +160,8 @@ def test_a_bad_run_is_refused_before_any_is_begun(world, tmp_path):
 
 def sweep_until_saved(cache: Path, folder: Path, number: int) -> None:
     """Train `MANY`, and die when the first one was saved so often: a process's target."""
-    member.CHECKPOINT_SECONDS = 0.0
-    save, saves = member.save_checkpoint, []
+    run_module.CHECKPOINT_SECONDS = 0.0
+    save, saves = run_module.save_checkpoint, []
 
     def saving(path: Path, *given, **more):
         save(path, *given, **more)
@@ -168,7 +169,7 @@ def sweep_until_saved(cache: Path, folder: Path, number: int) -> None:
         if len(saves) == number:
             die()
 
-    member.save_checkpoint = saving
+    run_module.save_checkpoint = saving
     sweep(cache, runs=placed(folder, MANY), device="cpu")
 
 

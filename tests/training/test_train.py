@@ -20,9 +20,8 @@ from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import CONFIG_FILE, load_carryon
 from embedcache.errors import CacheError, NumericsError, OutputError, UsageError
 from embedcache.training.config import TrainConfig, read_settings
-from embedcache.training.run import run as member_module
-from embedcache.training.run.checkpoint import CHECKPOINT
-from embedcache.training.run.metrics import METRICS_FILE
+from embedcache.training.run import run as run_module
+from embedcache.training.run.checkpoint import CHECKPOINT, METRICS_FILE
 from embedcache.training.scoring import DevLoss
 from embedcache.training.step.stack import Stack
 from embedcache.training.train import preview, train
@@ -131,7 +130,7 @@ def test_metrics_are_json_lines_with_finite_numbers(finished):
 
 def test_the_epoch_s_speed_is_of_the_whole_epoch(world, tmp_path, monkeypatch):
     """Also where checkpoints fall within it."""
-    monkeypatch.setattr(member_module, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(run_module, "CHECKPOINT_SECONDS", 0.0)
     train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu")
     rows = [json.loads(line) for line in (tmp_path / "c" / METRICS_FILE).read_text().splitlines()]
     result = json.loads((tmp_path / "c" / CONFIG_FILE).read_text())["results"]
@@ -144,7 +143,7 @@ def test_early_stopping_keeps_the_best_epoch(world, tmp_path, monkeypatch):
     scores = iter([5.0, 4.0, 3.0, 3.5, 3.6, 1.0])
     kept: dict[int, torch.Tensor | None] = {}
 
-    def scored(self: Trainer, member, stack, *_) -> list[DevLoss]:
+    def scored(self: Trainer, run, stack, *_) -> list[DevLoss]:
         kept[len(kept)] = None if stack is None else stack.branch.weight.detach()[0].clone()
         return [DevLoss(next(scores))]
 

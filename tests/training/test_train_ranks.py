@@ -29,8 +29,8 @@ from embedcache.device import fast_dtype
 from embedcache.evaluation.evaluate import evaluate
 from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
-from embedcache.training.optim.schedule import learning_rate
-from embedcache.training.run import run as member
+from embedcache.training.optim.adamw import learning_rate
+from embedcache.training.run import run as run_module
 from embedcache.training.train import train
 
 CONFIG = TrainConfig(
@@ -200,13 +200,13 @@ def train_each(rank: int, port: int, cache: Path, folders: list[Path], full: boo
     agent = {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     os.environ.update(ranks_environment(rank, port) | agent)
     torch.set_num_threads(1)
-    member.CHECKPOINT_SECONDS = 0.0  # the leading process saves at each step
+    run_module.CHECKPOINT_SECONDS = 0.0  # the leading process saves at each step
     if full and rank == 0:
 
         def no_space(*_: object, **__: object) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-        member.save_checkpoint = no_space
+        run_module.save_checkpoint = no_space
     for folder in folders:
         train(cache, out=folder, config=CONFIG, device="cpu")
         # Whoever joins anew may find where another one was before: now and then, by chance.

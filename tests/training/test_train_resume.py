@@ -20,9 +20,8 @@ from embedcache.carryon.saving import CONFIG_FILE, WEIGHTS_FILE
 from embedcache.training import loop
 from embedcache.training.config import TrainConfig
 from embedcache.training.run import checkpoint
-from embedcache.training.run import run as member
-from embedcache.training.run.checkpoint import CHECKPOINT
-from embedcache.training.run.metrics import METRICS_FILE
+from embedcache.training.run import run as run_module
+from embedcache.training.run.checkpoint import CHECKPOINT, METRICS_FILE
 from embedcache.training.train import train
 
 CONFIG = TrainConfig(
@@ -31,14 +30,14 @@ CONFIG = TrainConfig(
 
 
 def after_save(step: int) -> None:
-    save = member.save_checkpoint
+    save = run_module.save_checkpoint
 
     def saving(path, found, **more):
         save(path, found, **more)
         if found.state.step == step:
             die()
 
-    member.save_checkpoint = saving
+    run_module.save_checkpoint = saving
 
 
 def in_save(number: int) -> None:
@@ -55,22 +54,22 @@ def in_save(number: int) -> None:
 
 
 def before_epoch_save() -> None:
-    save = member.save_checkpoint
+    save = run_module.save_checkpoint
 
     def saving(path, found, **more):
         if found.state.position == 0:
             die()  # the epoch's row is written, its last step is saved
         save(path, found, **more)
 
-    member.save_checkpoint = saving
+    run_module.save_checkpoint = saving
 
 
 def before_report() -> None:
-    member.publish_report = die
+    run_module.publish_report = die
 
 
 def before_weights() -> None:
-    member.save_carryon = die
+    run_module.save_carryon = die
 
 
 PLACES = {
@@ -86,14 +85,14 @@ PLACES = {
 
 def train_until(place: str, cache: Path, out: Path) -> None:
     """Train, saving after each step, and die at one of `PLACES`: a process's target."""
-    member.CHECKPOINT_SECONDS = 0.0
+    run_module.CHECKPOINT_SECONDS = 0.0
     eval(place)
     train(cache, out=out, config=CONFIG, device="cpu")
 
 
 def train_slowly(cache: Path, out: Path) -> None:
     """Train with a pause before each step, saving after it: a process's target."""
-    member.CHECKPOINT_SECONDS = 0.0
+    run_module.CHECKPOINT_SECONDS = 0.0
     step = loop.Loop._step
 
     def slow(self):

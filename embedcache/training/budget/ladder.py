@@ -10,7 +10,7 @@ import torch
 
 from embedcache.device import has_triton
 from embedcache.errors import DeviceMemoryError
-from embedcache.training.step.settings import Recipe, plain_recipe
+from embedcache.training.step.settings import StepSettings, plain_settings
 from embedcache.units import size
 
 PART_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
@@ -40,7 +40,7 @@ class MemoryPlan:
     """
 
     name: str
-    settings: Recipe
+    settings: StepSettings
     rung: int
     budget: int
     expected: int
@@ -58,7 +58,7 @@ class Rung:
     """Named step settings, and the sizes of parts to try with them, the largest first."""
 
     name: str
-    settings: Recipe
+    settings: StepSettings
     sizes: Sequence[int]
 
 
@@ -88,7 +88,7 @@ def ladder(
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
     plain = replace(
-        plain_recipe(device, head_width), logit_bytes=logits, emitted=DELTA_POSITIONS, ahead=1
+        plain_settings(device, head_width), logit_bytes=logits, emitted=DELTA_POSITIONS, ahead=1
     )
     step_tokens = max(step_tokens, longest)
 

@@ -16,10 +16,10 @@ from embedcache.device import current, fast_dtype, wait_for
 from embedcache.training.budget.allocator import memory_limit, peak_memory
 from embedcache.training.budget.ladder import MemoryPlan, Rung, ladder, too_small
 from embedcache.training.config import TrainConfig
-from embedcache.training.inputs import Materials
+from embedcache.training.inputs import TrainingInputs
 from embedcache.training.scoring import dev_losses
-from embedcache.training.step.cuda_graph import MOST, Captured
-from embedcache.training.step.settings import Recipe
+from embedcache.training.step.cuda_graph import MOST, GraphedStack
+from embedcache.training.step.settings import StepSettings
 from embedcache.training.step.stack import Stack, Work
 
 USED = 0.95
@@ -31,7 +31,7 @@ PARTS = {"cpu": 2, "cuda": 4}
 
 
 def plan_memory(
-    materials: Materials,
+    inputs: TrainingInputs,
     configs: Sequence[TrainConfig],
     loss: str,
     budget: int,
@@ -41,7 +41,7 @@ def plan_memory(
     """Return the fastest step settings that hold within a budget.
 
     Args:
-        materials: what is trained on.
+        inputs: what is trained on.
         configs: carry-ons of one shape, trained together.
         loss: ``"exact"`` or ``"shortlist"``.
         budget: bytes of the device.
@@ -50,7 +50,7 @@ def plan_memory(
     Raises:
         DeviceMemoryError: if no settings hold a sequence, with the least budget that would do.
     """
-    probe = _Probe(materials, configs, loss)
+    probe = _Probe(inputs, configs, loss)
     share = USED if below is None else LEANER * USED
     plans = list(_plans(probe.ladder(budget), budget))
     if below is not None:
@@ -91,24 +91,24 @@ def _first_that_holds(plans: Sequence[MemoryPlan], probe: _Probe, limit: int) ->
 class _Probe:
     """Takes the first parts of a step by one settings or another, and keeps nothing of them."""
 
-    def __init__(self, materials: Materials, configs: Sequence[TrainConfig], loss: str):
-        self._materials, self._configs, self._loss = materials, configs, loss
-        self.longest: int = materials.cache.attributes.settings.context
+    def __init__(self, inputs: TrainingInputs, configs: Sequence[TrainConfig], loss: str):
+        self._materials, self._configs, self._loss = inputs, configs, loss
+        self.longest: int = inputs.cache.attributes.settings.context
         with torch.random.fork_rng(devices=[]):
-            self._models = [build(config.carryon, materials.hidden) for config in configs]
+            self._models = [build(config.carryon, inputs.hidden) for config in configs]
 
     def ladder(self, budget: int) -> list[Rung]:
         """Return the ladder of a budget for these carry-ons."""
-        materials, configs = self._materials, self._configs
+        inputs, configs = self._materials, self._configs
         return ladder(
-            materials.device,
+            inputs.device,
             budget=budget,
-            hidden=materials.hidden,
+            hidden=inputs.hidden,
             head_width=configs[0].carryon.attention_head_width,
             loss=self._loss,
             longest=self.longest,
-            step_tokens=max(materials.batch_tokens(config) for config in configs),
-            graphs=len(configs) <= MOST and len(set(map(materials.order, configs))) == 1,
+            step_tokens=max(inputs.batch_tokens(config) for config in configs),
+            graphs=len(configs) <= MOST and len(set(map(inputs.order, configs))) == 1,
         )
 
     def least(self, budget: int) -> float | None:
@@ -125,7 +125,7 @@ class _Probe:
             least *= 1.1
         return least
 
-    def taken(self, settings: Recipe, limit: int | None) -> int | None:
+    def taken(self, settings: StepSettings, limit: int | None) -> int | None:
         """Return the bytes in use at the peak of a step's first parts; None if above the limit."""
         if limit is not None and self._kept(settings) > limit:
             return None
@@ -137,7 +137,7 @@ class _Probe:
         gc.collect()  # the error of a loader's thread holds what was tried
         return taken if limit is None or taken is None or taken <= limit else None
 
-    def _kept(self, settings: Recipe) -> int:
+    def _kept(self, settings: StepSettings) -> int:
         """Return the bytes that settings keep on the device whatever a part is."""
         weights = sum(model.parameter_count() for model in self._models)
         # Weights and gradients; and both moments, unless they are in host memory.
@@ -147,18 +147,18 @@ class _Probe:
             kept += base["hidden_size"] * base["vocab_size"] * dtype.itemsize
         return kept
 
-    def _measured(self, settings: Recipe) -> int:
+    def _measured(self, settings: StepSettings) -> int:
         """Take some parts' gradients, a step of the optimiser, and a part's dev loss."""
-        materials, configs = self._materials, self._configs
-        config, device = configs[0], materials.device
-        inputs = materials.inputs(config.carryon, settings, training=True)
-        scoring = materials.inputs(config.carryon, settings)
-        used = [*inputs.tensors(), *scoring.tensors()]
+        inputs, configs = self._materials, self._configs
+        config, device = configs[0], inputs.device
+        frozen = inputs.frozen(config.carryon, settings, training=True)
+        scoring = inputs.frozen(config.carryon, settings)
+        used = [*frozen.tensors(), *scoring.tensors()]
         resident = {id(tensor): tensor for tensor in used if tensor.device == device}
-        orders = {materials.order(config): config for config in configs}
+        orders = {inputs.order(config): config for config in configs}
         with current(device), peak_memory(device, resident.values()) as peak, ExitStack() as opened:
-            stack = Stack(self._models, configs, inputs, settings)
-            captured = Captured(stack, device) if settings.capture else None
+            stack = Stack(self._models, configs, frozen, settings)
+            captured = GraphedStack(stack, device) if settings.capture else None
             taker = captured or stack
             streams = {
                 order: opened.enter_context(closing(self._parts(config, settings)))
@@ -169,7 +169,7 @@ class _Probe:
                 batches = {order: next(parts, None) for order, parts in streams.items()}
                 work = [
                     Work(batch=batch, targets=batch.whole.targets, rate=0.0)
-                    for batch in (batches[materials.order(config)] for config in configs)
+                    for batch in (batches[inputs.order(config)] for config in configs)
                     if batch is not None
                 ]
                 if len(work) < len(configs):
@@ -185,16 +185,16 @@ class _Probe:
                 del differentiate
             captured, taker = None, stack  # no graph is there while dev is scored
             with closing(self._parts(config, settings)) as parts:
-                dev_losses(islice(parts, 1), scoring, stack.model, recipe=settings)
+                dev_losses(islice(parts, 1), scoring, stack.model, settings=settings)
         return peak[0]
 
-    def _parts(self, config: TrainConfig, settings: Recipe) -> Generator[Batch]:
-        materials = self._materials
-        shortlist = materials.shortlist(config, settings) if self._loss == "shortlist" else None
+    def _parts(self, config: TrainConfig, settings: StepSettings) -> Generator[Batch]:
+        inputs = self._materials
+        shortlist = inputs.shortlist(config, settings) if self._loss == "shortlist" else None
 
         def draw(batch: Batch) -> Sequence[Sequence[object]]:
             if shortlist is None:
                 return ()
             return shortlist.draw(batch.targets_N, shortlist.generator(0), batch.top_ids_NK)
 
-        return materials.train_loader(config, settings).epoch(0, draw=draw)
+        return inputs.train_loader(config, settings).epoch(0, draw=draw)

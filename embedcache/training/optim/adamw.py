@@ -1,10 +1,11 @@
-"""The weights of a stack, and their gradients, each as one matrix; and AdamW on its rows.
+"""AdamW for a stack of carry-ons, whose parameters and gradients are one matrix each.
 
-Axes: K carry-ons, P weights of one. A row holds the matrices first, then the vectors.
+Axes: K carry-ons, P parameters of one. A row holds the matrices first, then the vectors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -14,18 +15,17 @@ from torch import Tensor, nn
 
 from embedcache.carryon.nn.linear import LOW, SUM
 from embedcache.carryon.protocol import CarryOn
-from embedcache.errors import CarryOnError
 from embedcache.training.config import TrainConfig
-from embedcache.training.optim.states import DeviceStates, Due, HostStates
+from embedcache.training.optim.states import DeviceStates, HostStates, StepArguments
 
 
-class FlatAdamW:
-    """AdamW with weight decay on matrices only, every carry-on of a stack for itself.
+class StackAdamW:
+    """AdamW with weight decay on matrices only, for each carry-on of a stack by itself.
 
-    The stack's parameters become views of ``values_KP``, and their gradients of ``gradient_KP``,
-    so that a carry-on's is clipped, checked or summed over processes at once. Both are float32;
-    where the optimiser's states are in host memory, bfloat16, and the weights exact all the same.
-    Where products take ``low`` precision, the weights are kept in that, too, one copy of them all.
+    The stack's parameters become views of ``values_KP``, and their gradients of ``gradient_KP``, so
+    that the gradient of a carry-on is clipped, checked or summed over processes at once. Both are
+    float32, or bfloat16 where the states are in host memory; the parameters are exact in any case.
+    For products in another dtype, one copy of all parameters is kept in that.
     """
 
     def __init__(
@@ -37,9 +37,14 @@ class FlatAdamW:
         offload: bool = False,
         low: torch.dtype | None = None,
     ):
-        """Take over a stack's weights, on ``device``, and keep states there or on the host.
+        """Move a stack's parameters to one matrix.
 
-        What is not kept is never on the device: build the stack on the host.
+        Args:
+            stack: the carry-ons, on the host.
+            configs: the configuration of each.
+            device: where parameters and gradients are kept.
+            offload: whether the states are in host memory.
+            low: dtype of the products that take the parameters.
         """
         parameters = sorted(stack.named_parameters(), key=lambda one: -min(one[1].ndim, 3))
         sizes = [parameter[0].numel() for _, parameter in parameters]
@@ -54,7 +59,7 @@ class FlatAdamW:
             part = slice(start, start + size)
             value = nn.Parameter(self.values_KP[:, part].view(parameter.shape))
             gradient = self.gradient_KP[:, part].view(parameter.shape)
-            value.register_post_accumulate_grad_hook(partial(_move, gradient))
+            value.register_post_accumulate_grad_hook(partial(_accumulate, gradient))
             setattr(value, SUM, gradient)
             if self._low_KP is not None:
                 setattr(value, LOW, self._low_KP[:, part].view(parameter.shape))
@@ -66,84 +71,93 @@ class FlatAdamW:
             self._states = HostStates(self.values_KP, exact_KP, configs, matrices)
         else:
             self._states = DeviceStates(self.values_KP, configs, matrices)
-        # All that a step depends on is on the device, so that it can be captured and replayed.
+        # Arguments of a step are on the device, so that a CUDA graph can replay it.
         device = self.values_KP.device
         self._clip_K = torch.tensor([config.clip for config in configs], device=device)
-        self._due_2K, (self._taken_K, self._broken_K) = torch.zeros(
+        self._arguments_2K, (self._step_K, self._broken_K) = torch.zeros(
             2, 2, len(configs), device=device
         )
-        self._rate_K, self._idle_K = self._due_2K
+        self._rate_K, self._skip_K = self._arguments_2K
 
     def clip(self) -> Tensor:
-        """Scale each carry-on's gradient to its largest norm; return norm_K before that."""
+        """Clip each carry-on's gradient to its largest norm; return norm_K before that."""
         norm_K = self.gradient_KP.norm(dim=1, dtype=torch.float32)
         self.gradient_KP *= (self._clip_K / (norm_K + 1e-6)).clamp_max(1.0)[:, None]
         return norm_K
 
     def schedule(self, rates: Sequence[float | None]) -> None:
-        """Set each carry-on's learning rate; None leaves that one as it is in the next step."""
+        """Set each carry-on's learning rate; None skips a carry-on in the next step."""
         due = [[rate or 0.0 for rate in rates], [float(rate is None) for rate in rates]]
-        send(due, self._due_2K)
+        send(due, self._arguments_2K)
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Leave every carry-on as it is, whatever is stepped."""
-        idle_K, broken_K = self._idle_K.clone(), self._broken_K.clone()
-        self._idle_K.fill_(1.0)
+        """Skip every carry-on in the steps that are taken meanwhile."""
+        skip_K, broken_K = self._skip_K.clone(), self._broken_K.clone()
+        self._skip_K.fill_(1.0)
         try:
             yield
         finally:
-            self._idle_K.copy_(idle_K)
+            self._skip_K.copy_(skip_K)
             self._broken_K.copy_(broken_K)
 
     @torch.no_grad()
     def step(self, *seen: Tensor) -> None:
         """Take a step at the rates that were set.
 
-        A carry-on of which any of the values ``seen``, each [K], is not finite stays as it is, from
-        now on.
+        A carry-on is skipped from now on if one of its values in ``seen``, each [K], is not finite.
         """
         for seen_K in seen:
             self._broken_K.masked_fill_(~seen_K.isfinite(), 1.0)
-        still_K = torch.maximum(self._idle_K, self._broken_K)
-        self._states.step(self.gradient_KP, Due(self._rate_K, self._taken_K, still_K))
-        self._taken_K += 1.0 - still_K
+        skip_now_K = torch.maximum(self._skip_K, self._broken_K)
+        self._states.step(self.gradient_KP, StepArguments(self._rate_K, self._step_K, skip_now_K))
+        self._step_K += 1.0 - skip_now_K
         self._follow()
 
     def _follow(self) -> None:
-        """Bring what is kept in low precision to what the weights are."""
+        """Update the copy of the parameters in low precision."""
         if self._low_KP is not None:
             self._low_KP.copy_(self.values_KP)
 
     def moments(self, index: int) -> dict[str, Tensor]:
-        """Return what AdamW keeps of one carry-on, by name; empty before its first step."""
-        if not self._taken_K[index]:
+        """Return the states of one carry-on, by name; empty before its first step."""
+        if not self._step_K[index]:
             return {}
-        return self._states.row(index) | {"step": self._taken_K[index].clone()}
+        return self._states.row(index) | {"step": self._step_K[index].clone()}
 
     def restore(self, index: int, moments: dict[str, Tensor]) -> None:
-        """Take back what `moments` returned, here or there."""
+        """Restore what `moments` returned, of this optimiser or another."""
         if not moments:
             return
-        if "step" not in moments:
-            raise CarryOnError(
-                "the checkpoint was made by an earlier version: delete its folder and train again"
-            )
-        self._taken_K[index] = moments["step"]
+        self._step_K[index] = moments["step"]
         self._states.restore(index, moments)
         self._follow()
 
 
 def send(values: Sequence[float] | Sequence[Sequence[float]], to: Tensor) -> None:
-    """Copy values to a tensor on the device, of their shape; the host does not wait for that."""
+    """Copy values to a tensor of their shape on the device, without waiting for the copy."""
     to.copy_(torch.tensor(values, pin_memory=to.is_cuda), non_blocking=True)
 
 
-def _move(gradient: Tensor, parameter: Tensor) -> None:
-    """Add a parameter's gradient to where it belongs at once, so that few exist twice.
+def _accumulate(gradient: Tensor, parameter: Tensor) -> None:
+    """Add a parameter's gradient to its buffer at once, so that few gradients exist twice.
 
-    There is none if a product added it itself.
+    There is none if the product added it to the buffer itself.
     """
     if parameter.grad is not None:
         gradient.add_(parameter.grad)
         parameter.grad = None
+
+
+def learning_rate(progress: float, *, peak: float, warmup: float) -> float:
+    """Return the learning rate after a share ``progress`` of all tokens.
+
+    The rate rises linearly over the share ``warmup``; then it falls to 0 along a cosine.
+
+    >>> [round(learning_rate(p, peak=1.0, warmup=0.5), 3) for p in (0.25, 0.5, 0.75, 1.0)]
+    [0.5, 1.0, 0.5, 0.0]
+    """
+    if progress < warmup:
+        return peak * progress / warmup
+    along = min(1.0, (progress - warmup) / (1 - warmup))
+    return peak * 0.5 * (1 + math.cos(math.pi * along))

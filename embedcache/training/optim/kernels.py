@@ -1,16 +1,16 @@
-"""AdamW whose states lie in pinned host memory, in one Triton kernel: see `halves`.
+"""A step of AdamW with states in pinned host memory, as one Triton kernel: see `lowbit`.
 
-A program has some weights of one carry-on: it reads their states over the bus, steps, and writes
-them back. Thousands are under way at a time, so that the bus is busy in both directions and nothing
-but the weights and gradients is on the device.
+Each program reads the states of some parameters over the bus, takes the step, and writes them back.
+Thousands of programs run at a time, so that the bus is busy in both directions, and only parameters
+and gradients are on the device.
 
-Axes: K carry-ons, P weights of one, B weights of a program.
+Axes: K carry-ons, P parameters of one, B parameters of a program.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -18,28 +18,35 @@ import triton.language as tl
 from torch import Tensor
 
 from embedcache.training.optim.lowbit import LOWEST, STEPS
-from embedcache.training.optim.states import BETA1, EPSILON
-
-if TYPE_CHECKING:
-    from embedcache.training.optim.states import Due
 
 BLOCK, WARPS = 2048, 4
-"""Weights of a program, and its warps: 32 bytes of each state a thread."""
-LOG_BETA1 = math.log2(BETA1)
+"""Parameters of a program, and its warps: 32 bytes of each state for a thread."""
 
 
 def step_over_bus(
     values_KP: Tensor,
     gradient_KP: Tensor,
     states: tuple[Tensor, Tensor, Tensor],
-    due: Due,
+    arguments: Sequence[Tensor],
     beta2_K: Tensor,
     decay_K: Tensor,
     matrices: int,
+    *,
+    beta1: float,
+    epsilon: float,
 ) -> None:
-    """Step every carry-on that does not stay as it is.
+    """Take a step with every carry-on that is not skipped. All tensors are contiguous.
 
-    ``states`` are low halves, means and codes of squares, [K, P] each, pinned; all is contiguous.
+    Args:
+        values_KP: parameters, bfloat16, on the device.
+        gradient_KP: gradients, bfloat16, on the device.
+        states: low halves, first moments and codes of second moments, pinned, [K, P] each.
+        arguments: learning rates, numbers of steps before, and 1 to skip, [K] each.
+        beta2_K: decay of the second moment.
+        decay_K: weight decay of the first ``matrices`` parameters.
+        matrices: number of parameters to which weight decay applies.
+        beta1: decay of the first moment.
+        epsilon: added to the root of the second moment.
     """
     K, P = values_KP.shape
     if not K * P:
@@ -52,14 +59,14 @@ def step_over_bus(
             low_KP,
             mean_KP,
             square_KP,
-            *due,
+            *arguments,
             beta2_K,
             decay_K,
             P,
             matrices,
-            BETA1=BETA1,
-            LOG_BETA1=LOG_BETA1,
-            EPSILON=EPSILON,
+            BETA1=beta1,
+            LOG_BETA1=math.log2(beta1),
+            EPSILON=epsilon,
             STEPS=STEPS,
             LOWEST=LOWEST,
             BLOCK=BLOCK,
@@ -75,8 +82,8 @@ def _step(
     mean,
     square,
     rate,
-    taken,
-    still,
+    steps,
+    skip,
     beta2,
     decay,
     weights,
@@ -89,11 +96,11 @@ def _step(
     BLOCK: tl.constexpr,
 ):
     k = tl.program_id(1).to(tl.int64)
-    if tl.load(still + k) == 0:
+    if tl.load(skip + k) == 0:
         place_B = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
         inside_B = place_B < weights
         at_B = k * weights + place_B
-        before = tl.load(taken + k)
+        before = tl.load(steps + k)
         step = before + 1
         by = tl.load(rate + k)
         keep = tl.load(beta2 + k)
@@ -102,13 +109,13 @@ def _step(
         high_B = tl.load(values + at_B, mask=inside_B, other=0).to(tl.int32)
         bits_B = (high_B << 16) + tl.load(low + at_B, mask=inside_B, other=0).to(tl.int32)
         exact_B = bits_B.to(tl.float32, bitcast=True)
-        slope_B = tl.load(gradient + at_B, mask=inside_B, other=0).to(tl.float32)
+        gradient_B = tl.load(gradient + at_B, mask=inside_B, other=0).to(tl.float32)
         mean_B = tl.load(mean + at_B, mask=inside_B, other=0).to(tl.float32)
         code_B = tl.load(square + at_B, mask=inside_B, other=0).to(tl.int32) & 0xFFFF
         value_B = tl.exp2(code_B.to(tl.float32) / STEPS + LOWEST)
 
-        mean_B = BETA1 * mean_B + (1 - BETA1) * slope_B
-        square_B = tl.where(code_B == 0, 0.0, keep * value_B) + (1 - keep) * slope_B * slope_B
+        mean_B = BETA1 * mean_B + (1 - BETA1) * gradient_B
+        square_B = tl.where(code_B == 0, 0.0, keep * value_B) + (1 - keep) * gradient_B * gradient_B
         exact_B = tl.where(place_B < matrices, exact_B * shrink, exact_B)
         root_B = tl.sqrt(square_B / (1 - tl.exp2(step * tl.log2(keep)))) + EPSILON
         exact_B -= by / (1 - tl.exp2(step * LOG_BETA1)) * mean_B / root_B
@@ -118,12 +125,12 @@ def _step(
         tl.store(values + at_B, high_B.to(tl.int16), mask=inside_B)
         tl.store(low + at_B, (bits_B - (high_B << 16)).to(tl.int16), mask=inside_B)
         tl.store(mean + at_B, mean_B.to(mean.dtype.element_ty), mask=inside_B)
-        # `draws`, in 32 bits
-        chance_B = place_B.to(tl.uint32) + before.to(tl.uint32) * 0x9E3779B9
-        chance_B = (chance_B ^ (chance_B >> 16)) * 0x7FEB352D
-        chance_B = (chance_B ^ (chance_B >> 15)) * 0x846CA68B
-        chance_B = chance_B ^ (chance_B >> 16)
-        drawn_B = (chance_B >> 8).to(tl.float32) / 16777216.0
+        # `draws` of `lowbit`, in 32 bits
+        uniform_B = place_B.to(tl.uint32) + before.to(tl.uint32) * 0x9E3779B9
+        uniform_B = (uniform_B ^ (uniform_B >> 16)) * 0x7FEB352D
+        uniform_B = (uniform_B ^ (uniform_B >> 15)) * 0x846CA68B
+        uniform_B = uniform_B ^ (uniform_B >> 16)
+        drawn_B = (uniform_B >> 8).to(tl.float32) / 16777216.0
         steps_B = tl.floor(tl.log2(square_B / value_B) * STEPS + drawn_B)
         code_B = tl.clamp(code_B.to(tl.float32) + steps_B, 0.0, 65535.0).to(tl.int32)
         tl.store(square + at_B, code_B.to(tl.int16), mask=inside_B)

@@ -1,6 +1,7 @@
-"""What AdamW keeps of a stack's weights, and its steps: on their device, or in host memory.
+"""The states of AdamW for a stack's parameters, on their device or in host memory.
 
-Axes: K carry-ons, P weights of one; a row holds its ``matrices`` weights first, which decay.
+Axes: K carry-ons, P parameters of one. A row holds its ``matrices`` first, to which weight decay
+applies.
 """
 
 from __future__ import annotations
@@ -26,19 +27,22 @@ EXACT, MEAN, SQUARE = "exact", "exp_avg", "exp_avg_sq"
 BETA1, EPSILON = 0.9, 1e-8
 
 
-class Due(NamedTuple):
-    """What a step depends on, each float32 [K], on the device.
+class StepArguments(NamedTuple):
+    """Arguments of a step, each float32 [K], on the device.
 
-    Learning rates, steps that were taken before, and 1 for those that stay as they are.
+    Attributes:
+        rate_K: learning rates.
+        step_K: numbers of steps taken before.
+        skip_K: 1 for carry-ons that stay as they are, else 0.
     """
 
     rate_K: Tensor
-    taken_K: Tensor
-    still_K: Tensor
+    step_K: Tensor
+    skip_K: Tensor
 
 
 class DeviceStates:
-    """Means and squares of gradients, float32, beside weights that are exact themselves."""
+    """Both moments in float32, beside float32 parameters."""
 
     def __init__(self, values_KP: Tensor, configs: Sequence[TrainConfig], matrices: int):
         self._exact_KP = values_KP
@@ -46,8 +50,8 @@ class DeviceStates:
         self._configs = list(configs)
         self._parts = [(slice(0, matrices), True), (slice(matrices, values_KP.shape[1]), False)]
 
-    def step(self, gradient_KP: Tensor, due: Due) -> None:
-        """Step every carry-on that does not stay as it is."""
+    def step(self, gradient_KP: Tensor, arguments: StepArguments) -> None:
+        """Take a step with every carry-on that is not skipped."""
         for k, config in enumerate(self._configs):
             for part, decays in self._parts:
                 adamw(
@@ -56,40 +60,40 @@ class DeviceStates:
                     [self._mean_KP[k, part]],
                     [self._square_KP[k, part]],
                     [],
-                    [due.taken_K[k].clone()],
+                    [arguments.step_K[k].clone()],
                     fused=True,
                     capturable=gradient_KP.is_cuda,
-                    found_inf=due.still_K[k],
+                    found_inf=arguments.skip_K[k],
                     amsgrad=False,
                     beta1=BETA1,
                     beta2=config.beta2,
-                    lr=due.rate_K[k],
+                    lr=arguments.rate_K[k],
                     weight_decay=config.weight_decay if decays else 0.0,
                     eps=EPSILON,
                     maximize=False,
                 )
 
     def row(self, index: int) -> dict[str, Tensor]:
-        """Return one carry-on's states, by name."""
+        """Return the states of one carry-on, by name."""
         return {MEAN: self._mean_KP[index], SQUARE: self._square_KP[index]}
 
     def restore(self, index: int, row: dict[str, Tensor]) -> None:
-        """Take back what `row` returned, here or there."""
+        """Restore what `row` of this class or of `HostStates` returned."""
         self._mean_KP[index], self._square_KP[index] = row[MEAN], row[SQUARE]
         if EXACT in row:
             self._exact_KP[index] = row[EXACT]
 
 
 class HostStates:
-    """States in host memory beside bfloat16 weights, 6 bytes a weight: see `halves`.
+    """States in host memory beside bfloat16 parameters, 6 bytes for each: see `lowbit`.
 
-    A GPU reads and writes them in place, over the bus, in one kernel (Triton).
+    A GPU reads and writes them over the bus, in one Triton kernel.
     """
 
     def __init__(
         self, values_KP: Tensor, exact_KP: Tensor, configs: Sequence[TrainConfig], matrices: int
     ):
-        """Begin with exact weights; puts the device's part of them into ``values_KP``, bfloat16."""
+        """Split float32 parameters; their bfloat16 halves are written to ``values_KP``."""
         self._values_KP, self._matrices = values_KP, matrices
         pinned = values_KP.is_cuda
 
@@ -107,8 +111,8 @@ class HostStates:
         high_P, low_P = split(exact_P)
         self._values_KP[rows], self._low_KP[rows] = high_P, low_P
 
-    def step(self, gradient_KP: Tensor, due: Due) -> None:
-        """Step every carry-on that does not stay as it is."""
+    def step(self, gradient_KP: Tensor, arguments: StepArguments) -> None:
+        """Take a step with every carry-on that is not skipped."""
         if self._values_KP.is_cuda:
             from embedcache.training.optim.kernels import step_over_bus
 
@@ -116,30 +120,32 @@ class HostStates:
                 self._values_KP,
                 gradient_KP,
                 (self._low_KP, self._mean_KP, self._square_KP),
-                due,
+                arguments,
                 self._beta2_K,
                 self._decay_K,
                 self._matrices,
+                beta1=BETA1,
+                epsilon=EPSILON,
             )
             return
-        for k in (~due.still_K.bool()).nonzero().flatten().tolist():
-            self._step_row(k, gradient_KP[k].float(), *(float(each[k]) for each in due[:2]))
+        for k in (~arguments.skip_K.bool()).nonzero().flatten().tolist():
+            self._step_row(k, gradient_KP[k].float(), *(float(each[k]) for each in arguments[:2]))
 
-    def _step_row(self, k: int, gradient_P: Tensor, rate: float, taken: float) -> None:
-        """Do what the kernel does, its oracle."""
+    def _step_row(self, k: int, gradient_P: Tensor, rate: float, step: float) -> None:
+        """Take a step with one carry-on in PyTorch; tests compare the kernel with it."""
         beta2 = float(self._beta2_K[k])
         exact_P = joined(self._values_KP[k], self._low_KP[k])
         mean_P = BETA1 * self._mean_KP[k].float() + (1 - BETA1) * gradient_P
-        chance_P = draws(len(gradient_P), int(taken))
-        square_P, code_P = stepped_square(self._square_KP[k], beta2, gradient_P, chance_P)
+        uniform_P = draws(len(gradient_P), int(step))
+        square_P, code_P = stepped_square(self._square_KP[k], beta2, gradient_P, uniform_P)
         exact_P[: self._matrices] *= 1 - rate * float(self._decay_K[k])
-        root_P = (square_P / (1 - beta2 ** (taken + 1))).sqrt() + EPSILON
-        exact_P -= rate / (1 - BETA1 ** (taken + 1)) * mean_P / root_P
+        root_P = (square_P / (1 - beta2 ** (step + 1))).sqrt() + EPSILON
+        exact_P -= rate / (1 - BETA1 ** (step + 1)) * mean_P / root_P
         self._put(k, exact_P)
         self._mean_KP[k], self._square_KP[k] = mean_P, code_P
 
     def row(self, index: int) -> dict[str, Tensor]:
-        """Return one carry-on's states, by name, float32, on the host."""
+        """Return the states of one carry-on, by name, in float32 on the host."""
         if self._values_KP.is_cuda:
             torch.cuda.synchronize(self._values_KP.device)
         return {
@@ -149,7 +155,10 @@ class HostStates:
         }
 
     def restore(self, index: int, row: dict[str, Tensor]) -> None:
-        """Take back what `row` returned, here or there; without exact weights the values are."""
+        """Restore what `row` of this class or of `DeviceStates` returned.
+
+        Without exact parameters among them, those of the device stay.
+        """
         if EXACT in row:
             self._put(index, row[EXACT].cpu())
         self._mean_KP[index] = row[MEAN]

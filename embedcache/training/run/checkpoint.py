@@ -1,4 +1,4 @@
-"""The whole state of a training run in one safetensors file, published whole."""
+"""The folder of a training run: its checkpoint, its metrics, and whether a run may write there."""
 
 from __future__ import annotations
 
@@ -13,18 +13,30 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from embedcache.errors import CarryOnError
-from embedcache.store.files import publish_bytes
+from embedcache.carryon.saving import CONFIG_FILE, WEIGHTS_FILE
+from embedcache.errors import CarryOnError, OutputError
+from embedcache.store.files import LOCK, publish_bytes
+from embedcache.training.run.report import CARD_FILE, PLOT_FILE
 
 CHECKPOINT = "checkpoint.safetensors"
+METRICS_FILE = "metrics.jsonl"
+PUBLISHED = (CHECKPOINT, METRICS_FILE, PLOT_FILE, CARD_FILE, WEIGHTS_FILE, CONFIG_FILE)
+"""Files that a run writes into its folder, each whole."""
 
 
 @dataclass(slots=True, kw_only=True)
 class TrainState:
-    """Where a run is. With the weights and the optimiser's moments, all that a resume needs.
+    """The progress of a run. With weights and moments, it is all that resuming needs.
 
-    ``position`` is the number of batches done in ``epoch``; the epoch's sums are of its training
-    loss. ``seconds`` of training, and those of them that it ``waited`` for batches, are measured.
+    Attributes:
+        epoch: finished epochs.
+        position: batches that were trained on in the current epoch.
+        step: optimiser steps, and ``tokens`` that they saw, since the start.
+        epoch_loss: sum of the training loss in the current epoch, over ``epoch_targets`` targets.
+        base_dev: the base's cross-entropy on dev.
+        best_dev: the lowest cross-entropy on dev, after ``best_epoch``; ``best_estimate`` is what
+            the shortlists estimated there.
+        seconds: time of the steps so far, and ``waited``, the part spent waiting for batches.
     """
 
     epoch: int = 0
@@ -46,7 +58,7 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Checkpoint:
-    """A carry-on in training: its state, current and best weights, and the optimiser's moments."""
+    """A run's state, current and best weights, and the optimiser's moments."""
 
     state: TrainState
     weights: Tensors
@@ -55,7 +67,7 @@ class Checkpoint:
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, *, request: dict[str, Any]) -> None:
-    """Publish a checkpoint, and what the run was asked for."""
+    """Write a checkpoint together with the run's request (see `check_out`)."""
     tensors = {
         f"{part}.{name}": value
         for part in ("weights", "best", "moments")
@@ -68,14 +80,14 @@ def save_checkpoint(path: Path, checkpoint: Checkpoint, *, request: dict[str, An
 
 
 def read_request(path: Path) -> dict[str, Any]:
-    """Return what the checkpointed run was asked for; raises ``CarryOnError`` if damaged."""
+    """Return the request of a checkpoint; raises ``CarryOnError`` if the file is damaged."""
     with _reading(path) as file:
         value: dict[str, Any] = json.loads(file.metadata()["request"])
         return value
 
 
 def load_checkpoint(path: Path, model: torch.nn.Module) -> Checkpoint:
-    """Return what `save_checkpoint` published; the weights are also put into ``model``."""
+    """Return a checkpoint, and load its weights into ``model``."""
     with _reading(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         state = TrainState(**json.loads(file.metadata()["state"]))
@@ -88,13 +100,13 @@ def load_checkpoint(path: Path, model: torch.nn.Module) -> Checkpoint:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[Any]:
-    """Open a checkpoint; raise ``CarryOnError`` unless all is as `save_checkpoint` left it."""
+    """Open a checkpoint; raises ``CarryOnError`` for a file that cannot be read."""
     try:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
         raise CarryOnError(
-            f"the checkpoint {path} cannot be read ({error}): delete its folder and train again"
+            f"the checkpoint {path} cannot be read ({error}). Delete its folder and train again."
         ) from error
 
 
@@ -104,3 +116,93 @@ def _under(tensors: Tensors, prefix: str) -> Tensors:
         for name, value in tensors.items()
         if name.startswith(prefix)
     }
+
+
+class Metrics:
+    """The metrics of a run: JSON lines, one for each logged step or epoch.
+
+    On resuming, rows later than the checkpoint are dropped.
+    """
+
+    def __init__(self, path: Path, *, resume: TrainState | None):
+        self._path = path
+        kept = [] if resume is None else [row for row in self.rows() if _is_before(row, resume)]
+        publish_bytes(path, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def add(self, *, step: int, **values: Any) -> None:
+        """Append one row."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return all rows but a last one that a crash cut short."""
+        if not self._path.is_file():
+            return []
+        text = self._path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+
+def _is_before(row: dict[str, Any], state: TrainState) -> bool:
+    """Say whether a row was written before a checkpoint with that state."""
+    if "dev_loss" in row:  # a row of a whole epoch, 0 for the base's
+        return bool(row["epoch"] <= state.epoch)
+    return bool(row["step"] <= state.step)
+
+
+def check_out(out: Path, request: dict[str, Any]) -> None:
+    """Raise ``OutputError`` unless ``out`` is absent, empty, or holds this run, interrupted.
+
+    ``request`` is all that a checkpoint must have been made with to be resumed: the cache, the
+    configuration, the kind of device and the number of processes.
+    """
+    if out.exists() and not out.is_dir():
+        raise OutputError(
+            f"`out=` is a folder for the carry-on, and {out} is a file: pass another one"
+        )
+    if (out / CONFIG_FILE).is_file():
+        raise OutputError(
+            f"{out} already holds a finished carry-on: pass another `out=`, or delete the folder"
+        )
+    checkpoint = out / CHECKPOINT
+    if checkpoint.is_file():
+        # Through JSON, like the checkpoint's: it has lists for tuples.
+        old, new = read_request(checkpoint), json.loads(json.dumps(request))
+        for key in new:
+            if key == "cache" and old.get(key) != new[key]:
+                raise OutputError(
+                    f"{out} holds a run on another cache (manifest {str(old.get(key))[:12]}, now "
+                    f"{new[key][:12]}), or on this one before documents were added or deleted. "
+                    "Pass another `out=` to train on the cache as it is. The old run can only be "
+                    "resumed on a copy of the cache as it was."
+                )
+            if old.get(key) != new[key]:
+                raise OutputError(
+                    f"{out} holds a run with another {key}: {_difference(old.get(key), new[key])}. "
+                    "Pass the first one to resume, or another `out=`."
+                )
+    elif out.is_dir() and (
+        found := sorted(
+            p.name
+            for p in out.iterdir()
+            if p.name not in (METRICS_FILE, LOCK) and not is_partial(p)
+        )
+    ):
+        raise OutputError(
+            f"{out} holds other files ({', '.join(found[:3])}): expected an empty or new folder. "
+            "Pass another `out=`."
+        )
+
+
+def is_partial(path: Path) -> bool:
+    """Say whether a file is one that a killed run left half-written."""
+    return path.name.endswith(".partial") and path.name.startswith(
+        tuple(f".{name}." for name in PUBLISHED)
+    )
+
+
+def _difference(old: Any, new: Any) -> str:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in new:
+            if old.get(key) != new[key]:
+                return f"{key} was {_difference(old.get(key), new[key])}"
+    return f"{old!r}, now {new!r}"

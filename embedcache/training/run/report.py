@@ -1,8 +1,9 @@
-"""What a finished run shows: ``loss.png`` and the model card, filled wholly from the run."""
+"""What a run reports: its summary, the plot of its losses, and its model card."""
 
 from __future__ import annotations
 
 import io
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,53 @@ PLOT_FILE = "loss.png"
 CARD_FILE = "README.md"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class TrainSummary:
+    """The outcome of a training run. Cross-entropies are in nats a token.
+
+    Attributes:
+        out: folder of the carry-on.
+        parameters: number of trained parameters.
+        steps: optimiser steps, and ``tokens`` and ``epochs`` that were trained on.
+        best_epoch: epoch whose weights were kept, from 1.
+        loss: ``exact`` or ``shortlist``.
+        base_dev: the base's cross-entropy on dev; None without a dev split.
+        best_dev: the carry-on's cross-entropy on dev at the epoch that was kept.
+        shortlist_bias: the shortlists' estimate of ``best_dev`` minus ``best_dev``; None where the
+            loss is exact.
+        seconds: time of the steps, without evaluation; ``tokens_per_second`` is of that time.
+        resumed_at_step: step of the checkpoint that the run was resumed from; 0 for a new run.
+        data_wait: share of ``seconds`` that was spent waiting for batches; on a GPU, the share in
+            which the device had no work left.
+        memory: the plan by which the run kept within its memory budget; None without one.
+    """
+
+    out: str
+    parameters: int
+    steps: int
+    tokens: int
+    epochs: int
+    best_epoch: int
+    loss: str
+    base_dev: float | None
+    best_dev: float | None
+    shortlist_bias: float | None
+    seconds: float
+    tokens_per_second: float
+    resumed_at_step: int
+    data_wait: float = 0.0
+    memory: str | None = None
+
+    def __repr__(self) -> str:
+        """Return the folder, the steps and the losses on dev."""
+        dev = ""
+        if self.base_dev is not None and self.best_dev is not None:
+            dev = f", base_dev={self.base_dev:.4f}, best_dev={self.best_dev:.4f}"
+        return f"TrainSummary(out={self.out!r}, epochs={self.epochs}, steps={self.steps}{dev})"
+
+
 def publish_report(folder: Path, rows: list[dict[str, Any]], record: CarryOnRecord) -> None:
-    """Publish the plot and the card of a run."""
+    """Write the plot and the model card into the folder of a run."""
     publish_bytes(folder / PLOT_FILE, plot(rows, record.results["base_dev"]))
     publish_bytes(folder / CARD_FILE, card(record).encode())
 
@@ -87,4 +133,4 @@ def card(record: CarryOnRecord) -> str:
 
 def _bias(results: dict[str, Any]) -> str:
     bias = results["shortlist_bias"]
-    return "" if bias is None else f" (its estimate of dev is {bias:+.4f} off)"
+    return "" if bias is None else f" (its estimate of the dev loss is {bias:+.4f} off)"

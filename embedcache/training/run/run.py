@@ -1,10 +1,10 @@
-"""One carry-on in training: its folder, its state, and the best weights so far."""
+"""One training run: its folder, its progress, and the best weights so far."""
 
 from __future__ import annotations
 
 import math
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,53 +19,42 @@ from embedcache.errors import EmbedcacheError, NumericsError
 from embedcache.progress import Progress
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
-from embedcache.training.optim.schedule import learning_rate
+from embedcache.training.optim.adamw import learning_rate
 from embedcache.training.run.checkpoint import (
     CHECKPOINT,
+    METRICS_FILE,
     Checkpoint,
+    Metrics,
     Tensors,
     TrainState,
+    is_partial,
     load_checkpoint,
     save_checkpoint,
 )
-from embedcache.training.run.metrics import METRICS_FILE, Metrics
-from embedcache.training.run.output import is_partial
-from embedcache.training.run.report import publish_report
+from embedcache.training.run.report import TrainSummary, publish_report
 from embedcache.training.scoring import DevLoss
 from embedcache.training.step.stack import Stack
 
 CHECKPOINT_SECONDS = 60.0
+"""Seconds between checkpoints."""
 LOG_STEPS = 10
+"""Steps between rows of the metrics."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainSummary:
-    """What a run did. Cross-entropies are in nats a token; the speed excludes evaluation.
+class Run:
+    """One carry-on in training. Its current weights are a row of a `Stack`.
 
-    ``shortlist_bias``: what the shortlist makes of the kept epoch's dev loss, less the exact one.
-    ``data_wait``: share of the time that went by waiting for batches; of a GPU, while it had no
-    work left. ``memory``: how it kept within its budget, if it had one.
+    Attributes:
+        out: the folder.
+        config: the configuration.
+        loss: ``exact`` or ``shortlist``.
+        state: the progress.
+        total: tokens of all epochs.
+        shared: whether several processes train this carry-on.
+        memory: the plan by which it keeps within a memory budget.
+        failure: the error that ended the run.
+        summary: the outcome of the finished run.
     """
-
-    out: str
-    parameters: int
-    steps: int
-    tokens: int
-    epochs: int
-    best_epoch: int
-    loss: str
-    base_dev: float | None
-    best_dev: float | None
-    shortlist_bias: float | None
-    seconds: float
-    tokens_per_second: float
-    resumed_at_step: int
-    data_wait: float = 0.0
-    memory: str | None = None
-
-
-class Member:
-    """A carry-on of a stack, as one alone has it: all but the weights, which the stack holds."""
 
     def __init__(
         self,
@@ -78,7 +67,7 @@ class Member:
         progress: Progress,
         ranks: Ranks = ALONE,
     ):
-        """Take note of a run into ``out`` over ``tokens`` an epoch; the leading process writes."""
+        """Make a run of ``tokens`` an epoch. Of several processes the first one writes."""
         self.out, self.config, self.loss = out, config, loss
         self.state = TrainState()
         self.failure: EmbedcacheError | OSError | None = None
@@ -97,8 +86,8 @@ class Member:
         self._saved_at = time.perf_counter()
 
     def begin(self, hidden: int, input_stats: dict[str, InputStats]) -> CarryOn:
-        """Return the carry-on at its start, or as the checkpoint has it."""
-        # Initial weights are drawn on the CPU from the seed alone, whatever else has drawn before.
+        """Return the carry-on with its initial weights, or as the checkpoint holds it."""
+        # Initial weights depend on the seed alone, not on what was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
             model = build(self.config.carryon, hidden)
@@ -122,7 +111,7 @@ class Member:
         return model
 
     def take_base(self, base_dev: float | None) -> None:
-        """Take note of the base's dev loss, unless that was done before."""
+        """Record the base's dev loss, unless the checkpoint holds it."""
         if base_dev is not None and self.state.base_dev is None:
             self.state.base_dev = base_dev
             self._log(step=0, epoch=0, dev_loss=base_dev)
@@ -132,29 +121,29 @@ class Member:
             self.metrics.add(**row)
 
     def enter(self, stack: Stack, index: int) -> None:
-        """Give the stack's optimiser what the checkpoint kept of it."""
+        """Restore the checkpoint's moments in the stack's optimiser."""
         stack.optimizer.restore(index, self._moments)
         self._moments = {}
 
     @property
     def done(self) -> bool:
-        """Whether all epochs are over, or too many were no better."""
+        """Whether all epochs are over, or ``patience`` epochs brought no better dev loss."""
         state = self.state
         stopped = state.epoch - state.best_epoch >= self.config.patience
         return state.epoch >= self.config.epochs or stopped
 
     def rate(self, tokens: int) -> float:
-        """Return the learning rate of a step over so many tokens."""
+        """Return the learning rate of the next step, which has so many tokens."""
         done = (self.state.tokens + tokens) / self.total
         return learning_rate(done, peak=self.config.lr, warmup=self.config.warmup)
 
     def require_finite(self, loss: float, norm: float) -> None:
-        """Raise ``NumericsError`` unless a step's loss and gradient can be trusted."""
+        """Raise ``NumericsError`` unless a step's loss and gradient norm are finite."""
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise NumericsError(
                 f"training stopped at step {self.state.step}: the loss is {loss} and the "
                 f"gradient's norm {norm}, expected finite numbers. The state before this step is "
-                f"kept in {self.out / CHECKPOINT}. Train into another --out with a lower --lr "
+                f"kept in {self.out / CHECKPOINT}. Pass another `out=` and a lower `lr=` "
                 f"(it was {self.config.lr:g})."
             )
 
@@ -170,7 +159,7 @@ class Member:
         seconds: float,
         waited: float,
     ) -> None:
-        """Take note of a step that was taken over so many batches, one a process."""
+        """Record a step over so many batches, one for each process."""
         state = self.state
         state.position += batches
         state.step += 1
@@ -191,11 +180,11 @@ class Member:
 
     @property
     def train_loss(self) -> float:
-        """The mean loss of the epoch so far."""
+        """The mean training loss of the current epoch."""
         return self.state.epoch_loss / max(1, self.state.epoch_targets)
 
     def end_epoch(self, score: DevLoss | None, weights: Tensors) -> None:
-        """Keep the weights if dev likes them best, and move on to the next epoch."""
+        """Keep the weights if their dev loss is the lowest so far, and begin the next epoch."""
         state = self.state
         dev, estimate = score or (None, None)
         tokens, seconds = self._before
@@ -203,7 +192,7 @@ class Member:
         if dev is not None and not math.isfinite(dev):
             raise NumericsError(
                 f"training stopped after epoch {state.epoch + 1}: the dev loss is {dev}, expected "
-                f"a finite number. Train into another --out with a lower --lr (it was "
+                f"a finite number. Pass another `out=` and a lower `lr=` (it was "
                 f"{self.config.lr:g})."
             )
         row: dict[str, float | None] = {
@@ -228,11 +217,11 @@ class Member:
 
     @property
     def save_due(self) -> bool:
-        """Whether the last checkpoint is some time ago."""
+        """Whether the last checkpoint is older than `CHECKPOINT_SECONDS`."""
         return self._writes and time.perf_counter() - self._saved_at > CHECKPOINT_SECONDS
 
     def save(self, stack: Stack, index: int) -> None:
-        """Publish a checkpoint of the state, the weights and the optimiser."""
+        """Write a checkpoint of the state, the weights and the optimiser's moments."""
         if not self._writes:
             return
         checkpoint = Checkpoint(
@@ -246,7 +235,7 @@ class Member:
         self._saved_at = time.perf_counter()
 
     def finish(self, attributes: CacheAttributes, manifest: Manifest) -> None:
-        """Publish the carry-on and its report, and remove the checkpoint."""
+        """Write the carry-on and its report, and remove the checkpoint."""
         state = self.state
         model = build(self.config.carryon, attributes.base["hidden_size"])
         model.load_state_dict(self._best)

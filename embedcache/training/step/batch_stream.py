@@ -1,4 +1,4 @@
-"""The batches that some members of a stack see in step."""
+"""The batches that some runs of a stack see in step."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 from embedcache.data.batch import Batch
 from embedcache.data.loader import BatchLoader
 from embedcache.loss import Shortlist, ShortlistSampler
-from embedcache.training.run.run import Member
+from embedcache.training.run.run import Run
 
 
-class Feed:
-    """One order of batches, and the members that are at the same place in it.
+class BatchStream:
+    """One order of batches, and the runs that are at the same place in it.
 
     ``batch`` is the one that is due, or the part of it that is; None before `advance`, and once it
     was let go of. ``ended``: whether that was the batch's last part. With a shortlist, its columns
@@ -21,16 +21,16 @@ class Feed:
     """
 
     def __init__(
-        self, loader: BatchLoader, members: list[Member], shortlist: ShortlistSampler | None = None
+        self, loader: BatchLoader, runs: list[Run], shortlist: ShortlistSampler | None = None
     ):
-        self.members = members
+        self.runs = runs
         self.shortlist = shortlist
         self.batch: Batch | None = None
         self.ended = False
         self._nothing: Batch | None = None
-        state = members[0].state
+        state = runs[0].state
         self._batches = loader.epochs(
-            range(state.epoch, max(member.config.epochs for member in members)),
+            range(state.epoch, max(run.config.epochs for run in runs)),
             skip=state.position,
             draw=self._drawing(state.step),
         )

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from embedcache.data.batch import Batch
 from embedcache.device import recording, wait_for
-from embedcache.training.step.padding import Inputs, Shape, filled_up, shape_of
-from embedcache.training.step.settings import Recipe
+from embedcache.training.step.padding import Inputs, Shape, padded, shape_of
+from embedcache.training.step.settings import StepSettings
 from embedcache.training.step.stack import Stack, Work
 
 SHAPES = 12
@@ -42,9 +42,9 @@ WARM_UPS = 2
 Made = TypeVar("Made")
 
 
-def recordable(recipe: Recipe, carryons: int) -> bool:
-    """Say whether a recipe's steps of so many carry-ons are recorded."""
-    return recipe.capture and carryons <= MOST
+def capturable(settings: StepSettings, carryons: int) -> bool:
+    """Say whether a settings's steps of so many carry-ons are recorded."""
+    return settings.capture and carryons <= MOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +65,7 @@ class End:
     graph: Any
 
 
-class Captured:
+class GraphedStack:
     """Takes the steps of a stack whose carry-ons all see one batch of one row by what was recorded.
 
     Parts of another kind, or of one too many shapes, are left to the stack; and so are all once
@@ -78,7 +78,7 @@ class Captured:
         self._inputs: Inputs = {}
         self._seen: Counter[Shape] = Counter()
         self._pool: Any = None
-        self._tight = stack.recipe.part_tokens is not None
+        self._tight = stack.settings.part_tokens is not None
         self._done: torch.cuda.Event | None = None
         self.room = True
         self._end: End | None = None
@@ -96,7 +96,7 @@ class Captured:
             shape = self._shape(batch)
             if shape in self._recorded or len(self._recorded) < SHAPES:
                 with self._recording():
-                    filled = filled_up(batch, shape, self._inputs)
+                    filled = padded(batch, shape, self._inputs)
         if filled is None:
             return self._stack.prepared(work)
         return partial(self._take, shape, [replace(one, batch=filled) for one in work])

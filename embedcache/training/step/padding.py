@@ -72,7 +72,7 @@ def shape_of(batch: Batch, *, whole: bool) -> Shape:
     )
 
 
-def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
+def padded(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
     """Return a copy of a batch of one row, filled up to a shape with what counts nothing.
 
     It is made of tensors of ``inputs``, which grow by those that are missing.

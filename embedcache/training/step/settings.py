@@ -11,7 +11,7 @@ from embedcache.loss import Chunks, plan_chunks
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Recipe:
+class StepSettings:
     """How a step is computed.
 
     Attributes:
@@ -55,10 +55,10 @@ class Recipe:
         )
 
 
-PLAIN = Recipe()
+PLAIN = StepSettings()
 
 
-def plain_recipe(device: torch.device, head_width: int) -> Recipe:
+def plain_settings(device: torch.device, head_width: int) -> StepSettings:
     """Return how a step is computed where there is memory enough.
 
     Attention over spans wants a GPU of NVIDIA's Ampere generation or later, and heads whose width
@@ -68,4 +68,4 @@ def plain_recipe(device: torch.device, head_width: int) -> Recipe:
         return PLAIN
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
     spans = modern and head_width % 8 == 0 and head_width <= 256
-    return Recipe(one_row=spans, capture=spans)
+    return StepSettings(one_row=spans, capture=spans)

@@ -30,8 +30,8 @@ from embedcache.loss import (
 )
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
-from embedcache.training.optim.adamw import FlatAdamW, send
-from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.optim.adamw import StackAdamW, send
+from embedcache.training.step.settings import PLAIN, StepSettings
 from embedcache.units import rounded_up
 
 WANTED = 128
@@ -59,17 +59,17 @@ class Stack:
         models: Sequence[CarryOn],
         configs: Sequence[TrainConfig],
         inputs: FrozenInputs,
-        recipe: Recipe = PLAIN,
+        settings: StepSettings = PLAIN,
         ranks: Ranks = ALONE,
     ):
         self.model = stack_of(models)
-        self.model.recompute = recipe.recompute
+        self.model.recompute = settings.recompute
         self._configs = list(configs)
         self._inputs = inputs
-        self.recipe = recipe
+        self.settings = settings
         self._ranks = ranks
-        self.optimizer = FlatAdamW(
-            self.model, configs, device=inputs.device, offload=recipe.offload, low=inputs.dtype
+        self.optimizer = StackAdamW(
+            self.model, configs, device=inputs.device, offload=settings.offload, low=inputs.dtype
         )
         self.model.to(inputs.device)
         self._share_K = torch.ones(len(configs), device=inputs.device)
@@ -80,7 +80,7 @@ class Stack:
             [self.alone(k) for k in rows],
             [self._configs[k] for k in rows],
             self._inputs,
-            self.recipe,
+            self.settings,
             self._ranks,
         )
         for new, old in enumerate(rows):
@@ -129,7 +129,7 @@ class Stack:
         gradients = []
         # From here on each position is for itself, and as wide as the base: some at a time.
         streamed = all(self.streams(one.batch) for one in work)  # all of the head, each time
-        emitted = None if streamed else self.recipe.emitted
+        emitted = None if streamed else self.settings.emitted
         for rows in split_rows(h_KNR.shape[1], emitted or h_KNR.shape[1]):
             h_KnR = h_KNR.detach()[:, rows].requires_grad_()
             part_K = self._losses(groups, h_KnR, rows) * self._share_K
@@ -228,9 +228,9 @@ class Stack:
             more = rounded_up(len(batch.targets_N), WANTED) - len(batch.targets_N)
             listed[-1] = last._replace(index_N=F.pad(last.index_N, (0, more)))
             some = cut_shortlists(listed, rows)
-            return shortlist_cross_entropy(y_GnH, some, head, logit_bytes=self.recipe.logit_bytes)
+            return shortlist_cross_entropy(y_GnH, some, head, logit_bytes=self.settings.logit_bytes)
         y_NH, targets_N = y_GnH.flatten(0, 1), _filled(batch.targets_N)[rows].repeat(len(y_GnH))
-        chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)
+        chunks = self.settings.chunks(head, len(targets_N), targets_N.device)
         return linear_cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GnH.shape[:2])
 
 

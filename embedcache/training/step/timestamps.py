@@ -7,7 +7,7 @@ import time
 import torch
 
 
-class Mark:
+class Timestamp:
     """The moment at which a device is done with all that was launched on it so far.
 
     A CPU is, at once. A GPU's is known when its work has come as far.
@@ -20,7 +20,7 @@ class Mark:
             self._event = torch.cuda.Event(enable_timing=True)
             self._event.record(torch.cuda.current_stream(device))
 
-    def until(self, later: Mark) -> float:
+    def until(self, later: Timestamp) -> float:
         """Return the seconds from here to a later mark, both of which the device has passed."""
         if self._event is None or later._event is None:
             return later._seconds - self._seconds

@@ -20,13 +20,14 @@ from embedcache.training.budget.allocator import peak_memory
 from embedcache.training.budget.probe import plan_memory
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE
-from embedcache.training.inputs import Materials
+from embedcache.training.inputs import TrainingInputs
 from embedcache.training.loop import Loop
 from embedcache.training.step import cuda_graph
-from embedcache.training.step.cuda_graph import Captured
+from embedcache.training.step.cuda_graph import GraphedStack
 from embedcache.training.step.settings import PLAIN
 from embedcache.training.step.stack import Stack
-from embedcache.training.train import sweep, train
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 from embedcache.units import bytes_of
 from embedcache_cli.app import app
 
@@ -38,7 +39,7 @@ CONFIG = TrainConfig(
 
 @pytest.mark.parametrize("room", [True, False])
 def test_a_plan_captures_parts_where_there_is_room(world, recording, monkeypatch, room):
-    record, tried = Captured._record, []
+    record, tried = GraphedStack._record, []
 
     def recorded(self, work):
         tried.append(1)
@@ -46,10 +47,10 @@ def test_a_plan_captures_parts_where_there_is_room(world, recording, monkeypatch
             raise torch.OutOfMemoryError
         return record(self, work)
 
-    monkeypatch.setattr(Captured, "_record", recorded)
+    monkeypatch.setattr(GraphedStack, "_record", recorded)
     monkeypatch.setattr(cuda_graph, "record", lambda part, *given, **more: (Mock(), part()))
-    materials = Materials(world.cache(), CPU, ALONE)
-    plan = plan_memory(materials, [CONFIG], "exact", 12_000_000)
+    inputs = TrainingInputs(world.cache(), CPU, ALONE)
+    plan = plan_memory(inputs, [CONFIG], "exact", 12_000_000)
     assert tried
     assert plan.settings.capture is room
 
@@ -60,10 +61,10 @@ def test_carry_ons_with_batches_of_their_own_or_too_many_are_not_captured(
     monkeypatch.setattr(cuda_graph, "record", lambda part, *given, **more: (Mock(), part()))
     for module in (cuda_graph, probe):
         monkeypatch.setattr(module, "MOST", 2)
-    materials = Materials(world.cache(), CPU, ALONE)
+    inputs = TrainingInputs(world.cache(), CPU, ALONE)
     for seeds, order, captured in ((2, 0, True), (2, None, False), (3, 0, False)):
         configs = [replace(CONFIG, seed=seed, order_seed=order) for seed in range(seeds)]
-        plan = plan_memory(materials, configs, "exact", 50_000_000)
+        plan = plan_memory(inputs, configs, "exact", 50_000_000)
         assert plan.settings.capture is captured
 
 
@@ -76,11 +77,11 @@ def test_nothing_is_probed_where_weights_and_head_alone_exceed_the_budget(world,
         return measured(self, settings)
 
     monkeypatch.setattr(probe._Probe, "_measured", noted)
-    materials = Materials(world.cache(), CPU, ALONE)
+    inputs = TrainingInputs(world.cache(), CPU, ALONE)
     weights = Branch(CONFIG.carryon, 32).parameter_count()
-    head = materials.inputs(CONFIG.carryon, PLAIN, training=True).head.weight_VH.nbytes
+    head = inputs.frozen(CONFIG.carryon, PLAIN, training=True).head.weight_VH.nbytes
     with pytest.raises(DeviceMemoryError, match="at least"):
-        plan_memory(materials, [CONFIG], "exact", head + 16 * weights - 1)
+        plan_memory(inputs, [CONFIG], "exact", head + 16 * weights - 1)
     assert tried == [64, 64]  # without a limit, and within what was found
 
 
@@ -110,7 +111,7 @@ def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, l
             with peak_memory(CPU, held) as peak:
                 loss_K = differentiate(self, work)
             peaks[budget].append(peak[0])
-            planned.append((budget, self.recipe.part_tokens))
+            planned.append((budget, self.settings.part_tokens))
             return loss_K
 
         monkeypatch.setattr(Stack, "differentiate", measured)
@@ -130,11 +131,11 @@ def test_a_sweep_keeps_within_its_budget(world, tmp_path):
 def test_a_sweep_that_does_not_fit_is_trained_in_halves(world, tmp_path, monkeypatch):
     planned, sizes = trainer.plan_memory, []
 
-    def one_alone(materials, configs, loss, budget):
+    def one_alone(inputs, configs, loss, budget):
         sizes.append(len(configs))
         if len(configs) > 1:
             raise DeviceMemoryError("too many")
-        return planned(materials, configs, loss, budget)
+        return planned(inputs, configs, loss, budget)
 
     monkeypatch.setattr(trainer, "plan_memory", one_alone)
     runs = {tmp_path / str(seed): replace(CONFIG, seed=seed) for seed in range(3)}

@@ -19,9 +19,10 @@ from embedcache.training.budget.ladder import MemoryPlan
 from embedcache.training.config import TrainConfig
 from embedcache.training.optim.states import DeviceStates
 from embedcache.training.run.run import TrainSummary
-from embedcache.training.step.settings import Recipe
+from embedcache.training.step.settings import StepSettings
 from embedcache.training.step.stack import Stack
-from embedcache.training.train import sweep, train
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 
 CONFIG = TrainConfig(
     carryon=BranchConfig(width=32, blocks=2),
@@ -74,9 +75,9 @@ def same_settings(patch: pytest.MonkeyPatch) -> list[MemoryPlan | None]:
     """Plan the same settings each time, so that results are equal bit for bit."""
     asked: list[MemoryPlan | None] = []
 
-    def plan(materials, configs, loss, budget, *, below=None):
+    def plan(inputs, configs, loss, budget, *, below=None):
         asked.append(below)
-        settings = Recipe(part_tokens=128)
+        settings = StepSettings(part_tokens=128)
         return MemoryPlan(name="", settings=settings, rung=len(asked), budget=budget, expected=1)
 
     patch.setattr(trainer, "plan_memory", plan)
@@ -134,10 +135,12 @@ def test_a_leaner_plan_is_measured_and_said(world, tmp_path, monkeypatch, memory
 def test_a_run_at_the_last_plan_goes_on_while_it_advances(world, tmp_path, monkeypatch):
     """With no leaner plan the same one is tried again, from where the run came to."""
 
-    def plan(materials, configs, loss, budget, *, below=None):
+    def plan(inputs, configs, loss, budget, *, below=None):
         if below is not None:
             raise DeviceMemoryError("none is leaner")
-        return MemoryPlan(name="", settings=Recipe(part_tokens=128), rung=0, budget=1, expected=1)
+        return MemoryPlan(
+            name="", settings=StepSettings(part_tokens=128), rung=0, budget=1, expected=1
+        )
 
     monkeypatch.setattr(trainer, "plan_memory", plan)
     differentiate, calls = Stack.differentiate, []

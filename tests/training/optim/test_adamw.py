@@ -11,7 +11,7 @@ from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.nn.linear import SUM
 from embedcache.carryon.protocol import CarryOn
 from embedcache.training.config import TrainConfig
-from embedcache.training.optim.adamw import FlatAdamW
+from embedcache.training.optim.adamw import StackAdamW
 
 CONFIGS = [
     TrainConfig(lr=1e-3, weight_decay=0.3, beta2=0.9, clip=0.5),
@@ -47,12 +47,14 @@ def loss_of(stack: CarryOn, wanted: list[dict[str, torch.Tensor]]) -> torch.Tens
     )
 
 
-def differentiate(stack: CarryOn, flat: FlatAdamW, wanted: list[dict[str, torch.Tensor]]) -> None:
+def differentiate(stack: CarryOn, flat: StackAdamW, wanted: list[dict[str, torch.Tensor]]) -> None:
     flat.gradient_KP.zero_()
     loss_of(stack, wanted).backward()
 
 
-def stepped(stack: CarryOn, flat: FlatAdamW, alone: list[CarryOn], step: int, rates) -> list[float]:
+def stepped(
+    stack: CarryOn, flat: StackAdamW, alone: list[CarryOn], step: int, rates
+) -> list[float]:
     differentiate(stack, flat, [gradients(model, step, k) for k, model in enumerate(alone)])
     norms = flat.clip().tolist()
     flat.schedule(rates)
@@ -63,7 +65,7 @@ def stepped(stack: CarryOn, flat: FlatAdamW, alone: list[CarryOn], step: int, ra
 def test_each_row_is_stepped_as_torch_steps_it_alone():
     alone = models()
     stack = Branch.stack(alone)
-    flat = FlatAdamW(stack, CONFIGS)
+    flat = StackAdamW(stack, CONFIGS)
     optimizers = []
     for model, config in zip(alone, CONFIGS, strict=True):
         matrices = [p for p in model.parameters() if p.ndim >= 2]
@@ -91,15 +93,15 @@ def test_each_row_is_stepped_as_torch_steps_it_alone():
                 group["lr"] = rates[k]
             optimizer.step()
         for k, model in enumerate(alone):
-            member = stack.member(k)
+            run = stack.member(k)
             for name, parameter in model.named_parameters():
-                torch.testing.assert_close(member[name], parameter.detach(), rtol=1e-5, atol=1e-6)
+                torch.testing.assert_close(run[name], parameter.detach(), rtol=1e-5, atol=1e-6)
 
 
 def test_moments_go_on_in_another_stack():
     alone = models()
     whole, half = Branch.stack(alone), None
-    flat = FlatAdamW(whole, CONFIGS)
+    flat = StackAdamW(whole, CONFIGS)
     for step in range(2):
         stepped(whole, flat, alone, step, [0.01] * 3)
     kept = []
@@ -108,7 +110,7 @@ def test_moments_go_on_in_another_stack():
         model.load_state_dict(whole.member(k))
         kept.append(model)
     half = Branch.stack(kept)
-    moved = FlatAdamW(half, [CONFIGS[2], CONFIGS[0]])
+    moved = StackAdamW(half, [CONFIGS[2], CONFIGS[0]])
     for new, old in enumerate((2, 0)):
         moved.restore(new, flat.moments(old))
     stepped(whole, flat, alone, 7, [0.01] * 3)
@@ -127,7 +129,7 @@ def test_states_in_half_the_bytes_follow_exact_ones():
     """Steps too small for a bfloat16 to move by add up, as they do in float32."""
     alone = models()
     low, wide = Branch.stack(alone), Branch.stack(alone)
-    short, full = FlatAdamW(low, CONFIGS, offload=True), FlatAdamW(wide, CONFIGS)
+    short, full = StackAdamW(low, CONFIGS, offload=True), StackAdamW(wide, CONFIGS)
     start = full.values_KP.clone()
     for step in range(30):
         rates = [1e-5 if step != 2 or k else None for k in range(3)]
@@ -152,12 +154,12 @@ def test_states_in_half_the_bytes_follow_exact_ones():
 def test_moments_of_one_precision_go_on_in_the_other():
     alone = models()
     first, _second = Branch.stack(alone), Branch.stack(alone)
-    wide = FlatAdamW(first, CONFIGS)
+    wide = StackAdamW(first, CONFIGS)
     stepped(first, wide, alone, 0, [0.01] * 3)
     for k, model in enumerate(alone):
         model.load_state_dict(first.member(k))
-    low = FlatAdamW(Branch.stack(alone), CONFIGS, offload=True)
-    back = FlatAdamW(Branch.stack(models()), CONFIGS)
+    low = StackAdamW(Branch.stack(alone), CONFIGS, offload=True)
+    back = StackAdamW(Branch.stack(models()), CONFIGS)
     for k in range(3):
         low.restore(k, wide.moments(k))
         assert torch.equal(low.moments(k)["exact"], wide.values_KP[k])
@@ -171,7 +173,7 @@ def test_moments_of_one_precision_go_on_in_the_other():
 def test_gradients_of_parts_add_up():
     alone = models()
     whole, parts = Branch.stack(alone), Branch.stack(alone)
-    flat, added = FlatAdamW(whole, CONFIGS), FlatAdamW(parts, CONFIGS)
+    flat, added = StackAdamW(whole, CONFIGS), StackAdamW(parts, CONFIGS)
     some, others = ([gradients(model, step, k) for k, model in enumerate(alone)] for step in (0, 1))
     both = [{name: a[name] + b[name] for name in a} for a, b in zip(some, others, strict=True)]
     differentiate(parts, added, others)
@@ -189,7 +191,7 @@ def test_what_products_add_is_what_autograd_would(count, low, shared):
     and of each one's own."""
     plain = Branch.stack(models()[:count])
     added = Branch.stack(models()[:count])
-    flat = FlatAdamW(added, CONFIGS[:count], low=torch.bfloat16 if low else None)
+    flat = StackAdamW(added, CONFIGS[:count], low=torch.bfloat16 if low else None)
     draw = torch.Generator().manual_seed(5)
     lead = () if shared else (count,)
     x = {"final": torch.randn(*lead, 2, 9, 16, generator=draw)}
@@ -213,7 +215,7 @@ def test_weights_kept_in_low_precision_are_those_that_there_are():
     """After a step, and after a state is taken back."""
     alone = models()
     stack = Branch.stack(alone)
-    flat = FlatAdamW(stack, CONFIGS, low=torch.bfloat16)
+    flat = StackAdamW(stack, CONFIGS, low=torch.bfloat16)
     x = {"final": torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(5))}
 
     def require_same() -> None:

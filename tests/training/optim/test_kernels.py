@@ -11,7 +11,7 @@ import torch
 
 from embedcache.training.config import TrainConfig
 from embedcache.training.optim.lowbit import joined
-from embedcache.training.optim.states import Due, HostStates
+from embedcache.training.optim.states import BETA1, EPSILON, HostStates, StepArguments
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 pytestmark = [
@@ -30,7 +30,7 @@ def kernels() -> ModuleType:
     pytest.importorskip("triton", reason="Triton is not installed")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip(
-            "no GPU; TRITON_INTERPRET=1 python -m pytest tests/training/test_step_kernel.py"
+            "no GPU; TRITON_INTERPRET=1 python -m pytest tests/training/optim/test_kernels.py"
         )
     return importlib.import_module("embedcache.training.optim.kernels")
 
@@ -53,8 +53,8 @@ def test_a_kernel_steps_states_where_they_lie(kernels, device, weights):
         largest = torch.maximum(largest, gradient.float().abs())
         due = torch.tensor([[1e-3, 0.02, 0.1], [step] * 3, [0.0, float(step == 2), 0.0]])
         before = values_KP[1].clone(), ours.row(1)
-        plain.step(gradient, Due(*due))
-        given = Due(*due.to(device))
+        plain.step(gradient, StepArguments(*due))
+        given = StepArguments(*due.to(device))
         states = ours._low_KP, ours._mean_KP, ours._square_KP
         kernels.step_over_bus(
             values_KP,
@@ -64,6 +64,8 @@ def test_a_kernel_steps_states_where_they_lie(kernels, device, weights):
             ours._beta2_K,
             ours._decay_K,
             matrices,
+            beta1=BETA1,
+            epsilon=EPSILON,
         )
         if step == 2:
             assert torch.equal(before[0], values_KP[1])

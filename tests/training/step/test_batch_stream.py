@@ -1,4 +1,4 @@
-"""What a feed draws for the batches that it gives."""
+"""What a stream draws for the batches that it gives."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from embedcache.carryon.branch.config import BranchConfig
 from embedcache.data import loader as loader_module
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
-from embedcache.training.inputs import Materials
+from embedcache.training.inputs import TrainingInputs
 from embedcache.training.run.checkpoint import TrainState
-from embedcache.training.step.batch_stream import Feed
-from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.step.batch_stream import BatchStream
+from embedcache.training.step.settings import PLAIN, StepSettings
 
 
 @pytest.mark.parametrize("part_tokens", [None, 80])
@@ -26,33 +26,33 @@ def test_draws_are_those_of_the_step_over_epochs_and_parts(
     world: World, part_tokens, epoch, position, count
 ):
     config = TrainConfig(carryon=BranchConfig(width=32), batch_tokens=200, samples=30, epochs=3)
-    shared = Materials(world.cache(), torch.device("cpu"), Ranks(rank=0, count=count))
-    recipe = Recipe(part_tokens=part_tokens)
-    shortlist = shared.shortlist(config, recipe)
+    shared = TrainingInputs(world.cache(), torch.device("cpu"), Ranks(rank=0, count=count))
+    settings = StepSettings(part_tokens=part_tokens)
+    shortlist = shared.shortlist(config, settings)
     step = 7
     states = TrainState(epoch=epoch, position=position, step=step)
-    members = [
+    runs = [
         SimpleNamespace(state=states, config=one) for one in (replace(config, epochs=1), config)
     ]
-    loader = shared.train_loader(config, recipe)
-    feed = Feed(loader, members, shortlist)
+    loader = shared.train_loader(config, settings)
+    stream = BatchStream(loader, runs, shortlist)
     drawn = []
     for at in range(epoch, 3):
         seen = []
-        while feed.advance():
+        while stream.advance():
             generator = shortlist.generator(step)
             while True:
-                seen.append(feed.batch.sequences)
-                (found,) = feed.batch.drawn
-                (expected,) = shortlist.draw(feed.batch.targets_N, generator)
+                seen.append(stream.batch.sequences)
+                (found,) = stream.batch.drawn
+                (expected,) = shortlist.draw(stream.batch.targets_N, generator)
                 assert torch.equal(found.weight_CH, expected.weight_CH)
                 assert torch.equal(found.index_N, expected.index_N)
                 drawn.append(found.log_weight_C)
-                feed.let_go()
-                assert feed.batch is None
-                if feed.ended:
+                stream.let_go()
+                assert stream.batch is None
+                if stream.ended:
                     break
-                feed.next_part()
+                stream.next_part()
             step += 1
         whole = loader.epoch(at, skip=position if at == epoch else 0)
         assert seen == [batch.sequences for batch in whole]
@@ -62,12 +62,12 @@ def test_draws_are_those_of_the_step_over_epochs_and_parts(
 
 def test_what_memory_ran_out_for_is_drawn_again_as_it_was(world: World, monkeypatch):
     config = TrainConfig(carryon=BranchConfig(width=32), batch_tokens=200, samples=30)
-    shared = Materials(world.cache(), torch.device("cpu"), ALONE)
+    shared = TrainingInputs(world.cache(), torch.device("cpu"), ALONE)
     loader, shortlist = shared.train_loader(config, PLAIN), shared.shortlist(config, PLAIN)
-    members = [SimpleNamespace(state=TrainState(), config=config)]
-    draw = Feed(loader, members, shortlist)._drawing(3)
+    runs = [SimpleNamespace(state=TrainState(), config=config)]
+    draw = BatchStream(loader, runs, shortlist)._drawing(3)
     batch = next(loader.epoch(0))
-    (expected,) = Feed(loader, members, shortlist)._drawing(3)(replace(batch, last=False))
+    (expected,) = BatchStream(loader, runs, shortlist)._drawing(3)(replace(batch, last=False))
     columns, failed = shortlist.columns, []
 
     def short(*given):
@@ -90,8 +90,8 @@ def test_making_a_part_waits_for_memory_within_a_budget(
 ):
     monkeypatch.setattr(loader_module, "PAUSE_SECONDS", 0.0)
     config = TrainConfig(carryon=BranchConfig(width=32), batch_tokens=200)
-    shared = Materials(world.cache(), torch.device("cpu"), ALONE)
-    loader = shared.train_loader(config, Recipe(part_tokens=part_tokens))
+    shared = TrainingInputs(world.cache(), torch.device("cpu"), ALONE)
+    loader = shared.train_loader(config, StepSettings(part_tokens=part_tokens))
     tried = []
 
     def full(*given):

@@ -14,16 +14,16 @@ from conftest import World
 from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.branch.model import Branch
 from embedcache.data import packing
-from embedcache.training import inputs as materials
+from embedcache.training import inputs as inputs_module
 from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
 from embedcache.training.step import cuda_graph as captured
 from embedcache.training.step import padding as filled
-from embedcache.training.step.cuda_graph import Captured
-from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.step.cuda_graph import GraphedStack
+from embedcache.training.step.settings import PLAIN, StepSettings
 from embedcache.training.step.stack import Stack, Work
-from embedcache.training.train import sweep
+from embedcache.training.sweep import sweep
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(carryon=BranchConfig(width=32, blocks=1), batch_tokens=500, samples=30)
@@ -76,10 +76,10 @@ def stacks(world: World, monkeypatch, graphs):
     monkeypatch.setattr(packing, "STARTS", 8)
     monkeypatch.setattr(captured, "OFTEN", 1)
     monkeypatch.setattr(filled, "COLUMNS", 384)  # shortlists have 256
-    monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(inputs_module, "fast_dtype", lambda device: torch.float32)
 
     def make(loss: str):
-        shared = materials.Materials(world.cache(), CPU, ALONE)
+        shared = inputs_module.TrainingInputs(world.cache(), CPU, ALONE)
         configs = [replace(CONFIG, seed=seed, lr=5e-3 * (seed + 1)) for seed in range(2)]
         models = []
         for config in configs:
@@ -87,8 +87,8 @@ def stacks(world: World, monkeypatch, graphs):
             model = Branch(config.carryon, 32)
             torch.nn.init.normal_(model.branch.weight, std=0.1)
             models.append(model)
-        inputs = shared.inputs(CONFIG.carryon, PLAIN, training=True)
-        loader = shared.train_loader(CONFIG, Recipe(part_tokens=200, one_row=True))
+        frozen = shared.frozen(CONFIG.carryon, PLAIN, training=True)
+        loader = shared.train_loader(CONFIG, StepSettings(part_tokens=200, one_row=True))
         shortlist = shared.shortlist(CONFIG, PLAIN) if loss == "shortlist" else None
 
         def draw(batch):
@@ -97,7 +97,7 @@ def stacks(world: World, monkeypatch, graphs):
             )
 
         batches = list(loader.epoch(0, draw=draw))
-        return [Stack(models, configs, inputs) for _ in range(2)], batches
+        return [Stack(models, configs, frozen) for _ in range(2)], batches
 
     return make, graphs
 
@@ -113,7 +113,7 @@ def works(batches) -> list[list[Work]]:
     ]
 
 
-def step(stack: Stack, taker: Stack | Captured, parts: list[list[Work]]):
+def step(stack: Stack, taker: Stack | GraphedStack, parts: list[list[Work]]):
     """Take a step, part by part."""
     stack.begin(parts[0])
     found = taker.finish(sum(taker.prepared(work)().clone() for work in parts))
@@ -133,7 +133,7 @@ def in_steps(batches) -> list[list[list[Work]]]:
 def test_recorded_steps_are_those_computed_alone(stacks, ends, loss):
     make, graphs = stacks
     (plain, recorded), batches = make(loss)
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     steps = in_steps(batches * 2)
     assert len(steps) < len(batches * 2)
     for parts in steps:
@@ -162,7 +162,7 @@ def test_a_part_without_targets_is_recorded_as_others_are(stacks):
     nothing = batches[0].predict_N[:0]
     empty = replace(batches[0], predict_N=nothing, targets_N=nothing)
     found = []
-    for stack, taker in ((plain, plain), (recorded, Captured(recorded, CPU))):
+    for stack, taker in ((plain, plain), (recorded, GraphedStack(recorded, CPU))):
         found.append(step(stack, taker, works([empty, batches[1]])))
     for value, other in zip(*found, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
@@ -172,7 +172,7 @@ def test_a_part_without_targets_is_recorded_as_others_are(stacks):
 def test_a_batch_that_is_no_number_moves_nobody_that_sees_it(stacks):
     make, _ = stacks
     (_, recorded), batches = make("exact")
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     first, second = works(batches[:2])
     step(recorded, recorder, [first])
     before = recorded.optimizer.values_KP.clone()
@@ -188,7 +188,7 @@ def test_a_batch_that_is_no_number_moves_nobody_that_sees_it(stacks):
 def test_what_cannot_be_recorded_is_left_to_the_stack(stacks, monkeypatch):
     make, graphs = stacks
     (plain, recorded), batches = make("exact")
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     work = works(batches[:1])[0]
     rows = replace(batches[0], cu_seqlens_M=None)
     apart = [work[0], replace(work[1], batch=replace(batches[0]))]
@@ -219,7 +219,7 @@ def test_without_room_for_a_recording_steps_are_taken_without(stacks, monkeypatc
         return record(part, device, pool, **more)
 
     monkeypatch.setattr(captured, "record", short)
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     parts = works(batches)
     found = step(recorded, recorder, parts)
     for value, other in zip(found, step(plain, plain, parts), strict=True):
@@ -232,7 +232,7 @@ def test_a_head_that_streams_is_not_recorded(stacks):
     make, graphs = stacks
     (_, recorded), batches = make("exact")
     recorded.streams = lambda batch: True
-    step(recorded, Captured(recorded, CPU), works(batches[:1]))
+    step(recorded, GraphedStack(recorded, CPU), works(batches[:1]))
     assert not graphs
 
 
@@ -240,8 +240,8 @@ def test_a_head_that_streams_is_not_recorded(stacks):
 def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs, ends, loss):
     found = []
     for capture in (False, True):
-        recipe = Recipe(part_tokens=200, one_row=True, capture=capture)
-        monkeypatch.setattr(trainer, "plain_recipe", lambda *given, recipe=recipe: recipe)
+        settings = StepSettings(part_tokens=200, one_row=True, capture=capture)
+        monkeypatch.setattr(trainer, "plain_settings", lambda *given, settings=settings: settings)
         runs = {
             tmp_path / f"{capture}{seed}": replace(CONFIG, loss=loss, seed=seed, order_seed=0)
             for seed in range(2)
@@ -260,8 +260,8 @@ def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs
 
 
 def test_many_carryons_are_not_recorded(world, tmp_path, monkeypatch, graphs):
-    recipe = Recipe(one_row=True, capture=True)
-    monkeypatch.setattr(trainer, "plain_recipe", lambda *given: recipe)
+    settings = StepSettings(one_row=True, capture=True)
+    monkeypatch.setattr(trainer, "plain_settings", lambda *given: settings)
     for many in (captured.MOST + 1, captured.MOST):
         assert not graphs
         config = replace(CONFIG, loss="exact", epochs=1, order_seed=0)
@@ -274,7 +274,7 @@ def test_an_end_that_needs_others_is_not_recorded(stacks, ends):
     make, _ = stacks
     (_, recorded), _ = make("exact")
     recorded._ranks = Ranks(count=2)
-    Captured(recorded, CPU)
+    GraphedStack(recorded, CPU)
     assert not ends
 
 
@@ -284,7 +284,7 @@ def test_the_end_is_recorded_before_any_gradient(stacks):
     (plain, recorded), batches = make("exact")
     for stack in (plain, recorded):
         stack.optimizer._clip_K.fill_(1e-2)
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     parts = works(batches[:1])
     found, expected = step(recorded, recorder, parts), step(plain, plain, parts)
     assert expected[1].min() > 1e-2
@@ -298,8 +298,8 @@ def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends, mon
     make, graphs = stacks
     (plain, recorded), batches = make("shortlist")
     for stack in (plain, recorded):
-        stack.recipe = replace(PLAIN, part_tokens=200)
-    recorder = Captured(recorded, CPU)
+        stack.settings = replace(PLAIN, part_tokens=200)
+    recorder = GraphedStack(recorded, CPU)
     widest = max(batches, key=lambda batch: len(batch.drawn[0].weight_CH))
     few = widest.drawn[0]
     many = few._replace(
@@ -331,8 +331,8 @@ def test_within_a_budget_few_more_sequences_need_no_other_recording(stacks):
     make, graphs = stacks
     (plain, recorded), batches = make("exact")
     for stack in (plain, recorded):
-        stack.recipe = replace(PLAIN, part_tokens=200)
-    recorder = Captured(recorded, CPU)
+        stack.settings = replace(PLAIN, part_tokens=200)
+    recorder = GraphedStack(recorded, CPU)
     few = replace(batches[0], cu_seqlens_M=batches[0].cu_seqlens_M[-8:].clone())
     few.cu_seqlens_M[0] = 0
     more = replace(few, cu_seqlens_M=torch.cat([few.cu_seqlens_M, few.cu_seqlens_M[-1:].repeat(8)]))
@@ -347,7 +347,7 @@ def test_a_batch_is_let_go_of_before_its_recording_is_replayed(stacks):
     """Within a budget, the memory of what was copied is that of the next part."""
     make, graphs = stacks
     (_, recorded), batches = make("shortlist")
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     for _ in range(2):  # the first is recorded, the second only copied
         batch = replace(batches[0], x_BTH={k: v.clone() for k, v in batches[0].x_BTH.items()})
         kept = weakref.ref(batch.x_BTH["final"])
@@ -365,7 +365,7 @@ def test_a_shape_that_is_rare_is_taken_by_a_larger_one_s_recording(stacks, monke
     make, graphs = stacks
     monkeypatch.setattr(captured, "OFTEN", 4)
     (plain, recorded), batches = make("shortlist")
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     whole = batches[0]
     few = replace(
         whole,
@@ -379,7 +379,7 @@ def test_a_shape_that_is_rare_is_taken_by_a_larger_one_s_recording(stacks, monke
     for recordings in ((more, between), (between, more)):
         recorder._recorded = dict.fromkeys(recordings)
         assert recorder._shape(few) == between  # the smallest that takes it
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     made = []
     for one in (whole, few, few, few, few, few, whole):
         found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
@@ -394,7 +394,7 @@ def test_a_shape_that_nothing_takes_is_recorded_at_once(stacks, monkeypatch):
     make, graphs = stacks
     monkeypatch.setattr(captured, "OFTEN", 4)
     (_, recorded), batches = make("exact")
-    recorder = Captured(recorded, CPU)
+    recorder = GraphedStack(recorded, CPU)
     few = replace(
         batches[0], predict_N=batches[0].predict_N[:20], targets_N=batches[0].targets_N[:20]
     )
@@ -418,7 +418,7 @@ def test_one_feed_s_end_does_not_have_all_deltas_made_at_once(stacks, monkeypatc
     """A batch without tokens has no shortlist; that of the one beside it has."""
     make, _ = stacks
     (plain, _), batches = make("shortlist")
-    plain.recipe = replace(PLAIN, emitted=32)
+    plain.settings = replace(PLAIN, emitted=32)
     plain.streams = lambda batch: not batch.drawn
     losses, rows = plain._losses, []
     plain._losses = lambda groups, h_KnR, some: (

@@ -17,15 +17,16 @@ from embedcache.data import packing
 from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
 from embedcache.loss.shortlist import shortlist as shortlist_module
-from embedcache.training import inputs as materials
+from embedcache.training import inputs as inputs_module
 from embedcache.training.budget.ladder import MemoryPlan
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE
-from embedcache.training.inputs import Materials
+from embedcache.training.inputs import TrainingInputs
 from embedcache.training.loop import Loop
-from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.step.settings import PLAIN, StepSettings
 from embedcache.training.step.stack import Stack, Work
-from embedcache.training.train import sweep, train
+from embedcache.training.sweep import sweep
+from embedcache.training.train import train
 from embedcache.training.trainer import Trainer
 
 CONFIG = TrainConfig(
@@ -33,45 +34,47 @@ CONFIG = TrainConfig(
 )
 
 
-LOW = Recipe(offload=True, part_tokens=64)
+LOW = StepSettings(offload=True, part_tokens=64)
 
 
 @pytest.fixture(autouse=True)
 def in_float32(monkeypatch):
-    monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr(inputs_module, "fast_dtype", lambda device: torch.float32)
 
 
-def planned_by(monkeypatch, recipe: Recipe) -> None:
-    plan = MemoryPlan(name="", settings=recipe, rung=0, budget=1, expected=1)
+def planned_by(monkeypatch, settings: StepSettings) -> None:
+    plan = MemoryPlan(name="", settings=settings, rung=0, budget=1, expected=1)
 
-    def planned(self, members):
-        return [(stack, plan) for stack in self.stacks(members)]
+    def planned(self, runs):
+        return [(stack, plan) for stack in self.stacks(runs)]
 
     monkeypatch.setattr(Trainer, "planned", planned)
 
 
-def trained(world: World, out, monkeypatch, recipe: Recipe, config: TrainConfig = CONFIG):
-    recipe = replace(recipe, part_tokens=recipe.part_tokens or 256)
-    planned_by(monkeypatch, recipe)
+def trained(world: World, out, monkeypatch, settings: StepSettings, config: TrainConfig = CONFIG):
+    settings = replace(settings, part_tokens=settings.part_tokens or 256)
+    planned_by(monkeypatch, settings)
     summary = train(world.cache_path, out=out, config=config, device="cpu")
     return summary, load_carryon(out)[0].state_dict()
 
 
 @pytest.mark.parametrize(
-    ("recipe", "tolerance"),
+    ("settings", "tolerance"),
     [
-        (Recipe(part_tokens=64), 1e-3),
-        (Recipe(part_tokens=1), 1e-3),
-        (Recipe(recompute=True), 0.0),
-        (Recipe(host_head=True, ahead=1), 0.0),
-        (Recipe(logit_bytes=1 << 19), 1e-3),
-        (Recipe(emitted=48), 1e-3),
+        (StepSettings(part_tokens=64), 1e-3),
+        (StepSettings(part_tokens=1), 1e-3),
+        (StepSettings(recompute=True), 0.0),
+        (StepSettings(host_head=True, ahead=1), 0.0),
+        (StepSettings(logit_bytes=1 << 19), 1e-3),
+        (StepSettings(emitted=48), 1e-3),
     ],
     ids=["parts", "sequences", "recompute", "host head", "few logits", "few deltas"],
 )
-def test_a_recipe_changes_nothing_that_is_learned(world, tmp_path, monkeypatch, recipe, tolerance):
+def test_a_recipe_changes_nothing_that_is_learned(
+    world, tmp_path, monkeypatch, settings, tolerance
+):
     _, expected = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
-    summary, found = trained(world, tmp_path / "other", monkeypatch, recipe)
+    summary, found = trained(world, tmp_path / "other", monkeypatch, settings)
     assert summary.steps == 2 * -(-world.cache().split("train").manifest.tokens // 256)
     start = Branch(CONFIG.carryon, 32)
     for name, value in expected.items():
@@ -105,7 +108,7 @@ def test_parts_are_what_is_on_the_device_at_a_time(world, tmp_path, monkeypatch)
     monkeypatch.setattr(Stack, "differentiate", noted)
     monkeypatch.setattr(Stack, "begin", lambda self, work: (parts.append(0), begin(self, work)))
     monkeypatch.setattr(Stack, "finish", finished)
-    trained(world, tmp_path / "c", monkeypatch, Recipe(part_tokens=80))
+    trained(world, tmp_path / "c", monkeypatch, StepSettings(part_tokens=80))
     assert max(tokens for tokens, _ in seen) <= 80
     assert len(seen) > 2 * len(parts)
     assert sum(last for _, last in seen) == len(parts)
@@ -117,7 +120,7 @@ def test_stacked_ones_of_different_steps_take_as_many_parts_as_each_needs(
     world, tmp_path, monkeypatch, loss
 ):
     """One of 256 tokens a step has four times the parts of one of 64."""
-    planned_by(monkeypatch, Recipe(part_tokens=64))
+    planned_by(monkeypatch, StepSettings(part_tokens=64))
     runs = {
         "a": replace(CONFIG, batch_tokens=256, seed=1, loss=loss, samples=50),
         "b": replace(CONFIG, batch_tokens=64, seed=2, loss=loss, samples=50),
@@ -137,7 +140,7 @@ def test_stacked_ones_of_different_steps_take_as_many_parts_as_each_needs(
             torch.testing.assert_close(found[key], value, rtol=1e-3, atol=2e-4)
 
 
-def interrupted(world: World, out, monkeypatch, recipe: Recipe) -> None:
+def interrupted(world: World, out, monkeypatch, settings: StepSettings) -> None:
     """Train for five steps, and save."""
     stop, steps = Loop._step, []
 
@@ -145,15 +148,15 @@ def interrupted(world: World, out, monkeypatch, recipe: Recipe) -> None:
         steps.append(1)
         if len(steps) == 6:
             self._read()
-            for member in (m for feed in self._feeds for m in feed.members):
-                member.save(self._stack, 0)
+            for run in (m for stream in self._streams for m in stream.runs):
+                run.save(self._stack, 0)
             raise KeyboardInterrupt
         stop(self)
 
     with monkeypatch.context() as patch:
         patch.setattr(Loop, "_step", stopping)
         with pytest.raises(KeyboardInterrupt):
-            trained(world, out, monkeypatch, recipe)
+            trained(world, out, monkeypatch, settings)
 
 
 def test_a_run_goes_on_by_another_recipe(world, tmp_path, monkeypatch):
@@ -213,22 +216,22 @@ def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
 ):
     """Of carry-ons with batches of their own, in lists of 50 positions."""
     monkeypatch.setitem(shortlist_module.SHORTLIST_ROWS, "cpu", 50)
-    materials = Materials(world.cache(), torch.device("cpu"), ALONE)
+    inputs = TrainingInputs(world.cache(), torch.device("cpu"), ALONE)
     configs = [replace(CONFIG, loss="shortlist", samples=30, order_seed=seed) for seed in (0, 1)]
     found = []
-    for recipe in (PLAIN, Recipe(emitted=emitted)):
+    for settings in (PLAIN, StepSettings(emitted=emitted)):
         models = []
         for seed in (0, 1):
             torch.manual_seed(seed)
             models.append(Branch(CONFIG.carryon, 32))
         for model in models:  # zero, it would have gradients of one layer only
             torch.nn.init.normal_(model.branch.weight, std=0.02)
-        inputs = materials.inputs(CONFIG.carryon, recipe, training=True)
-        stack = Stack(models, configs, inputs, recipe)
+        frozen = inputs.frozen(CONFIG.carryon, settings, training=True)
+        stack = Stack(models, configs, frozen, settings)
         work = []
         for config in configs:
-            shortlist = materials.shortlist(config, recipe)
-            loader = materials.train_loader(config, replace(recipe, part_tokens=200))
+            shortlist = inputs.shortlist(config, settings)
+            loader = inputs.train_loader(config, replace(settings, part_tokens=200))
             batch = next(loader.epoch(0, draw=partial(drawn, shortlist, shortlist.generator(3))))
             work.append(Work(batch=batch, targets=len(batch.targets_N), rate=1.0))
         assert len(work[0].batch.drawn) > 1
