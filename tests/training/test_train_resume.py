@@ -73,9 +73,9 @@ def before_weights() -> None:
 
 
 PLACES = {
-    "in_save(1)": 0,
+    "in_save(2)": 0,
     "after_save(3)": 3,
-    "in_save(6)": 5,
+    "in_save(7)": 5,
     "after_save(14)": 14,
     "before_epoch_save()": "epoch",
     "before_report()": None,
