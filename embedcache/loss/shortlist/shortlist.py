@@ -102,18 +102,18 @@ class ShortlistSampler:
         self,
         targets_N: Tensor,
         generator: torch.Generator,
-        top_ids_NK: Tensor | None = None,
+        top_ids_NJ: Tensor | None = None,
     ) -> list[Shortlist]:
         """Return a shortlist for every so many positions, on the proposal's device.
 
-        ``top_ids_NK``: as a cache stores them (see `embedcache.cache.format.layout.LIKELY`).
+        ``top_ids_NJ``: as a cache stores them (see `embedcache.cache.format.layout.LIKELY`).
         """
         listed = []
         for start in range(0, len(targets_N), self._rows):
             rows = slice(start, start + self._rows)
             targets = held = targets_N[rows]
-            if top_ids_NK is not None:
-                top_ids = top_ids_NK[rows].flatten()
+            if top_ids_NJ is not None:
+                top_ids = top_ids_NJ[rows].flatten()
                 held = torch.cat([targets, top_ids[top_ids > 0].long() - 1])
             columns, ids = self.columns(held, generator)
             assert columns.log_weight_C is not None

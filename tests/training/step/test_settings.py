@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -24,6 +23,7 @@ from embedcache.training.inputs import Materials
 from embedcache.training.loop import Loop
 from embedcache.training.step.settings import PLAIN, Recipe
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 from embedcache.training.train import sweep, train
 from embedcache.training.trainer import Trainer
 
@@ -93,7 +93,7 @@ def test_parts_are_what_is_on_the_device_at_a_time(world, tmp_path, monkeypatch)
     begin, differentiate, finish = Stack.begin, Stack.differentiate, Stack.finish
 
     def noted(self, work):
-        seen.append((work[0].batch.tokens, work[0].batch.last))
+        seen.append((work[0].inputs.batch.tokens, work[0].inputs.batch.last_part))
         parts[-1] += 1
         return differentiate(self, work)
 
@@ -175,7 +175,7 @@ def test_a_run_whose_states_are_on_the_host_goes_on_as_if_it_had_not_stopped(
 
 
 def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
-    monkeypatch.setattr(packing, "STARTS", 4)
+    monkeypatch.setattr(packing, "CU_SEQLENS_MULTIPLE", 4)
     split = world.cache().split("train")
     model = CarryOn(CarryOnConfig(width=32, blocks=2), 32)
     torch.nn.init.normal_(model.branch.weight)
@@ -193,17 +193,13 @@ def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
         assert found.cu_seqlens_M.diff().max() == found.positions_BT.max() + 1
         assert sorted(found.targets_N.tolist()) == sorted(expected.targets_N.tolist())
         places = [
-            {tuple(place): row for row, place in enumerate(batch.places_N2.tolist())}
+            {tuple(place): row for row, place in enumerate(batch.source_N2.tolist())}
             for batch in (expected, found)
         ]
         delta = [inputs.delta(model, batch) for batch in (expected, found)]
         rows = [places[0][place] for place in places[1]]
         torch.testing.assert_close(delta[1], delta[0][rows], rtol=1e-4, atol=1e-5)
         assert torch.equal(found.targets_N, expected.targets_N[rows])
-
-
-def drawn(shortlist, generator, batch):
-    return shortlist.draw(batch.targets_N, generator)
 
 
 @pytest.mark.parametrize("emitted", [1, 100, 1000])
@@ -228,9 +224,10 @@ def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
         for config in configs:
             shortlist = materials.shortlist(config, recipe)
             loader = materials.train_loader(config, replace(recipe, part_tokens=200))
-            batch = next(loader.epoch(0, draw=partial(drawn, shortlist, shortlist.generator(3))))
-            work.append(Work(batch=batch, targets=len(batch.targets_N), rate=1.0))
-        assert len(work[0].batch.drawn) > 1
+            batch = next(loader.epoch(0))
+            part = StepInputs(batch, shortlist.draw(batch.targets_N, shortlist.generator(3)))
+            work.append(Work(inputs=part, targets=len(batch.targets_N), rate=1.0))
+        assert len(work[0].inputs.shortlists) > 1
         stack.begin(work)
         found.append((stack.differentiate(work), stack.optimizer.gradient_KP.clone()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)
