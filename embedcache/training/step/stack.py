@@ -21,9 +21,9 @@ from embedcache.data.batch import Batch
 from embedcache.data.frozen import FrozenInputs
 from embedcache.device import any_shape_attention
 from embedcache.loss import (
-    cut_shortlists,
     linear_cross_entropy,
     shortlist_cross_entropy,
+    slice_shortlists,
     split_rows,
 )
 from embedcache.training.config import TrainConfig
@@ -226,7 +226,7 @@ class Stack:
             last = listed[-1]
             more = rounded_up(len(batch.targets_N), WANTED) - len(batch.targets_N)
             listed[-1] = last._replace(index_N=F.pad(last.index_N, (0, more)))
-            some = cut_shortlists(listed, rows)
+            some = slice_shortlists(listed, rows)
             return shortlist_cross_entropy(y_GnH, some, head, logit_bytes=self.recipe.logit_bytes)
         y_NH, targets_N = y_GnH.flatten(0, 1), _filled(batch.targets_N)[rows].repeat(len(y_GnH))
         chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)

@@ -15,7 +15,7 @@ from embedcache.carryon.saving import load_carryon
 from embedcache.data import packing
 from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
-from embedcache.loss.shortlist import shortlist as shortlist_module
+from embedcache.loss.shortlist import sampler as sampler_module
 from embedcache.training import inputs as materials
 from embedcache.training.budget.memory import MemoryPlan
 from embedcache.training.config import TrainConfig
@@ -208,7 +208,7 @@ def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
     world, monkeypatch, emitted
 ):
     """Of carry-ons with batches of their own, in lists of 50 positions."""
-    monkeypatch.setitem(shortlist_module.SHORTLIST_ROWS, "cpu", 50)
+    monkeypatch.setitem(sampler_module.POSITIONS, "cpu", 50)
     materials = Materials(world.cache(), torch.device("cpu"), ALONE)
     configs = [replace(CONFIG, loss="shortlist", samples=30, order_seed=seed) for seed in (0, 1)]
     found = []
