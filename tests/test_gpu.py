@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 import threading
@@ -23,6 +22,7 @@ from embedcache.device import free_memory
 from embedcache.evaluation.evaluate import evaluate
 from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
+from embedcache.training.step import cuda_graph
 from embedcache.training.step.settings import PLAIN, StepSettings
 from embedcache.training.step.stack import Stack
 from embedcache.training.step.timestamps import Timestamp
@@ -100,27 +100,26 @@ def test_batches_of_several_epochs_are_those_of_a_cpu(world, part_tokens):
     }
     found = []
     for device in ("cpu", "cuda"):
-        drawn = itertools.count()
         loader = BatchLoader(split, device=torch.device(device), **settings)
-        batches = loader.epochs(range(1, 4), skip=3, draw=lambda _, drawn=drawn: [[next(drawn)]])
+        batches = loader.epochs(range(1, 4), skip=3)
         found.append([])
         for batch in batches:
             found[-1].append(None)
             if batch is not None:
                 tensors = [tensor.cpu() for tensor in batch.tensors()]
-                found[-1][-1] = (batch.sequences, batch.drawn, batch.last, tensors)
+                found[-1][-1] = (batch.sequences, batch.last_part, tensors)
     assert [one is None for one in found[0]].count(True) == 3
     for one, other in zip(*found, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            assert one[:3] == other[:3]
-            assert all(torch.equal(a, b) for a, b in zip(one[3], other[3], strict=True))
+            assert one[:2] == other[:2]
+            assert all(torch.equal(a, b) for a, b in zip(one[2], other[2], strict=True))
     assert set(threading.enumerate()) == before
 
 
 @pytest.mark.parametrize(("part_tokens", "made"), [(None, 2), (80, 0)])
 def test_the_next_epoch_waits_on_the_device_unless_memory_is_short(world, part_tokens, made):
-    drawn = []
+    prepared = []
     loader = BatchLoader(
         world.cache().split("train"),
         batch_tokens=200,
@@ -128,19 +127,19 @@ def test_the_next_epoch_waits_on_the_device_unless_memory_is_short(world, part_t
         device=torch.device("cuda"),
         part_tokens=part_tokens,
     )
-    batches = loader.epochs(range(2), draw=lambda batch: drawn.append(batch) or ())
+    batches = loader.epochs(range(2), prepare=lambda batch: prepared.append(batch) or batch)
     count = sum(1 for _ in iter(partial(next, batches), None))
     stop = time.perf_counter() + 5
-    while len(drawn) < count + made and time.perf_counter() < stop:
+    while len(prepared) < count + made and time.perf_counter() < stop:
         time.sleep(0.01)
     time.sleep(0.2)
-    assert len(drawn) == count + made
+    assert len(prepared) == count + made
     batches.close()
 
 
 SETTINGS = {
     "one row": StepSettings(one_row=True),
-    "captured": StepSettings(one_row=True, capture=True),
+    "CUDA graphs": StepSettings(one_row=True, capture=True),
     "parts": StepSettings(part_tokens=128, one_row=True, capture=True),
     "lean": StepSettings(
         part_tokens=128,
@@ -157,7 +156,8 @@ SETTINGS = {
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_gpu_learns_the_same_by_every_recipe(tmp_path, world, monkeypatch, name, loss):
+def test_a_gpu_learns_the_same_with_all_step_settings(tmp_path, world, monkeypatch, name, loss):
+    monkeypatch.setattr(cuda_graph, "OFTEN", 1)
     config = TrainConfig(
         carryon=BranchConfig(width=32), epochs=3, loss=loss, samples=100, batch_tokens=512
     )
@@ -176,8 +176,9 @@ def test_a_gpu_learns_the_same_by_every_recipe(tmp_path, world, monkeypatch, nam
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
-def test_a_gpu_without_room_for_recordings_trains_without(tmp_path, world, monkeypatch, loss):
-    """Memory runs out while a part is recorded, the first one or a later one."""
+def test_a_gpu_without_room_for_graphs_trains_without(tmp_path, world, monkeypatch, loss):
+    """Memory runs out while a part is captured, the first one or a later one."""
+    monkeypatch.setattr(cuda_graph, "OFTEN", 1)
     config = TrainConfig(
         carryon=BranchConfig(width=32), epochs=2, loss=loss, samples=100, batch_tokens=512
     )
@@ -248,7 +249,7 @@ def test_the_gradient_of_a_bias_takes_little_memory():
 
 PIECES = """
 import torch
-from embedcache.training.step.cuda_graph import record
+from embedcache.training.step.cuda_graph import capture
 from embedcache.training.budget.allocator import configure_allocator
 configure_allocator()
 
@@ -258,7 +259,7 @@ def part():
     del few
     return first + torch.ones(60 << 20, dtype=torch.uint8, device="cuda")[0]
 
-graph, made = record(part, torch.device("cuda:0"), None, whole=True)
+graph, made = capture(part, torch.device("cuda:0"), None, whole=True)
 graph.replay()
 assert made.item() == 4
 segments = [s for s in torch.cuda.memory_snapshot() if s["segment_pool_id"] == graph.pool()]
@@ -266,7 +267,7 @@ print(sum(segment["total_size"] for segment in segments if segment["segment_type
 """
 
 
-def test_a_recording_takes_its_memory_in_one_piece():
+def test_a_graph_takes_its_memory_in_one_piece():
     command = [sys.executable, "-c", PIECES]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embedcache.carryon.protocol import CarryOn, stack_of
-from embedcache.data.batch import Batch, Counts
+from embedcache.data.batch import Counts
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
 from embedcache.store.disk import writing
@@ -21,6 +21,7 @@ from embedcache.training.scoring import DevLoss
 from embedcache.training.step.batch_stream import BatchStream
 from embedcache.training.step.cuda_graph import GraphedStack, capturable
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 from embedcache.training.step.timestamps import Timestamp
 
 
@@ -129,7 +130,7 @@ class Loop:
 
     def _step(self) -> None:
         """Begin a step, and take note of the one before while the device works on it."""
-        here = [batch.whole for batch in self._batches()]
+        here = [inputs.batch.total for inputs in self._due()]
         due = any(run.save_due for _, run in self._rows())
         everywhere, due = self._ranks.agree(here, due)
         values = self._take(everywhere)
@@ -202,8 +203,8 @@ class Loop:
             stream.let_go()
         return differentiate()
 
-    def _batches(self) -> list[Batch]:
-        return [stream.batch for stream in self._streams if stream.batch is not None]
+    def _due(self) -> list[StepInputs]:
+        return [stream.due for stream in self._streams if stream.due is not None]
 
     def _work(self, everywhere: Sequence[Counts]) -> list[Work]:
         """Return what each run does with the batch, or the part, that is due."""
@@ -211,13 +212,11 @@ class Loop:
         unread = {} if taken is None else dict(zip(taken.runs, taken.counts, strict=True))
         return [
             Work(
-                batch=batch,
+                inputs=inputs,
                 targets=counts.targets,
                 rate=run.rate(counts.tokens + (unread[run].tokens if unread else 0)),
             )
-            for stream, batch, counts in zip(
-                self._streams, self._batches(), everywhere, strict=True
-            )
+            for stream, inputs, counts in zip(self._streams, self._due(), everywhere, strict=True)
             for run in stream.runs
         ]
 

@@ -67,7 +67,7 @@ def same(first: Batch, second: Batch) -> bool:
         and first.tokens == second.tokens
         and all(torch.equal(getattr(first, name), getattr(second, name)) for name in tensors)
         and np.array_equal(first.documents_N, second.documents_N)
-        and np.array_equal(first.places_N2, second.places_N2)
+        and np.array_equal(first.source_N2, second.source_N2)
         and all(torch.equal(first.x_BTH[tap], second.x_BTH[tap]) for tap in first.x_BTH)
     )
 
@@ -97,7 +97,7 @@ def test_the_number_of_threads_changes_nothing(split, monkeypatch):
     monkeypatch.setattr(loader_module, "pack", noted)
     for readers, packers in ((1, 0), (4, 1), (2, 3)):
         monkeypatch.setattr("os.cpu_count", lambda readers=readers: readers)
-        monkeypatch.setattr(loader_module, "PACKERS", {"cpu": packers})
+        monkeypatch.setattr(loader_module, "PACKING_THREADS", {"cpu": packers})
         packed.clear()
         assert all(same(a, b) for a, b in zip(first, batches(split), strict=True))
         assert (threading.main_thread() in packed) == (not packers)
@@ -109,7 +109,7 @@ def test_the_order_is_that_of_the_plainest_plan(split, monkeypatch, tokens):
 
     Each with the first that fits, over and over, until so many have not.
     """
-    monkeypatch.setattr(order_module, "AHEAD", 2)
+    monkeypatch.setattr(order_module, "LOOK_AHEAD", 2)
     draw = np.random.default_rng([5, 3])
     blocks = draw.permutation(split.manifest.blocks).tolist()
     expected, left = [], []
@@ -174,7 +174,7 @@ def test_contents_and_targets_match_each_sequence(split):
             batch.predict_N.tolist(),
             batch.targets_N.tolist(),
             batch.documents_N.tolist(),
-            batch.places_N2.tolist(),
+            batch.source_N2.tolist(),
             strict=True,
         ):
             b, t = divmod(flat, T)
@@ -223,7 +223,7 @@ def test_a_sequence_s_first_token_is_nobody_s_target(split, monkeypatch, one_row
         wanted &= batch.positions_BT + 1 == batch.positions_BT.roll(-1, 1)
         assert sorted(batch.predict_N.tolist()) == wanted.flatten().nonzero()[:, 0].tolist()
         assert torch.equal(batch.targets_N, batch.ids_BT.flatten()[batch.predict_N + 1])
-        assert batch.whole == (batch.tokens, batch.tokens - len(batch.sequences))
+        assert batch.total == (batch.tokens, batch.tokens - len(batch.sequences))
 
 
 def test_the_branch_sees_each_sequence_alone(split):
@@ -305,7 +305,7 @@ def test_an_error_of_a_reading_thread_reaches_the_consumer(split, monkeypatch):
 
 @pytest.mark.parametrize("packers", [0, 2])
 def test_closing_early_stops_every_thread(split, packers, monkeypatch):
-    monkeypatch.setattr(loader_module, "PACKERS", {"cpu": packers})
+    monkeypatch.setattr(loader_module, "PACKING_THREADS", {"cpu": packers})
     before = set(threading.enumerate())
     found = BatchLoader(split, batch_tokens=64, taps=("final",)).epoch(0)
     next(found)
@@ -416,5 +416,5 @@ def test_a_rank_reads_only_the_blocks_of_its_batches(split, monkeypatch):
 
 @pytest.mark.parametrize(("rank", "ranks"), [(2, 2), (-1, 2), (0, 0)])
 def test_a_rank_that_is_none_of_them_is_refused(split, rank, ranks):
-    with pytest.raises(UsageError, match=rf"found {rank}\. Type for example"):
+    with pytest.raises(UsageError, match=rf"found {rank}\."):
         batches(split, rank=rank, ranks=ranks)

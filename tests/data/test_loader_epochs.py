@@ -6,9 +6,11 @@ import itertools
 import threading
 import time
 from collections import Counter
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
+import torch
 
 from embedcache.data import loader as loader_module
 from embedcache.data import order as order_module
@@ -28,7 +30,7 @@ def split(request, world, monkeypatch):
 
 @pytest.fixture(params=[0, 2])
 def packers(request, monkeypatch):
-    monkeypatch.setattr(loader_module, "PACKERS", {"cpu": request.param})
+    monkeypatch.setattr(loader_module, "PACKING_THREADS", {"cpu": request.param})
 
 
 def loader(split, **settings) -> BatchLoader:
@@ -45,7 +47,7 @@ def told(batch: Batch | None) -> object:
     if batch is None:
         return None
     tensors = (batch.ids_BT, batch.positions_BT, batch.targets_N, *batch.x_BTH.values())
-    return batch.sequences, batch.drawn, batch.last, *(tensor.tolist() for tensor in tensors)
+    return batch.sequences, batch.last_part, *(tensor.tolist() for tensor in tensors)
 
 
 def windows(split, epoch: int) -> list[list[int]]:
@@ -76,21 +78,42 @@ def again(found: list[int], expected: set[int]) -> set[int]:
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("ranks", "part_tokens"), [(1, None), (1, 40), (3, None)])
-@pytest.mark.parametrize(("epoch", "skip"), [(0, 0), (2, 3), (1, 999)])
+@dataclass
+class Numbered:
+    """A batch and what a caller makes of it."""
+
+    batch: Batch
+    number: int
+
+    def tensors(self) -> list[torch.Tensor]:
+        return self.batch.tensors()
+
+
+@pytest.mark.parametrize(
+    ("ranks", "part_tokens", "epoch", "skip"),
+    [(1, None, 0, 0), (1, 40, 2, 3), (3, None, 2, 3), (3, 40, 1, 999)],
+)
 def test_a_stream_is_epoch_by_epoch(split, packers, ranks, part_tokens, epoch, skip):
     settings = {"ranks": ranks, "part_tokens": part_tokens} | room(3, split)
     for rank in range(ranks):
         one, number = loader(split, rank=rank, **settings), itertools.count()
         expected = []
         for at in range(3):
-            draw = lambda batch: [[next(number), batch.sequences]]  # noqa: B023, E731
-            batches = one.epoch(epoch + at, skip=0 if at else skip, draw=draw)
-            expected += [*map(told, batches), None]
-        number = itertools.count()
-        found = one.epochs(range(epoch, epoch + 3), skip=skip, draw=draw)
+            expected += [*map(told, one.epoch(epoch + at, skip=0 if at else skip)), None]
+        found = [*one.epochs(range(epoch, epoch + 3), skip=skip)]
         assert [told(batch) for batch in found] == expected
         assert expected.count(None) == 3 and len(expected) > 9
+        prepared = one.epochs(
+            range(epoch, epoch + 3),
+            skip=skip,
+            prepare=lambda batch, number=number: Numbered(batch, next(number)),
+        )
+        count = 0
+        for item, batch in zip(prepared, found, strict=True):
+            assert (item is None) == (batch is None)
+            if item is not None:
+                assert (item.number, item.batch.sequences) == (count, batch.sequences)
+                count += 1
 
 
 def test_the_next_epoch_is_read_while_the_last_window_is_trained_on(split, monkeypatch):
@@ -129,11 +152,11 @@ def test_blocks_that_there_is_room_for_are_read_once(split, kept, monkeypatch):
 
 
 @pytest.mark.parametrize(("free", "together"), [(1 << 40, 1 << 30), (800 << 20, 100 << 20)])
-def test_loaders_share_the_room_to_keep_blocks_in(free, together, monkeypatch):
+def test_loaders_share_the_kept_bytes_per_loader_blocks_in(free, together, monkeypatch):
     """1 GiB of a machine, and an eighth of what is free, however many loaders there are."""
     monkeypatch.setattr(loader_module, "free_memory", lambda device: free)
-    assert loader_module.room_to_keep(1) == together
-    assert loader_module.room_to_keep(64) == together // 64
+    assert loader_module.kept_bytes_per_loader(1) == together
+    assert loader_module.kept_bytes_per_loader(64) == together // 64
 
 
 @pytest.mark.parametrize("batches", [1, 20, "end"])

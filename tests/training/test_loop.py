@@ -175,7 +175,7 @@ def test_batches_are_let_go_of_before_they_are_differentiated(world, tmp_path, m
 
     def checked(self, work):
         differentiate = prepared(self, work)
-        return lambda: seen.append([stream.batch for stream in streams]) or differentiate()
+        return lambda: seen.append([stream.due for stream in streams]) or differentiate()
 
     monkeypatch.setattr(BatchStream, "__init__", kept)
     monkeypatch.setattr(Stack, "prepared", checked)

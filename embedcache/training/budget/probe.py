@@ -21,6 +21,7 @@ from embedcache.training.scoring import dev_losses
 from embedcache.training.step.cuda_graph import MOST, GraphedStack
 from embedcache.training.step.settings import StepSettings
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 
 USED = 0.95
 """Share of a budget that a probe may use: later parts may take more."""
@@ -92,14 +93,14 @@ class _Probe:
     """Takes the first parts of a step by one settings or another, and keeps nothing of them."""
 
     def __init__(self, inputs: TrainingInputs, configs: Sequence[TrainConfig], loss: str):
-        self._materials, self._configs, self._loss = inputs, configs, loss
+        self._inputs, self._configs, self._loss = inputs, configs, loss
         self.longest: int = inputs.cache.attributes.settings.context
         with torch.random.fork_rng(devices=[]):
             self._models = [build(config.carryon, inputs.hidden) for config in configs]
 
     def ladder(self, budget: int) -> list[Rung]:
         """Return the ladder of a budget for these carry-ons."""
-        inputs, configs = self._materials, self._configs
+        inputs, configs = self._inputs, self._configs
         return ladder(
             inputs.device,
             budget=budget,
@@ -130,7 +131,7 @@ class _Probe:
         if limit is not None and self._kept(settings) > limit:
             return None
         try:
-            with memory_limit(limit, self._materials.device):
+            with memory_limit(limit, self._inputs.device):
                 taken = self._measured(settings)
         except torch.OutOfMemoryError:
             taken = None
@@ -143,13 +144,13 @@ class _Probe:
         # Weights and gradients; and both moments, unless they are in host memory.
         kept = weights * (2 * 2 if settings.offload else 4 * 4)
         if not settings.host_head:
-            base, dtype = self._materials.cache.attributes.base, fast_dtype(self._materials.device)
+            base, dtype = self._inputs.cache.attributes.base, fast_dtype(self._inputs.device)
             kept += base["hidden_size"] * base["vocab_size"] * dtype.itemsize
         return kept
 
     def _measured(self, settings: StepSettings) -> int:
         """Take some parts' gradients, a step of the optimiser, and a part's dev loss."""
-        inputs, configs = self._materials, self._configs
+        inputs, configs = self._inputs, self._configs
         config, device = configs[0], inputs.device
         frozen = inputs.frozen(config.carryon, settings, training=True)
         scoring = inputs.frozen(config.carryon, settings)
@@ -166,35 +167,36 @@ class _Probe:
             }
             opened.callback(wait_for, device)  # graphs are freed when none of them runs
             for _ in range(PARTS[device.type]):
-                batches = {order: next(parts, None) for order, parts in streams.items()}
+                due = {order: next(parts, None) for order, parts in streams.items()}
                 work = [
-                    Work(batch=batch, targets=batch.whole.targets, rate=0.0)
-                    for batch in (batches[inputs.order(config)] for config in configs)
-                    if batch is not None
+                    Work(inputs=part, targets=part.batch.total.targets, rate=0.0)
+                    for part in (due[inputs.order(config)] for config in configs)
+                    if part is not None
                 ]
                 if len(work) < len(configs):
                     break
-                work.sort(key=lambda one: id(one.batch))
+                work.sort(key=lambda one: id(one.inputs))
                 differentiate = taker.prepared(work)
-                del batches, work  # the next ones need their memory
+                del due, work  # the next ones need their memory
                 loss_K = differentiate()
                 if captured is not None and not captured.room:
                     raise torch.OutOfMemoryError
                 with stack.optimizer.held():
                     taker.finish(loss_K)
                 del differentiate
-            captured, taker = None, stack  # no graph is there while dev is scored
-            with closing(self._parts(config, settings)) as parts:
-                dev_losses(islice(parts, 1), scoring, stack.model, settings=settings)
+            captured, taker = None, stack  # as in training, no graph is kept while dev is scored
+            with closing(inputs.train_loader(config, settings).epoch(0)) as batches:
+                dev_losses(islice(batches, 1), scoring, stack.model, settings=settings)
         return peak[0]
 
-    def _parts(self, config: TrainConfig, settings: StepSettings) -> Generator[Batch]:
-        inputs = self._materials
-        shortlist = inputs.shortlist(config, settings) if self._loss == "shortlist" else None
+    def _parts(self, config: TrainConfig, settings: StepSettings) -> Generator[StepInputs | None]:
+        """Return the parts of an epoch's steps, with shortlists where the loss takes them."""
+        shortlist = self._inputs.shortlist(config, settings) if self._loss == "shortlist" else None
 
-        def draw(batch: Batch) -> Sequence[Sequence[object]]:
+        def prepare(batch: Batch) -> StepInputs:
             if shortlist is None:
-                return ()
-            return shortlist.draw(batch.targets_N, shortlist.generator(0), batch.top_ids_NK)
+                return StepInputs(batch)
+            generator = shortlist.generator(0)
+            return StepInputs(batch, shortlist.draw(batch.targets_N, generator, batch.top_ids_NJ))
 
-        return inputs.train_loader(config, settings).epoch(0, draw=draw)
+        return self._inputs.train_loader(config, settings).epochs(range(1), prepare=prepare)

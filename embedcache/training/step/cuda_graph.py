@@ -1,11 +1,11 @@
-"""A part of a step recorded once for each shape as a CUDA graph, and replayed; its end, too.
+"""Parts of a step, and its end, captured as CUDA graphs and replayed.
 
-A part is some three hundred kernels of a few microseconds each, where it or its carry-ons are
-small: launched one by one, the GPU waits for Python. Replayed, all of them are one launch. What
-differs from part to part is copied into the tensors that were recorded: a batch, and how much a
-target counts.
+A part launches some three hundred kernels. Where the part or its carry-ons are small, a kernel
+takes a few microseconds, and the GPU waits for Python to launch the next one. A graph is one
+launch. What differs between parts is copied into the tensors that the graph reads: the batch, its
+shortlist, and the weight of its targets.
 
-Axes: K carry-ons, N wanted positions, C columns of a shortlist, V vocabulary.
+Axes: K carry-ons.
 """
 
 from __future__ import annotations
@@ -22,42 +22,42 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from embedcache.data.batch import Batch
 from embedcache.device import recording, wait_for
-from embedcache.training.step.padding import Inputs, Shape, padded, shape_of
+from embedcache.training.step.padding import Buffers, Shape, padded, shape_of
 from embedcache.training.step.settings import StepSettings
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 
 SHAPES = 12
-"""Shapes that are recorded; parts of further ones are computed kernel by kernel."""
+"""Shapes that are captured, at most. Parts of other shapes are computed kernel by kernel."""
 MOST = 8
-"""Carry-ons of a stack of which parts are recorded: with more, the GPU is what a step waits for,
-and a recording would only hold memory."""
-OFTEN = 20
-"""Times that a shape comes before it is recorded, where a larger one's recording takes it till
-then: most shapes are of epochs' last batches, and to record one takes long."""
+"""Carry-ons of a stack whose parts are captured, at most. With more, a step waits for the GPU, and
+graphs would only take memory."""
+OFTEN = 10
+"""Parts of a shape after which the shape is captured. Rare shapes, of the last batches of epochs,
+are not worth the time that capturing takes."""
 WARM_UPS = 2
-"""Times that a part is computed before it is recorded."""
+"""Times that a part is computed before it is captured."""
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 def capturable(settings: StepSettings, carryons: int) -> bool:
-    """Say whether a settings's steps of so many carry-ons are recorded."""
+    """Say whether the steps of so many carry-ons are captured."""
     return settings.capture and carryons <= MOST
 
 
 @dataclass(frozen=True, slots=True)
-class Recorded:
-    """A graph, and the losses that come out of it. What goes in are the `Inputs`."""
+class Graph:
+    """The graph of a part, and the losses that it writes. It reads the `Buffers`."""
 
     loss_K: Tensor
     graph: Any
 
 
 @dataclass(frozen=True, slots=True)
-class End:
-    """The tensors of a step's end: its losses, those and the norms that come out, and its graph."""
+class FinishGraph:
+    """The graph of a step's end: the losses that it reads, and the losses and norms it writes."""
 
     given_K: Tensor
     loss_K: Tensor
@@ -66,170 +66,180 @@ class End:
 
 
 class GraphedStack:
-    """Takes the steps of a stack whose carry-ons all see one batch of one row by what was recorded.
+    """Takes the steps of a stack by CUDA graphs, where all its carry-ons see one batch of one row.
 
-    Parts of another kind, or of one too many shapes, are left to the stack; and so are all once
-    there was no ``room`` for a recording.
+    The stack computes other parts kernel by kernel; and all parts once memory ran out while one was
+    captured, after which ``room`` is False.
+
+    Without a memory budget there is a graph for each of a few padded shapes. Within one there is a
+    single graph, since each takes the memory of a part: it is captured anew, larger, for a part
+    that does not fit into it.
     """
 
     def __init__(self, stack: Stack, device: torch.device):
         self._stack, self._device = stack, device
-        self._recorded: dict[Shape, Recorded] = {}
-        self._inputs: Inputs = {}
+        self._graphs: dict[Shape, Graph] = {}
+        self._buffers: Buffers = {}
         self._seen: Counter[Shape] = Counter()
         self._pool: Any = None
-        self._tight = stack.settings.part_tokens is not None
+        self._single = stack.settings.part_tokens is not None
         self._done: torch.cuda.Event | None = None
         self.room = True
-        self._end: End | None = None
+        self._finish: FinishGraph | None = None
         if stack.ends_alone():
-            with self._recording():
-                self._end = self._record_end()
+            with self._capturing():
+                self._finish = self._capture_finish()
 
     def prepared(self, work: Sequence[Work]) -> Callable[[], Tensor]:
-        """Return what does `Stack.differentiate`; its losses hold until the next time.
+        """Return a function that does what `Stack.differentiate` does with this work.
 
-        A batch that is recorded, or will be, is copied now: nobody needs it after that.
+        The losses that the function returns are valid until its next call. A batch for a graph is
+        copied now, and not needed after that.
         """
-        batch, filled = work[0].batch, None
-        if self.room and all(one.batch is batch for one in work) and self._fits(batch):
-            shape = self._shape(batch)
-            if shape in self._recorded or len(self._recorded) < SHAPES:
-                with self._recording():
-                    filled = padded(batch, shape, self._inputs)
-        if filled is None:
+        inputs, shape, copied = work[0].inputs, None, None
+        if self.room and all(one.inputs is inputs for one in work) and self._fits(inputs):
+            shape = self._shape(inputs)
+        if shape is not None:
+            with self._capturing():
+                copied = padded(inputs, shape, self._buffers)
+        if shape is None or copied is None:
             return self._stack.prepared(work)
-        return partial(self._take, shape, [replace(one, batch=filled) for one in work])
+        return partial(self._replay, shape, [replace(one, inputs=copied) for one in work])
 
-    def _take(self, shape: Shape, work: Sequence[Work]) -> Tensor:
-        """Replay the parts of a shape, recorded now if it is new and there is room."""
-        if shape not in self._recorded:
-            with self._recording():
-                self._recorded[shape] = self._record(work)
-        if shape not in self._recorded:
+    def _replay(self, shape: Shape, work: Sequence[Work]) -> Tensor:
+        """Replay the graph of a shape, which is captured now if the shape is new."""
+        if shape not in self._graphs:
+            with self._capturing():
+                self._graphs[shape] = self._capture(work)
+        if shape not in self._graphs:
             return self._stack.differentiate(work)
-        recorded = self._recorded[shape]
-        recorded.graph.replay()
-        if not work[0].batch.last:
+        found = self._graphs[shape]
+        found.graph.replay()
+        if not work[0].inputs.batch.last_part:
             self._keep_up()
-        return recorded.loss_K
+        return found.loss_K
 
     def finish(self, loss_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `Stack.finish` does; what it returns holds until the next time."""
-        if self._end is None:
+        """Do what `Stack.finish` does; the tensors returned are valid until the next call."""
+        if self._finish is None:
             return self._stack.finish(loss_K)
-        self._end.given_K.copy_(loss_K)
-        self._end.graph.replay()
-        return self._end.loss_K, self._end.norm_K
+        self._finish.given_K.copy_(loss_K)
+        self._finish.graph.replay()
+        return self._finish.loss_K, self._finish.norm_K
 
     def _keep_up(self) -> None:
-        """Wait for the part before this one: batches that are due later would fill the device."""
+        """Wait for the part before this one, so that later batches do not fill the device."""
         if self._device.type == "cuda":
             before, self._done = self._done, torch.cuda.Event()
             self._done.record()
             if before is not None:
                 before.synchronize()
 
-    def _fits(self, batch: Batch) -> bool:
-        one_row = batch.cu_seqlens_M is not None and len(batch.drawn) <= 1
-        return one_row and not self._stack.streams(batch)
+    def _fits(self, inputs: StepInputs) -> bool:
+        one_row = inputs.batch.cu_seqlens_M is not None and len(inputs.shortlists) <= 1
+        return one_row and not self._stack.streams(inputs)
 
-    def _shape(self, batch: Batch) -> Shape:
-        """Return the shape to take a batch in."""
-        shape = shape_of(batch, whole=self._tight)
-        if self._tight:  # a second recording would want a part's memory again: one for all
-            for other in self._recorded:
-                if other.takes(shape):
-                    return other
+    def _shape(self, inputs: StepInputs) -> Shape | None:
+        """Return the shape to which a batch is padded for a graph; None if it takes none."""
+        shape = shape_of(inputs, whole=self._single)
+        if self._single:
+            for other in self._graphs:
                 if other.row == shape.row:
                     shape = other.around(shape)
-            if self._recorded:
+            if self._graphs and shape not in self._graphs:
                 self._drop()
             return shape
         self._seen[shape] += 1
-        larger = [other for other in self._recorded if other.takes(shape)]
-        if self._seen[shape] < OFTEN or len(self._recorded) == SHAPES:
-            return min(larger, key=Shape.size, default=shape)
-        return shape
+        new = self._seen[shape] >= OFTEN and len(self._graphs) < SHAPES
+        return shape if new or shape in self._graphs else None
 
     def _drop(self) -> None:
-        """Let all recordings go, once the device is done with them."""
+        """Free all graphs once the device is done with them."""
         wait_for(self._device)
-        self._recorded.clear()
-        self._inputs.clear()
+        self._graphs.clear()
+        self._buffers.clear()
         self._pool = None
 
     @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Go on without any recording if memory runs out: each holds that of a part."""
+    def _capturing(self) -> Iterator[None]:
+        """Go on without graphs if memory runs out."""
         try:
             yield
         except torch.OutOfMemoryError:
             self.room = False
         if not self.room:
-            gc.collect()  # what the error held
+            gc.collect()  # the error held tensors
             self._drop()
-            self._end = None
+            self._finish = None
 
-    def _record(self, work: Sequence[Work]) -> Recorded:
-        """Record a part that was filled up; nothing is added to a gradient by it."""
+    def _capture(self, work: Sequence[Work]) -> Graph:
+        """Capture a padded part; nothing is added to a gradient meanwhile."""
         with self._stack.counting_nothing():
-            graph, loss_K = record(
+            graph, loss_K = capture(
                 lambda: self._stack.differentiate(work),
                 self._device,
                 self._pool,
-                whole=self._tight,
+                whole=self._single,
             )
         self._pool = graph.pool()
-        return Recorded(loss_K, graph)
+        return Graph(loss_K, graph)
 
-    def _record_end(self) -> End:
-        """Record the end of a step, before any gradient is there; no carry-on moves by it."""
+    def _capture_finish(self) -> FinishGraph:
+        """Capture the end of a step, before any gradient is there; no carry-on moves meanwhile."""
         given_K = torch.zeros_like(self._stack.optimizer.gradient_KP[:, 0], dtype=torch.float32)
         with self._stack.optimizer.held():
-            # In memory of its own: that of parts would stay for it when they are let go of.
-            graph, (loss_K, norm_K) = record(
+            # It has a pool of its own, so that dropping the parts' graphs frees theirs.
+            graph, (loss_K, norm_K) = capture(
                 lambda: self._stack.finish(given_K), self._device, None
             )
-        return End(given_K, loss_K, norm_K, graph)
+        return FinishGraph(given_K, loss_K, norm_K, graph)
 
 
-def record(
-    part: Callable[[], Made], device: torch.device, pool: Any, *, whole: bool = False
-) -> tuple[Any, Made]:
-    """Return a CUDA graph of what ``part`` does, in the memory of ``pool``, and its result.
+def capture(
+    part: Callable[[], Result], device: torch.device, pool: Any, *, whole: bool = False
+) -> tuple[Any, Result]:
+    """Capture a function as a CUDA graph.
 
-    It is done a few times before: kernels are compiled then, libraries take their memory, and how
-    much the part wants is seen. ``whole``: the recording takes that much first, in one piece. Piece
-    by piece it would take half as much again, since nothing is given back before it ends; but
-    pieces are what several recordings of one pool can share.
+    The function is called a few times before, so that kernels are compiled, libraries take their
+    memory, and the memory that it needs is known.
+
+    Args:
+        part: the function.
+        device: the device that it computes on.
+        pool: memory pool of the graph; None for a new one.
+        whole: whether the graph takes its memory in one piece first. Piece by piece it would take
+            half as much again, since nothing is freed before the capture ends; but several graphs
+            of one pool can share pieces.
+
+    Returns:
+        The graph, and what the function returned.
     """
-    here, aside = torch.cuda.current_stream(device), _aside(device)
+    here, side = torch.cuda.current_stream(device), _capture_stream(device)
     if whole:
-        torch.cuda.empty_cache()  # what one before it left would count
-    aside.wait_stream(here)
+        torch.cuda.empty_cache()  # so that memory of an earlier graph is not counted
+    side.wait_stream(here)
     try:
-        with torch.cuda.stream(aside):
+        with torch.cuda.stream(side):
             for _ in range(WARM_UPS):
                 part()
-    finally:  # also where memory ran out: what was begun is still at the gradients
-        here.wait_stream(aside)
-    wanted = _idle_bytes(aside) if whole else 0
+    finally:  # also where memory ran out: kernels may still add to the gradients
+        here.wait_stream(side)
+    wanted = _idle_bytes(side) if whole else 0
     graph = torch.cuda.CUDAGraph()
     with warnings.catch_warnings():
-        # Of a part whose memory ran out before its first kernel, the error is enough.
+        # Where memory runs out before the first kernel, the error is enough.
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
         with (
             recording,
-            torch.cuda.graph(graph, pool=pool, stream=aside, capture_error_mode="thread_local"),
+            torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
         ):
             torch.empty(wanted, dtype=torch.uint8, device=device)
-            made = part()
-    return graph, made
+            result = part()
+    return graph, result
 
 
 def _idle_bytes(stream: torch.cuda.Stream) -> int:
-    """Return what torch's own allocator keeps for tensors of a stream, of which none is there."""
+    """Return the bytes that PyTorch's own allocator keeps for tensors of a stream that has none."""
     if torch.cuda.get_allocator_backend() != "native":
         return 0
     return sum(
@@ -242,10 +252,11 @@ def _idle_bytes(stream: torch.cuda.Stream) -> int:
 
 
 @cache
-def _aside(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream that a device's recordings are made on: libraries keep memory for each.
+def _capture_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream that graphs of a device are captured on.
 
-    They take it now, and not amid a part's memory, which would not be given back around it.
+    Libraries keep memory for each stream. They take it here, not amid a part's memory, which could
+    not be freed around it.
     """
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream), torch.enable_grad():

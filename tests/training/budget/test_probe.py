@@ -39,16 +39,16 @@ CONFIG = TrainConfig(
 
 @pytest.mark.parametrize("room", [True, False])
 def test_a_plan_captures_parts_where_there_is_room(world, recording, monkeypatch, room):
-    record, tried = GraphedStack._record, []
+    capture, tried = GraphedStack._capture, []
 
     def recorded(self, work):
         tried.append(1)
         if not room:
             raise torch.OutOfMemoryError
-        return record(self, work)
+        return capture(self, work)
 
-    monkeypatch.setattr(GraphedStack, "_record", recorded)
-    monkeypatch.setattr(cuda_graph, "record", lambda part, *given, **more: (Mock(), part()))
+    monkeypatch.setattr(GraphedStack, "_capture", recorded)
+    monkeypatch.setattr(cuda_graph, "capture", lambda part, *given, **more: (Mock(), part()))
     inputs = TrainingInputs(world.cache(), CPU, ALONE)
     plan = plan_memory(inputs, [CONFIG], "exact", 12_000_000)
     assert tried
@@ -58,7 +58,7 @@ def test_a_plan_captures_parts_where_there_is_room(world, recording, monkeypatch
 def test_carry_ons_with_batches_of_their_own_or_too_many_are_not_captured(
     world, recording, monkeypatch
 ):
-    monkeypatch.setattr(cuda_graph, "record", lambda part, *given, **more: (Mock(), part()))
+    monkeypatch.setattr(cuda_graph, "capture", lambda part, *given, **more: (Mock(), part()))
     for module in (cuda_graph, probe):
         monkeypatch.setattr(module, "MOST", 2)
     inputs = TrainingInputs(world.cache(), CPU, ALONE)
@@ -107,7 +107,7 @@ def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, l
             held = [self.optimizer.values_KP, self.optimizer.gradient_KP]
             states = self.optimizer._states
             held += [states._mean_KP, states._square_KP, self._inputs.head.weight_VH]
-            held += [*work[0].batch.tensors()] * 3
+            held += [*work[0].inputs.tensors()] * 3
             with peak_memory(CPU, held) as peak:
                 loss_K = differentiate(self, work)
             peaks[budget].append(peak[0])

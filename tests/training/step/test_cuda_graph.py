@@ -1,4 +1,4 @@
-"""Recorded steps against the same ones taken each for itself. CUDA's own recording: `test_gpu`."""
+"""Steps by CUDA graphs against the same steps of a stack; CUDA itself is tested in `test_gpu`."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from embedcache.training import inputs as inputs_module
 from embedcache.training import trainer
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
-from embedcache.training.step import cuda_graph as captured
-from embedcache.training.step import padding as filled
+from embedcache.training.step import cuda_graph, padding
 from embedcache.training.step.cuda_graph import GraphedStack
 from embedcache.training.step.settings import PLAIN, StepSettings
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 from embedcache.training.sweep import sweep
 
 CPU = torch.device("cpu")
@@ -30,7 +30,7 @@ CONFIG = TrainConfig(carryon=BranchConfig(width=32, blocks=1), batch_tokens=500,
 
 
 class Replayed:
-    """What a graph does, on a CPU: the same part into the same tensors."""
+    """Stands for a CUDA graph on a CPU: it computes the same part into the same tensors."""
 
     def __init__(self, part):
         part()
@@ -52,30 +52,30 @@ def tensors(made) -> tuple[torch.Tensor, ...]:
 
 @pytest.fixture
 def ends(monkeypatch) -> list[Replayed]:
-    """Ends of steps that are recorded, in the place of CUDA graphs."""
+    """Captured ends of steps."""
     return []
 
 
 @pytest.fixture
 def graphs(monkeypatch, ends) -> list[Replayed]:
-    """Parts that are recorded, in the place of CUDA graphs."""
+    """Captured parts."""
     made: list[Replayed] = []
 
-    def record(part, device, pool, **more):
+    def capture(part, device, pool, **more):
         graph = Replayed(part)
         (ends if isinstance(graph.made, tuple) else made).append(graph)
         return graph, graph.made
 
-    monkeypatch.setattr(captured, "record", record)
+    monkeypatch.setattr(cuda_graph, "capture", capture)
     return made
 
 
 @pytest.fixture
 def stacks(world: World, monkeypatch, graphs):
     """Two equal stacks of two, and batches in parts of one row."""
-    monkeypatch.setattr(packing, "STARTS", 8)
-    monkeypatch.setattr(captured, "OFTEN", 1)
-    monkeypatch.setattr(filled, "COLUMNS", 384)  # shortlists have 256
+    monkeypatch.setattr(packing, "CU_SEQLENS_MULTIPLE", 8)
+    monkeypatch.setattr(cuda_graph, "OFTEN", 1)
+    monkeypatch.setattr(padding, "COLUMNS", 384)  # shortlists have 256
     monkeypatch.setattr(inputs_module, "fast_dtype", lambda device: torch.float32)
 
     def make(loss: str):
@@ -91,25 +91,45 @@ def stacks(world: World, monkeypatch, graphs):
         loader = shared.train_loader(CONFIG, StepSettings(part_tokens=200, one_row=True))
         shortlist = shared.shortlist(CONFIG, PLAIN) if loss == "shortlist" else None
 
-        def draw(batch):
-            return (
-                [] if shortlist is None else shortlist.draw(batch.targets_N, shortlist.generator(1))
-            )
+        def prepare(batch):
+            if shortlist is None:
+                return StepInputs(batch)
+            return StepInputs(batch, shortlist.draw(batch.targets_N, shortlist.generator(1)))
 
-        batches = list(loader.epoch(0, draw=draw))
+        batches = list(map(prepare, loader.epoch(0)))
         return [Stack(models, configs, frozen) for _ in range(2)], batches
 
     return make, graphs
+
+
+def changed(inputs: StepInputs, **fields) -> StepInputs:
+    """Return the inputs with other values of the batch's fields."""
+    return replace(inputs, batch=replace(inputs.batch, **fields))
+
+
+def longer(inputs: StepInputs, more: int) -> StepInputs:
+    """Return the inputs with so many more empty sequences."""
+    cu_seqlens_M = inputs.batch.cu_seqlens_M
+    return changed(inputs, cu_seqlens_M=torch.cat([cu_seqlens_M, cu_seqlens_M[-1:].repeat(more)]))
+
+
+def first_targets(inputs: StepInputs, count: int) -> StepInputs:
+    batch = inputs.batch
+    return changed(inputs, predict_N=batch.predict_N[:count], targets_N=batch.targets_N[:count])
 
 
 def works(batches) -> list[list[Work]]:
     """Return the work of every part of one step or more."""
     return [
         [
-            Work(batch=batch, targets=batch.whole.targets, rate=1e-3 * (number + 1) * (k + 1))
+            Work(
+                inputs=inputs,
+                targets=inputs.batch.total.targets,
+                rate=1e-3 * (number + 1) * (k + 1),
+            )
             for k in range(2)
         ]
-        for number, batch in enumerate(batches)
+        for number, inputs in enumerate(batches)
     ]
 
 
@@ -124,120 +144,120 @@ def in_steps(batches) -> list[list[list[Work]]]:
     steps: list[list[list[Work]]] = [[]]
     for work in works(batches):
         steps[-1].append(work)
-        if work[0].batch.last:
+        if work[0].inputs.batch.last_part:
             steps.append([])
     return steps[:-1]
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
-def test_recorded_steps_are_those_computed_alone(stacks, ends, loss):
+def test_replayed_steps_are_those_computed_alone(stacks, ends, loss):
     make, graphs = stacks
-    (plain, recorded), batches = make(loss)
-    recorder = GraphedStack(recorded, CPU)
+    (plain, captured), batches = make(loss)
+    graphed = GraphedStack(captured, CPU)
     steps = in_steps(batches * 2)
     assert len(steps) < len(batches * 2)
     for parts in steps:
         expected = step(plain, plain, parts)
-        found = step(recorded, recorder, parts)
+        found = step(captured, graphed, parts)
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(
-        recorded.optimizer.values_KP, plain.optimizer.values_KP, rtol=1e-3, atol=1e-5
+        captured.optimizer.values_KP, plain.optimizer.values_KP, rtol=1e-3, atol=1e-5
     )
-    # Few shapes, each recorded once, in the middle of steps, too; all of it was replayed.
+    # Few shapes, each captured once, in the middle of steps as well; all parts were replayed.
     assert [end.replays for end in ends] == [len(steps)]
     assert sum(graph.replays for graph in graphs) == 2 * len(batches)
     assert (
         len(graphs)
-        == len({filled.shape_of(batch, whole=False) for batch in batches})
+        == len({padding.shape_of(batch, whole=False) for batch in batches})
         < len(batches)
     )
-    moments = [stack.optimizer.moments(0)["step"] for stack in (plain, recorded)]
+    moments = [stack.optimizer.moments(0)["step"] for stack in (plain, captured)]
     assert moments == [len(steps)] * 2
 
 
-def test_a_part_without_targets_is_recorded_as_others_are(stacks):
+def test_a_part_without_targets_is_captured_like_others(stacks):
     make, graphs = stacks
-    (plain, recorded), batches = make("exact")
-    nothing = batches[0].predict_N[:0]
-    empty = replace(batches[0], predict_N=nothing, targets_N=nothing)
+    (plain, captured), batches = make("exact")
+    nothing = batches[0].batch.predict_N[:0]
+    empty = changed(batches[0], predict_N=nothing, targets_N=nothing)
     found = []
-    for stack, taker in ((plain, plain), (recorded, GraphedStack(recorded, CPU))):
+    for stack, taker in ((plain, plain), (captured, GraphedStack(captured, CPU))):
         found.append(step(stack, taker, works([empty, batches[1]])))
     for value, other in zip(*found, strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
     assert sum(graph.replays for graph in graphs) == 2
 
 
-def test_a_batch_that_is_no_number_moves_nobody_that_sees_it(stacks):
+def test_a_loss_that_is_not_finite_moves_only_the_others(stacks):
     make, _ = stacks
-    (_, recorded), batches = make("exact")
-    recorder = GraphedStack(recorded, CPU)
+    (_, captured), batches = make("exact")
+    graphed = GraphedStack(captured, CPU)
     first, second = works(batches[:2])
-    step(recorded, recorder, [first])
-    before = recorded.optimizer.values_KP.clone()
-    recorded.model.branch.bias.data[1] = torch.nan
-    before[1] = recorded.optimizer.values_KP[1]
-    loss_K, _ = step(recorded, recorder, [second])
+    step(captured, graphed, [first])
+    before = captured.optimizer.values_KP.clone()
+    captured.model.branch.bias.data[1] = torch.nan
+    before[1] = captured.optimizer.values_KP[1]
+    loss_K, _ = step(captured, graphed, [second])
     assert loss_K.isfinite().tolist() == [True, False]
-    assert not torch.equal(recorded.optimizer.values_KP[0], before[0])
-    torch.testing.assert_close(recorded.optimizer.values_KP[1], before[1], equal_nan=True)
-    assert [int(recorded.optimizer.moments(k)["step"]) for k in range(2)] == [2, 1]
+    assert not torch.equal(captured.optimizer.values_KP[0], before[0])
+    torch.testing.assert_close(captured.optimizer.values_KP[1], before[1], equal_nan=True)
+    assert [int(captured.optimizer.moments(k)["step"]) for k in range(2)] == [2, 1]
 
 
-def test_what_cannot_be_recorded_is_left_to_the_stack(stacks, monkeypatch):
+def test_the_stack_computes_what_cannot_be_captured(stacks, monkeypatch):
     make, graphs = stacks
-    (plain, recorded), batches = make("exact")
-    recorder = GraphedStack(recorded, CPU)
+    (plain, captured), batches = make("exact")
+    graphed = GraphedStack(captured, CPU)
     work = works(batches[:1])[0]
-    rows = replace(batches[0], cu_seqlens_M=None)
-    apart = [work[0], replace(work[1], batch=replace(batches[0]))]
+    rows = changed(batches[0], cu_seqlens_M=None)
+    apart = [work[0], replace(work[1], inputs=replace(batches[0]))]
 
     def check(work):
-        found = step(recorded, recorder, [work])
+        found = step(captured, graphed, [work])
         for value, other in zip(found, step(plain, plain, [work]), strict=True):
             torch.testing.assert_close(value, other)
 
     for one in (works([rows])[0], apart):
         check(one)
-    monkeypatch.setattr(captured, "SHAPES", 0)
+    monkeypatch.setattr(cuda_graph, "SHAPES", 0)
     check(work)
     assert not graphs
 
 
-@pytest.mark.parametrize("room", [1, 3])  # the end is recorded first, then two shapes of parts
-def test_without_room_for_a_recording_steps_are_taken_without(stacks, monkeypatch, room):
+@pytest.mark.parametrize("room", [1, 3])  # the end is captured first, then two shapes of parts
+def test_without_room_for_a_graph_the_stack_takes_the_steps(stacks, monkeypatch, room):
     make, graphs = stacks
-    (plain, recorded), batches = make("exact")
-    record, tried = captured.record, []
+    (plain, captured), batches = make("exact")
+    capture, tried = cuda_graph.capture, []
 
     def short(part, device, pool, **more):
         tried.append(1)
         if len(tried) == room:
             part()
             raise torch.OutOfMemoryError
-        return record(part, device, pool, **more)
+        return capture(part, device, pool, **more)
 
-    monkeypatch.setattr(captured, "record", short)
-    recorder = GraphedStack(recorded, CPU)
+    monkeypatch.setattr(cuda_graph, "capture", short)
+    graphed = GraphedStack(captured, CPU)
     parts = works(batches)
-    found = step(recorded, recorder, parts)
+    found = step(captured, graphed, parts)
     for value, other in zip(found, step(plain, plain, parts), strict=True):
         torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
     assert len(tried) == room and len(graphs) == room // 2
-    assert not recorder.room and not recorder._recorded and recorder._end is None
+    assert not graphed.room and not graphed._graphs and graphed._finish is None
 
 
-def test_a_head_that_streams_is_not_recorded(stacks):
+def test_a_streamed_head_is_not_captured(stacks):
     make, graphs = stacks
-    (_, recorded), batches = make("exact")
-    recorded.streams = lambda batch: True
-    step(recorded, GraphedStack(recorded, CPU), works(batches[:1]))
+    (_, captured), batches = make("exact")
+    captured.streams = lambda batch: True
+    step(captured, GraphedStack(captured, CPU), works(batches[:1]))
     assert not graphs
 
 
 @pytest.mark.parametrize("loss", ["exact", "shortlist"])
-def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs, ends, loss):
+def test_training_by_graphs_learns_the_same(world, tmp_path, monkeypatch, graphs, ends, loss):
     found = []
     for capture in (False, True):
         settings = StepSettings(part_tokens=200, one_row=True, capture=capture)
@@ -255,14 +275,16 @@ def test_training_by_recordings_is_training(world, tmp_path, monkeypatch, graphs
             found[-1] += [row["train_loss"] for row in rows if "train_loss" in row]
     assert found[1] == pytest.approx(found[0], rel=1e-4)
     assert all(graph.replays for graph in graphs)
-    # In parts, within a budget: none is there while dev is scored.
+    # Within a budget no graph is kept while dev is scored.
     assert [end.replays > 0 for end in ends] == [True] * CONFIG.epochs + [False]
 
 
-def test_many_carryons_are_not_recorded(world, tmp_path, monkeypatch, graphs):
+def test_many_carry_ons_are_not_captured(world, tmp_path, monkeypatch, graphs):
     settings = StepSettings(one_row=True, capture=True)
     monkeypatch.setattr(trainer, "plain_settings", lambda *given: settings)
-    for many in (captured.MOST + 1, captured.MOST):
+    monkeypatch.setattr(cuda_graph, "OFTEN", 1)
+    monkeypatch.setattr(cuda_graph, "MOST", 2)
+    for many in (3, 2):
         assert not graphs
         config = replace(CONFIG, loss="exact", epochs=1, order_seed=0)
         runs = {tmp_path / f"{many}.{seed}": replace(config, seed=seed) for seed in range(many)}
@@ -270,160 +292,118 @@ def test_many_carryons_are_not_recorded(world, tmp_path, monkeypatch, graphs):
     assert graphs
 
 
-def test_an_end_that_needs_others_is_not_recorded(stacks, ends):
+def test_a_step_s_end_that_needs_other_processes_is_not_captured(stacks, ends):
     make, _ = stacks
-    (_, recorded), _ = make("exact")
-    recorded._ranks = Ranks(count=2)
-    GraphedStack(recorded, CPU)
+    (_, captured), _ = make("exact")
+    captured._ranks = Ranks(count=2)
+    GraphedStack(captured, CPU)
     assert not ends
 
 
-def test_the_end_is_recorded_before_any_gradient(stacks):
-    """What clips and counts does so once for each step, the first one, too."""
+def test_capturing_the_end_of_a_step_moves_nothing(stacks):
+    """Each step is clipped and counted once, the first one as well."""
     make, _ = stacks
-    (plain, recorded), batches = make("exact")
-    for stack in (plain, recorded):
+    (plain, captured), batches = make("exact")
+    for stack in (plain, captured):
         stack.optimizer._clip_K.fill_(1e-2)
-    recorder = GraphedStack(recorded, CPU)
+    graphed = GraphedStack(captured, CPU)
     parts = works(batches[:1])
-    found, expected = step(recorded, recorder, parts), step(plain, plain, parts)
+    found, expected = step(captured, graphed, parts), step(plain, plain, parts)
     assert expected[1].min() > 1e-2
     for value, other in zip(found, expected, strict=True):
         torch.testing.assert_close(value, other)
 
 
-def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends, monkeypatch):
-    """A larger part's takes the place of the one before; smaller parts are filled up to it."""
-    monkeypatch.setattr(filled, "STARTS", 8)
+def test_within_a_budget_one_graph_grows_to_take_all_parts(stacks, ends, monkeypatch):
+    """A larger part's graph replaces the one before; smaller parts are padded to it."""
+    monkeypatch.setattr(padding, "BOUNDARIES", 8)
     make, graphs = stacks
-    (plain, recorded), batches = make("shortlist")
-    for stack in (plain, recorded):
+    (plain, captured), batches = make("shortlist")
+    for stack in (plain, captured):
         stack.settings = replace(PLAIN, part_tokens=200)
-    recorder = GraphedStack(recorded, CPU)
-    widest = max(batches, key=lambda batch: len(batch.drawn[0].weight_CH))
-    few = widest.drawn[0]
+    graphed = GraphedStack(captured, CPU)
+    widest = max(batches, key=lambda inputs: len(inputs.shortlists[0].weight_CH))
+    few = widest.shortlists[0]
     many = few._replace(
         weight_CH=torch.cat([few.weight_CH] * 3),
         log_weight_C=torch.cat([few.log_weight_C, few.log_weight_C - 9, few.log_weight_C - 8]),
     )
-    wide = replace(
-        widest,
-        drawn=[many],
-        cu_seqlens_M=torch.cat([widest.cu_seqlens_M] + [widest.cu_seqlens_M[-1:]] * 8),
-    )
+    wide = replace(longer(widest, 8), shortlists=[many])
     some = batches[0]  # of more sequences, and of fewer columns, than the widest
-    longer = replace(
-        some, cu_seqlens_M=torch.cat([some.cu_seqlens_M] + [some.cu_seqlens_M[-1:]] * 24)
-    )
-    for one in (some, wide, longer, wide, *batches):
+    longest = longer(some, 24)
+    for one in (some, wide, longest, wide, *batches):
         expected = step(plain, plain, works([one]))
-        found = step(recorded, recorder, works([one]))
+        found = step(captured, graphed, works([one]))
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
-        assert len(recorder._recorded) == 1
+        assert len(graphed._graphs) == 1
     assert len(graphs) == 3 and len(ends) == 1
-    (shape,) = recorder._recorded
+    (shape,) = graphed._graphs
     assert shape.columns == 384 * -(-3 * len(few.weight_CH) // 384)
-    assert shape.positions >= 200 and shape.starts == len(longer.cu_seqlens_M)
+    assert shape.positions >= 200 and shape.boundaries == len(longest.batch.cu_seqlens_M)
 
 
-def test_within_a_budget_few_more_sequences_need_no_other_recording(stacks):
+def test_within_a_budget_a_few_more_sequences_need_no_other_graph(stacks):
     make, graphs = stacks
-    (plain, recorded), batches = make("exact")
-    for stack in (plain, recorded):
+    (plain, captured), batches = make("exact")
+    for stack in (plain, captured):
         stack.settings = replace(PLAIN, part_tokens=200)
-    recorder = GraphedStack(recorded, CPU)
-    few = replace(batches[0], cu_seqlens_M=batches[0].cu_seqlens_M[-8:].clone())
-    few.cu_seqlens_M[0] = 0
-    more = replace(few, cu_seqlens_M=torch.cat([few.cu_seqlens_M, few.cu_seqlens_M[-1:].repeat(8)]))
+    graphed = GraphedStack(captured, CPU)
+    few = changed(batches[0], cu_seqlens_M=batches[0].batch.cu_seqlens_M[-8:].clone())
+    few.batch.cu_seqlens_M[0] = 0
+    more = longer(few, 8)
     for one in (few, more, few):
-        found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
+        found, expected = step(captured, graphed, works([one])), step(plain, plain, works([one]))
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
-    assert [shape.starts for shape in recorder._recorded] == [16] and len(graphs) == 1
+    assert [shape.boundaries for shape in graphed._graphs] == [16] and len(graphs) == 1
 
 
-def test_a_batch_is_let_go_of_before_its_recording_is_replayed(stacks):
-    """Within a budget, the memory of what was copied is that of the next part."""
+def test_a_batch_is_freed_before_its_graph_is_replayed(stacks):
+    """The memory of a batch that was copied serves the next part."""
     make, graphs = stacks
-    (_, recorded), batches = make("shortlist")
-    recorder = GraphedStack(recorded, CPU)
-    for _ in range(2):  # the first is recorded, the second only copied
-        batch = replace(batches[0], x_BTH={k: v.clone() for k, v in batches[0].x_BTH.items()})
-        kept = weakref.ref(batch.x_BTH["final"])
+    (_, captured), batches = make("shortlist")
+    graphed = GraphedStack(captured, CPU)
+    for _ in range(2):  # the first is captured, the second only copied
+        x_BTH = {tap: x.clone() for tap, x in batches[0].batch.x_BTH.items()}
+        batch = changed(batches[0], x_BTH=x_BTH)
+        kept = weakref.ref(x_BTH["final"])
         (work,) = works([batch])
-        recorded.begin(work)
-        differentiate = recorder.prepared(work)
-        del batch, work
+        captured.begin(work)
+        differentiate = graphed.prepared(work)
+        del batch, work, x_BTH
         gc.collect()
         assert kept() is None
         differentiate()
     assert [graph.replays for graph in graphs] == [2]
 
 
-def test_a_shape_that_is_rare_is_taken_by_a_larger_one_s_recording(stacks, monkeypatch):
+def test_a_shape_is_captured_once_it_came_often_and_only_so_many_are(stacks, monkeypatch):
     make, graphs = stacks
-    monkeypatch.setattr(captured, "OFTEN", 4)
-    (plain, recorded), batches = make("shortlist")
-    recorder = GraphedStack(recorded, CPU)
-    whole = batches[0]
-    few = replace(
-        whole,
-        predict_N=whole.predict_N[:20],
-        targets_N=whole.targets_N[:20],
-        drawn=[whole.drawn[0]._replace(index_N=whole.drawn[0].index_N[:20])],
-    )
-    fewer, more = (filled.shape_of(one, whole=False) for one in (few, whole))
-    assert more.takes(fewer) and fewer.size() < more.size()
-    between = fewer._replace(starts=fewer.starts + 8)
-    for recordings in ((more, between), (between, more)):
-        recorder._recorded = dict.fromkeys(recordings)
-        assert recorder._shape(few) == between  # the smallest that takes it
-    recorder = GraphedStack(recorded, CPU)
-    made = []
-    for one in (whole, few, few, few, few, few, whole):
-        found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
+    monkeypatch.setattr(cuda_graph, "OFTEN", 3)
+    monkeypatch.setattr(cuda_graph, "SHAPES", 2)
+    (plain, captured), batches = make("exact")
+    graphed = GraphedStack(captured, CPU)
+    few, made = first_targets(batches[0], 20), []
+    for one in (few, batches[0], few, few, few, *[batches[0]] * 2, *[longer(few, 16)] * 4):
+        found, expected = step(captured, graphed, works([one])), step(plain, plain, works([one]))
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
         made.append(len(graphs))
-    assert made == [1, 1, 1, 1, 2, 2, 2]
-    assert [graph.replays for graph in graphs] == [5, 2]
+    assert made == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
+    assert [graph.replays for graph in graphs] == [2, 1]
 
 
-def test_a_shape_that_nothing_takes_is_recorded_at_once(stacks, monkeypatch):
-    make, graphs = stacks
-    monkeypatch.setattr(captured, "OFTEN", 4)
-    (_, recorded), batches = make("exact")
-    recorder = GraphedStack(recorded, CPU)
-    few = replace(
-        batches[0], predict_N=batches[0].predict_N[:20], targets_N=batches[0].targets_N[:20]
-    )
-
-    def longer(batch, more):
-        return replace(
-            batch,
-            cu_seqlens_M=torch.cat([batch.cu_seqlens_M, batch.cu_seqlens_M[-1:].repeat(more)]),
-        )
-
-    for one in (few, longer(batches[0], 16)):
-        step(recorded, recorder, works([one]))
-    assert len(graphs) == 2
-    monkeypatch.setattr(captured, "SHAPES", 2)
-    for _ in range(6):  # one shape too many: the larger one's recording takes it for good
-        step(recorded, recorder, works([longer(few, 8)]))
-    assert [graph.replays for graph in graphs] == [1, 7]
-
-
-def test_one_feed_s_end_does_not_have_all_deltas_made_at_once(stacks, monkeypatch):
+def test_a_stream_s_end_does_not_make_all_deltas_at_once(stacks, monkeypatch):
     """A batch without tokens has no shortlist; that of the one beside it has."""
     make, _ = stacks
     (plain, _), batches = make("shortlist")
     plain.settings = replace(PLAIN, emitted=32)
-    plain.streams = lambda batch: not batch.drawn
+    plain.streams = lambda inputs: not inputs.shortlists
     losses, rows = plain._losses, []
     plain._losses = lambda groups, h_KnR, some: (
         rows.append(h_KnR.shape[1]) or losses(groups, h_KnR, some)
     )
     seen = [batches[0].without_tokens(), batches[0]]
-    plain.differentiate([Work(batch=batch, targets=9, rate=0.0) for batch in seen])
+    plain.differentiate([Work(inputs=inputs, targets=9, rate=0.0) for inputs in seen])
     assert len(rows) > 1 and max(rows) == 32
