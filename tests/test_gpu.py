@@ -139,17 +139,17 @@ def test_the_next_epoch_waits_on_the_device_unless_memory_is_short(world, part_t
 
 SETTINGS = {
     "one row": StepSettings(one_row=True),
-    "CUDA graphs": StepSettings(one_row=True, capture=True),
-    "parts": StepSettings(part_tokens=128, one_row=True, capture=True),
+    "CUDA graphs": StepSettings(one_row=True, cuda_graph=True),
+    "parts": StepSettings(part_tokens=128, one_row=True, cuda_graph=True),
     "lean": StepSettings(
         part_tokens=128,
         offload=True,
         host_head=True,
         recompute=True,
-        emitted=128,
+        delta_positions=128,
         ahead=1,
         one_row=True,
-        capture=True,
+        cuda_graph=True,
     ),
 }
 
@@ -182,7 +182,7 @@ def test_a_gpu_without_room_for_graphs_trains_without(tmp_path, world, monkeypat
     config = TrainConfig(
         carryon=BranchConfig(width=32), epochs=2, loss=loss, samples=100, batch_tokens=512
     )
-    settings = StepSettings(one_row=True, capture=True)
+    settings = StepSettings(one_row=True, cuda_graph=True)
     monkeypatch.setattr(trainer, "plain_settings", lambda *given: settings)
     expected = train(world.cache_path, out=tmp_path / "plain", config=config, device="cuda")
     differentiate, recorded = Stack.differentiate, []

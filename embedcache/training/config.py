@@ -1,4 +1,4 @@
-"""How a carry-on is trained, and the file that may say so."""
+"""The configuration of a training run, and the files that hold one."""
 
 from __future__ import annotations
 
@@ -31,24 +31,26 @@ class TrainConfig(Config):
     """The settings of one training run.
 
     Attributes:
-        carryon: the shape of what is trained.
+        carryon: the configuration of the carry-on, whose kind it gives.
         epochs: passes over the train split.
         lr: peak learning rate of AdamW.
-        warmup: share of all tokens over which the rate rises linearly; then a cosine falls to 0.
-        batch_tokens: tokens of a step; None takes a 64th of the train split, 2,048 to 16,384.
-        weight_decay: AdamW's, on matrices only.
-        beta2: AdamW's second moment decay; the first is 0.9.
-        clip: largest global norm of the gradient.
-        loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``: a shortlist where the
-            vocabulary is much longer.
-        samples: tokens that a shortlist draws besides its labels, about; None means 2,048, or 256
-            where the cache stores top ids.
-        patience: epochs without a better dev loss before training stops.
-        seed: of initial weights, order and draws.
-        order_seed: of order and draws alone, where they should not follow ``seed``: carry-ons that
-            see the same batches are trained together from one reading.
-        documents: patterns of names, as in a shell (``*``, ``?``, ``[…]``), of the documents that
-            are trained and scored on; empty means all.
+        warmup: share of all tokens over which the learning rate rises linearly; after that it falls
+            to 0 along a cosine.
+        batch_tokens: tokens of a step. None means a 64th of the train split, but at least 2,048 and
+            at most 16,384.
+        weight_decay: weight decay of AdamW, on matrices only.
+        beta2: decay of AdamW's second moment; that of the first moment is 0.9.
+        clip: largest norm of the gradient.
+        loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``, which means a shortlist
+            where the vocabulary is much longer than one.
+        samples: tokens that a shortlist draws beside its labels, approximately. None means 2,048,
+            or 256 where the cache stores top ids.
+        patience: epochs without a better dev loss after which training stops.
+        seed: seed of the initial weights, of the order of documents and of draws.
+        order_seed: seed of order and draws, if it should not be ``seed``. Carry-ons of one sweep
+            with the same order share each batch.
+        documents: patterns of the names of the documents that are trained and scored on, as in a
+            shell (``*``, ``?``, ``[…]``). Empty means all.
     """
 
     carryon: InstanceOf[CarryOnConfig] = field(default_factory=BranchConfig)
@@ -72,7 +74,7 @@ class TrainConfig(Config):
 
     @property
     def order(self) -> int:
-        """The seed of order and draws."""
+        """Seed of order and draws."""
         return self.seed if self.order_seed is None else self.order_seed
 
     @classmethod
@@ -87,7 +89,7 @@ class TrainConfig(Config):
         return super(TrainConfig, cls).from_dict(values)
 
     def steps_tokens(self, train_tokens: int) -> int:
-        """Return the tokens of a step for a train split of that size.
+        """Return the tokens of a step, for a train split of so many tokens.
 
         >>> TrainConfig().steps_tokens(100_000), TrainConfig(batch_tokens=512).steps_tokens(10)
         (2048, 512)
@@ -129,9 +131,9 @@ def config_from(config: TrainConfig | None, settings: Mapping[str, Any]) -> Trai
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Read a TOML or YAML file of settings: keys of `TrainConfig`, and a table ``carryon``.
+    """Read a TOML or YAML file of settings: fields of `TrainConfig`, and a table ``carryon``.
 
-    Raises ``UsageError`` for a missing or malformed file.
+    Raises ``UsageError`` for a file that is missing or malformed.
     """
     if not path.is_file():
         raise UsageError(f"no such configuration file: {path}")

@@ -1,4 +1,4 @@
-"""The processes of one training run, as ``torchrun`` starts them."""
+"""The processes of a training run that ``torchrun`` started."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """``count`` processes, of which this is number ``rank``; the first one writes files."""
+    """Number ``rank`` of ``count`` processes. The first one, rank 0, writes files."""
 
     rank: int = 0
     count: int = 1
 
     @property
     def leads(self) -> bool:
-        """Whether this process writes what all have in common."""
+        """Whether this process writes the files of the run."""
         return self.rank == 0
 
     def sum(self, values: torch.Tensor) -> torch.Tensor:
@@ -37,9 +37,9 @@ class Ranks:
         return values
 
     def agree(self, counts: list[Counts], due: bool) -> tuple[list[Counts], bool]:
-        """Return the sums of such counts over all processes, and whether any says that it is due.
+        """Return the sums of counts over all processes, and whether ``due`` is true in any of them.
 
-        It is between hosts: no device waits for it, nor is waited for.
+        The hosts exchange them, so that no device has to wait.
         """
         if self.count == 1:
             return counts, due
@@ -47,7 +47,7 @@ class Ranks:
         return [Counts(*pair) for pair in zip(sums[::2], sums[1::2], strict=True)], bool(any_due)
 
     def wait(self) -> None:
-        """Go on when all processes are here."""
+        """Wait for all processes."""
         self.sum(torch.zeros(1))
 
     def gather(self, value: Value) -> list[Value]:
@@ -63,12 +63,12 @@ ALONE = Ranks()
 
 
 def is_leader() -> bool:
-    """Whether this process is the first that ``torchrun`` started, or was started without it."""
+    """Say whether this process has rank 0, or was started without ``torchrun``."""
     return os.environ.get("RANK", "0") == "0"
 
 
 def local_device(device: torch.device) -> torch.device:
-    """Return the device by number; this process's own CUDA device where several share a machine."""
+    """Return the device with its number: under ``torchrun``, the CUDA device of this process."""
     if device.type != "cuda" or device.index is not None:
         return device
     local = os.environ.get("LOCAL_RANK")
@@ -77,10 +77,10 @@ def local_device(device: torch.device) -> torch.device:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks]:
-    """Join the processes that ``torchrun`` started: devices by NCCL on CUDA, and hosts by gloo.
+    """Join the processes that ``torchrun`` started, by NCCL for CUDA devices and gloo for hosts.
 
-    Once in a process's life: further runs find each other where the first one did. They part when
-    they end, together; a process that fails leaves at once, since the others may wait for it.
+    The process group is made once in the life of a process, and destroyed when the process exits.
+    After a failure it is not, since the others may wait for this process.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE

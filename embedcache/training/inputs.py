@@ -1,4 +1,4 @@
-"""What all that is trained on one cache shares: its splits, and what is used of the base."""
+"""The inputs that all runs on one cache share: its splits, and the frozen parts of its base."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from embedcache.training.step.settings import StepSettings
 Patterns = tuple[str, ...]
 
 PROPOSAL_POSITIONS = 4096
-"""Positions whose probabilities say what a shortlist's tail is drawn from."""
+"""Positions whose probabilities make the distribution that shortlists draw from."""
 HOST_PROPOSAL_POSITIONS = 1024
-"""As many where a CPU computes them for a GPU, within a memory budget."""
+"""The same where a CPU computes the probabilities for a GPU, within a memory budget."""
 
 
 class TrainingInputs:
-    """Reads each thing of a cache once, when it is first asked for."""
+    """Reads each part of a cache once, when it is first needed."""
 
     def __init__(self, cache: Cache, device: torch.device, ranks: Ranks):
         self.cache, self.device, self.ranks = cache, device, ranks
@@ -42,7 +42,7 @@ class TrainingInputs:
         self._documents: dict[str, Documents] = {}
         self._subsets: dict[tuple[str, Patterns], Subset] = {}
         self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
-        self._spreads: dict[tuple[str, ...], dict[str, InputStats]] = {}
+        self._input_stats: dict[tuple[str, ...], dict[str, InputStats]] = {}
         self._frozen: dict[tuple[frozenset[str], torch.dtype, bool], FrozenInputs] = {}
         self._proposal_V: torch.Tensor | None = None
 
@@ -72,12 +72,12 @@ class TrainingInputs:
         return self._splits[split].manifest.tokens if subset is None else subset.tokens
 
     def batch_tokens(self, config: TrainConfig) -> int:
-        """Return the tokens of a step that this process gives."""
+        """Return the tokens of a step that this process computes."""
         step = config.steps_tokens(self.tokens("train", config.documents))
         return -(-step // self.ranks.count)
 
     def order(self, config: TrainConfig) -> tuple[object, ...]:
-        """Return what tells orders of batches apart."""
+        """Return what the order of batches depends on."""
         return config.documents, config.order, self.batch_tokens(config)
 
     def sample(self, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -87,21 +87,21 @@ class TrainingInputs:
         return self._samples[taps]
 
     def input_stats(self, taps: tuple[str, ...]) -> dict[str, InputStats]:
-        """Return how each tap's components are spread, by a sample."""
-        if taps not in self._spreads:
+        """Return the mean and deviation of each tap's components, by a sample."""
+        if taps not in self._input_stats:
             sample = self.sample(taps)
-            self._spreads[taps] = {tap: InputStats.of(sample[tap]) for tap in taps}
-        return self._spreads[taps]
+            self._input_stats[taps] = {tap: InputStats.of(sample[tap]) for tap in taps}
+        return self._input_stats[taps]
 
     def frozen(
         self, carryon: CarryOnConfig, settings: StepSettings, *, training: bool = False
     ) -> FrozenInputs:
-        """Return what is used of the base: for exact figures, or for ``training``."""
+        """Return the frozen parts of the base in the dtype of exact figures, or of ``training``."""
         dtype = fast_dtype(self.device) if training else resolve_dtype("auto", self.device)
         key = (carryon.base_arrays, dtype, settings.host_head)
         if key not in self._frozen:
             arrays, dtype, host_head = key
-            # What lies in the other place is of a settings that did not do, or of other carry-ons.
+            # Parts in the other place are of settings that did not hold, or of other carry-ons.
             self._frozen = {
                 k: v for k, v in self._frozen.items() if (k[0], k[2]) == (arrays, host_head)
             }
@@ -111,13 +111,13 @@ class TrainingInputs:
         return self._frozen[key]
 
     def shortlist(self, config: TrainConfig, settings: StepSettings) -> ShortlistSampler:
-        """Return what draws the shortlists that a carry-on is trained with."""
+        """Return the sampler of the shortlists that a carry-on is trained with."""
         if self._proposal_V is None:
             frozen = self.frozen(config.carryon, settings)
             x_NH, home = self.sample(config.carryon.taps)["final"], frozen.head.weight_VH.device
             head, most = frozen.head, PROPOSAL_POSITIONS
             if settings.logit_bytes is not None and self.device.type == "cuda":
-                # Probabilities of the whole vocabulary are much; those few, a CPU computes.
+                # Probabilities of the whole vocabulary take much memory; a CPU computes a few.
                 home, most = torch.device("cpu"), HOST_PROPOSAL_POSITIONS
                 head = Head.from_parts(
                     head.weight_VH.cpu(),
@@ -133,7 +133,7 @@ class TrainingInputs:
         return ShortlistSampler(head, proposal_V, samples=self.draws(config), seed=config.order)
 
     def draws(self, config: TrainConfig) -> int:
-        """Return how many tokens a carry-on's shortlists draw, about."""
+        """Return how many tokens a shortlist draws, approximately."""
         return config.samples or (DRAWS_BESIDE_TOP_IDS if self.train.top_ids else DRAWS)
 
     def train_loader(

@@ -1,4 +1,4 @@
-"""The loop of training: step by step, epoch by epoch."""
+"""The training loop: steps, epochs and checkpoints."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from embedcache.training.step.step_inputs import StepInputs
 from embedcache.training.step.timestamps import Timestamp
 
 
-class Arriving:
-    """Losses and norms of a step, each [K], on their way to the host."""
+class PendingValues:
+    """Losses and gradient norms of a step, [K] each, that are being copied to the host."""
 
     def __init__(self, loss_K: Tensor, norm_K: Tensor):
-        # Into pinned memory, where they come from a GPU.
+        # From a GPU they are copied to pinned memory.
         self._values_2K = torch.stack([loss_K, norm_K]).to("cpu", non_blocking=True)
         self._there = torch.cuda.Event() if loss_K.is_cuda else None
         if self._there is not None:
             self._there.record(torch.cuda.current_stream(loss_K.device))
 
     def lists(self) -> list[list[float]]:
-        """Return both, once they are there."""
+        """Wait for the copy, and return losses and norms."""
         if self._there is not None:
             self._there.synchronize()
         values: list[list[float]] = self._values_2K.tolist()
@@ -44,22 +44,22 @@ class Arriving:
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
-    """A step that was begun: whose, how much each saw, what came of it, and waits for batches."""
+class PendingStep:
+    """A step whose values are not read yet: its runs, tokens and targets, values, and waits."""
 
     runs: list[Run]
     counts: list[Counts]
-    values: Arriving
+    values: PendingValues
     waits: list[tuple[Timestamp, Timestamp]]
 
 
 class Loop:
-    """Steps a stack until each of its carry-ons is finished or has failed.
+    """Trains a stack until each of its runs is finished or has failed.
 
-    The stack's rows are the streams' runs, in order. What a step comes to is read while the device
-    is at the next one, so that it never waits for the host. A stream is closed with its last run,
-    and else by whoever made it. ``score`` returns the dev losses of the runs of a stream, stacked;
-    ``finish`` publishes a run.
+    The rows of the stack are the runs of the streams, in order. The values of a step are read while
+    the device computes the next one, so that the device never waits for the host. A stream is
+    closed after its last run. ``score`` returns the dev losses of a stream's runs; ``finish``
+    publishes a run.
     """
 
     def __init__(
@@ -74,35 +74,36 @@ class Loop:
         finish: Callable[[Run], None],
     ):
         self._streams, self._bar = streams, bar
-        self._taken: Taken | None = None
-        self._whole = True
-        """Whether the weights are those of the last step that was noted or is to be read."""
+        self._pending: PendingStep | None = None
+        self._settled = True
+        """Whether no step of the optimiser is under way, so that the weights can be saved."""
         self._ranks, self._device = ranks, device
         self._score, self._finish = score, finish
         self._on(stack)
 
     def _on(self, stack: Stack) -> None:
-        """Go on with a stack."""
+        """Continue with a stack."""
         self._stack = stack
-        recorded = capturable(stack.settings, len(self._rows()))
-        self._taker = GraphedStack(stack, self._device) if recorded else stack
+        graphed = capturable(stack.settings, len(self._rows()))
+        self._stepper = GraphedStack(stack, self._device) if graphed else stack
 
     def train(self) -> None:
-        """Step until no run is left.
+        """Train until no run is left.
 
-        Raises ``torch.OutOfMemoryError`` when memory runs out, after every run was saved at its
-        last whole step. If the optimiser was stepping, the checkpoint before stands instead.
+        When memory runs out, every run is saved at its last complete step before
+        ``torch.OutOfMemoryError`` is raised; unless the optimiser was stepping, when the weights
+        may be those of half a step and the last checkpoint stays.
         """
         try:
             self._train()
         except torch.OutOfMemoryError:
-            if self._whole:
+            if self._settled:
                 self._read()
                 self._save(lambda run: run.summary is None)
             raise
 
     def _train(self) -> None:
-        self._let_go()
+        self._remove_ended()
         self._clock = time.perf_counter()
         self._waits: list[tuple[Timestamp, Timestamp]] = []
         while self._streams:
@@ -116,11 +117,11 @@ class Loop:
                 self._clock += time.perf_counter() - began
             else:
                 self._step()
-            self._let_go()
+            self._remove_ended()
 
     @contextmanager
     def _waiting(self) -> Iterator[None]:
-        """Timestamp a wait for batches: what of it the device is without work, counts."""
+        """Measure a wait for batches: the time in which the device has no work."""
         began = Timestamp(self._device)
         yield
         self._waits.append((began, Timestamp(self._device)))
@@ -129,7 +130,7 @@ class Loop:
         return list(enumerate(run for stream in self._streams for run in stream.runs))
 
     def _step(self) -> None:
-        """Begin a step, and take note of the one before while the device works on it."""
+        """Launch a step, and record the one before while the device computes."""
         here = [inputs.batch.total for inputs in self._due()]
         due = any(run.save_due for _, run in self._rows())
         everywhere, due = self._ranks.agree(here, due)
@@ -138,10 +139,12 @@ class Loop:
             one for one, stream in zip(everywhere, self._streams, strict=True) for _ in stream.runs
         ]
         waits, self._waits = self._waits, []
-        taken = Taken([run for _, run in self._rows()], counts, Arriving(*values), waits)
+        pending = PendingStep(
+            [run for _, run in self._rows()], counts, PendingValues(*values), waits
+        )
         self._read()
-        self._taken, self._whole = taken, True
-        if due:  # in all processes, which see one that fails at the same step
+        self._pending, self._settled = pending, True
+        if due:  # in all processes, so that all see a failure at the same step
             self._read()
             self._save(lambda run: run.save_due)
             self._clock = time.perf_counter()
@@ -154,15 +157,15 @@ class Loop:
                     run.save(self._stack, index)
 
     def _read(self) -> None:
-        """Take note of the step that was begun last, if that was not done."""
-        taken, self._taken = self._taken, None
-        if taken is None:
+        """Record the step that was launched last, unless that was done."""
+        pending, self._pending = self._pending, None
+        if pending is None:
             return
-        losses, norms = taken.values.lists()
+        losses, norms = pending.values.lists()
         now = time.perf_counter()
         seconds, self._clock = now - self._clock, now
-        waited = sum(began.until(ended) for began, ended in taken.waits)
-        rows = zip(taken.runs, taken.counts, losses, norms, strict=True)
+        waited = sum(began.until(ended) for began, ended in pending.waits)
+        rows = zip(pending.runs, pending.counts, losses, norms, strict=True)
         for index, (run, one, loss, norm) in enumerate(rows):
             if run.failure is not None:
                 continue
@@ -170,7 +173,7 @@ class Loop:
                 try:
                     run.require_finite(loss, norm)
                 except EmbedcacheError:
-                    run.save(self._stack, index)  # it stayed as it was before that step
+                    run.save(self._stack, index)  # the step was skipped
                     raise
                 run.count(
                     loss=loss,
@@ -185,7 +188,7 @@ class Loop:
             self._bar.advance(one.tokens, f"loss {run.train_loss:.4f}")
 
     def _take(self, everywhere: Sequence[Counts]) -> tuple[Tensor, Tensor]:
-        """Take a step, part by part; return losses and norms."""
+        """Take a step, part by part; return losses and gradient norms."""
         self._stack.begin(self._work(everywhere))
         loss_K = self._take_part(everywhere).clone()
         while not all(stream.ended for stream in self._streams):
@@ -193,23 +196,23 @@ class Loop:
                 for stream in self._streams:
                     stream.next_part()
             loss_K += self._take_part(everywhere)
-        self._whole = False
-        return self._taker.finish(loss_K)
+        self._settled = False
+        return self._stepper.finish(loss_K)
 
     def _take_part(self, everywhere: Sequence[Counts]) -> Tensor:
-        """Add the gradients of the part that is due, which nobody has after that."""
-        differentiate = self._taker.prepared(self._work(everywhere))
+        """Add the gradients of the part that is due, and release it."""
+        differentiate = self._stepper.prepared(self._work(everywhere))
         for stream in self._streams:
-            stream.let_go()
+            stream.release()
         return differentiate()
 
     def _due(self) -> list[StepInputs]:
         return [stream.due for stream in self._streams if stream.due is not None]
 
     def _work(self, everywhere: Sequence[Counts]) -> list[Work]:
-        """Return what each run does with the batch, or the part, that is due."""
-        taken = self._taken
-        unread = {} if taken is None else dict(zip(taken.runs, taken.counts, strict=True))
+        """Return the work of each run on the part that is due."""
+        pending = self._pending
+        unread = {} if pending is None else dict(zip(pending.runs, pending.counts, strict=True))
         return [
             Work(
                 inputs=inputs,
@@ -221,9 +224,9 @@ class Loop:
         ]
 
     def _end_epoch(self, stream: BatchStream) -> None:
-        """Score dev and save."""
+        """Score dev and save the runs of a stream."""
         if self._stack.settings.part_tokens is not None:
-            self._on(self._stack)  # within a budget, no recordings beside what scoring takes
+            self._on(self._stack)  # scoring takes the memory of the graphs
         rows = [(index, run) for index, run in self._rows() if run in stream.runs]
         stack = self._stack.model
         if len(self._streams) > 1:
@@ -237,8 +240,8 @@ class Loop:
                 run.end_epoch(dev, self._stack.model.member(index))
                 run.save(self._stack, index)
 
-    def _let_go(self) -> None:
-        """Let those leave the stack that are finished or have failed."""
+    def _remove_ended(self) -> None:
+        """Remove the runs that are finished or have failed."""
         if any(run.failure is not None for _, run in self._rows()):
             self._read()
         left = []
@@ -262,9 +265,9 @@ class Loop:
 
 @contextmanager
 def failing(run: Run) -> Iterator[None]:
-    """Take an error as the end of one run, not of those beside it.
+    """Record an error as the failure of one run, so that it ends no other.
 
-    Of one that other processes train, too, it ends this process: they would wait for it.
+    If several processes train the run, the error is raised: the others would wait for this one.
     """
     try:
         with writing(run.out):

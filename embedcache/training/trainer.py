@@ -211,8 +211,8 @@ class Trainer:
             head = self.inputs.frozen(config.carryon, settings, training=True).head
             tokens = max(self.inputs.batch_tokens(run.config) for run in runs)
             positions = min(tokens, settings.part_tokens or tokens)
-            if settings.emitted and not settings.host_head:
-                positions = min(positions, settings.emitted)
+            if settings.delta_positions and not settings.host_head:
+                positions = min(positions, settings.delta_positions)
             positions *= len(runs)
             chunks = settings.chunks(head, positions, self._device)
             text = f"loss: exact, logits of {chunks} at a time"

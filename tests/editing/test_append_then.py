@@ -139,7 +139,7 @@ def test_training_reads_all_of_it_and_a_run_on_what_was_is_refused(
             train(old, out=tmp_path / "run", config=CONFIG, device="cpu")
     copy = shutil.copytree(old, tmp_path / "copy")
     added(old, more)
-    with pytest.raises(OutputError, match=r"documents were added or deleted. Give another --out"):
+    with pytest.raises(OutputError, match=r"documents were added or deleted\. Pass another `out=`"):
         train(old, out=tmp_path / "run", config=CONFIG, device="cpu")
     assert train(copy, out=tmp_path / "run", config=CONFIG, device="cpu").tokens == 2 * before
     done = train(old, out=tmp_path / "new", config=CONFIG, device="cpu")

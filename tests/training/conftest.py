@@ -12,5 +12,7 @@ from embedcache.training.step.settings import StepSettings
 def recording(monkeypatch):
     """Recipes as on a GPU that records them."""
     monkeypatch.setattr(
-        ladder, "plain_settings", lambda *given: StepSettings(one_row=True, capture=True, ahead=1)
+        ladder,
+        "plain_settings",
+        lambda *given: StepSettings(one_row=True, cuda_graph=True, ahead=1),
     )

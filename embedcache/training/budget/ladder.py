@@ -47,7 +47,7 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         parts = f"parts of {self.settings.part_tokens:,} tokens"
-        graphs = ", CUDA graphs" if self.settings.capture else ""
+        graphs = ", CUDA graphs" if self.settings.cuda_graph else ""
         return (
             f"{size(self.expected)} expected of {size(self.budget)}: {self.name}, {parts}{graphs}"
         )
@@ -88,7 +88,10 @@ def ladder(
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
     plain = replace(
-        plain_settings(device, head_width), logit_bytes=logits, emitted=DELTA_POSITIONS, ahead=1
+        plain_settings(device, head_width),
+        logit_bytes=logits,
+        delta_positions=DELTA_POSITIONS,
+        ahead=1,
     )
     step_tokens = max(step_tokens, longest)
 
@@ -97,12 +100,14 @@ def ladder(
 
     rungs = []
     for name, changes in _named(device, loss).items():
-        captured = plain.capture and graphs and not (changes.get("host_head") and loss == "exact")
-        settings = replace(plain, capture=captured, **changes)
+        captured = (
+            plain.cuda_graph and graphs and not (changes.get("host_head") and loss == "exact")
+        )
+        settings = replace(plain, cuda_graph=captured, **changes)
         rungs.append(Rung(name, settings, sizes(PART_TOKENS)))
     rungs[-1] = replace(rungs[-1], sizes=sizes((*PART_TOKENS, *FEWEST_TOKENS, longest)))
-    if settings.capture:  # a graph holds copies of its inputs
-        rungs.append(Rung(name, replace(settings, capture=False), [longest]))
+    if settings.cuda_graph:  # a graph holds copies of its inputs
+        rungs.append(Rung(name, replace(settings, cuda_graph=False), [longest]))
     return rungs
 
 

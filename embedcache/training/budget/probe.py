@@ -159,7 +159,7 @@ class _Probe:
         orders = {inputs.order(config): config for config in configs}
         with current(device), peak_memory(device, resident.values()) as peak, ExitStack() as opened:
             stack = Stack(self._models, configs, frozen, settings)
-            captured = GraphedStack(stack, device) if settings.capture else None
+            captured = GraphedStack(stack, device) if settings.cuda_graph else None
             taker = captured or stack
             streams = {
                 order: opened.enter_context(closing(self._parts(config, settings)))

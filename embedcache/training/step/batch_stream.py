@@ -1,4 +1,4 @@
-"""The batches that some runs of a stack see in step."""
+"""A stream of batches, and the runs of a stack that share it."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ from embedcache.training.step.step_inputs import StepInputs
 class BatchStream:
     """One order of batches, and the runs that are at the same place in it.
 
-    ``due`` holds the batch that is due, or the part of it that is, with its shortlists; None before
-    `advance`, and once it was let go of. ``ended``: whether that was the batch's last part.
+    Attributes:
+        runs: the runs.
+        shortlist: draws the shortlists of their loss; None for the exact loss.
+        due: the current batch, or the current part of one, with its shortlists; None before
+            `advance` and after `release`.
+        ended: whether the part that was released last was the batch's last one.
     """
 
     def __init__(
@@ -36,28 +40,28 @@ class BatchStream:
         )
 
     def advance(self) -> bool:
-        """Have a batch due; False at the end of an epoch, once, after which the next one begins."""
+        """Make a batch due. Returns False once at the end of each epoch, when none is."""
         if self.due is None:
             self.due = next(self._batches)
         return self.due is not None
 
     def close(self) -> None:
-        """End the reading of batches."""
+        """Stop reading batches."""
         self._batches.close()
 
-    def let_go(self) -> None:
-        """Let go of what is due, which is used: its memory is that of the next."""
+    def release(self) -> None:
+        """Release the part that is due after its use, so that the next one can take its memory."""
         assert self.due is not None
         self.ended = self.due.batch.last_part
         self._nothing = self._nothing or self.due.without_tokens()
         self.due = None
 
     def next_part(self) -> None:
-        """Have the next part of the batch due; one without tokens where there is none."""
+        """Make the next part of the batch due; one without tokens after the last part."""
         self.due = self._nothing if self.ended else next(self._batches)
 
     def _preparing(self, step: int) -> Callable[[Batch], StepInputs]:
-        """Return a function that draws the shortlists of batches from a step on, part by part."""
+        """Return a function that draws the shortlists of parts, from a step on."""
         shortlist = self.shortlist
         if shortlist is None:
             return StepInputs
@@ -70,7 +74,7 @@ class BatchStream:
             try:
                 listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NJ)
             except torch.OutOfMemoryError:
-                generator.set_state(before)  # the same once more, if it is tried again
+                generator.set_state(before)  # so that a second try draws the same
                 raise
             if batch.last_part:
                 generator, step = None, step + 1

@@ -44,7 +44,7 @@ Result = TypeVar("Result")
 
 def capturable(settings: StepSettings, carryons: int) -> bool:
     """Say whether the steps of so many carry-ons are captured."""
-    return settings.capture and carryons <= MOST
+    return settings.cuda_graph and carryons <= MOST
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class GraphedStack:
 
     def _capture(self, work: Sequence[Work]) -> Graph:
         """Capture a padded part; nothing is added to a gradient meanwhile."""
-        with self._stack.counting_nothing():
+        with self._stack.zero_weights():
             graph, loss_K = capture(
                 lambda: self._stack.differentiate(work),
                 self._device,

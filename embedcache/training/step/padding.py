@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from embedcache.loss import Shortlist
-from embedcache.training.step.stack import WANTED
+from embedcache.training.step.stack import POSITIONS_MULTIPLE
 from embedcache.training.step.step_inputs import StepInputs
 from embedcache.units import rounded_up
 
@@ -56,7 +56,7 @@ def shape_of(inputs: StepInputs, *, whole: bool) -> Shape:
     batch = inputs.batch
     assert batch.cu_seqlens_M is not None
     row = batch.ids_BT.shape[1]
-    piece = rounded_up(row if whole else -(-row // PIECES), WANTED)
+    piece = rounded_up(row if whole else -(-row // PIECES), POSITIONS_MULTIPLE)
     columns = [len(one.weight_CH) for one in inputs.shortlists]
     return Shape(
         row=row,

@@ -15,35 +15,34 @@ class StepSettings:
     """How a step is computed.
 
     Attributes:
-        part_tokens: tokens on the device at a time, at most (a longer sequence is there alone); a
-            step's gradient is summed over its parts. None means the whole step's.
-        offload: whether the optimiser's states, 6 bytes a weight, are in host memory, where a step
-            reads and writes them; weights and gradients on the device are bfloat16 then, instead of
-            float32. The optimiser works on float32 weights in any case.
+        part_tokens: tokens of a part, at most; a longer sequence is a part by itself. The gradient
+            of a step is summed over its parts. None means that a step has one part.
+        offload: whether the optimiser's states, 6 bytes for each parameter, are in host memory.
+            Parameters and gradients on the device are then bfloat16 instead of float32. The
+            optimiser updates float32 parameters in any case.
         recompute: whether a block's activations are computed again for its gradient.
-        host_head: whether the head is in host memory: a shortlist's rows, or all tiles in turn, go
-            to the device for each part.
-        emitted: positions of which deltas, and what else is as wide as the base, exist at a time;
-            None means all of a part.
-        logit_bytes: logits that exist at a time; None leaves it to the device.
-        ahead: parts that are on the device, or on their way, beside the one that is used.
-        one_row: whether a part's sequences lie one behind the other, with attention over spans.
-        capture: whether steps of few carry-ons are recorded as CUDA graphs, and replayed; needs
-            ``one_row``.
+        host_head: whether the head is in host memory. The rows of a shortlist, or all tiles in
+            turn, are copied to the device for each part.
+        delta_positions: positions whose embeddings after the carry-on exist at a time; None means
+            all positions of a part.
+        logit_bytes: bytes of logits that exist at a time; None means a default of the device.
+        ahead: parts that are prepared on the device beside the one in use.
+        one_row: whether the sequences of a part lie in one row, with attention over spans.
+        cuda_graph: whether steps of few carry-ons are captured as CUDA graphs; needs ``one_row``.
     """
 
     part_tokens: int | None = None
     offload: bool = False
     recompute: bool = False
     host_head: bool = False
-    emitted: int | None = None
+    delta_positions: int | None = None
     logit_bytes: int | None = None
     ahead: int = 2
     one_row: bool = False
-    capture: bool = False
+    cuda_graph: bool = False
 
     def chunks(self, head: Head, N: int, device: torch.device) -> Chunks:
-        """Return how many logits of an exact loss over N positions exist at a time."""
+        """Return the chunks in which the exact loss over N positions computes its logits."""
         V, H = head.weight_VH.shape
         return plan_chunks(
             N,
@@ -59,13 +58,13 @@ PLAIN = StepSettings()
 
 
 def plain_settings(device: torch.device, head_width: int) -> StepSettings:
-    """Return how a step is computed where there is memory enough.
+    """Return the step settings for a device with enough memory.
 
-    Attention over spans wants a GPU of NVIDIA's Ampere generation or later, and heads whose width
-    is a multiple of 8 up to 256.
+    Attention over spans needs an NVIDIA GPU of the Ampere generation or later, and attention heads
+    whose width is a multiple of 8, up to 256.
     """
     if device.type != "cuda" or not torch.cuda.is_available():
         return PLAIN
     modern = torch.cuda.get_device_capability(device) >= (8, 0)
     spans = modern and head_width % 8 == 0 and head_width <= 256
-    return StepSettings(one_row=spans, capture=spans)
+    return StepSettings(one_row=spans, cuda_graph=spans)

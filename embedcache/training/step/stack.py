@@ -1,6 +1,6 @@
 """Carry-ons of one shape that are trained together, by products over all of them.
 
-Axes: K carry-ons, G of them that see the same batch, N wanted positions of a batch, P weights.
+Axes: K carry-ons, G carry-ons that share a batch, N predicted positions of a batch, P parameters.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ from embedcache.training.step.settings import PLAIN, StepSettings
 from embedcache.training.step.step_inputs import StepInputs
 from embedcache.units import rounded_up
 
-WANTED = 128
-"""Positions whose loss is computed are a multiple of this, the last ones for nothing: products of
-one shape are planned once, of each new one anew."""
+POSITIONS_MULTIPLE = 128
+"""Pad the number of predicted positions to a multiple of this, so that products have few shapes:
+libraries plan each new shape anew."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Work:
-    """One step of one carry-on, or a part of it: what it sees, and its learning rate.
+    """The work of one carry-on in a step, or in a part of one.
 
-    ``targets`` are those of the whole step, and of all processes.
+    Attributes:
+        inputs: the batch and its shortlists.
+        targets: number of targets of the whole step, over all processes.
+        rate: learning rate of the step.
     """
 
     inputs: StepInputs
@@ -51,7 +54,7 @@ class Work:
 
 
 class Stack:
-    """K carry-ons of one shape with an optimiser each. What one does never reaches another."""
+    """K carry-ons of one shape, each with its own optimiser; none affects another."""
 
     def __init__(
         self,
@@ -74,7 +77,7 @@ class Stack:
         self._share_K = torch.ones(len(configs), device=inputs.device)
 
     def keep(self, rows: Sequence[int]) -> Stack:
-        """Return a stack of these carry-ons alone, at the state that they are in."""
+        """Return a stack of some of the carry-ons, with their weights and optimiser states."""
         kept = Stack(
             [self.alone(k) for k in rows],
             [self._configs[k] for k in rows],
@@ -93,17 +96,17 @@ class Stack:
         return model
 
     def begin(self, work: Sequence[Work]) -> None:
-        """Begin a step: set its learning rates, and how much each target counts in it.
+        """Begin a step: set the learning rates and the weight of a target.
 
-        A carry-on whose batch has no target stays as it is.
+        A carry-on whose batch has no target is skipped.
         """
         self.optimizer.schedule([one.rate if one.targets else None for one in work])
         self.optimizer.gradient_KP.zero_()
         send([1 / max(1, one.targets) for one in work], self._share_K)
 
     @contextmanager
-    def counting_nothing(self) -> Iterator[None]:
-        """Add nothing to the gradients, whatever is differentiated."""
+    def zero_weights(self) -> Iterator[None]:
+        """Give targets the weight 0 meanwhile, so that nothing is added to the gradients."""
         share_K = self._share_K.clone()
         self._share_K.zero_()
         try:
@@ -112,24 +115,27 @@ class Stack:
             self._share_K.copy_(share_K)
 
     def prepared(self, work: Sequence[Work]) -> Callable[[], Tensor]:
-        """Return what does `differentiate`."""
+        """Return a function that does what `differentiate` does with this work."""
         return partial(self.differentiate, work)
 
     @any_shape_attention()
     def differentiate(self, work: Sequence[Work]) -> Tensor:
-        """Add the gradients of a part of the step that was begun, of every carry-on.
+        """Add the gradients of a part of the step to those of every carry-on.
 
-        Work on the same batch must lie side by side. Returns what this adds to the losses, loss_K:
-        means over the targets of the whole step. Without a target a loss is 0.
+        Args:
+            work: the work of each carry-on. Those with the same inputs are next to each other.
+
+        Returns:
+            loss_K: the part's share of the mean loss over the targets of the whole step.
         """
         groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.inputs))]
         h_KNR = self._features(groups)
         loss_K = torch.zeros_like(self._share_K)
         gradients = []
-        # From here on each position is for itself, and as wide as the base: some at a time.
-        streamed = all(self.streams(one.inputs) for one in work)  # all of the head, each time
-        emitted = None if streamed else self.settings.emitted
-        for rows in split_rows(h_KNR.shape[1], emitted or h_KNR.shape[1]):
+        # From here on positions are independent, and as wide as the base: some at a time.
+        streamed = all(self.streams(one.inputs) for one in work)  # the whole head each time
+        delta_positions = None if streamed else self.settings.delta_positions
+        for rows in split_rows(h_KNR.shape[1], delta_positions or h_KNR.shape[1]):
             h_KnR = h_KNR.detach()[:, rows].requires_grad_()
             part_K = self._losses(groups, h_KnR, rows) * self._share_K
             part_K.sum().backward()
@@ -141,10 +147,10 @@ class Stack:
         return loss_K
 
     def finish(self, loss_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Move every carry-on by the gradients that were taken; return losses and their norms.
+        """Take the optimiser's step; return losses and gradient norms, [K] each.
 
-        Gradients and losses are summed over all processes. A carry-on with one that is not finite
-        stays as it is.
+        Gradients and losses are summed over all processes. A carry-on whose loss or norm is not
+        finite is skipped from then on.
         """
         self._ranks.sum(self.optimizer.gradient_KP)
         loss_K = self._ranks.sum(loss_K)
@@ -157,15 +163,15 @@ class Stack:
         return self._ranks.count == 1
 
     def _features(self, groups: Sequence[list[Work]]) -> Tensor:
-        """Return the features h_KNR of wanted positions, as many of each, the last for nothing."""
+        """Return the features h_KNR of the predicted positions, padded to the largest N."""
         batches = [group[0].inputs.batch for group in groups]
         together = batches[0] if len(groups) == 1 else stacked_batch([*chain(*groups)])
         h_KBTR = batch_features(self.model, together, self._inputs)
         K, B, T, _ = h_KBTR.shape
-        N = rounded_up(max(len(batch.targets_N) for batch in batches), WANTED)
+        N = rounded_up(max(len(batch.targets_N) for batch in batches), POSITIONS_MULTIPLE)
         place_KN = torch.cat(
             [
-                _wanted(batch, T, N).expand(len(group), -1)
+                _positions(batch, T, N).expand(len(group), -1)
                 for group, batch in zip(groups, batches, strict=True)
             ]
         )
@@ -173,11 +179,11 @@ class Stack:
         return h_KBTR.flatten(0, 2).index_select(0, row_KN.flatten()).unflatten(0, (K, -1))
 
     def streams(self, inputs: StepInputs) -> bool:
-        """Say whether the loss of a batch takes the whole head from host memory, tile by tile."""
+        """Say whether the loss streams the whole head from host memory, tile by tile."""
         return self._inputs.head.weight_VH.device != self._inputs.device and not inputs.shortlists
 
     def _losses(self, groups: Sequence[list[Work]], h_KnR: Tensor, rows: slice) -> Tensor:
-        """Return the sums of losses loss_K over some of the wanted positions, from features."""
+        """Return the sums of losses loss_K over some of the predicted positions."""
         x_KnH = self._final(groups, rows)
         with self._inputs.autocast():
             y_KnH = self.model.embeddings(h_KnR.unsqueeze(1), x_KnH.unsqueeze(-3)).squeeze(1)
@@ -208,7 +214,7 @@ class Stack:
         found = []
         for group in groups:
             batch = group[0].inputs.batch
-            predict_n = _filled(batch.predict_N)[_rows_of(batch, rows)]
+            predict_n = _padded(batch.predict_N)[_rows_of(batch, rows)]
             found.append(batch.x_BTH["final"].flatten(0, 1).index_select(0, predict_n).to(dtype))
         if len(groups) == 1:
             return found[0]
@@ -220,31 +226,31 @@ class Stack:
         return x_KnH
 
     def _loss(self, y_GnH: Tensor, inputs: StepInputs, rows: slice) -> Tensor:
-        """Return loss_Gn of embeddings after the carry-ons; by shortlists where some were drawn."""
+        """Return loss_Gn of embeddings after the carry-ons, exact or by shortlists."""
         head, batch, listed = self._inputs.head, inputs.batch, list(inputs.shortlists)
         if listed:
             last = listed[-1]
-            more = rounded_up(len(batch.targets_N), WANTED) - len(batch.targets_N)
+            more = rounded_up(len(batch.targets_N), POSITIONS_MULTIPLE) - len(batch.targets_N)
             listed[-1] = last._replace(index_N=F.pad(last.index_N, (0, more)))
             some = slice_shortlists(listed, rows)
             return shortlist_cross_entropy(y_GnH, some, head, logit_bytes=self.settings.logit_bytes)
-        y_NH, targets_N = y_GnH.flatten(0, 1), _filled(batch.targets_N)[rows].repeat(len(y_GnH))
+        y_NH, targets_N = y_GnH.flatten(0, 1), _padded(batch.targets_N)[rows].repeat(len(y_GnH))
         chunks = self.settings.chunks(head, len(targets_N), targets_N.device)
         return linear_cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GnH.shape[:2])
 
 
 def _rows_of(batch: Batch, rows: slice) -> slice:
-    """Return the part of some rows that a batch has, filled up as `WANTED` says."""
-    return slice(rows.start, min(rows.stop, rounded_up(len(batch.targets_N), WANTED)))
+    """Return those of some rows that a batch has, padded to `POSITIONS_MULTIPLE`."""
+    return slice(rows.start, min(rows.stop, rounded_up(len(batch.targets_N), POSITIONS_MULTIPLE)))
 
 
-def _filled(values_N: Tensor) -> Tensor:
-    """Return values of positions, filled up with zeros as `WANTED` says."""
-    return F.pad(values_N, (0, -len(values_N) % WANTED))
+def _padded(values_N: Tensor) -> Tensor:
+    """Return values of positions, padded with zeros to a multiple of `POSITIONS_MULTIPLE`."""
+    return F.pad(values_N, (0, -len(values_N) % POSITIONS_MULTIPLE))
 
 
-def _wanted(batch: Batch, T: int, count: int) -> Tensor:
-    """Return a batch's wanted positions in rows of T tokens, filled up to so many."""
+def _positions(batch: Batch, T: int, count: int) -> Tensor:
+    """Return a batch's predicted positions in rows of T tokens, padded to so many."""
     own_T = batch.ids_BT.shape[1]
     place_N = batch.predict_N
     if own_T != T:
@@ -253,9 +259,9 @@ def _wanted(batch: Batch, T: int, count: int) -> Tensor:
 
 
 def stacked_batch(work: Sequence[Work]) -> Batch:
-    """Return the batches of K carry-ons as one, padded to [K, B, T]; wanted positions are left out.
+    """Return the batches of K carry-ons as one, padded to [K, B, T], without predicted positions.
 
-    Padding is as `Batch` has it: embeddings of zero, in segment -1.
+    Padding is that of `Batch`: embeddings of zero, in segment -1.
     """
     batches = [one.inputs.batch for one in work]
     B = max(batch.ids_BT.shape[0] for batch in batches)
@@ -274,16 +280,16 @@ def stacked_batch(work: Sequence[Work]) -> Batch:
         ids_BT=stacked([batch.ids_BT for batch in batches], 0),
         positions_BT=stacked([batch.positions_BT for batch in batches], 0),
         segments_BT=stacked([batch.segments_BT for batch in batches], -1),
-        cu_seqlens_M=_stacked_starts(batches, T),
+        cu_seqlens_M=_stacked_boundaries(batches, T),
     )
 
 
-def _stacked_starts(batches: Sequence[Batch], T: int) -> Tensor | None:
-    """Return cu_seqlens_KM of batches of one row; what pads a row is a sequence of its own."""
-    starts = [batch.cu_seqlens_M for batch in batches if batch.cu_seqlens_M is not None]
-    if not starts:
+def _stacked_boundaries(batches: Sequence[Batch], T: int) -> Tensor | None:
+    """Return cu_seqlens_KM of batches of one row; the padding of a row is one more sequence."""
+    boundaries = [batch.cu_seqlens_M for batch in batches if batch.cu_seqlens_M is not None]
+    if not boundaries:
         return None
-    most = 1 + max(len(cu_seqlens_M) for cu_seqlens_M in starts)
+    most = 1 + max(len(cu_seqlens_M) for cu_seqlens_M in boundaries)
     return torch.stack(
-        [F.pad(cu_seqlens_M, (0, most - len(cu_seqlens_M)), value=T) for cu_seqlens_M in starts]
+        [F.pad(cu_seqlens_M, (0, most - len(cu_seqlens_M)), value=T) for cu_seqlens_M in boundaries]
     )

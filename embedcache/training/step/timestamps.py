@@ -1,4 +1,4 @@
-"""Moments of a device's work: how long it had none."""
+"""Timestamps on a device, by which its idle time is measured."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch
 
 
 class Timestamp:
-    """The moment at which a device is done with all that was launched on it so far.
+    """The time at which a device finishes all work that was launched so far.
 
-    A CPU is, at once. A GPU's is known when its work has come as far.
+    For a CPU that is the present. For a GPU it is known once the work is finished.
     """
 
     def __init__(self, device: torch.device):
@@ -21,7 +21,7 @@ class Timestamp:
             self._event.record(torch.cuda.current_stream(device))
 
     def until(self, later: Timestamp) -> float:
-        """Return the seconds from here to a later mark, both of which the device has passed."""
+        """Return the seconds to a later timestamp; the device must have passed both."""
         if self._event is None or later._event is None:
             return later._seconds - self._seconds
         return self._event.elapsed_time(later._event) / 1e3

@@ -69,10 +69,10 @@ def test_without_triton_the_optimiser_stays_on_the_gpu(monkeypatch):
 
 
 def test_graphs_are_captured_but_for_a_streamed_head_and_the_last_resort(recording):
-    assert [one.settings.capture for one in rungs()] == [True] * 5 + [False]
+    assert [one.settings.cuda_graph for one in rungs()] == [True] * 5 + [False]
     assert rungs()[-1].sizes == [100]
-    assert [one.settings.capture for one in rungs(loss="exact")] == [True] * 3 + [False] * 2
-    assert not any(one.settings.capture for one in rungs(graphs=False))
+    assert [one.settings.cuda_graph for one in rungs(loss="exact")] == [True] * 3 + [False] * 2
+    assert not any(one.settings.cuda_graph for one in rungs(graphs=False))
 
 
 def test_parts_hold_a_sequence_and_are_no_larger_than_a_step():

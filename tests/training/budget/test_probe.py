@@ -52,7 +52,7 @@ def test_a_plan_captures_parts_where_there_is_room(world, recording, monkeypatch
     inputs = TrainingInputs(world.cache(), CPU, ALONE)
     plan = plan_memory(inputs, [CONFIG], "exact", 12_000_000)
     assert tried
-    assert plan.settings.capture is room
+    assert plan.settings.cuda_graph is room
 
 
 def test_carry_ons_with_batches_of_their_own_or_too_many_are_not_captured(
@@ -65,7 +65,7 @@ def test_carry_ons_with_batches_of_their_own_or_too_many_are_not_captured(
     for seeds, order, captured in ((2, 0, True), (2, None, False), (3, 0, False)):
         configs = [replace(CONFIG, seed=seed, order_seed=order) for seed in range(seeds)]
         plan = plan_memory(inputs, configs, "exact", 50_000_000)
-        assert plan.settings.capture is captured
+        assert plan.settings.cuda_graph is captured
 
 
 def test_nothing_is_probed_where_weights_and_head_alone_exceed_the_budget(world, monkeypatch):

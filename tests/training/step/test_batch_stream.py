@@ -47,7 +47,7 @@ def test_draws_are_those_of_the_step_over_epochs_and_parts(
                 assert torch.equal(found.weight_CH, expected.weight_CH)
                 assert torch.equal(found.index_N, expected.index_N)
                 drawn.append(found.log_weight_C)
-                stream.let_go()
+                stream.release()
                 assert stream.due is None
                 if stream.ended:
                     break

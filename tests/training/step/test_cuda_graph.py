@@ -260,7 +260,7 @@ def test_a_streamed_head_is_not_captured(stacks):
 def test_training_by_graphs_learns_the_same(world, tmp_path, monkeypatch, graphs, ends, loss):
     found = []
     for capture in (False, True):
-        settings = StepSettings(part_tokens=200, one_row=True, capture=capture)
+        settings = StepSettings(part_tokens=200, one_row=True, cuda_graph=capture)
         monkeypatch.setattr(trainer, "plain_settings", lambda *given, settings=settings: settings)
         runs = {
             tmp_path / f"{capture}{seed}": replace(CONFIG, loss=loss, seed=seed, order_seed=0)
@@ -280,7 +280,7 @@ def test_training_by_graphs_learns_the_same(world, tmp_path, monkeypatch, graphs
 
 
 def test_many_carry_ons_are_not_captured(world, tmp_path, monkeypatch, graphs):
-    settings = StepSettings(one_row=True, capture=True)
+    settings = StepSettings(one_row=True, cuda_graph=True)
     monkeypatch.setattr(trainer, "plain_settings", lambda *given: settings)
     monkeypatch.setattr(cuda_graph, "OFTEN", 1)
     monkeypatch.setattr(cuda_graph, "MOST", 2)
@@ -398,7 +398,7 @@ def test_a_stream_s_end_does_not_make_all_deltas_at_once(stacks, monkeypatch):
     """A batch without tokens has no shortlist; that of the one beside it has."""
     make, _ = stacks
     (plain, _), batches = make("shortlist")
-    plain.settings = replace(PLAIN, emitted=32)
+    plain.settings = replace(PLAIN, delta_positions=32)
     plain.streams = lambda inputs: not inputs.shortlists
     losses, rows = plain._losses, []
     plain._losses = lambda groups, h_KnR, some: (

@@ -66,7 +66,7 @@ def trained(world: World, out, monkeypatch, settings: StepSettings, config: Trai
         (StepSettings(recompute=True), 0.0),
         (StepSettings(host_head=True, ahead=1), 0.0),
         (StepSettings(logit_bytes=1 << 19), 1e-3),
-        (StepSettings(emitted=48), 1e-3),
+        (StepSettings(delta_positions=48), 1e-3),
     ],
     ids=["parts", "sequences", "recompute", "host head", "few logits", "few deltas"],
 )
@@ -206,16 +206,16 @@ def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
         assert torch.equal(found.targets_N, expected.targets_N[rows])
 
 
-@pytest.mark.parametrize("emitted", [1, 100, 1000])
+@pytest.mark.parametrize("delta_positions", [1, 100, 1000])
 def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
-    world, monkeypatch, emitted
+    world, monkeypatch, delta_positions
 ):
     """Of carry-ons with batches of their own, in lists of 50 positions."""
     monkeypatch.setitem(sampler_module.POSITIONS, "cpu", 50)
     inputs = TrainingInputs(world.cache(), torch.device("cpu"), ALONE)
     configs = [replace(CONFIG, loss="shortlist", samples=30, order_seed=seed) for seed in (0, 1)]
     found = []
-    for settings in (PLAIN, StepSettings(emitted=emitted)):
+    for settings in (PLAIN, StepSettings(delta_positions=delta_positions)):
         models = []
         for seed in (0, 1):
             torch.manual_seed(seed)
