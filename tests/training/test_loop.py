@@ -18,7 +18,7 @@ from embedcache.training import loop
 from embedcache.training.config import TrainConfig
 from embedcache.training.run.checkpoint import METRICS_FILE
 from embedcache.training.scoring import DevLoss
-from embedcache.training.step import timestamps as marks
+from embedcache.training.step import timestamps
 from embedcache.training.step.batch_stream import BatchStream
 from embedcache.training.step.stack import Stack
 from embedcache.training.sweep import sweep
@@ -155,7 +155,7 @@ def test_waiting_for_an_epoch_s_first_batch_counts_and_scoring_does_not(
             first = batch is None and self._split.name == "train"
             yield batch
 
-    for module in (loop, marks):
+    for module in (loop, timestamps):
         monkeypatch.setattr(module, "time", SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(Trainer, "score", lambda *given: take(10_000) or score(*given))
     monkeypatch.setattr(Stack, "finish", lambda *given: take(100) or finish(*given))

@@ -53,7 +53,7 @@ def placed(folder: Path, configs: dict[str, TrainConfig]) -> dict[Path, TrainCon
     return {folder / name: config for name, config in configs.items()}
 
 
-@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+@pytest.mark.parametrize("loss", [pytest.param("exact", marks=pytest.mark.slow), "shortlist"])
 def test_a_sweep_is_the_loop_over_its_runs(world: World, tmp_path, loss, monkeypatch):
     runs = {name: replace(config, loss=loss) for name, config in MANY.items()}
     sizes = []
@@ -78,6 +78,19 @@ def test_a_sweep_is_the_loop_over_its_runs(world: World, tmp_path, loss, monkeyp
     assert not close(tmp_path / "one", tmp_path / "order")
     assert not close(tmp_path / "one", tmp_path / "some")
     assert not close(tmp_path / "one", tmp_path / "born")
+
+
+def test_runs_are_settings_as_well_as_configurations(world, tmp_path):
+    shared = {"epochs": 1, "batch_tokens": 256, "width": 32, "blocks": 1}
+    runs = {str(tmp_path / "a"): {"lr": 1e-2}, tmp_path / "b": {"epochs": 2}}
+    a, b = sweep(str(world.cache_path), runs=runs, device="cpu", **shared)
+    assert (a.config.lr, a.config.epochs, b.config.epochs) == (1e-2, 1, 2)
+    assert a.config.carryon == b.config.carryon == SMALL
+    assert "TrainSummary" in repr(a) and len(repr(a)) < 2 * len(str(a.out)) + 150
+    with pytest.raises(UsageError, match="Did you mean 'width'"):
+        sweep(world.cache_path, runs={tmp_path / "c": {"widht": 32}}, device="cpu")
+    with pytest.raises(UsageError, match="exclude each other"):
+        sweep(world.cache_path, runs={tmp_path / "c": CONFIG}, device="cpu", width=32)
 
 
 def test_one_that_fails_leaves_the_others_untouched(world, tmp_path, monkeypatch):
@@ -145,7 +158,7 @@ def test_documents_are_trained_and_scored_on_alone(world, tmp_path):
 
 def test_documents_that_are_not_there(world, tmp_path):
     config = replace(CONFIG, documents=("alcie/*",))
-    with pytest.raises(UsageError, match=r"no document of the train split matches alcie/\*"):
+    with pytest.raises(UsageError, match=r"matches documents of the train split, found alcie/\*"):
         train(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
     assert not (tmp_path / "c").exists()
 

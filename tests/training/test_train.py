@@ -19,7 +19,7 @@ from embedcache.cache.cache import SplitReader
 from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import CONFIG_FILE, load_carryon
 from embedcache.errors import CacheError, NumericsError, OutputError, UsageError
-from embedcache.training.config import TrainConfig, read_settings
+from embedcache.training.config import TrainConfig, config_from, read_settings
 from embedcache.training.run import run as run_module
 from embedcache.training.run.checkpoint import CHECKPOINT, METRICS_FILE
 from embedcache.training.scoring import DevLoss
@@ -299,6 +299,41 @@ def test_the_preview_is_what_happens(world, finished, tmp_path):
     assert plan.parameters == finished[1].parameters
     assert plan.train_tokens * 2 == finished[1].tokens
     assert abs(plan.steps - finished[1].steps) <= 0.35 * finished[1].steps
+
+
+# --- settings as keywords
+
+
+def test_settings_are_keywords_as_well_as_a_configuration(world, finished, tmp_path):
+    """Names of the run's configuration and of the carry-on's; paths may be text."""
+    out = tmp_path / "c"
+    keywords = {"epochs": 2, "batch_tokens": 256, "lr": 5e-3, "loss": "exact"}
+    shape = {"width": 32, "blocks": 1}
+    found = train(str(world.cache_path), out=str(out), device="cpu", **keywords, **shape)
+    assert equal(out, finished[0])
+    assert repr(found).startswith(f"TrainSummary(out={str(out)!r}, epochs=2, steps=")
+    assert len(repr(found)) < len(str(out)) + 100
+    assert config_from(None, keywords | shape) == CONFIG
+    assert config_from(None, keywords | {"carryon": SMALL}) == CONFIG
+    assert config_from(None, keywords | shape | {"kind": "branch"}) == CONFIG
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"widht": 32}, "Did you mean 'width'"),
+        ({"epoch": 3}, "Did you mean 'epochs'"),
+        ({"kind": "brunch"}, "Did you mean 'branch'"),
+        ({"width": 0}, "`width=`"),
+        ({"config": CONFIG, "lr": 1e-3}, "exclude each other, found both: `lr=`"),
+        ({"carryon": SMALL, "width": 64}, "found `width=` as well"),
+    ],
+)
+def test_keywords_that_cannot_be_settings(world, tmp_path, settings, words):
+    for verb in (train, preview):
+        with pytest.raises(UsageError, match=words):
+            verb(world.cache_path, out=tmp_path / "c", device="cpu", **settings)
+    assert not (tmp_path / "c").exists()
 
 
 # --- configuration files

@@ -85,7 +85,7 @@ def test_nothing_is_probed_where_weights_and_head_alone_exceed_the_budget(world,
     assert tried == [64, 64]  # without a limit, and within what was found
 
 
-@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+@pytest.mark.parametrize("loss", [pytest.param("exact", marks=pytest.mark.slow), "shortlist"])
 def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, loss):
     """Every gradient of the loop is measured; with less memory the parts are smaller."""
     peaks: dict[int, list[int]] = {}

@@ -256,7 +256,7 @@ def test_a_streamed_head_is_not_captured(stacks):
     assert not graphs
 
 
-@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+@pytest.mark.parametrize("loss", [pytest.param("exact", marks=pytest.mark.slow), "shortlist"])
 def test_training_by_graphs_learns_the_same(world, tmp_path, monkeypatch, graphs, ends, loss):
     found = []
     for capture in (False, True):

@@ -115,7 +115,7 @@ def test_parts_are_what_is_on_the_device_at_a_time(world, tmp_path, monkeypatch)
     assert sum(tokens for tokens, _ in seen) == (2 * world.cache().split("train").manifest.tokens)
 
 
-@pytest.mark.parametrize("loss", ["exact", "shortlist"])
+@pytest.mark.parametrize("loss", [pytest.param("exact", marks=pytest.mark.slow), "shortlist"])
 def test_stacked_ones_of_different_steps_take_as_many_parts_as_each_needs(
     world, tmp_path, monkeypatch, loss
 ):
