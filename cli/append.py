@@ -18,12 +18,10 @@ def append_documents(
     corpus: Mapping[str, Any], *, out: Path, dry_run: bool, as_json: bool, **request: Any
 ) -> None:
     """Add a corpus, told by the settings that were typed, to a finished cache."""
-    from embedcache.cache.cache import read_attributes
-    from embedcache.editing.append import append
-    from embedcache.editing.append_request import corpus_like
+    from embedcache.editing.append import append, corpus_like
 
-    config = corpus_like(read_attributes(out), corpus)
-    done = append(config, out=out, dry_run=dry_run, progress=TerminalProgress(), **request)
+    config = corpus_like(out, **corpus)
+    done = append(out, config, dry_run=dry_run, progress=TerminalProgress(), **request)
     if as_json:
         print_json(asdict(done))
         return

@@ -17,7 +17,7 @@ from support.fixtures_extract import flip_byte, write_documents
 from embedcache.cache.cache import Cache, read_attributes
 from embedcache.cache.format.layout import SPLITS
 from embedcache.cache.verify import verify
-from embedcache.editing.append_request import corpus_like
+from embedcache.editing.append import corpus_like
 from embedcache.info import describe
 
 

@@ -25,7 +25,7 @@ from embedcache.extraction.extract import extract
 
 def rows_of(cache: Path, name: str, count: int) -> list[tuple[int, int, bytes]]:
     """Return a digest table's records as its file has them, without what reads it."""
-    return np.frombuffer((cache / "digest_table" / name).read_bytes(), FILE, count).tolist()
+    return np.frombuffer((cache / "digests" / name).read_bytes(), FILE, count).tolist()
 
 
 def test_new_records_follow_those_that_were_there_over_pages(

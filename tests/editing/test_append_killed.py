@@ -20,7 +20,7 @@ from support.stopping import KilledError, killed
 from embedcache.cache.cache import read_attributes
 from embedcache.cache.verify import verify
 from embedcache.editing.append import Appended, append
-from embedcache.editing.append_request import corpus_like
+from embedcache.editing.append import corpus_like
 from embedcache.editing.delete import delete
 from embedcache.errors import CacheError
 from embedcache.extraction.extract import extract

@@ -217,7 +217,7 @@ def test_killed_it_is_whole_or_not_there_and_runs_again(
     pairs: dict[str, tuple[Path, Path]], tmp_path: Path, moment: str
 ) -> None:
     both = tmp_path / "both"
-    module = "embedcache.editing.join" if hasattr(join, moment) else "embedcache.editing.merge"
+    module = "embedcache.editing.edit" if hasattr(join, moment) else "embedcache.editing.merge"
     merging = partial(merge, pairs["int8"], both)
     assert run_forked(die_at, module, moment, merging) == -signal.SIGKILL
     assert both.exists() == (moment == "fsync_path")  # the rename was the last step

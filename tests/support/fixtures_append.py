@@ -8,10 +8,8 @@ from typing import Any
 
 from support.fixtures_extract import corpus_config
 
-from embedcache.cache.cache import read_attributes
 from embedcache.cache.format.layout import ExtractSettings
-from embedcache.editing.append import Appended, append
-from embedcache.editing.append_request import corpus_like
+from embedcache.editing.append import AppendSummary, append
 from embedcache.extraction.extract import extract
 
 ALONE: dict[str, Any] = {"context": 64, "block_tokens": 256, "batch_tokens": 1}
@@ -26,12 +24,9 @@ def extracted(out: Path, base: Path, *sources: Path, codec: str = "bf16", **corp
     return out
 
 
-def added(cache: Path, *sources: Path | str, **given: Any) -> Appended:
-    """Append as the command does; ``given`` are settings of the corpus or of `append`."""
-    own = ("dry_run", "settings", "base")
-    request = {key: given.pop(key) for key in own if key in given}
-    config = corpus_like(read_attributes(cache), {"sources": tuple(map(str, sources)), **given})
-    return append(config, out=cache, device="cpu", **request)
+def added(cache: Path, *sources: Path | str, **given: Any) -> AppendSummary:
+    """Append sources on the CPU."""
+    return append(cache, sources, device="cpu", **given)
 
 
 def every_byte(cache: Path) -> dict[str, bytes]:

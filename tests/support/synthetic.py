@@ -68,7 +68,7 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
     sealed = _write(path / tokens_digest_table(SPLIT), np.concatenate(parts))
     shards = np.array([packed(r) for files in files_of(small, SPLIT) for r in files], FILE)
     shards = np.resize(shards, blocks * len(block_shards(SPLIT, 0, settings)))
-    embeddings = _write(path / "digest_table" / SPLIT / "embeddings", shards)
+    embeddings = _write(path / "digests" / SPLIT / "embeddings", shards)
     for block in real:
         old, new = (
             (*token_chunks(SPLIT, number), *block_shards(SPLIT, number, settings))

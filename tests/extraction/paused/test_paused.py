@@ -149,7 +149,7 @@ def test_a_repair_that_sleeps_undoes_no_other(
 
 
 DELETING = [
-    pytest.param(deleting, "look_at", 1, id="it is verified"),
+    pytest.param(deleting, "FinishedCache", 1, id="it is verified"),
     pytest.param(deleting, "write_shard", 1, id="blocks are being staged"),
     pytest.param(deleting, "publish_manifest", 1, id="the manifest is to be staged"),
     pytest.param(rewrite, "fsync_tree", 1, id="all is staged"),
