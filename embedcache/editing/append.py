@@ -274,7 +274,7 @@ class _Append:
         return summary
 
     def _write_tokens(self, leases: Leases) -> dict[str, Any]:
-        """Return the counts of the new documents; their tokens are written, if they were not yet."""
+        """Return the counts of the new documents, after writing their tokens if needed."""
         if (begun := self._begun()) is not None:
             return dict(begun.corpus["summary"])
         device = resolve_device(self._device)

@@ -24,7 +24,7 @@ def extracted(out: Path, base: Path, *sources: Path, codec: str = "bf16", **corp
     return out
 
 
-def added(cache: Path, *sources: Path | str, **given: Any) -> AppendSummary:
+def added(cache: Path | str, *sources: Path | str, **given: Any) -> AppendSummary:
     """Append sources on the CPU."""
     return append(cache, sources, device="cpu", **given)
 
