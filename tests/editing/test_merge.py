@@ -139,7 +139,7 @@ def test_a_document_of_train_and_test_is_refused_whatever_its_names(
     settings = small_settings(codec="int8", taps=("final", "layer_1"))
     extract(config, base=str(tiny_base), out=other, settings=settings, device="cpu")
     with pytest.raises(
-        UsageError, match=rf"'elsewhere.txt' in train of .*'{tested}' in test of .*was trained on"
+        UsageError, match=rf"'{tested}' in test of .*'elsewhere.txt' in train of .*was trained on"
     ):
         merge([caches["int8"], other], tmp_path / "both")
     delete(other, ["elsewhere.txt"])

@@ -1,4 +1,4 @@
-"""Helpers of the tests of appends."""
+"""Helpers of tests that append."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from embedcache.editing.append import AppendSummary, append
 from embedcache.extraction.extract import extract
 
 ALONE: dict[str, Any] = {"context": 64, "block_tokens": 256, "batch_tokens": 1}
-"""Each sequence is computed alone, so that its embeddings are the same bits in any block."""
+"""One sequence a batch: its embeddings are the same bits in any block."""
 
 
 def extracted(out: Path, base: Path, *sources: Path, codec: str = "bf16", **corpus: Any) -> Path:
-    """Extract sources into one cache of two taps."""
+    """Extract sources into one cache with two taps."""
     config = replace(corpus_config(sources[0]), sources=tuple(map(str, sources)), **corpus)
     settings = ExtractSettings(**ALONE, codec=codec, taps=("final", "layer_1"))
     extract(config, base=str(base), out=out, settings=settings, device="cpu")
