@@ -63,7 +63,7 @@ def die(*_: object, **__: object) -> None:
 
 
 def die_at(module: str, name: str, call: Callable[[], object]) -> None:
-    """Run ``call`` and die when it calls the function ``name`` of ``module``; a process's target."""
+    """Run ``call``; die when it calls function ``name`` of ``module``. A process's target."""
     setattr(importlib.import_module(module), name, die)
     call()
 
@@ -80,7 +80,7 @@ def run_until_step(step: int, call: Callable[[], object]) -> tuple[int, int] | i
         return code or reader.recv()
 
 
-def _die_at_step(step: int, call: Callable[[], object], told: Connection) -> None:
+def _die_at_step(step: int, call: Callable[[], object], result: Connection) -> None:
     from embedcache.extraction import rehearsal
     from embedcache.store import transaction as rewrite
 
@@ -108,7 +108,7 @@ def _die_at_step(step: int, call: Callable[[], object], told: Connection) -> Non
         setattr(os, name, counted(getattr(os, name)))
     rewrite.finish_rewrite = committing
     call()
-    told.send((committed, done))
+    result.send((committed, done))
 
 
 class ForkedCommand:
