@@ -36,7 +36,7 @@ from embedcache.editing.edit import (
     sole_writer,
     staged_edit,
 )
-from embedcache.errors import UsageError, nearest
+from embedcache.errors import CacheError, UsageError, nearest
 from embedcache.progress import SILENT, Bar, Progress
 
 Array = np.ndarray[Any, Any]
@@ -102,8 +102,11 @@ def delete(
         summary = deletion.summary()
         about = {"verb": "delete", "request": names, "result": asdict(summary)}
         attributes = deletion.attributes()
-        with staged_edit(deletion.cache, attributes, leases, about=about) as staged:
-            deletion.stage(staged, progress)
+        try:
+            with staged_edit(deletion.cache, attributes, leases, about=about) as staged:
+                deletion.stage(staged, progress)
+        except CacheError as error:
+            raise CacheError(f"nothing was deleted: {error}") from error
         _remove_leftovers(path)
     return summary
 
@@ -160,9 +163,9 @@ class _Deletion:
         for name in names:
             if name not in known and name not in {*map(file_of, known)}:
                 raise UsageError(
-                    f"expected names of documents in {cache.path}, found '{name}'."
-                    f"{nearest(name, known)} The cache has {len(known):,} documents; "
-                    "`embedcache.inspect()` shows their names. Nothing was deleted."
+                    f"{cache.path} has no document '{name}'.{nearest(name, known)} It has "
+                    f"{len(known):,} documents; `embedcache.inspect()` shows their names. Nothing "
+                    "was deleted."
                 )
         self._splits: dict[str, _Split] = {}
         for split, tables in cache.tables.items():
@@ -172,7 +175,7 @@ class _Deletion:
         if "train" in self._splits and self._splits["train"].gone_D.all():
             raise UsageError(
                 f"expected at least one train document to stay in {cache.path}, found that all "
-                "would be deleted. Remove the whole folder instead."
+                f"would be deleted. Remove the cache itself instead: rm -r {cache.path}"
             )
 
     def summary(self, *, dry_run: bool = False) -> DeleteSummary:

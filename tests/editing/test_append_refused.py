@@ -51,7 +51,7 @@ def test_another_setting_base_or_dtype_is_refused(
             added(untouched, more, settings=required)
     with pytest.raises(UsageError, match=r"`context=` 64, .* found 32"):
         append(untouched, corpus_config(more, context=32))
-    with pytest.raises(UsageError, match=r"'min_token'\. Did you mean 'min_tokens'"):
+    with pytest.raises(UsageError, match=r"`min_token=` .*Did you mean 'min_tokens'"):
         added(untouched, more, min_token=3)
     with pytest.raises(UsageError, match=r"`dtype=` float32, .* found bfloat16"):
         added(untouched, more, dtype="bfloat16")

@@ -177,7 +177,7 @@ def test_a_dry_run_returns_the_same_summary_and_writes_nothing(copied: Path) -> 
 def test_an_unknown_name_changes_nothing(copied: Path) -> None:
     before = comparable_tree(copied)
     known = names(copied, "train")[0]
-    with pytest.raises(UsageError, match=rf"found '{known}t'.*Did you mean '{known}'"):
+    with pytest.raises(UsageError, match=rf"no document '{known}t'.*Did you mean '{known}'"):
         delete(copied, [known, f"{known}t"])
     assert comparable_tree(copied) == before
 
@@ -192,7 +192,7 @@ def test_damage_is_refused_only_in_a_block_that_is_rewritten(copied: Path) -> No
     own = copied / f"train/embeddings/final/c/{blocks[0]}/0"
     flip_byte(own)
     before = comparable_tree(copied)
-    with pytest.raises(CacheError, match=rf"{own} is damaged"):
+    with pytest.raises(CacheError, match=rf"nothing was deleted: {own} is damaged"):
         delete(copied, gone)
     assert comparable_tree(copied) == before
     flip_byte(own)
