@@ -17,7 +17,7 @@ from .show import TerminalProgress, print_json, print_pairs
 def append_documents(
     corpus: Mapping[str, Any], *, out: Path, dry_run: bool, as_json: bool, **request: Any
 ) -> None:
-    """Add a corpus, told by the settings that were typed, to a finished cache."""
+    """Append a corpus to a finished cache; settings that were not typed are the cache's own."""
     from embedcache.editing.append import append, corpus_like
 
     config = corpus_like(out, **corpus)

@@ -209,7 +209,8 @@ class _Append:
         self._max_quarantined = max_quarantined
         self._progress = progress
         attributes = self._cache.attributes
-        _require_settings(attributes.settings, {**settings, "context": corpus.context}, path)
+        for required in (settings, {"context": corpus.context}):
+            _require_settings(attributes.settings, required, path)
         self._dtype = attributes.environment["dtype"]
         if dtype not in ("auto", self._dtype):
             raise UsageError(

@@ -46,6 +46,7 @@ def test_another_setting_base_or_dtype_is_refused(
         ({"codec": "bf16"}, r"`codec=` int8, .* found bf16\. Leave `codec=` out"),
         ({"taps": ("final",)}, r"`taps=` final,layer_1, .* found final"),
         ({"bits": 2.0}, r"`bits=` None, .* found 2.0"),
+        ({"context": 128}, r"`context=` 64, .* found 128"),
     ):
         with pytest.raises(UsageError, match=message):
             added(untouched, more, settings=required)
