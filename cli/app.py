@@ -105,7 +105,7 @@ def main() -> None:
 def _run(*, as_json: bool) -> int:
     """Run the command; return its exit code."""
     try:
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="embedcache")
     except EmbedcacheError as error:
         kind = type(error).__name__
         return report(kind, translated(str(error)), error.exit_code, as_json=as_json)

@@ -45,7 +45,6 @@ def evaluate_command(
         list[float] | None,
         typer.Option(
             help="Strength of the carry-on: 0 is the base alone, 1 as trained; repeatable.",
-            metavar="<float>",
             show_default="1.0",
         ),
     ] = None,

@@ -34,7 +34,7 @@ def generate_command(
     ] = False,
     as_json: options.AsJson = False,
     max_new_tokens: Annotated[
-        int, typer.Option(help="Most tokens to write.", rich_help_panel=SAMPLING)
+        int, typer.Option(help="Write at most this many tokens.", rich_help_panel=SAMPLING)
     ] = 128,
     temperature: Annotated[
         float,

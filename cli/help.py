@@ -55,7 +55,8 @@ def _write_groups(command: Any, ctx: Any, formatter: Any) -> None:
             title = getattr(parameter, "rich_help_panel", None) or kind
             # Typer puts a default that is described, not a value, in parentheses.
             text = re.sub(r"\[default: \((.*)\)\]", r"[default: \1]", record[1])
-            groups.setdefault(title, []).append((record[0], text))
+            name = re.sub(r"<list\[(\w+)\]>", lambda kind: f"<{kind[1].lower()}>", record[0])
+            groups.setdefault(title, []).append((name, text))
     for title, records in groups.items():
         if records:
             with formatter.section(title):

@@ -27,8 +27,8 @@ def merge_command(
 ) -> None:
     """Join finished caches of one base into a new one.
 
-    Blocks are copied; nothing is computed. The caches must have the same codec, taps, context and block size; with the transform codec
-    also the same calibration.
+    Blocks are copied; nothing is computed. The caches must have the same codec, taps, context and
+    block size; with the transform codec also the same calibration.
 
     A document that two caches hold (the same name and tokens, or the same tokens in another split)
     is an error: delete it from one of them first. Near-duplicates are not looked for. If two
