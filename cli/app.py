@@ -11,7 +11,7 @@ import typer
 from embedcache.errors import EmbedcacheError
 
 from . import delete, evaluate, extract, generate, info, inspect, merge, train, verify
-from .errors import print_error, report, translated
+from .errors import learn_options, print_error, report, translated
 from .help import SETTINGS, Command, Group
 
 TERMS = """
@@ -99,13 +99,16 @@ def main() -> None:
     """
     logging.basicConfig(level=logging.WARNING, format="embedcache: %(message)s", stream=sys.stderr)
     logging.getLogger("embedcache").setLevel(logging.INFO)
-    sys.exit(_run(as_json="--json" in sys.argv[1:]))
+    sys.exit(_run(sys.argv[1:]))
 
 
-def _run(*, as_json: bool) -> int:
+def _run(arguments: list[str]) -> int:
     """Run the command; return its exit code."""
+    group: Any = typer.main.get_command(app)
+    learn_options(group.commands, arguments[0] if arguments else None)
+    as_json = "--json" in arguments
     try:
-        code = app(standalone_mode=False, prog_name="embedcache")
+        code = group(standalone_mode=False, prog_name="embedcache")
     except EmbedcacheError as error:
         kind = type(error).__name__
         return report(kind, translated(str(error)), error.exit_code, as_json=as_json)

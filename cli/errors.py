@@ -11,32 +11,17 @@ import json
 import os
 import re
 import shlex
+from collections.abc import Mapping
+from typing import Any
 
 import typer
 
-ARGUMENTS = {
-    "cache": "CACHE",
-    "caches": "CACHE...",
-    "cache_path": "CACHE",
-    "carryon": "CARRYON",
-    "carryon_path": "CARRYON",
-    "path": "PATH",
-    "corpus": "CORPUS",
-    "sources": "CORPUS",
-    "dev_sources": "--dev",
-    "test_sources": "--test",
-    "document": "--document",
-    "documents": "--document",
-    "alphas": "--alpha",
-    "runs": "--sweep",
-}
-"""Arguments whose option is not ``--name``: positional ones, and those with another name."""
+OPTIONS: dict[str, str] = {}
+"""What is typed for an argument, by its name: an option, or the name of a positional argument.
+`learn_options` fills it from the commands; these are arguments that no command has a parameter
+for."""
 
-FILE_SETTINGS = (
-    *("warmup", "weight_decay", "beta2", "clip", "samples", "order_seed"),
-    *("head_width", "mlp_ratio"),
-)
-"""Settings of a training run without an option: a file gives them."""
+OTHER_ARGUMENTS = {"cache_path": "CACHE", "runs": "--sweep", "document": "--document"}
 
 FUNCTIONS = {
     "append": "extract --append",
@@ -49,24 +34,28 @@ FUNCTIONS = {
 }
 """Functions whose command has another name."""
 
-COMMANDS = (
-    *("extract", "train", "eval", "generate"),
-    *("info", "inspect", "verify", "delete", "merge"),
-)
+COMMANDS: dict[str, Any] = {}
+"""The commands by name; `learn_options` fills it."""
 
 _FUNCTION = re.compile(r"`embedcache\.(?:\w+\.)*(\w+)\(([^`]*)\)`")
 _ARGUMENT = re.compile(r"`([a-z]\w*)=([^`]*)`")
 
 
+def learn_options(commands: Mapping[str, Any], invoked: str | None) -> None:
+    """Take the options of all commands; for a name that several have, those of the invoked one."""
+    COMMANDS.update(commands)
+    OPTIONS.update(OTHER_ARGUMENTS)
+    order = sorted(commands, key=lambda name: name == invoked)
+    for parameter in (each for name in order for each in commands[name].params):
+        is_option = parameter.param_type_name == "option"
+        OPTIONS[parameter.name] = parameter.opts[0] if is_option else parameter.metavar
+
+
 def translated(message: str) -> str:
     """Return a message of the library with options and commands for arguments and functions.
 
-    >>> translated("give another `out=`, or `codec='int8'`")
-    'give another --out, or --codec int8'
-    >>> translated("Run `embedcache.verify(cache, deep=True)`.")
-    "Run 'embedcache verify CACHE --deep'."
-    >>> translated("`sources=` is empty; run the same call again")
-    'CORPUS is empty; run the same command again'
+    ``"give another `out=`, or run `embedcache.verify(cache, deep=True)`"`` becomes
+    ``"give another --out, or run 'embedcache verify CACHE --deep'"``.
     """
     message = _FUNCTION.sub(_command, message)
     message = _ARGUMENT.sub(lambda match: option(match[1], match[2]), message)
@@ -76,22 +65,23 @@ def translated(message: str) -> str:
 def option(name: str, value: str = "") -> str:
     """Return what to type for the argument ``name`` with ``value``, a Python expression or none.
 
-    >>> option("batch_tokens", "2048"), option("gate", "False"), option("taps", "('final', '15')")
-    ('--batch-tokens 2048', '--no-gate', '--taps final,15')
-    >>> option("documents", "['alice/*']"), option("cache", "'both'"), option("clip", "1.0")
-    ("--document 'alice/*'", 'both', '`clip = 1.0` in the --config file')
+    An argument without an option is a setting, which a file of settings gives.
     """
-    if name in FILE_SETTINGS:
-        return f"`{name} = {value}` in the --config file" if value else f"the setting `{name}`"
-    flag = ARGUMENTS.get(name, f"--{name.replace('_', '-')}")
+    if name not in OPTIONS:
+        return f"the setting `{name} = {value}`" if value else f"the setting `{name}`"
+    flag = OPTIONS[name]
     if value == "False":
         return f"--no-{flag.removeprefix('--')}"
-    typed = "" if value == "True" else _typed(value)
-    return (typed or flag) if not flag.startswith("--") else f"{flag} {typed}".strip()
+    word = "" if value == "True" else _typed(value)
+    return f"{flag} {word}".strip() if flag.startswith("--") else word or flag
 
 
 def _typed(value: str) -> str:
-    """Return a Python value as a shell's word; any other text as it is."""
+    """Return a Python value as a shell's word; any other text as it is.
+
+    >>> _typed("2048"), _typed("('final', 'layer_2')"), _typed("'alice/*'"), _typed("path")
+    ('2048', 'final,layer_2', "'alice/*'", 'path')
+    """
     try:
         parsed = ast.literal_eval(value)
     except (ValueError, SyntaxError):
@@ -110,7 +100,7 @@ def _command(match: re.Match[str]) -> str:
     words = ["embedcache", command]
     for argument in filter(None, re.split(r",\s*(?![^(\[]*[)\]])", arguments)):
         key, equals, value = argument.partition("=")
-        words.append(option(key, value) if equals else ARGUMENTS.get(key, _typed(key)))
+        words.append(option(key, value) if equals else OPTIONS.get(key, _typed(key)))
     return f"'{' '.join(words)}'"
 
 

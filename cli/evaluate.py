@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -41,9 +41,10 @@ def evaluate_command(
             autocompletion=options.choices(options.SPLITS),
         ),
     ] = "test",
-    alpha: Annotated[
+    alphas: Annotated[
         list[float] | None,
         typer.Option(
+            "--alpha",
             help="Strength of the carry-on: 0 is the base alone, 1 as trained; repeatable.",
             show_default="1.0",
         ),
@@ -66,50 +67,20 @@ def evaluate_command(
         raise UsageError(
             "expected a CACHE or --corpus, one of the two, such as: embedcache eval CARRYON CACHE"
         )
-    alphas = tuple(alpha or (1.0,))
-    progress = TerminalProgress()
-    if cache is not None and not live:
-        from embedcache.evaluation.evaluate import evaluate
+    from embedcache.evaluation.evaluate import evaluate
 
-        found = evaluate(
-            carryon, cache, split=split, alphas=alphas, device=device, progress=progress
-        )
-    else:
-        from embedcache.base.load import load_base
-        from embedcache.cache.format.layout import corpora_of
-        from embedcache.carryon.saving import read_record
-        from embedcache.corpus.config import CorpusConfig
-        from embedcache.evaluation.live import evaluate_cache_live, evaluate_corpus
-
-        record = read_record(carryon)
-        loaded = load_base(base or record.base["name"], device=device, dtype=dtype)
-        if cache is not None:
-            found = evaluate_cache_live(
-                loaded, carryon, cache, split=split, alphas=alphas, progress=progress
-            )
-        else:
-            # The text is rendered and cut as the carry-on's training corpus was.
-            trained = record.cache["corpus"]
-            text, *others = [
-                replace(
-                    CorpusConfig.from_dict(part["config"]),
-                    sources=tuple(corpus or ()),
-                    dev_sources=(),
-                    test_sources=(),
-                    split_file=None,
-                    dev_fraction=0.0,
-                    test_fraction=0.0,
-                    limit_documents=None,
-                    limit_tokens=None,
-                )
-                for part in corpora_of(trained)
-            ]
-            if any(other != text for other in others):
-                raise UsageError(
-                    f"{carryon} was trained on corpora that were rendered in different ways; "
-                    "--corpus needs one way. Extract the text, then evaluate on that cache."
-                )
-            found = evaluate_corpus(loaded, carryon, text, alphas=alphas, progress=progress)
+    found = evaluate(
+        carryon,
+        cache,
+        corpus=corpus,
+        split=split,
+        alphas=alphas or 1.0,
+        live=live,
+        base=base,
+        device=device,
+        dtype=dtype,
+        progress=TerminalProgress(),
+    )
     if as_json:
         print_json(asdict(found))
         return

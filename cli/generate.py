@@ -60,23 +60,18 @@ def generate_command(
     dtype: options.BaseDtype = "auto",
 ) -> None:
     """Generate text with the live base and a carry-on."""
-    from embedcache.base.load import load_base
-    from embedcache.carryon.saving import read_record
     from embedcache.compose.generate import Sampling, generate
-    from embedcache.compose.model import compose
+    from embedcache.compose.load import load
 
     sampling = Sampling(**options.settings(ctx, Sampling))
-    record = read_record(carryon)
-    loaded = load_base(base or record.base["name"], device=device, dtype=dtype)
     answers = []
-    with compose(loaded, carryon) as composed:
+    with load(carryon, base, device=device, dtype=dtype) as model:
         for value in (0.0, alpha) if compare else (alpha,):
             if compare and not as_json:
                 name = "base" if value == 0 else f"carry-on, alpha {value:g}"
                 typer.echo(f"--- {name} ---")
             text = generate(
-                loaded,
-                composed,
+                model,
                 prompt,
                 alpha=value,
                 chat=chat,

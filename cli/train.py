@@ -141,7 +141,7 @@ def train_command(
     of the carry-on in a table: [carryon] with width, blocks, ….
     """
     from embedcache.base.taps import parse_taps
-    from embedcache.carryon.branch.config import CarryOnConfig
+    from embedcache.carryon.branch.config import BranchConfig
     from embedcache.errors import UsageError
     from embedcache.training.config import TrainConfig, read_settings
     from embedcache.training.distributed import is_leader
@@ -152,7 +152,7 @@ def train_command(
     budget = None if memory is None else bytes_of(memory)
     ctx.params["taps"] = parse_taps(taps)
     typed = options.settings(ctx, TrainConfig, typed_only=True)
-    if shape := options.settings(ctx, CarryOnConfig, typed_only=True):
+    if shape := options.settings(ctx, BranchConfig, typed_only=True):
         typed["carryon"] = shape
     if sweep is not None:
         if config is not None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import ast
 import json
-import re
-from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 
 import pytest
@@ -15,10 +13,14 @@ from support.fixtures_extract import call_main
 import embedcache
 from embedcache.errors import CacheError, OutputError
 from embedcache_cli.app import app
-from embedcache_cli.errors import ARGUMENTS, COMMANDS, FILE_SETTINGS, FUNCTIONS, option, translated
+from embedcache_cli.errors import FUNCTIONS, OPTIONS, learn_options, translated
 
-LIBRARY = Path(embedcache.__file__).parent
 COMMAND_LINE = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+
+
+@pytest.fixture(autouse=True)
+def options_are_known() -> None:
+    learn_options(COMMAND_LINE, "extract")
 
 
 @pytest.mark.parametrize(
@@ -37,36 +39,33 @@ COMMAND_LINE = typer.main.get_command(app).commands  # type: ignore[attr-defined
             "'embedcache extract --repair --out c', then the same command",
         ),
         ("`embedcache.load()` and `width`", "embedcache.load() and `width`"),
+        ("`widht=` is unknown", "the setting `widht` is unknown"),
     ],
 )
 def test_messages_of_the_library_are_translated(message: str, expected: str) -> None:
     assert translated(message) == expected
 
 
-def messages() -> Iterator[tuple[str, str]]:
-    """Yield the strings of the library that are not docstrings, with their files."""
-    for path in LIBRARY.rglob("*.py"):
-        tree = ast.parse(path.read_text())
-        docstrings = {id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr)}
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Constant) and id(node) not in docstrings:
-                yield str(path), str(node.value)
-
-
-def test_every_argument_that_a_message_names_can_be_typed() -> None:
-    flags = {
-        flag for command in COMMAND_LINE.values() for parameter in command.params
-        for flag in (*parameter.opts, *parameter.secondary_opts)
-    }  # fmt: skip
-    metavars = {value for value in ARGUMENTS.values() if not value.startswith("--")}
-    for path, message in messages():
-        for name in re.findall(r"`([a-z]\w*)=", message):
-            assert name in FILE_SETTINGS or option(name) in flags | metavars, (path, name)
+@pytest.mark.parametrize(
+    "name", ["extract", "train", "sweep", "evaluate", "append", "delete", "merge", "verify"]
+)
+def test_every_argument_of_a_public_function_is_an_option(name: str) -> None:
+    arguments = signature(getattr(embedcache, name)).parameters.values()
+    names = {each.name for each in arguments if each.kind is not each.VAR_KEYWORD}
+    # A configuration has an option for each setting, or a file for all of them.
+    assert names - set(OPTIONS) <= {"settings", "progress"}
 
 
 def test_every_command_of_the_table_exists() -> None:
-    assert set(COMMANDS) == set(COMMAND_LINE)
-    assert {command.split()[0] for command in FUNCTIONS.values()} <= set(COMMANDS)
+    assert {command.split()[0] for command in FUNCTIONS.values()} <= set(COMMAND_LINE)
+
+
+def test_a_name_that_several_commands_have_is_the_invoked_ones() -> None:
+    assert translated("`corpus=` is empty") == "--corpus is empty"  # only eval has the name
+    learn_options(COMMAND_LINE, "eval")
+    assert translated("`cache=`, `alphas=0.5`") == "CACHE, --alpha 0.5"
+    learn_options(COMMAND_LINE, "train")
+    assert translated("`documents=['a/*']`") == "--document 'a/*'"
 
 
 @pytest.mark.parametrize(

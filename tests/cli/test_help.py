@@ -15,7 +15,7 @@ import typer.main
 from typer.testing import CliRunner
 
 from embedcache.cache.format.layout import ExtractSettings
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.compose.generate import Sampling
 from embedcache.corpus.config import CorpusConfig
 from embedcache.training.config import TrainConfig
@@ -97,7 +97,7 @@ def test_every_command_has_the_common_options_and_examples_that_parse(name: str)
         ("extract", CorpusConfig(sources=("corpus",))),
         ("extract", ExtractSettings()),
         ("train", TrainConfig()),
-        ("train", CarryOnConfig()),
+        ("train", BranchConfig()),
         ("generate", Sampling()),
     ],
     ids=lambda value: value if isinstance(value, str) else type(value).__name__,
