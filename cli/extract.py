@@ -184,12 +184,12 @@ def _result_pairs(result: ExtractSummary) -> list[tuple[str, object]]:
         "computed now": result.computed_blocks,
         "by other processes": result.others_blocks,
     }
-    parts = ", ".join(f"{count} {where}" for where, count in blocks.items() if count)
+    parts = ", ".join(f"{count:,} {where}" for where, count in blocks.items() if count)
     pairs: list[tuple[str, object]] = [
         ("cache", result.out),
         ("base", result.base),
         *_corpus_pairs(result.corpus | counts),
-        ("blocks", f"{result.blocks} ({parts})" if parts else result.blocks),
+        ("blocks", f"{result.blocks:,} ({parts or 'complete before'})"),
     ]
     if result.quarantined:
         pairs.append(

@@ -19,6 +19,12 @@ SETTINGS: dict[str, Any] = {"help_option_names": ["-h", "--help"], "max_content_
 class Command(TyperCommand):
     """A command whose help shows options in groups and prints its epilog under "Examples"."""
 
+    def collect_usage_pieces(self, ctx: Any) -> list[str]:
+        """Return the words of the usage line; Typer puts required arguments in braces."""
+        return [
+            piece.replace("{", "").replace("}", "") for piece in super().collect_usage_pieces(ctx)
+        ]
+
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write arguments and options, a section for each ``rich_help_panel``."""
         _write_groups(self, ctx, formatter)

@@ -10,7 +10,7 @@ import typer
 from embedcache.units import size
 
 from . import options
-from .show import counted, print_json, print_pairs, print_table
+from .show import counted, formatted, print_json, print_pairs, print_table
 
 EXAMPLES = """
 embedcache info cache
@@ -166,7 +166,7 @@ def _carryon_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
         ("carry-on", found["path"]),
         *_base_pairs(found["base"]),
         ("parameters", f"{results['parameters']:,}"),
-        ("shape", ", ".join(f"{key} {value}" for key, value in config.items())),
+        ("shape", ", ".join(f"{key} {formatted(value)}" for key, value in config.items())),
         ("trained on", ", ".join(sources_of(found["cache"]["corpus"]))),
         ("epochs", f"{results['epochs']}, kept epoch {results['best_epoch']}"),
     ]

@@ -50,7 +50,8 @@ def merge_command(
         ("size", size(done.bytes)),
     ]
     if done.renamed:
+        names = "would become" if dry_run else "are now"
         pairs.append(
-            ("renamed", f"{done.renamed:,} documents whose name was taken: now name@2, @3, …")
+            ("renamed", f"{done.renamed:,} documents whose name was taken {names} name@2, @3, …")
         )
     print_pairs(pairs)

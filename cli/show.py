@@ -97,6 +97,19 @@ def counted(count: int, unit: str) -> str:
     return f"{count:,} {unit.removesuffix('s') if count == 1 else unit}"
 
 
+def formatted(value: object) -> str:
+    """Return a value as text: large numbers with commas, sequences joined by commas.
+
+    >>> formatted(2048), formatted(["final", "layer_2"]), formatted(True)
+    ('2,048', 'final,layer_2', 'yes')
+    """
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    return ",".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
     """Print a table: the first column to the left, the others to the right."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from .errors import translated
-from .show import leader_progress, print_json, print_table
+from .show import formatted, leader_progress, print_json, print_table
 
 if TYPE_CHECKING:
     from embedcache.training.config import TrainConfig
@@ -47,8 +47,11 @@ def run_sweep(
             if memory is not None:
                 columns += ("memory",)
             print_table(
-                ("run", *columns),
-                [(name, *(plan[column] for column in columns)) for name, plan in plans.items()],
+                ("run", *(column.replace("_", " ") for column in columns)),
+                [
+                    (name, *(formatted(plan[column]) for column in columns))
+                    for name, plan in plans.items()
+                ],
             )
         return
     results = sweep(

@@ -11,7 +11,7 @@ import typer
 from embedcache.units import duration
 
 from . import options
-from .show import leader_progress, print_json, print_pairs
+from .show import formatted, leader_progress, print_json, print_pairs
 from .sweep import run_sweep
 
 if TYPE_CHECKING:
@@ -185,7 +185,7 @@ def train_command(
 def _plan_pairs(plan: dict[str, Any]) -> list[tuple[str, object]]:
     """Return what a run would do, in words."""
     return [
-        (name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value)
+        (name.replace("_", " "), formatted(value))
         for name, value in plan.items()
         if value is not None
     ]
