@@ -181,7 +181,7 @@ def _result_pairs(result: ExtractSummary) -> list[tuple[str, object]]:
     counts = {key: getattr(result, key) for key in ("tokens", "sequences", "documents")}
     blocks = {
         "written earlier": result.resumed_blocks,
-        "computed now": result.computed_blocks,
+        "computed here": result.computed_blocks,
         "by other processes": result.others_blocks,
     }
     parts = ", ".join(f"{count:,} {where}" for where, count in blocks.items() if count)
