@@ -17,15 +17,21 @@ from typing import Any
 import typer
 
 OPTIONS: dict[str, str] = {}
-"""What is typed for an argument, by its name: an option, or the name of a positional argument.
-`learn_options` fills it from the commands; these are arguments that no command has a parameter
-for."""
+"""What a user types for an argument, by the argument's name: an option, or the name of a positional
+argument. `learn_options` fills it."""
 
-OTHER_ARGUMENTS = {"cache_path": "CACHE", "runs": "--sweep", "document": "--document"}
+OTHER_ARGUMENTS = {
+    "corpus": "CORPUS",
+    "cache_path": "CACHE",
+    "runs": "--sweep",
+    "document": "--document",
+}
+"""Arguments of the library whose command has a parameter of another name."""
 
 FUNCTIONS = {
     "append": "extract --append",
     "estimate": "extract --dry-run",
+    "estimate_extraction": "extract --dry-run",
     "repair": "extract --repair",
     "sweep": "train --sweep",
     "evaluate": "eval",
@@ -42,13 +48,22 @@ _ARGUMENT = re.compile(r"`([a-z]\w*)=([^`]*)`")
 
 
 def learn_options(commands: Mapping[str, Any], invoked: str | None) -> None:
-    """Take the options of all commands; for a name that several have, those of the invoked one."""
+    """Fill the tables from the commands; the invoked command's own options win."""
     COMMANDS.update(commands)
+    for command in commands.values():
+        OPTIONS.update(_options_of(command))
     OPTIONS.update(OTHER_ARGUMENTS)
-    order = sorted(commands, key=lambda name: name == invoked)
-    for parameter in (each for name in order for each in commands[name].params):
-        is_option = parameter.param_type_name == "option"
-        OPTIONS[parameter.name] = parameter.opts[0] if is_option else parameter.metavar
+    if invoked is not None and invoked in commands:
+        OPTIONS.update(_options_of(commands[invoked]))
+
+
+def _options_of(command: Any) -> dict[str, str]:
+    return {
+        parameter.name: (
+            parameter.opts[0] if parameter.param_type_name == "option" else parameter.metavar
+        )
+        for parameter in command.params
+    }
 
 
 def translated(message: str) -> str:

@@ -61,8 +61,9 @@ def test_every_command_of_the_table_exists() -> None:
 
 
 def test_a_name_that_several_commands_have_is_the_invoked_ones() -> None:
-    assert translated("`corpus=` is empty") == "--corpus is empty"  # only eval has the name
+    assert translated("`corpus=` is empty") == "CORPUS is empty"
     learn_options(COMMAND_LINE, "eval")
+    assert translated("`corpus=` is empty") == "--corpus is empty"
     assert translated("`cache=`, `alphas=0.5`") == "CACHE, --alpha 0.5"
     learn_options(COMMAND_LINE, "train")
     assert translated("`documents=['a/*']`") == "--document 'a/*'"
