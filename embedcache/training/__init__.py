@@ -1,1 +1,1 @@
-"""The parts of stage two: settings, schedule, checkpoints and the report."""
+"""Stage two: training carry-ons from a cache, one by one or stacked in a sweep."""

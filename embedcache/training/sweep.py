@@ -110,10 +110,11 @@ def sweep(
 
 
 def read_sweep(path: Path, flags: dict[str, Any] | None = None) -> dict[str, TrainConfig]:
-    """Return the runs of a sweep file by name; ``flags`` win over what the file's runs share.
+    """Return the runs of a sweep file by name.
 
-    Raises ``UsageError`` for a file that is missing, malformed, or names a setting or a run that
-    cannot be.
+    ``flags`` override the settings that the runs share, not those of the grid or of a run. Raises
+    ``UsageError`` for a file that is missing or malformed, for unknown settings, and for two runs
+    of one name.
     """
     value = read_settings(path)
     grid, runs = value.pop(GRID, {}), value.pop(RUNS, [{}])
@@ -123,14 +124,14 @@ def read_sweep(path: Path, flags: dict[str, Any] | None = None) -> dict[str, Tra
         )
     if not isinstance(runs, list) or not runs or not all(isinstance(run, dict) for run in runs):
         raise UsageError(
-            f"{path}: runs must be a list of tables, each begun by [[runs]]; found {runs!r}"
+            f"{path}: runs must be a list of tables, each below [[runs]]; found {runs!r}"
         )
     shared = merged(value, flags or {})
     count = len(runs)
     for values in grid.values():
         count *= len(values)
     if count > MOST_RUNS:
-        raise UsageError(f"{path} asks for {count:,} runs; {MOST_RUNS:,} is the most")
+        raise UsageError(f"{path} asks for {count:,} runs, at most {MOST_RUNS:,} are possible")
     found: dict[str, TrainConfig] = {}
     for run in runs:
         named = run.get(NAME)
@@ -140,7 +141,7 @@ def read_sweep(path: Path, flags: dict[str, Any] | None = None) -> dict[str, Tra
             name = _name(named, own, point)
             if name in found:
                 raise UsageError(
-                    f"{path}: two runs are called '{name}': give each of [[runs]] a name of its own"
+                    f"{path}: two runs are called '{name}'. Give each of [[runs]] its own name."
                 )
             try:
                 found[name] = TrainConfig.from_dict(
@@ -153,7 +154,7 @@ def read_sweep(path: Path, flags: dict[str, Any] | None = None) -> dict[str, Tra
 
 
 def merged(settings: dict[str, Any], more: dict[str, Any]) -> dict[str, Any]:
-    """Return settings with ``more`` over them, table by table.
+    """Return settings updated by ``more``, table by table.
 
     >>> merged({"a": 1, "t": {"x": 1}}, {"t": {"y": 2}})
     {'a': 1, 't': {'x': 1, 'y': 2}}
@@ -176,13 +177,13 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _misplaced(settings: dict[str, Any]) -> str:
-    """Say where a misspelt table of the file itself was meant."""
+    """Return a hint at ``grid`` or ``runs`` where a setting is spelt like one of them."""
     close = [hint for key in settings if (hint := nearest(key, (GRID, RUNS)))]
     return close[0] if close else ""
 
 
 def _name(named: Any, own: dict[str, Any], point: dict[str, Any]) -> str:
-    """Return a folder's name: the run's own, and what the grid sets."""
+    """Return the name of a run's folder: its own name, and the settings from the grid."""
     if named is not None and (not isinstance(named, str) or not named):
         raise UsageError(f"a run's name must be text, found {named!r}")
     settings = point if named else own | point

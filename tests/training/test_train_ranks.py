@@ -181,7 +181,7 @@ def test_a_sweep_is_dealt_out(world, tmp_path):
         *("--sweep", tmp_path / "s.toml", *FLAGS),
     )
     assert [code for code, _, _ in ranks] == [0, 0], ranks
-    assert "".join(printed for _, printed, _ in ranks).count("3 of 3 carry-ons") == 1
+    assert "".join(printed for _, printed, _ in ranks).count("3 of 3 runs") == 1
     for seed in range(3):
         out = tmp_path / str(seed)
         train(world.cache_path, out=out, config=replace(CONFIG, seed=seed), device="cpu")

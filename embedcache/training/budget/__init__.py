@@ -1,1 +1,1 @@
-"""Training within a memory budget."""
+"""A memory budget: the ladder of step settings, the probe that measures them, the allocator."""

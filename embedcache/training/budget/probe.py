@@ -6,7 +6,7 @@ import gc
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
-from itertools import islice
+from itertools import islice, product
 
 import torch
 
@@ -26,7 +26,7 @@ from embedcache.training.step.step_inputs import StepInputs
 USED = 0.95
 """Share of a budget that a probe may use: later parts may take more."""
 LEANER = 0.9
-"""Share of a budget that a probe may use after a run that passed its probe ran out of memory."""
+"""Share of that for a plan after another one, which passed its probe, ran out of memory."""
 PARTS = {"cpu": 2, "cuda": 4}
 """Parts of a probe: on a GPU, others are prepared ahead by the last one, as in training."""
 
@@ -52,11 +52,13 @@ def plan_memory(
         DeviceMemoryError: if no settings hold a sequence, with the least budget that would do.
     """
     probe = _Probe(inputs, configs, loss)
-    share = USED if below is None else LEANER * USED
+    shares = [USED]
     plans = list(_plans(probe.ladder(budget), budget))
+    names = list(dict.fromkeys(plan.name for plan in plans))
     if below is not None:
-        plans = plans[below.rung + 1 :]
-    for name in dict.fromkeys(plan.name for plan in plans):
+        plans = [plan for plan in plans if _leanness(plan, names) > _leanness(below, names)]
+        shares.insert(0, LEANER * USED)
+    for share, name in product(shares, names):
         tried = [plan for plan in plans if plan.name == name]
         if found := _first_that_holds(tried, probe, int(share * budget)):
             return found
@@ -73,6 +75,13 @@ def _plans(rungs: Sequence[Rung], budget: int) -> Iterator[MemoryPlan]:
                 name=rung.name, settings=settings, rung=number, budget=budget, expected=0
             )
             number += 1
+
+
+def _leanness(plan: MemoryPlan, names: Sequence[str]) -> tuple[int, int, bool]:
+    """Return a key that orders the plans of a ladder, the leanest last."""
+    settings = plan.settings
+    assert settings.part_tokens is not None
+    return names.index(plan.name), -settings.part_tokens, not settings.cuda_graph
 
 
 def _first_that_holds(plans: Sequence[MemoryPlan], probe: _Probe, limit: int) -> MemoryPlan | None:

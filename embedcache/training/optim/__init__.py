@@ -1,1 +1,1 @@
-"""AdamW over stacked carry-ons: states on the device or in host memory, in 16 or 32 bits."""
+"""AdamW for stacked carry-ons, with states on the device or, in 16 bits, in host memory."""

@@ -1,1 +1,1 @@
-"""One training run: its folder, checkpoint, metrics and report."""
+"""One training run: its state and checkpoint, its metrics, its report."""

@@ -1,1 +1,1 @@
-"""One training step: a stack of carry-ons, its batches, and its CUDA graphs."""
+"""One training step: the stack, its batches and settings, its CUDA graphs."""
