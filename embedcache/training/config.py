@@ -105,8 +105,8 @@ def config_from(config: TrainConfig | None, settings: Mapping[str, Any]) -> Trai
     A name belongs to `TrainConfig` or to the configuration of the carry-on, whose kind the name
     ``kind`` gives.
 
-    >>> config_from(None, {"lr": 1e-3, "width": 128}).carryon
-    BranchConfig(width=128)
+    >>> config_from(None, {"lr": 1e-3, "width": 128}).carryon.width
+    128
 
     Raises ``UsageError`` for a name that is unknown, naming the nearest known one, and where both a
     configuration and settings are given.
