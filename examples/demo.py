@@ -16,15 +16,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from embedcache.base.load import load_base
-from embedcache.compose.generate import Sampling, generate
-from embedcache.compose.model import compose
-from embedcache.corpus.config import CorpusConfig
+import embedcache as ec
 from embedcache.corpus.sources.stdlib import library_files
-from embedcache.evaluation.evaluate import evaluate
-from embedcache.extraction.extract import extract
-from embedcache.training.config import TrainConfig
-from embedcache.training.train import train
 from embedcache.units import size
 from embedcache_cli.show import TerminalProgress
 
@@ -42,7 +35,7 @@ ASKED = (
 
 def documented_functions(path: Path) -> Iterator[dict[str, str]]:
     """Yield the signature and the docstring's first line of each documented function of a file."""
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    for node in ast.walk(ast.parse(path.read_bytes())):
         if isinstance(node, ast.FunctionDef) and (docstring := ast.get_docstring(node)):
             signature = f"def {node.name}({ast.unparse(node.args)}):"
             line = docstring.splitlines()[0]
@@ -74,7 +67,7 @@ def main() -> None:
     files = write_pairs(OUT / "pairs")
 
     print(f"1. Extracting embeddings with {BASE} (the first run converts the base, too)")
-    corpus = CorpusConfig(
+    corpus = ec.CorpusConfig(
         sources=(files["train"],),
         dev_sources=(files["dev"],),
         test_sources=(files["test"],),
@@ -82,13 +75,13 @@ def main() -> None:
         completion='{line}"""',
         min_tokens=8,
     )
-    extracted = extract(corpus, base=BASE, out=cache, progress=progress)
+    extracted = ec.extract(corpus, base=BASE, out=cache, progress=progress)
 
     print("2. Training a carry-on from the cache alone")
-    trained = train(cache, out=carryon, config=TrainConfig(epochs=4), progress=progress)
+    trained = ec.train(cache, out=carryon, config=ec.TrainConfig(epochs=4), progress=progress)
 
     print("3. Evaluating on the docstrings of held-out modules")
-    found = evaluate(carryon, cache, progress=progress)
+    found = ec.evaluate(carryon, cache, progress=progress)
     row = found.rows[0]
     print(f"""
 cross-entropy  base {found.base_cross_entropy:.3f}, carry-on {row["cross_entropy"]:.3f} nats a token
@@ -102,14 +95,12 @@ plot           {carryon / "loss.png"}
 all stages     {time.perf_counter() - started:.0f} s""")
 
     print("\n4. Generating docstrings")
-    base = load_base(BASE)
-    with compose(base, carryon) as composed:
-        for signature in ASKED:
-            prompt = PROMPT.format(signature=signature)
-            for name, alpha in (("base", 0.0), ("carry-on", 1.0)):
-                sampling = Sampling(max_new_tokens=48)
-                text = generate(base, composed, prompt, alpha=alpha, sampling=sampling)
-                print(f"\n--- {name} ---\n{prompt}{text}")
+    model = ec.load(carryon)
+    for signature in ASKED:
+        prompt = PROMPT.format(signature=signature)
+        for name, alpha in (("base", 0.0), ("carry-on", 1.0)):
+            text = ec.generate(model, prompt, alpha=alpha, max_new_tokens=48)
+            print(f"\n--- {name} ---\n{prompt}{text}")
 
 
 if __name__ == "__main__":
