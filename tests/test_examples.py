@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import importlib.util
 import re
 import sys
@@ -10,9 +11,17 @@ from types import ModuleType
 
 import pytest
 
+import embedcache
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted([*ROOT.glob("examples/**/*.py"), *ROOT.glob("tests/benchmarks/*.py")])
-PAGES = ["README.md", "CONTRIBUTING.md", "embedcache/README.md", "examples/paper/README.md"]
+PAGES = [
+    "README.md",
+    "CONTRIBUTING.md",
+    "embedcache/README.md",
+    "examples/paper/README.md",
+]
+QUICKSTART = ROOT / "examples/quickstart.py"
 ROW = {"unit": "s", "ratio": 2.0, "command": "c", "date": "d", "value": 2, "peer_value": 1}
 
 
@@ -49,6 +58,7 @@ def test_measurements_in_the_readmes_are_those_of_the_results(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     readme = load(ROOT / "tests/benchmarks/readme.py", monkeypatch)
+    assert doctest.testmod(readme).failed == 0
     results = readme.load()
     page = (ROOT / "tests/benchmarks/README.md").read_text(encoding="utf-8")
     assert page == readme.page(results), "run: python tests/benchmarks/readme.py"
@@ -79,3 +89,13 @@ def test_files_that_a_page_names_exist(page: str) -> None:
 
 def test_the_readme_has_at_most_150_lines() -> None:
     assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 150
+
+
+def test_the_readme_and_the_quickstart_use_public_names() -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    compile(block, "README.md", "exec")
+    for name, text in (("README.md", block), ("quickstart", QUICKSTART.read_text("utf-8"))):
+        used = set(re.findall(r"\bec\.(\w+)", text))
+        assert used and used <= set(embedcache.__all__), name
+        assert "from embedcache" not in text

@@ -30,8 +30,9 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import STATELESS
 from embedcache.cache.codecs.transform import unit_rows
 from embedcache.carryon.branch.config import BranchConfig
-from embedcache.data.frozen import FrozenInputs, evaluate
+from embedcache.data.frozen import FrozenInputs
 from embedcache.device import resolve_device
+from embedcache.evaluation.evaluate import evaluate
 from embedcache.extraction import calibrate
 from embedcache.extraction.calibrate import Sample, coded_bits
 from embedcache.loss import linear_cross_entropy

@@ -40,6 +40,8 @@ The files with these rows do not name the commit that was measured. Run the comm
 you quote a row.
 """
 
+FASTER, GAIN, SPEED = "times as fast", "% of the gain", "% of the speed"
+
 TITLES = {
     "calibrate": "Calibrating the transform codec",
     "devices": "Training on several GPUs",
@@ -52,18 +54,13 @@ TITLES = {
 }
 
 HEADLINES = [
-    ("train_cpu", "training one carry-on", "PEFT LoRA", "Train one carry-on (r=64)"),
-    (
-        "train_cpu",
-        "100 carry-ons of",
-        "PEFT LoRA",
-        "Extract once and train 100 carry-ons, by these speeds",
-    ),
-    ("train_gpu", "training one carry-on", "PEFT LoRA", "Train one carry-on (r=256)"),
-    ("quality_gpu", "gain on test, carry-on of r=256", "PEFT LoRA", "Gain on held-out text"),
-    ("extract_cpu", "extraction", "bare transformers forward", "Extract, everything included"),
+    ("train_cpu", "training one carry-on", "PEFT LoRA", "Train one carry-on (r=64)", FASTER),
+    ("train_cpu", "100 carry-ons of", "PEFT LoRA", "Extract, and train 100 carry-ons", FASTER),
+    ("train_gpu", "training one carry-on", "PEFT LoRA", "Train one carry-on (r=256)", FASTER),
+    ("quality_gpu", "gain on test, carry-on of r=256", "PEFT LoRA", "Gain on held-out text", GAIN),
+    ("extract_cpu", "extraction", "bare forward", "Extract, all work included", SPEED),
 ]
-"""File, start of the row's name, start of the peer's name, and what the main README calls it."""
+"""File, start of the row's name, start of the peer's name; label and unit of the comparison."""
 
 
 def number(value: float) -> str:
@@ -126,10 +123,22 @@ def page(results: dict[str, list[Row]]) -> str:
     return "".join(parts)
 
 
+def comparison(row: Row, unit: str) -> str:
+    """Return the ratio of a row in words.
+
+    >>> comparison({"ratio": 0.02, "unit": "s"}, FASTER), comparison({"ratio": 0.414}, GAIN)
+    ('50 times as fast', '41 % of the gain')
+    """
+    if unit != FASTER:
+        return f"{100 * row['ratio']:.0f} {unit}"
+    seconds = row["unit"].partition(",")[0] == "s"
+    return f"{1 / row['ratio'] if seconds else row['ratio']:.2g} {unit}"
+
+
 def headlines(results: dict[str, list[Row]]) -> str:
-    """Return the main README's table. Raise ``StopIteration`` if a row is not there."""
+    """Return the main README's table. Raise ``StopIteration`` if a row is missing."""
     cells = []
-    for stem, name, peer, label in HEADLINES:
+    for stem, name, peer, label, unit in HEADLINES:
         row = next(
             row
             for row in results[stem]
@@ -139,12 +148,12 @@ def headlines(results: dict[str, list[Row]]) -> str:
             [
                 label,
                 f"{number(row['value'])} {row['unit'].partition(',')[0]}",
-                f"{number(row['peer_value'])} ({row['peer'].partition(',')[0]})",
-                f"{row['ratio']:.2g}",
+                f"{row['peer'].partition(',')[0]}: {number(row['peer_value'])}",
+                comparison(row, unit),
                 row["hardware"],
             ]
         )
-    return table(["what", "embedcache", "peer", "ratio", "hardware"], cells)
+    return table(["task", "embedcache", "peer", "comparison", "hardware"], cells)
 
 
 def with_headlines(readme: str, results: dict[str, list[Row]]) -> str:
