@@ -99,3 +99,11 @@ def test_the_readme_and_the_quickstart_use_public_names() -> None:
         used = set(re.findall(r"\bec\.(\w+)", text))
         assert used and used <= set(embedcache.__all__), name
         assert "from embedcache" not in text
+
+
+def test_a_row_names_the_commit_and_the_hardware(monkeypatch: pytest.MonkeyPatch) -> None:
+    record = load(ROOT / "tests/benchmarks/record.py", monkeypatch)
+    monkeypatch.setenv("COMMIT", "abc")
+    row = record.row("name", 3, "s", peer="peer", peer_value=2, command="command")
+    assert (row["commit"], row["ratio"]) == ("abc", 1.5)
+    assert "threads" in row["hardware"] or "NVIDIA" in row["hardware"]
