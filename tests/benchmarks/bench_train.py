@@ -185,7 +185,9 @@ def main() -> None:
         tokens = count * options.epochs * train_tokens
         taken = {k: seconds[k] + tokens / one.tokens_per_second for k, one in ours.items()}
         best = min(taken, key=taken.__getitem__)
-        name = f"{count:,} carry-ons of {options.epochs} epochs, extraction included"
+        name = (
+            f"{count:,} carry-on{'s' * (count > 1)} of {options.epochs} epochs, extraction included"
+        )
         name += (", with top ids" if best else "") + steps
         lora_peer["peer_value"] = tokens / lora
         rows.append(row(name, taken[best], "s, by these speeds", **lora_peer, **told))

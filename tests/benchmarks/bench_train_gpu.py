@@ -148,7 +148,7 @@ def main() -> None:
         epochs = count * EPOCHS * tokens
         # One carry-on is trained alone; several are stacked.
         rate = rates["shortlist"] if count == 1 else rates["stacked shortlist"]
-        what = f"{count:,} carry-ons of {EPOCHS} epochs, extraction included"
+        what = f"{count:,} carry-on{'s' * (count > 1)} of {EPOCHS} epochs, extraction included"
         total = extracted.seconds + epochs / rate
         peer["peer_value"] = epochs / lora
         rows.append(row(what, total, "s, by these speeds", **peer, **shared))
