@@ -27,8 +27,8 @@ PAIRS = 3600
 PROMPT = '{signature}\n    """'
 ASKED = (
     "def read_config(path):",
+    "def parse_date(text, default=None):",
     "def send_email(address, subject, body):",
-    "def merge_sorted(a, b):",
 )
 """Functions that are not in the standard library."""
 
