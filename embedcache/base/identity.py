@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.base.hashes import weight_hash
+from embedcache.base.weight_hash import weight_hash
 from embedcache.errors import BaseModelError, IdentityError, nearest
 from embedcache.store.files import hash_file, hash_json
 

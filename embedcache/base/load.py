@@ -15,10 +15,10 @@ from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 from embedcache.base.head import Head
 from embedcache.base.identity import BaseIdentity, identify, tokenizer_hash
 from embedcache.base.locate import locate, named
+from embedcache.base.pretrained import UNREADABLE, read_model
 from embedcache.base.quiet import quiet_transformers, read_config
 from embedcache.base.reason import reason
 from embedcache.base.self_check import check_base
-from embedcache.base.weights import UNREADABLE, read_model
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.errors import BaseModelError, IdentityError
 

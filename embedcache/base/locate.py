@@ -81,7 +81,7 @@ def _checked(directory: Path) -> Path:
 
 
 def _convert(gguf: Path) -> Path:
-    from embedcache.base.convert import converted_gguf
+    from embedcache.base.gguf import converted_gguf
 
     return converted_gguf(gguf)
 

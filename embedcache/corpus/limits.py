@@ -6,8 +6,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.cut import Window
 from embedcache.corpus.documents import Document
+from embedcache.corpus.sequences import Window
 from embedcache.corpus.summary import Split
 
 

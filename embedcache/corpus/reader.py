@@ -13,14 +13,14 @@ import numpy as np
 import numpy.typing as npt
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.cut import Window, cut
 from embedcache.corpus.dedup.fingerprint import Fingerprint, Sketch, digest
 from embedcache.corpus.dedup.near_duplicates import DuplicateIndex, Held
 from embedcache.corpus.documents import Document
+from embedcache.corpus.encoding import UndecodableError, encode
 from embedcache.corpus.limits import Budget, Pieces
-from embedcache.corpus.render.render import Renderer, TokenisedDocument
-from embedcache.corpus.sources.decode import UndecodableError, encode
-from embedcache.corpus.sources.sources import iterate_documents
+from embedcache.corpus.render.tokenise import Renderer, TokenisedDocument
+from embedcache.corpus.sequences import Window, cut
+from embedcache.corpus.sources.iterate import iterate_documents
 from embedcache.corpus.splits import SplitChooser, SplitList
 from embedcache.corpus.summary import CorpusSummary, Split
 from embedcache.errors import CorpusError

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from embedcache.base.gather import rows_of
 from embedcache.base.head import Head
 from embedcache.base.identity import BaseIdentity
-from embedcache.base.rows import rows_of
 from embedcache.cache.cache import Cache
 from embedcache.carryon.branch.model import CarryOn
 from embedcache.carryon.nn.attention import Spans, segment_mask

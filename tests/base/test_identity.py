@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_base_directory
 
-from embedcache.base import hashes
+from embedcache.base import weight_hash
 from embedcache.base.identity import BaseIdentity, identify
 from embedcache.errors import BaseModelError, IdentityError
 from embedcache.store.files import hash_file, publish_json
@@ -136,7 +136,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         read.append(path)
         return hash_file(path)
 
-    monkeypatch.setattr(hashes, "hash_file", record)
+    monkeypatch.setattr(weight_hash, "hash_file", record)
     return read
 
 
@@ -261,7 +261,7 @@ def test_damaged_json_is_an_error(base: Path) -> None:
 
 
 def test_imports_stay_light() -> None:
-    modules = ["", ".identity", ".locate", ".home", ".hashes", ".builtin", ".convert"]
+    modules = ["", ".identity", ".locate", ".home", ".weight_hash", ".builtin", ".gguf"]
     code = "".join(f"import embedcache.base{name}\n" for name in modules)
     code += "import sys; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
 from embedcache.corpus.render.chat import chat_segments
-from embedcache.corpus.render.render import Renderer
+from embedcache.corpus.render.tokenise import Renderer
 from embedcache.errors import CorpusError
 
 CONFIG = CorpusConfig(sources=("a",))

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources.sources import iterate_documents
+from embedcache.corpus.sources.iterate import iterate_documents
 from embedcache.errors import CorpusError
 
 datasets = pytest.importorskip("datasets")

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources.sources import iterate_documents
+from embedcache.corpus.sources.iterate import iterate_documents
 from embedcache.corpus.sources.stdlib import LEFT_OUT
 from embedcache.errors import CorpusError
 

@@ -168,8 +168,8 @@ def test_splits_are_given_as_for_an_extraction(old: Path, more: Path, tmp_path: 
 def test_a_log_that_has_grown_goes_on_in_its_split(
     old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedcache.corpus.sources.text.WHOLE_BYTES", 400)
-    monkeypatch.setattr("embedcache.corpus.sources.text.PIECE_CHARACTERS", 200)
+    monkeypatch.setattr("embedcache.corpus.sources.text_files.WHOLE_BYTES", 400)
+    monkeypatch.setattr("embedcache.corpus.sources.text_files.PIECE_CHARACTERS", 200)
     log = tmp_path / "log.txt"
     lines = [f"line {number} says the quick brown fox jumps {number**3}\n" for number in range(40)]
     log.write_text("".join(lines[:20]))

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources.tables import Record
+from embedcache.corpus.sources.record_files import Record
 from embedcache.corpus.summary import CorpusSummary
 from embedcache.errors import CorpusError, nearest
 

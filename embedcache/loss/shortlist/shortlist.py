@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from embedcache.base.gather import rows_of
 from embedcache.base.head import Head
-from embedcache.base.rows import rows_of
 from embedcache.loss.chunks import plan_chunks
 from embedcache.loss.linear_cross_entropy import frozen_head_loss
 from embedcache.loss.vocab_subset import VocabSubset

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.corpus.render.render import TokenisedDocument
+from embedcache.corpus.render.tokenise import TokenisedDocument
 
 
 @dataclass(frozen=True, slots=True)

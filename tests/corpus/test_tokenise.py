@@ -13,7 +13,7 @@ from support.tiny import tiny_tokenizer
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document, Kind, Segment
-from embedcache.corpus.render.render import Renderer
+from embedcache.corpus.render.tokenise import Renderer
 from embedcache.errors import CorpusError
 
 CONFIG = CorpusConfig(sources=("a",))

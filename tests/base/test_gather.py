@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from embedcache.base.rows import rows_of
+from embedcache.base.gather import rows_of
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -34,7 +34,7 @@ def test_the_kernel_gathers_what_an_index_does():
     pytest.importorskip("triton", reason="Triton is not installed")
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         pytest.skip("no GPU; TRITON_INTERPRET=1 python -m pytest tests/base/test_rows.py")
-    gather = importlib.import_module("embedcache.base.gather")
+    gather = importlib.import_module("embedcache.base.gather_kernel")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     matrix, index = torch.randn(20, 2100, device=device), torch.tensor([19, 0, 7], device=device)
     assert torch.equal(gather.gathered(matrix, index), matrix[index])

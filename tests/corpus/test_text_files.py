@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.sources import text as text_module
-from embedcache.corpus.sources.sources import iterate_documents
+from embedcache.corpus.sources import text_files
+from embedcache.corpus.sources.iterate import iterate_documents
 from embedcache.corpus.summary import CorpusSummary
 from embedcache.errors import CorpusError
 
@@ -60,8 +60,8 @@ def test_undecodable_files_can_be_skipped_and_are_counted(write: Any, tmp_path: 
 def test_pieces_join_to_the_file(
     write: Any, monkeypatch: pytest.MonkeyPatch, lines: list[str], size: int
 ) -> None:
-    monkeypatch.setattr(text_module, "WHOLE_BYTES", size)
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", size)
+    monkeypatch.setattr(text_files, "WHOLE_BYTES", size)
+    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", size)
     content = "\n".join(lines)
     pieces = read(write("big.txt", content))
     assert "".join(piece.text for piece in pieces) == content
@@ -78,9 +78,9 @@ def test_pieces_join_to_the_file(
 def test_blocks_do_not_break_characters(
     write: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    monkeypatch.setattr("embedcache.corpus.sources.decode.BLOCK_BYTES", 7)
-    monkeypatch.setattr(text_module, "WHOLE_BYTES", 20)
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr("embedcache.corpus.encoding.BLOCK_BYTES", 7)
+    monkeypatch.setattr(text_files, "WHOLE_BYTES", 20)
+    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 20)
     content = "日本語 text\n😀 and more\n" * 10
     pieces = read(write("big.txt", content.encode(encoding)), encoding=encoding)
     assert len(pieces) > 1
@@ -88,9 +88,9 @@ def test_blocks_do_not_break_characters(
 
 
 def test_a_bad_byte_far_into_a_large_file(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.corpus.sources.decode.BLOCK_BYTES", 7)
-    monkeypatch.setattr(text_module, "WHOLE_BYTES", 20)
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr("embedcache.corpus.encoding.BLOCK_BYTES", 7)
+    monkeypatch.setattr(text_files, "WHOLE_BYTES", 20)
+    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 20)
     start = ("日" * 40 + "\n").encode()
     path = write("big.txt", start + b"\xff rest")
     with pytest.raises(CorpusError, match=f"byte {len(start)}:"):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document, Segment
-from embedcache.corpus.sources.decode import UndecodableError, decode, decoded_blocks
+from embedcache.corpus.encoding import UndecodableError, decode, decoded_blocks
 from embedcache.corpus.summary import CorpusSummary
 
 WHOLE_BYTES = 4 << 20

@@ -11,10 +11,10 @@ import time
 import uuid
 from pathlib import Path
 
-from embedcache.base.hashes import weight_hash
 from embedcache.base.home import home
 from embedcache.base.identity import SOURCE_FILE
 from embedcache.base.reason import reason
+from embedcache.base.weight_hash import weight_hash
 from embedcache.errors import BaseModelError
 from embedcache.store.files import fsync_path, publish_json
 
@@ -76,8 +76,8 @@ def _write_base(gguf: Path, directory: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
+    from embedcache.base.pretrained import UNREADABLE, read_model
     from embedcache.base.quiet import quiet_transformers
-    from embedcache.base.weights import UNREADABLE, read_model
 
     # transformers draws the bar of a dequantisation whatever its settings say.
     with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()) as said:

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny import tiny_base_directory
 
-from embedcache.base import convert
+from embedcache.base import gguf as base_gguf
 from embedcache.base.builtin import builtin_gguf
-from embedcache.base.convert import CONVERTER, converted_gguf
+from embedcache.base.gguf import CONVERTER, converted_gguf
 from embedcache.base.load import load_base, load_identity
 from embedcache.base.locate import locate
 from embedcache.errors import BaseModelError
@@ -101,19 +101,19 @@ def test_a_converted_base_is_the_base(
 
 def test_conversion_happens_once(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = converted_gguf(tiny_gguf)
-    monkeypatch.setattr(convert, "_write_base", None)
+    monkeypatch.setattr(base_gguf, "_write_base", None)
     assert converted_gguf(tiny_gguf) == directory
 
 
 def test_two_processes_may_race(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_base = convert._write_base
+    write_base = base_gguf._write_base
 
     def slow(gguf_path: Path, directory: Path) -> None:
-        monkeypatch.setattr(convert, "_write_base", write_base)
+        monkeypatch.setattr(base_gguf, "_write_base", write_base)
         converted_gguf(gguf_path)
         write_base(gguf_path, directory)
 
-    monkeypatch.setattr(convert, "_write_base", slow)
+    monkeypatch.setattr(base_gguf, "_write_base", slow)
     directory = converted_gguf(tiny_gguf)
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
@@ -141,7 +141,7 @@ def test_a_gguf_without_a_tensor_is_refused(tmp_path: Path, own_home: Path) -> N
 
 
 def test_missing_libraries_are_named(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BaseModelError, match=r"pip install 'embedcache\[gguf\]'"):
         converted_gguf(tiny_gguf)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources.decode import UndecodableError, decode
+from embedcache.corpus.encoding import UndecodableError, decode
 from embedcache.corpus.summary import CorpusSummary
 from embedcache.errors import CorpusError
 

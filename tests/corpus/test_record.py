@@ -9,7 +9,7 @@ import pytest
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.render.records import record_document
+from embedcache.corpus.render.record import record_document
 from embedcache.errors import CorpusError
 
 

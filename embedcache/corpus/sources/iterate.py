@@ -9,12 +9,12 @@ from typing import Any
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.render.records import record_document
+from embedcache.corpus.render.record import record_document
 from embedcache.corpus.sources.folders import folder_files, is_records, name_under
 from embedcache.corpus.sources.hub import hub_records, is_saved_dataset, saved_records
+from embedcache.corpus.sources.record_files import Record, file_records
 from embedcache.corpus.sources.stdlib import library_files
-from embedcache.corpus.sources.tables import Record, file_records
-from embedcache.corpus.sources.text import text_documents
+from embedcache.corpus.sources.text_files import text_documents
 from embedcache.corpus.summary import CorpusSummary
 from embedcache.errors import CorpusError, nearest
 

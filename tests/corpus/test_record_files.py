@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.sources.sources import iterate_documents
+from embedcache.corpus.sources.iterate import iterate_documents
 from embedcache.corpus.summary import CorpusSummary
 from embedcache.errors import CorpusError
 

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.sources.decode import encode
+from embedcache.corpus.encoding import encode
 from embedcache.errors import CorpusError
 
 
