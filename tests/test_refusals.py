@@ -13,7 +13,7 @@ import pytest
 from conftest import World, make_world, random_carryon
 from safetensors.torch import load_file, save_file
 
-from embedcache.base import weight_hash
+from embedcache.base import home
 from embedcache.base.load import load_base, load_identity
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import ATTRIBUTE, SCHEMA, ExtractSettings
@@ -188,7 +188,7 @@ def test_a_base_of_60_gb_is_not_hashed_again(
     def read(path: Path) -> str:
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(weight_hash, "hash_file", read)
+    monkeypatch.setattr(home, "hash_file", read)
     finished_extraction(world, world.base_path, world.cache_path)
     carryon = tmp_path / "carryon"
     train(world.cache_path, out=carryon, config=TrainConfig(epochs=1), device="cpu")

@@ -1,6 +1,6 @@
-"""Rows of pinned host memory, read by a GPU (Triton).
+"""A Triton kernel that gathers rows of pinned host memory.
 
-Axes: V rows of the matrix, H hidden, N rows wanted.
+Axes: V rows of the matrix, H hidden, N rows gathered.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ BLOCK = 1024
 """Values that a program reads at a time."""
 
 
-def gathered(matrix_VH: Tensor, index_N: Tensor) -> Tensor:
-    """Return ``matrix_VH[index_N]`` on the device of the index; the matrix is contiguous."""
+def gather_pinned(matrix_VH: Tensor, index_N: Tensor) -> Tensor:
+    """Return ``matrix_VH[index_N]`` on the GPU of ``index_N``; the matrix is contiguous."""
     N, H = len(index_N), matrix_VH.shape[1]
     rows_NH = torch.empty(N, H, dtype=matrix_VH.dtype, device=index_N.device)
     if N:
-        with torch.cuda.device_of(index_N):  # Triton launches on the current device
+        with torch.cuda.device_of(index_N):  # Triton launches on the current device.
             _gather[(N,)](matrix_VH, index_N, rows_NH, H, BLOCK=BLOCK, num_warps=4)
     return rows_NH
 
@@ -29,7 +29,7 @@ def _gather(matrix, index, rows, hidden, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     place = tl.load(index + row).to(tl.int64)
     for first in range(0, hidden, BLOCK):
-        column_B = first + tl.arange(0, BLOCK)
-        inside_B = column_B < hidden
-        value_B = tl.load(matrix + place * hidden + column_B, mask=inside_B)
-        tl.store(rows + row * hidden + column_B, value_B, mask=inside_B)
+        column = first + tl.arange(0, BLOCK)
+        inside = column < hidden
+        value = tl.load(matrix + place * hidden + column, mask=inside)
+        tl.store(rows + row * hidden + column, value, mask=inside)

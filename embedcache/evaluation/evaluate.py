@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embedcache.base.gather import rows_of
+from embedcache.base.gather import gather_rows
 from embedcache.base.head import Head
 from embedcache.base.identity import BaseIdentity
 from embedcache.cache.cache import Cache
@@ -120,7 +120,7 @@ class FrozenInputs:
         """Return the base's token embedding of ids, where the carry-on reads them."""
         if self._embedding_VH is None:
             return None
-        tokens_NH = rows_of(self._embedding_VH, ids_BT.flatten())
+        tokens_NH = gather_rows(self._embedding_VH, ids_BT.flatten())
         return tokens_NH.view(*ids_BT.shape, -1)
 
     def features(self, model: CarryOn, batch: Batch) -> torch.Tensor:
