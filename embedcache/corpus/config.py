@@ -1,4 +1,4 @@
-"""The settings that make a corpus out of what the user typed."""
+"""The settings of a corpus."""
 
 from __future__ import annotations
 
@@ -14,60 +14,63 @@ POLICIES = ("error", "skip")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CorpusConfig:
-    """What to read, how to render it, where to cut it and how to split it.
+    """What a corpus is read from, and how it is rendered, cut and split.
 
-    Written verbatim into a cache. Raises ``UsageError`` for settings that contradict each other.
+    A cache stores these settings verbatim.
+
+    Raises:
+        UsageError: a setting has a wrong value, or two settings contradict each other.
     """
 
     sources: tuple[str, ...]
-    """Files, folders, glob patterns, ``hf:org/name`` or ``stdlib:``, in the order given."""
+    """Files, folders, glob patterns, ``hf:org/name`` or ``stdlib:``, in reading order."""
     dev_sources: tuple[str, ...] = ()
-    """Sources that are all dev; ``sources`` then give nothing to dev."""
+    """Sources of dev; no document of ``sources`` is then dev."""
     test_sources: tuple[str, ...] = ()
-    """Sources that are all test; ``sources`` then give nothing to test."""
+    """Sources of test; no document of ``sources`` is then test."""
     split_file: str | None = None
-    """JSON ``{"train": [names], "dev": [names], "test": [names]}``; others are left out."""
+    """JSON file ``{"train": [names], "dev": [names], "test": [names]}``; others are skipped."""
     dev_fraction: float = 0.05
-    """Part of the documents of ``sources`` that become dev."""
+    """Fraction of the documents of ``sources`` that become dev."""
     test_fraction: float = 0.1
-    """Part of the documents of ``sources`` that become test."""
+    """Fraction of the documents of ``sources`` that become test."""
     split_seed: int = 0
-    """Which documents those are."""
+    """Seed of the choice of dev and test documents."""
     text_field: str | None = None
     """Field of a record that holds plain text."""
     prompt: str | None = None
     """Template of the prompt over a record's fields: ``"Question: {question}\\nAnswer: "``."""
     completion: str | None = None
-    """Template of the completion, the only part that is a target: ``"{answer}"``."""
+    """Template of the completion, whose tokens are the targets: ``"{answer}"``."""
     messages_field: str | None = None
     """Field of a record that holds a chat, a list of ``{"role": …, "content": …}``."""
     dataset_config: str | None = None
-    """Configuration of an ``hf:`` data set."""
+    """Configuration of an ``hf:`` data set to read."""
     dataset_split: str = "train"
-    """Split of an ``hf:`` data set that is read."""
+    """Split of an ``hf:`` data set to read."""
     encoding: str = "utf-8"
     """Encoding of text files, JSON lines and CSV."""
     undecodable: str = "error"
-    """A file or line in another encoding: ``error``, or ``skip`` it and count it."""
+    """What to do with a file or line in another encoding: ``error`` or ``skip``."""
     context: int = 1024
-    """Tokens in a sequence at most."""
+    """Largest number of tokens of a sequence."""
     min_tokens: int = 16
-    """Sequences of plain text shorter than this are dropped."""
+    """Sequences of plain text with fewer tokens are dropped."""
     limit_documents: int | None = None
-    """Stop after this many documents, of ``sources`` and again of each explicit split."""
+    """Stop after this many documents; ``sources``, dev and test sources are counted separately."""
     limit_tokens: int | None = None
-    """Stop with the sequence that reaches this many tokens; counted like ``limit_documents``."""
+    """Stop after the sequence that reaches this many tokens, counted like ``limit_documents``."""
     max_tokens_per_document: int | None = None
-    """Keep only the first tokens of each document."""
+    """Keep only this many tokens of each document, from its start."""
 
     def __post_init__(self) -> None:
         for name in ("sources", "dev_sources", "test_sources"):
             _check_sources(name, getattr(self, name))
         if not self.sources:
-            raise UsageError("Expected at least one source, found none: name a file or a folder.")
+            raise UsageError("Expected at least one source, found none. Give a file or a folder.")
         if self.split_file is not None and (self.dev_sources or self.test_sources):
             raise UsageError(
-                "Expected a split file or dev and test sources, found both: give one of them."
+                "Expected a split file or dev and test sources, found both. Give one of them."
             )
         self._check_splits()
         self._check_fields()
@@ -76,7 +79,7 @@ class CorpusConfig:
 
     @property
     def fractions(self) -> tuple[float, float]:
-        """Parts of ``sources`` that become dev and test: 0 where a split has its own sources."""
+        """Fractions of ``sources`` that become dev and test: 0 for a split with its own sources."""
         return (
             0.0 if self.dev_sources else self.dev_fraction,
             0.0 if self.test_sources else self.test_fraction,
@@ -91,7 +94,7 @@ class CorpusConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> CorpusConfig:
-        """Rebuild settings from ``to_dict``. Raises ``UsageError`` for a key it does not know."""
+        """Return the settings that `to_dict` wrote; raise ``UsageError`` for an unknown key."""
         known = [field.name for field in fields(cls)]
         for key in values:
             if key not in known:
@@ -124,8 +127,8 @@ class CorpusConfig:
                 ("prompt", "completion") if self.completion is None else ("completion", "prompt")
             )
             raise UsageError(
-                f"Expected a prompt and a completion, found only the {given}: "
-                f'add --{missing} "{{field}}".'
+                f"Expected a prompt and a completion, found only the {given}. "
+                f'Set `{missing}=` to a template such as "{{field}}".'
             )
         ways = {
             "text_field": self.text_field,
@@ -139,8 +142,8 @@ class CorpusConfig:
             template_fields(self.prompt, "prompt")
             if not template_fields(self.completion, "completion"):
                 raise UsageError(
-                    f"Expected a completion that names a field, found {self.completion!r}: "
-                    'type for example --completion "{answer}".'
+                    f"Expected a completion that names a field, found {self.completion!r}. "
+                    'Set `completion=`, for example, to "{answer}".'
                 )
 
     def _check_reading(self) -> None:
@@ -153,8 +156,8 @@ class CorpusConfig:
             "a".encode(self.encoding)
         except (LookupError, TypeError) as error:
             raise UsageError(
-                f"Expected an encoding that Python knows, found {self.encoding!r}: "
-                "type for example --encoding latin-1."
+                f"Expected an encoding that Python knows, found {self.encoding!r}. "
+                "Set `encoding=`, for example, to latin-1."
             ) from error
 
     def _check_sizes(self) -> None:
@@ -163,7 +166,8 @@ class CorpusConfig:
         if not _is_whole(self.min_tokens) or not 2 <= self.min_tokens <= self.context:
             raise UsageError(
                 f"Expected min_tokens from 2 to the context of {self.context}, "
-                f"found {self.min_tokens!r}: type for example --min-tokens {min(16, self.context)}."
+                f"found {self.min_tokens!r}. "
+                f"Set `min_tokens=`, for example, to {min(16, self.context)}."
             )
         for name in ("limit_documents", "limit_tokens", "max_tokens_per_document"):
             value = getattr(self, name)

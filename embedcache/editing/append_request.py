@@ -11,9 +11,8 @@ import numpy as np
 from embedcache.cache.format.layout import SPLITS, CacheAttributes, ExtractSettings, corpora_of
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.dedup.fingerprint import Fingerprint
-from embedcache.corpus.dedup.near_duplicates import Held
-from embedcache.corpus.summary import Split
+from embedcache.corpus.dedup import CachedDocument, Fingerprint
+from embedcache.corpus.documents import Split
 from embedcache.errors import UsageError
 
 READING = ("encoding", "undecodable", "min_tokens", "max_tokens_per_document", "split_seed")
@@ -60,7 +59,7 @@ class HeldDocuments:
     def __init__(self, tables: Mapping[str, SplitTables]):
         self._tables = tables
 
-    def __iter__(self) -> Iterator[Held]:
+    def __iter__(self) -> Iterator[CachedDocument]:
         splits: tuple[Split, ...] = ("train", "dev", "test")
         tables = [self._tables[name] for name in splits]
         counts = [len(table.names) for table in tables]
@@ -69,7 +68,7 @@ class HeldDocuments:
         for place in np.argsort(np.concatenate([table.index_D for table in tables])).tolist():
             split, number = int(split_D[place]), int(number_D[place])
             table = tables[split]
-            yield Held(
+            yield CachedDocument(
                 table.names[number],
                 splits[split],
                 Fingerprint.unpacked(table.fingerprint_DF[number]),

@@ -1,4 +1,4 @@
-"""The whole way from files to sequences."""
+"""Reading a corpus, from files to sequences."""
 
 from __future__ import annotations
 
@@ -52,7 +52,6 @@ def test_documents_in_order_with_all_their_tokens(tokenizer: Any, folder: Path) 
         assert ids.tolist() == whole[: len(ids)]
         assert len(whole) - len(ids) < 2
         for sequence in document.sequences:
-            assert (sequence.document, sequence.split) == (document.index, document.split)
             assert (sequence.ids.dtype, sequence.span.dtype) == (np.uint32, np.uint32)
             assert sequence.loss_mask.tolist() == [False] + [True] * (len(sequence.ids) - 1)
             for token, (start, end) in zip(sequence.ids, sequence.span, strict=True):
@@ -60,7 +59,7 @@ def test_documents_in_order_with_all_their_tokens(tokenizer: Any, folder: Path) 
                     assert start == end == len(text.encode())
 
 
-def test_the_summary_counts_what_was_yielded(tokenizer: Any, folder: Path) -> None:
+def test_the_summary_counts_the_sequences(tokenizer: Any, folder: Path) -> None:
     corpus = reader(tokenizer, folder)
     counts: dict[str, list[int]] = {split: [0, 0, 0, 0] for split in ("train", "dev", "test")}
     for document in corpus:
@@ -84,7 +83,7 @@ def test_the_summary_counts_what_was_yielded(tokenizer: Any, folder: Path) -> No
     assert json.loads(json.dumps(corpus.summary.to_dict()))["files"] == 40
 
 
-def test_reading_twice_gives_the_same(tokenizer: Any, folder: Path) -> None:
+def test_two_passes_give_the_same(tokenizer: Any, folder: Path) -> None:
     corpus = reader(tokenizer, folder)
     first, one = rows(list(corpus)), corpus.summary
     second, two = rows(list(corpus)), corpus.summary
@@ -95,7 +94,7 @@ def test_reading_twice_gives_the_same(tokenizer: Any, folder: Path) -> None:
     assert len(one.corpus_sha256) == 64
 
 
-def test_the_hash_is_of_the_corpus_and_not_of_its_place(
+def test_the_hash_depends_on_the_corpus_but_not_on_its_location(
     tokenizer: Any, folder: Path, tmp_path: Path
 ) -> None:
     def digest(*sources: Path, **settings: Any) -> str:
@@ -112,7 +111,9 @@ def test_the_hash_is_of_the_corpus_and_not_of_its_place(
     assert digest(moved) != before
 
 
-def test_batches_do_not_show(tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_batch_size_does_not_matter(
+    tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = rows(list(reader(tokenizer, folder)))
     monkeypatch.setattr("embedcache.corpus.reader.BATCH_DOCUMENTS", 3)
     assert rows(list(reader(tokenizer, folder))) == before
@@ -120,7 +121,7 @@ def test_batches_do_not_show(tokenizer: Any, folder: Path, monkeypatch: pytest.M
     assert rows(list(reader(tokenizer, folder))) == before
 
 
-def test_every_sequence_starts_with_the_token_that_the_base_expects(
+def test_every_sequence_starts_with_the_beginning_of_sequence_token(
     bos_tokenizer: Any, write: Any
 ) -> None:
     bos = bos_tokenizer.bos_token_id
@@ -137,7 +138,7 @@ def test_every_sequence_starts_with_the_token_that_the_base_expects(
         [{"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]}],
     )
     [document] = reader(bos_tokenizer, chat)
-    # The template wrote it for each of the two messages, nothing was put before.
+    # The template writes the token for each of the two messages; none is added.
     assert document.sequences[0].ids.tolist().count(bos) == 2
     assert document.sequences[0].ids[0] == bos
 
@@ -161,7 +162,7 @@ def test_pairs_without_a_target_are_dropped(tokenizer: Any, write: Any) -> None:
     corpus = reader(tokenizer, path, dev_fraction=0.0, test_fraction=0.0)
     first, second = corpus
     prompt = len(tokenizer(long, add_special_tokens=False).input_ids)
-    assert prompt % 32 < 28  # so that the completion lies in one window
+    assert prompt % 32 < 28  # so that the completion is in one sequence
     assert corpus.summary.dropped_without_target == prompt // 32 > 1
     assert len(first.sequences) == 1
     assert first.sequences[0].loss_mask.tolist().index(True) == prompt % 32
@@ -200,7 +201,7 @@ def test_a_test_source_that_repeats_train_is_counted(
     assert corpus.summary.near_duplicates_across_splits == 1
 
 
-def test_a_split_file_is_exact(tokenizer: Any, write: Any, folder: Path) -> None:
+def test_a_split_file_decides(tokenizer: Any, write: Any, folder: Path) -> None:
     split = {"train": ["03.txt", "01.txt"], "dev": ["02.txt"], "test": ["39.txt"]}
     path = write("split.json", json.dumps(split))
     corpus = reader(tokenizer, folder, split_file=str(path))
@@ -230,7 +231,7 @@ def test_limits(tokenizer: Any, write: Any, folder: Path) -> None:
     assert corpus.summary.documents["test"] == 7
 
 
-def test_documents_can_be_shortened(tokenizer: Any, folder: Path) -> None:
+def test_max_tokens_per_document(tokenizer: Any, folder: Path) -> None:
     whole = {document.name: document for document in reader(tokenizer, folder)}
     for document in reader(tokenizer, folder, max_tokens_per_document=50):
         ids = np.concatenate([sequence.ids for sequence in document.sequences])
@@ -239,11 +240,11 @@ def test_documents_can_be_shortened(tokenizer: Any, folder: Path) -> None:
         assert tokenizer.eos_token_id not in ids
 
 
-def test_pieces_of_a_large_file_stay_together(
+def test_parts_of_a_large_file_are_in_one_split(
     tokenizer: Any, write: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(text_files, "WHOLE_BYTES", 600)
-    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 600)
+    monkeypatch.setattr(text_files, "PART_CHARACTERS", 600)
     for name in "abcd":
         lines = [prose(ord(name) * 100 + line, 10) for line in range(20)]
         write(f"c/{name}.txt", "\n".join(lines))
@@ -262,7 +263,7 @@ def test_pieces_of_a_large_file_stay_together(
     assert [document.name for document in short] == [f"{name}.txt#1" for name in "abcd"]
 
 
-def test_equal_names_are_told_apart(tokenizer: Any, write: Any, tmp_path: Path) -> None:
+def test_equal_names_are_numbered(tokenizer: Any, write: Any, tmp_path: Path) -> None:
     write("a/same.txt", prose(1))
     write("b/same.txt", prose(2))
     corpus = reader(tokenizer, tmp_path / "a", tmp_path / "b")
@@ -284,7 +285,7 @@ def test_nothing_to_train_on(tokenizer: Any, write: Any) -> None:
         list(reader(tokenizer, path))
 
 
-def test_leaving_early_is_no_error(tokenizer: Any, folder: Path) -> None:
+def test_a_pass_can_be_stopped_early(tokenizer: Any, folder: Path) -> None:
     iterator = iter(reader(tokenizer, folder))
     next(iterator)
     iterator.close()  # type: ignore[attr-defined]
@@ -296,7 +297,7 @@ def test_memory_does_not_grow_with_the_corpus(
 ) -> None:
     monkeypatch.setattr("embedcache.corpus.reader.BATCH_DOCUMENTS", 16)
     monkeypatch.setattr(text_files, "WHOLE_BYTES", 8192)
-    monkeypatch.setattr(text_files, "PIECE_CHARACTERS", 8192)
+    monkeypatch.setattr(text_files, "PART_CHARACTERS", 8192)
     monkeypatch.setattr("embedcache.corpus.encoding.BLOCK_BYTES", 8192)
     monkeypatch.setattr("embedcache.corpus.reader.BATCH_CHARACTERS", 8192)
 
@@ -316,6 +317,6 @@ def test_memory_does_not_grow_with_the_corpus(
         tracemalloc.stop()
         return highest
 
-    peak(20)  # what is loaded once
+    peak(20)  # allocations that happen once
     small, large = peak(100), peak(1000)
     assert large < 1.3 * small

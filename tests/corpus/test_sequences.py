@@ -1,4 +1,4 @@
-"""Cutting a document's tokens to the context."""
+"""A document's tokens cut to the context."""
 
 from __future__ import annotations
 
@@ -24,39 +24,39 @@ def tokens(ids: list[int], target: list[bool]) -> TokenisedDocument:
     bos=st.sampled_from([None, BOS]),
     limit=st.none() | st.integers(0, 45),
 )
-def test_windows_join_to_the_document(
+def test_sequences_join_to_the_document(
     rows: list[tuple[int, bool]], context: int, bos: int | None, limit: int | None
 ) -> None:
     ids, target = [row[0] for row in rows], [row[1] for row in rows]
     whole = tokens(ids, target)
-    windows = list(cut(whole, context, bos, limit))
+    sequences = list(cut(whole, context, bos, limit))
     kept = len(ids) if limit is None else min(limit, len(ids))
 
     joined: list[int] = []
     place = 0
-    for number, window in enumerate(windows):
-        assert 1 <= len(window.ids) <= context
-        assert len(window.ids) == context or number == len(windows) - 1
-        assert len(window.ids) == len(window.loss_mask) == len(window.span)
-        assert not window.loss_mask[0]
-        own = window.ids.tolist()
+    for number, sequence in enumerate(sequences):
+        assert 1 <= len(sequence.ids) <= context
+        assert len(sequence.ids) == context or number == len(sequences) - 1
+        assert len(sequence.ids) == len(sequence.loss_mask) == len(sequence.span)
+        assert not sequence.loss_mask[0]
+        own = sequence.ids.tolist()
         if bos is not None:
             assert own[0] == bos
-            if not (number == 0 and ids[0] == bos):  # then the text wrote it
-                assert window.span[0].tolist() == [place * 3, place * 3]
+            if not (number == 0 and ids[0] == bos):  # unless the text begins with it
+                assert sequence.span[0].tolist() == [place * 3, place * 3]
                 own = own[1:]
         length = len(own)
         expected = target[place : place + length]
-        if length == len(window.ids):
+        if length == len(sequence.ids):
             expected = [False, *expected[1:]]
-        assert window.loss_mask[-length:].tolist() == expected
-        assert window.span[-length:].tolist() == whole.span[place : place + length].tolist()
+        assert sequence.loss_mask[-length:].tolist() == expected
+        assert sequence.span[-length:].tolist() == whole.span[place : place + length].tolist()
         joined += own
         place += length
     assert joined == ids[:kept]
 
 
-def test_the_documents_own_mask_is_left_alone() -> None:
+def test_cutting_does_not_change_the_document() -> None:
     whole = tokens([1, 2, 3], [True, True, True])
     list(cut(whole, 2))
     assert whole.target.all()

@@ -169,7 +169,7 @@ def test_a_log_that_has_grown_goes_on_in_its_split(
     old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("embedcache.corpus.sources.text_files.WHOLE_BYTES", 400)
-    monkeypatch.setattr("embedcache.corpus.sources.text_files.PIECE_CHARACTERS", 200)
+    monkeypatch.setattr("embedcache.corpus.sources.text_files.PART_CHARACTERS", 200)
     log = tmp_path / "log.txt"
     lines = [f"line {number} says the quick brown fox jumps {number**3}\n" for number in range(40)]
     log.write_text("".join(lines[:20]))

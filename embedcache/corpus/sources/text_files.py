@@ -1,4 +1,4 @@
-"""Text files as documents; large ones in pieces."""
+"""Read text files as documents, and large files in parts."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.documents import Document, Segment
+from embedcache.corpus.documents import CorpusSummary, Document, Segment
 from embedcache.corpus.encoding import UndecodableError, decode, decoded_blocks
-from embedcache.corpus.summary import CorpusSummary
 
 WHOLE_BYTES = 4 << 20
-"""A larger file is never held whole."""
-PIECE_CHARACTERS = 1 << 20
-"""Characters of its pieces at most: tokenising takes some 130 bytes of memory for each."""
+"""A larger file is read in parts."""
+PART_CHARACTERS = 1 << 20
+"""Largest part of a file; tokenising takes about 130 bytes of memory for each character."""
 
 
 def text_documents(
     path: Path, name: str, config: CorpusConfig, summary: CorpusSummary
 ) -> Iterator[Document]:
-    """Yield the document in a text file, or its pieces, cut at line ends.
+    """Yield the document of a text file, or its parts, which end at line ends.
 
-    Raises ``UndecodableError``, or counts the file, as ``config.undecodable`` has it.
+    Raises:
+        UndecodableError: the file is not text and ``config.undecodable`` is ``error``.
     """
     summary.files += 1
     try:
@@ -30,7 +30,7 @@ def text_documents(
             yield Document(name, (Segment(text, target=True),))
             return
         if config.undecodable == "skip":
-            # Read it through first: a file is left out whole, not from its first bad byte on.
+            # Decode the whole file first, so that it is skipped as a whole.
             for _ in decoded_blocks(path, config.encoding):
                 pass
     except UndecodableError:
@@ -38,18 +38,18 @@ def text_documents(
             raise
         summary.skipped_undecodable += 1
         return
-    yield from _pieces(decoded_blocks(path, config.encoding), name)
+    yield from _parts(decoded_blocks(path, config.encoding), name)
 
 
-def _pieces(blocks: Iterator[str], name: str) -> Iterator[Document]:
+def _parts(blocks: Iterator[str], name: str) -> Iterator[Document]:
     part = 0
-    held = ""
+    pending = ""
     for block in blocks:
-        held += block
-        while len(held) > PIECE_CHARACTERS:
-            # A line longer than a piece is cut where the piece ends.
-            end = held.rfind("\n", 0, PIECE_CHARACTERS) + 1 or PIECE_CHARACTERS
+        pending += block
+        while len(pending) > PART_CHARACTERS:
+            # A line longer than a part is cut.
+            end = pending.rfind("\n", 0, PART_CHARACTERS) + 1 or PART_CHARACTERS
             part += 1
-            yield Document(name, (Segment(held[:end], target=True),), closed=False, part=part)
-            held = held[end:]
-    yield Document(name, (Segment(held, target=True),), part=part + 1)
+            yield Document(name, (Segment(pending[:end], target=True),), closed=False, part=part)
+            pending = pending[end:]
+    yield Document(name, (Segment(pending, target=True),), part=part + 1)
