@@ -318,5 +318,5 @@ def test_memory_does_not_grow_with_the_corpus(
         return highest
 
     peak(20)  # allocations that happen once
-    small, large = peak(100), peak(1000)
+    small, large = peak(60), peak(480)
     assert large < 1.3 * small
