@@ -74,14 +74,16 @@ import json, sys
 from embedcache.base.identity import identify
 from embedcache.base.locate import locate
 from embedcache.errors import BaseModelError
-try:
-    directory = locate(sys.argv[1])
-except BaseModelError as error:
-    print(json.dumps({"error": str(error)}))
-else:
-    identity = identify(directory, name="a")
+
+def fetch(spec):
+    try:
+        directory = locate(spec)
+    except BaseModelError as error:
+        return {"error": str(error)}
     files = {path.name: path.resolve().name for path in directory.rglob("*") if path.is_file()}
-    print(json.dumps({"fingerprint": identity.fingerprint, "files": files}))
+    return {"fingerprint": identify(directory, name="a").fingerprint, "files": files}
+
+print(json.dumps([fetch(spec) for spec in sys.argv[1:]]))
 """
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
@@ -149,9 +151,9 @@ def test_a_download_fetches_only_the_needed_files(tmp_path: Path) -> None:
             "NO_PROXY": "127.0.0.1",
         }
 
-        def fetch(spec: str) -> tuple[dict[str, Any], str]:
+        def fetch(*specs: str) -> tuple[list[dict[str, Any]], str]:
             done = subprocess.run(
-                [sys.executable, "-c", FETCH, spec],
+                [sys.executable, "-c", FETCH, *specs],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -159,13 +161,11 @@ def test_a_download_fetches_only_the_needed_files(tmp_path: Path) -> None:
             )
             return json.loads(done.stdout), done.stderr
 
-        found, said = fetch("org/tiny@main")
-        missing, _ = fetch("org/absent")
+        (found, missing), printed = fetch("org/tiny@main", "org/absent")
         server.shutdown()
     # The server is gone: a base that was downloaded is still found, another is an error.
-    offline, _ = fetch("org/tiny@main")
-    unreachable, _ = fetch("org/never")
-    assert said == ""
+    (offline, unreachable), _ = fetch("org/tiny@main", "org/never")
+    assert printed == ""
     assert set(found["files"]) == {
         "config.json",
         "generation_config.json",

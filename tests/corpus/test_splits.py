@@ -35,7 +35,7 @@ def texts(count: int, seed: int = 0) -> list[bytes]:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    count=st.integers(1, 400),
+    count=st.integers(1, 200),
     dev=st.floats(0, 0.45),
     test=st.floats(0, 0.45),
     seed=st.integers(),

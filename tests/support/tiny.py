@@ -104,7 +104,7 @@ def tiny_base_directory(
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Larger than transformers' 0.02, so that soft-caps, biases and norms have an effect.
+                # Larger than transformers' 0.02, so that soft-caps, biases and norms matter.
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     path.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():
