@@ -109,7 +109,7 @@ def test_another_revision_of_the_base_is_refused_by_all_that_meet_it(
                 call()
             message = str(told.value)
             both_sides(message, place, mine, base.identity.fingerprint[:12])
-            way_out = "org/name@revision" if named == "the same" else "--base"
+            way_out = "org/name@revision" if named == "the same" else "`base=`"
             assert way_out in message, verb
     finally:
         if named == "the same":
