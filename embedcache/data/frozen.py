@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
-from embedcache.base.head import Head
 from embedcache.base.gather import gather_rows
+from embedcache.base.head import Head
 from embedcache.cache.cache import Cache
 from embedcache.device import resolve_dtype
 from embedcache.errors import CacheError
