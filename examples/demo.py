@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import embedcache as ec
-from embedcache.corpus.sources.stdlib import library_files
+from embedcache.corpus.sources.folders import library_files
 from embedcache.units import size
 from embedcache_cli.show import TerminalProgress
 
