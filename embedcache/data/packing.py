@@ -1,7 +1,7 @@
 """Packs sequences into the rows of a batch, on the host.
 
-Axes: B rows, T time, H hidden, L tokens without padding, N predicted positions, M boundaries of
-sequences, S sequences, J top ids.
+Axes: B rows, T time, H hidden, N predicted positions, M boundaries of sequences, S sequences, J top
+ids.
 """
 
 from __future__ import annotations
@@ -184,23 +184,24 @@ def pack(
             start += stop - first
     order_S = np.concatenate(rows)
     length_S = np.array(lengths)[order_S]
-    segment_L, ids_L = np.repeat(order_S, length_S), np.concatenate(ids)
-    position_L = np.arange(len(ids_L)) - np.repeat(np.cumsum(length_S) - length_S, length_S)
-    flat_L = np.repeat(starts, length_S) + position_L
+    # One value for each token, without padding.
+    segments, all_ids = np.repeat(order_S, length_S), np.concatenate(ids)
+    positions = np.arange(len(all_ids)) - np.repeat(np.cumsum(length_S) - length_S, length_S)
+    flat = np.repeat(starts, length_S) + positions
     rows_3BT = new((3, B, T), dtype=torch.int64)
-    for values, values_L, padding in zip(
-        rows_3BT.flatten(1).numpy(), (ids_L, position_L, segment_L), (0, 0, -1), strict=True
+    for row_values, values, padding in zip(
+        rows_3BT.flatten(1).numpy(), (all_ids, positions, segments), (0, 0, -1), strict=True
     ):
-        values.fill(padding)
-        values[flat_L] = values_L
-    target_N = np.flatnonzero(np.concatenate(masks) & (position_L > 0))
+        row_values.fill(padding)
+        row_values[flat] = values
+    target_N = np.flatnonzero(np.concatenate(masks) & (positions > 0))
     predict_2N = new((2, len(target_N)), dtype=torch.int64)
-    predict_2N.numpy()[:] = flat_L[target_N] - 1, ids_L[target_N]
+    predict_2N.numpy()[:] = flat[target_N] - 1, all_ids[target_N]
     top_ids_NJ = None
     if top_ids:
         top_ids_NJ = new((len(target_N), top_ids[0].shape[1]), dtype=torch.int32)
         top_ids_NJ.numpy()[:] = np.concatenate(top_ids)[target_N - 1]
-    segment_N = segment_L[target_N]
+    segment_N = segments[target_N]
     document_S = np.array([block.document_S[index] for block, index in items])
     sequence_S = np.array([block.sequence_S[index] for block, index in items])
     return Packed(
@@ -209,9 +210,9 @@ def pack(
         predict_2N=predict_2N,
         top_ids_NJ=top_ids_NJ,
         documents_N=document_S[segment_N],
-        source_N2=np.stack([sequence_S[segment_N], position_L[target_N] - 1], axis=1),
+        source_N2=np.stack([sequence_S[segment_N], positions[target_N] - 1], axis=1),
         sequences=tuple(sequence_S.tolist()),
-        tokens=len(ids_L),
+        tokens=len(all_ids),
         packed=any(len(row) > 1 for row in rows),
         cu_seqlens_M=cu_seqlens_M,
         total=part.total,

@@ -26,7 +26,7 @@ from embedcache.cache.format.layout import (
 )
 from embedcache.cache.tokens.writer import TokensWriter
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.dedup.near_duplicates import Held
+from embedcache.corpus.dedup import CachedDocument
 from embedcache.corpus.reader import CorpusReader
 from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.errors import OutputError
@@ -40,7 +40,7 @@ class Earlier:
     """The finished cache that a corpus is to be added to: its manifest's hash, its documents."""
 
     manifest: str
-    documents: Iterable[Held]
+    documents: Iterable[CachedDocument]
 
 
 def check_out(out: Path) -> None:
@@ -139,7 +139,7 @@ def tokenise(
     tokenizer: Any,
     progress: Progress,
     *,
-    held: Iterable[Held] = (),
+    held: Iterable[CachedDocument] = (),
 ) -> CorpusReader:
     """Write the tokens of a corpus to the sealer's staging folder; the reader has the counts."""
     reader = CorpusReader(corpus, tokenizer, held)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from embedcache.base.gather import gather_rows
 from embedcache.base.head import Head
-from embedcache.base.rows import rows_of
 from embedcache.loss.shortlist.shortlist import Shortlist, shortlist_cross_entropy
 from embedcache.loss.tiles import VocabSubset
 
@@ -133,8 +133,8 @@ class ShortlistSampler:
         )
         log_weight_C = F.pad(log_weight_C, (0, padding), value=-torch.inf)
         chosen = F.pad(chosen, (0, padding))
-        bias_C = None if head.bias_V is None else rows_of(head.bias_V[:, None], chosen)[:, 0]
-        weight_CH = rows_of(head.weight_VH, chosen)
+        bias_C = None if head.bias_V is None else gather_rows(head.bias_V[:, None], chosen)[:, 0]
+        weight_CH = gather_rows(head.weight_VH, chosen)
         return VocabSubset(weight_CH, bias_C, log_weight_C, head.logit_scale, head.softcap), held
 
 
