@@ -115,7 +115,7 @@ def _named(device: torch.device, loss: str) -> dict[str, dict[str, Any]]:
     """Return what each settings change of the plain ones, by name, the fastest first."""
     again = {"recompute": True}
     if device.type != "cuda":
-        return {"blocks kept": {}, "blocks recomputed": again}
+        return {"activations kept": {}, "activations recomputed": again}
     head, optimiser = {"host_head": True}, {"offload": True}
     if not has_triton():  # the kernel that steps states in host memory is written in it
         both, places = head, "head"
@@ -128,10 +128,10 @@ def _named(device: torch.device, loss: str) -> dict[str, dict[str, Any]]:
         }[loss]
     return {
         "all on the GPU": {},
-        "blocks recomputed": again,
+        "activations recomputed": again,
         **one,
         f"{places} in host memory": both,
-        f"{places} in host memory, blocks recomputed": both | again,
+        f"{places} in host memory, activations recomputed": both | again,
     }
 
 
