@@ -14,7 +14,7 @@ from .append import append_documents
 from .show import TerminalProgress, print_json, print_pairs
 
 if TYPE_CHECKING:
-    from embedcache.extraction.prediction import Prediction
+    from embedcache.extraction.estimate import Estimate
 
 
 PARAMETERS = {"sources": "corpus", "dev_sources": "dev", "test_sources": "test"}
@@ -125,9 +125,10 @@ def extract_command(
     from embedcache.cache.format.layout import ExtractSettings
     from embedcache.corpus.config import CorpusConfig
     from embedcache.device import resolve_device
+    from embedcache.editing.repair import repair as repair_cache
     from embedcache.errors import UsageError
-    from embedcache.extraction.extract import extract
-    from embedcache.extraction.preview import preview
+    from embedcache.extraction.extract import estimate_extraction, extract
+    from embedcache.extraction.request import BATCH_TOKENS
 
     if not corpus and not repair:
         raise UsageError("expected a CORPUS to extract, found none: name a file or a folder")
@@ -191,8 +192,7 @@ def extract_command(
     if corpus:
         config = CorpusConfig(**of_corpus, context=context)
         if batch_tokens is None:
-            # A CPU is fastest while activations stay near its caches, a GPU when it is full.
-            of_settings["batch_tokens"] = 16384 if resolve_device(device).type == "cuda" else 2048
+            of_settings["batch_tokens"] = BATCH_TOKENS[resolve_device(device).type]
         settings = ExtractSettings(**of_settings)
     elif typed := _typed(ctx, of_corpus | of_settings):
         raise UsageError(
@@ -201,7 +201,7 @@ def extract_command(
             "or name the CORPUS"
         )
     if dry_run and config is not None and settings is not None:
-        prediction, summary = preview(
+        prediction, summary = estimate_extraction(
             config,
             base=base,
             out=out,
@@ -216,18 +216,16 @@ def extract_command(
             return
         print_pairs([*_corpus_pairs(summary), *_prediction_pairs(prediction)])
         return
-    result = extract(
-        config,
-        base=base,
-        out=out,
-        settings=settings,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        max_quarantined=max_quarantined,
-        repair=repair,
-        progress=progress,
-    )
+    request: dict[str, Any] = {
+        "base": base,
+        "settings": settings,
+        "revision": revision,
+        "device": device,
+        "dtype": dtype,
+        "max_quarantined": max_quarantined,
+        "progress": progress,
+    }
+    result = repair_cache(out, config, **request) if repair else extract(config, out=out, **request)
     if as_json:
         print_json(asdict(result))
         return
@@ -300,7 +298,7 @@ def _corpus_pairs(summary: dict[str, Any]) -> list[tuple[str, object]]:
     return pairs
 
 
-def _prediction_pairs(prediction: Prediction) -> list[tuple[str, object]]:
+def _prediction_pairs(prediction: Estimate) -> list[tuple[str, object]]:
     written = prediction.bytes - prediction.bytes_to_go
     speed = f"{prediction.tokens_per_second:,.0f} tokens/s"
     return [

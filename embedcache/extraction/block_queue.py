@@ -1,4 +1,4 @@
-"""Blocks dealt out among the processes that extract into one cache."""
+"""The blocks to compute, shared among the processes that extract into one cache."""
 
 from __future__ import annotations
 
@@ -8,58 +8,46 @@ from pathlib import Path
 
 from embedcache.cache.blocks.commit import Marker
 from embedcache.cache.format.layout import marker_path
-from embedcache.extraction.sample import Item
+from embedcache.extraction.sample import BlockId
 from embedcache.store import lease as timing
 from embedcache.store.lease import Leases, lease_name
 
 
-class Deal:
-    """Says of each of the blocks ``todo`` whether it is for this process to compute.
+class BlockQueue:
+    """Iterates over blocks that are not committed yet.
 
-    Iterating gives a block to compute, claimed; or the marker of one that another process has
-    committed; or None, again and again, while all that is left is claimed by others. It ends when
-    nothing is left, and runs no further ahead than it is asked, so that work input_stats evenly.
+    Yields a block that this process has leased and is to compute, the marker of a block that
+    another process has committed, or None while other processes hold every remaining block. Blocks
+    are leased only when the next item is requested, so that work spreads evenly.
     """
 
-    def __init__(
-        self,
-        cache: Path,
-        leases: Leases,
-        todo: list[Item],
-        generations: dict[str, dict[int, int]],
-    ):
+    def __init__(self, cache: Path, leases: Leases, blocks: list[BlockId]):
         self._cache = cache
         self._leases = leases
-        self._todo = todo
-        self._generations = generations
+        self._blocks = blocks
 
-    def generation(self, item: Item) -> int:
-        """Return which generation of a block's marker is to be made."""
-        name, block = item
-        return self._generations[name].get(block, 0)
-
-    def __iter__(self) -> Iterator[Item | Marker | None]:
-        left = self._todo
+    def __iter__(self) -> Iterator[BlockId | Marker | None]:
+        left = self._blocks
         while left:
-            others = []
-            for item in left:
-                found = self._marker(item)
-                if found is None and not self._leases.take(lease_name(*item)):
-                    others.append(item)
-                elif found is None and (found := self._marker(item)) is None:
-                    yield item
+            leased_by_others = []
+            for block in left:
+                found = self._marker(block)
+                if found is None and not self._leases.take(lease_name(*block)):
+                    leased_by_others.append(block)
+                elif found is None and (found := self._marker(block)) is None:
+                    yield block
                 else:
-                    self.done(item)
+                    self.done(block)
                     yield found
-            left = others
+            left = leased_by_others
             if left:
                 yield None
                 time.sleep(timing.POLL_SECONDS)
 
-    def done(self, item: Item) -> None:
-        """Give up the lease on a block that is committed."""
-        self._leases.release(lease_name(*item))
+    def done(self, block: BlockId) -> None:
+        """Release the lease on a committed block."""
+        self._leases.release(lease_name(*block))
 
-    def _marker(self, item: Item) -> Marker | None:
-        path = marker_path(self._cache, *item, self.generation(item))
+    def _marker(self, block: BlockId) -> Marker | None:
+        path = marker_path(self._cache, *block)
         return Marker.read(path) if path.is_file() else None
