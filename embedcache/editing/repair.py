@@ -60,7 +60,7 @@ from embedcache.store.files import fsync_path, make_folder, publish_bytes
 from embedcache.store.lease import COORDINATOR, Leases
 from embedcache.store.transaction import finish_rewrite
 
-WHAT = "a repair"
+WHAT = "repair"
 
 
 def repair(

@@ -168,7 +168,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_base_is_run(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.usefixtures("unrehearsed")
+@pytest.mark.usefixtures("without_trial")
 def test_a_full_disk_in_the_middle_is_one_message_and_can_be_gone_on_from(
     tmp_path: Path, corpus: Path, base: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:

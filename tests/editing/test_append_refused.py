@@ -26,6 +26,7 @@ from embedcache.errors import (
     OutputError,
     UsageError,
 )
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.extraction.extract import extract
 from embedcache.store.lease import Leases
 
@@ -98,13 +99,12 @@ def test_others_are_refused_meanwhile(
         for what in (
             lambda: added(old, more),
             lambda: delete(old, ["000.txt"]),
-            lambda: extract(
+            lambda: repair_cache(
+                old,
                 corpus_config(corpus),
                 base=str(tiny_base),
-                out=old,
                 settings=Cache(old).attributes.settings,
                 device="cpu",
-                repair=True,
             ),
         ):
             with pytest.raises(OutputError, match="alone, and it is being written by") as caught:

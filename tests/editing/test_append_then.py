@@ -18,6 +18,7 @@ from embedcache.carryon.branch.config import CarryOnConfig
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
 from embedcache.errors import CacheError, OutputError
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
 from embedcache.training.config import TrainConfig
@@ -47,13 +48,12 @@ def test_it_can_be_deleted_merged_repaired_and_added_to(
         flip_byte(old / f"train/embeddings/final/c/{block}/0")
     settings = Cache(old).attributes.settings
     flip_byte(old / "train/tokens/ids/c/0")
-    extract(
+    repair_cache(
+        old,
         corpus_config(corpus),
         base=str(tiny_base),
-        out=old,
         settings=settings,
         device="cpu",
-        repair=True,
     )
     assert contents(old) == before
     assert verify(old, deep=True).faults == ()
@@ -111,13 +111,12 @@ def test_damaged_tokens_of_what_was_added_are_not_taken_from_another_corpus(
     added(old, more)
     flip_byte(old / f"train/tokens/ids/c/{blocks}")
     with pytest.raises(CacheError, match="the corpus no longer yields the tokens"):
-        extract(
+        repair_cache(
+            old,
             corpus_config(corpus),
             base=str(tiny_base),
-            out=old,
             settings=read_attributes(old).settings,
             device="cpu",
-            repair=True,
         )
 
 

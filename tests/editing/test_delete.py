@@ -32,6 +32,7 @@ from embedcache.data.loader import BatchLoader
 from embedcache.data.sample import sample_embeddings
 from embedcache.editing.delete import delete
 from embedcache.errors import CacheError, UsageError
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
 
@@ -233,13 +234,12 @@ def test_killed_at_any_moment_it_is_as_before_or_refused_and_goes_on(
 
 
 def repair(cache: Path, base: Path, corpus: Path) -> Any:
-    return extract(
+    return repair_cache(
+        cache,
         corpus_config(corpus),
         base=str(base),
-        out=cache,
         settings=small_settings(codec="int8", taps=("final", "layer_1")),
         device="cpu",
-        repair=True,
     )
 
 

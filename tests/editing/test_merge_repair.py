@@ -16,6 +16,7 @@ from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import verify
 from embedcache.editing.merge import merge
 from embedcache.errors import CacheError, IdentityError, UsageError
+from embedcache.editing.repair import repair
 from embedcache.extraction.extract import extract
 from embedcache.store.files import hash_file
 
@@ -50,7 +51,7 @@ def out(merged: Path, tmp_path: Path) -> Path:
 
 
 def mend(out: Path, base: Path, **more: Any) -> Any:
-    return extract(None, base=str(base), out=out, device="cpu", repair=True, **more)
+    return repair(out, base=base, device="cpu", **more)
 
 
 def shards(cache: Path) -> list[str]:
@@ -112,7 +113,7 @@ def test_tokens_are_not_made_up_and_nothing_is_changed(out: Path, tiny_base: Pat
     for name in (TOKENS, shards(out)[0]):
         flip_byte(out / name)
     before = {name: hash_file(out / name) for name in names_in(out)}
-    with pytest.raises(CacheError, match=r"its tokens are damaged.*embedcache merge"):
+    with pytest.raises(CacheError, match=r"its tokens are damaged.*Merge them again"):
         mend(out, tiny_base)
     assert {name: hash_file(out / name) for name in names_in(out)} == before
 

@@ -28,7 +28,7 @@ from embedcache.extraction import plan, store_base
 from embedcache.extraction import run as stage_one
 from embedcache.extraction.extract import extract
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
+pytestmark = pytest.mark.usefixtures("without_trial")
 
 
 def prepared(root: Path, documents: int) -> Path:

@@ -34,6 +34,7 @@ from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
 from embedcache.errors import IdentityError, UsageError
 from embedcache.extraction import top_ids
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
 from embedcache.loss import ShortlistSampler
@@ -168,14 +169,13 @@ def test_a_damaged_one_is_found_and_made_again(place: Path, cache: Path) -> None
         damage(shard)
         (fault,) = verify(cache, deep=True).faults
         assert fault.file == f"{PATH}/c/0/0"
-        extract(
+        repair_cache(
+            cache,
             corpus_config(place / "corpus"),
             base=str(place / "base"),
-            out=cache,
             settings=small_settings(top_ids=K, taps=("layer_1", "final"), codec="transform"),
             device="cpu",
             dtype="float32",
-            repair=True,
         )
         assert shard.read_bytes() == whole and not verify(cache, deep=True).faults
 

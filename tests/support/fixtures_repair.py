@@ -16,6 +16,7 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import ARRAYS, ArraySpec
 from embedcache.cache.format.layout import STAGING
 from embedcache.cache.verify import verify
+from embedcache.editing.repair import repair
 from embedcache.extraction.extract import extract
 
 SHARD = "train/embeddings/final/c/2/0"
@@ -29,6 +30,18 @@ def run(place: Path, out: Path, codec: str = "int8", **more: Any) -> Any:
         more.pop("corpus", None) or corpus_config(place / "corpus"),
         base=str(place / "base"),
         out=out,
+        settings=small_settings(codec=codec, taps=("final", "layer_1")),
+        device="cpu",
+        **more,
+    )
+
+
+def repaired(place: Path, out: Path, codec: str = "int8", **more: Any) -> Any:
+    """Repair what `run` extracted."""
+    return repair(
+        out,
+        more.pop("corpus", None) or corpus_config(place / "corpus"),
+        base=place / "base",
         settings=small_settings(codec=codec, taps=("final", "layer_1")),
         device="cpu",
         **more,

@@ -11,7 +11,7 @@ import pytest
 from support.cache_faults import harm, names_in, served
 from support.digest_tables import blocks_of, files_of, publish_blocks, quarantined
 from support.fixtures_extract import flip_byte, small_flags
-from support.fixtures_repair import HEAD, SHARD, TOKENS, computed, ones, restored, run
+from support.fixtures_repair import HEAD, SHARD, TOKENS, computed, ones, repaired, restored
 from support.forked import ForkedCommand
 from support.stopping import KilledError, stopping
 
@@ -24,7 +24,7 @@ from embedcache.errors import CacheError, EmbedcacheError
 from embedcache.extraction import run as stage_one
 from embedcache.extraction import store_base
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
+pytestmark = pytest.mark.usefixtures("without_trial")
 
 
 @pytest.mark.parametrize(
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.usefixtures("unrehearsed")
 )
 def test_a_random_fault_is_repaired(place: Path, out: Path, seed: int) -> None:
     harm(out, seed)
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -55,7 +55,7 @@ def test_only_what_is_damaged_is_made_anew(
     marker_path(out, "train", 0).unlink()
     flip_byte(out / TOKENS)
     extracted = read_manifest(out).extracted
-    summary = run(place, out, repair=True)
+    summary = repaired(place, out)
     assert len(calls) == 2
     assert read_manifest(out).extracted == extracted
     assert summary.resumed_blocks == summary.blocks - 2
@@ -85,7 +85,7 @@ def test_a_sound_cache_is_left_as_it_is(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, before = computed(monkeypatch), identities(out)
-    run(place, out, repair=True)
+    repaired(place, out)
     assert identities(out) == before
     assert calls == []
 
@@ -101,7 +101,7 @@ def test_an_unfinished_cache_is_repaired_and_goes_on(
     flip_byte(out / HEAD)
     flip_byte(out / TOKENS)
     (out / "zarr.json").unlink()
-    run(place, out, repair=True)
+    repaired(place, out)
     assert len(calls) == 3
     restored(place, out)
 
@@ -115,7 +115,7 @@ def test_many_faults_at_once(place: Path, out: Path) -> None:
         elif name.endswith("0"):
             flip_byte(out / name)
     (out / SEALED).unlink()
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -152,7 +152,7 @@ def test_stopped_at_each_step_nothing_sound_is_lost_and_it_goes_on(
         patch.setattr(commit.BlockWriter, "close", lambda self: None)
         patch.setattr(module, name, stopping(getattr(module, name), call))
         with pytest.raises(KilledError):
-            run(place, out, repair=True)
+            repaired(place, out)
     left = [fault for fault in verify(out, deep=True).faults if fault.kind != "base"]
     # a block whose new marker is linked before its files are in place has all of them to come
     assert all(
@@ -161,7 +161,7 @@ def test_stopped_at_each_step_nothing_sound_is_lost_and_it_goes_on(
     )
     with contextlib.suppress(EmbedcacheError):
         assert served(out) == served(place / "undisturbed")
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -173,9 +173,9 @@ def test_what_a_stopped_repair_committed_is_not_computed_again(
         patch.setattr(commit.BlockWriter, "close", lambda self: None)
         patch.setattr(commit, "promote", stopping(commit.promote, 1))
         with pytest.raises(KilledError):
-            run(place, out, repair=True)
+            repaired(place, out)
     calls = computed(monkeypatch)
-    run(place, out, repair=True)
+    repaired(place, out)
     assert calls == []
     restored(place, out)
 
@@ -191,7 +191,7 @@ def test_a_block_that_came_out_otherwise_than_before_stands(
     writer.close()
     with pytest.raises(CacheError, match=r"--repair"):
         served(out)
-    run(place, out, repair=True)
+    repaired(place, out)
     assert calls == []
     assert files_of(out, "train")[0] == marker.files
     assert verify(out, deep=True).faults == ()
@@ -209,7 +209,7 @@ def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -223,8 +223,8 @@ def test_quarantined_sequences_follow_the_new_marker(place: Path, out: Path) -> 
     assert verify(out, deep=True).faults == ()
     marker_path(out, "train", 0, 1).unlink()
     marker_path(out, "train", 0).unlink(missing_ok=True)
-    run(place, out, repair=True)  # the marker was lost, the files are sound: it is renewed
+    repaired(place, out)  # the marker was lost, the files are sound: it is renewed
     assert quarantined(out, "train") == (0, 1)
     flip_byte(out / "train/scale/final/c/0")
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)

@@ -18,7 +18,7 @@ from embedcache.errors import CacheError
 from embedcache.extraction import calibrate
 
 INVERSE = f"{CODEC}/final/inverse/c/0/0"
-run = partial(fixtures_repair.run, codec="transform")
+repaired = partial(fixtures_repair.repaired, codec="transform")
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_a_random_fault_is_named_never_served_and_repaired(
 ) -> None:
     harm(out, seed)
     assert verify(out, deep=True).faults
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -56,7 +56,7 @@ def test_a_damaged_calibration_is_named_and_made_again(place: Path, out: Path, d
     assert {fault.kind for fault in faults} == {"codec"}
     with pytest.raises(CacheError, match="codec"):
         served(out)
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -67,9 +67,9 @@ def test_a_calibration_that_comes_out_otherwise_is_not_taken(
     before = content(out)
     monkeypatch.setattr(calibrate, "RIDGE", 1.0)
     with pytest.raises(CacheError, match="is not the one that blocks were coded with"):
-        run(place, out, repair=True)
+        repaired(place, out)
     after = content(out)
     assert {name for name in before if after.get(name) != before[name]} <= {"manifest.json"}
     monkeypatch.undo()
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)

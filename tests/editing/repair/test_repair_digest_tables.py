@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support.cache_faults import names_in, served
 from support.fixtures_extract import corpus_config, flip_byte, write_documents
-from support.fixtures_repair import SHARD, TOKENS, computed, restored, run
+from support.fixtures_repair import SHARD, TOKENS, computed, repaired, restored
 
 from embedcache.cache.format.layout import MANIFEST, SEALED, marker_path
 from embedcache.cache.verify import verify
@@ -36,7 +36,7 @@ def test_ledgers_are_made_anew_from_the_files_they_vouch_for(
     hidden = place / "corpus.away"
     (place / "corpus").rename(hidden)
     try:
-        run(place, out, repair=True)
+        repaired(place, out)
     finally:
         hidden.rename(place / "corpus")
     assert calls == []
@@ -52,7 +52,7 @@ def test_a_ledger_and_files_of_it_are_restored(place: Path, out: Path, complete:
     marker_path(out, "train", 1).unlink()
     if not complete:
         (out / MANIFEST).unlink()
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -67,7 +67,7 @@ def test_a_ledger_that_the_corpus_cannot_restore_is_refused(
         for path in (place / "corpus").iterdir():
             path.write_text("another " + path.read_text())
         with pytest.raises(CacheError, match=rf"{LEDGERS[0]} is damaged, and the corpus no longer"):
-            run(place, out, repair=True)
+            repaired(place, out)
     finally:
         shutil.copytree(kept, place / "corpus", dirs_exist_ok=True)
     assert {name: hash_file(out / name) for name in names_in(out)} == before
@@ -85,15 +85,15 @@ def test_a_corpus_that_changed_cannot_restore_tokens_and_changes_nothing(
         for path in corpus.iterdir():
             path.write_text("another " + path.read_text())
         with pytest.raises(CacheError, match=rf"{TOKENS} is damaged, and the corpus no longer"):
-            run(place, out, repair=True)
+            repaired(place, out)
         for path in corpus.iterdir():
             path.unlink()
         with pytest.raises(CorpusError):
-            run(place, out, repair=True)
+            repaired(place, out)
     finally:
         shutil.copytree(kept, corpus, dirs_exist_ok=True)
     assert {name: hash_file(out / name) for name in names_in(out)} == before
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -102,7 +102,7 @@ def test_embeddings_are_repaired_without_the_corpus(place: Path, out: Path) -> N
     hidden = place / "corpus.away"
     (place / "corpus").rename(hidden)
     try:
-        run(place, out, repair=True)
+        repaired(place, out)
     finally:
         hidden.rename(place / "corpus")
     restored(place, out)
@@ -112,21 +112,21 @@ def test_nothing_that_vouches_is_refused(place: Path, out: Path) -> None:
     (out / MANIFEST).unlink()
     flip_byte(out / SEALED)
     with pytest.raises(CacheError, match=r"neither manifest\.json nor sealed\.json is whole"):
-        run(place, out, repair=True)
+        repaired(place, out)
 
 
 def test_another_request_is_refused(place: Path, out: Path) -> None:
     flip_byte(out / SHARD)
     other = corpus_config(place / "corpus", split_seed=5)
     with pytest.raises(OutputError, match=r"split_seed was 0, now 5"):
-        run(place, out, repair=True, corpus=other)
+        repaired(place, out, corpus=other)
 
 
 def test_what_is_no_cache_is_not_written_to(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"holds no cache to repair"):
-        run(place, tmp_path / "absent", repair=True)
+        repaired(place, tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     mine = write_documents(tmp_path / "mine", 2)
     with pytest.raises(CacheError, match=r"holds no cache to repair"):
-        run(place, mine, repair=True)
+        repaired(place, mine)
     assert sorted(path.name for path in mine.iterdir()) == ["000.txt", "001.txt"]

@@ -34,7 +34,7 @@ from embedcache.extraction import run as stage_one
 from embedcache.store import transaction as rewrite
 from embedcache.store.lease import COORDINATOR, Leases
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
+pytestmark = pytest.mark.usefixtures("without_trial")
 
 STEPS = [
     pytest.param(plan, "tokenise", 1, id="pass 0 begins"),
