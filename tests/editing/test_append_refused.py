@@ -18,6 +18,7 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.verify import verify
 from embedcache.editing.append import append
 from embedcache.editing.delete import delete
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.errors import (
     BaseModelError,
     CacheError,
@@ -26,7 +27,6 @@ from embedcache.errors import (
     OutputError,
     UsageError,
 )
-from embedcache.editing.repair import repair as repair_cache
 from embedcache.extraction.extract import extract
 from embedcache.store.lease import Leases
 

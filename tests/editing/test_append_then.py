@@ -17,9 +17,8 @@ from embedcache.cache.verify import verify
 from embedcache.carryon.branch.config import CarryOnConfig
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
-from embedcache.errors import CacheError, OutputError
 from embedcache.editing.repair import repair as repair_cache
-from embedcache.extraction.extract import extract
+from embedcache.errors import CacheError, OutputError
 from embedcache.info import describe
 from embedcache.training.config import TrainConfig
 from embedcache.training.train import train

@@ -31,8 +31,8 @@ from embedcache.cache.verify import verify
 from embedcache.data.loader import BatchLoader
 from embedcache.data.sample import sample_embeddings
 from embedcache.editing.delete import delete
-from embedcache.errors import CacheError, UsageError
 from embedcache.editing.repair import repair as repair_cache
+from embedcache.errors import CacheError, UsageError
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
 

@@ -15,8 +15,8 @@ from embedcache.cache.format.layout import MANIFEST, marker_path
 from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import verify
 from embedcache.editing.merge import merge
-from embedcache.errors import CacheError, IdentityError, UsageError
 from embedcache.editing.repair import repair
+from embedcache.errors import CacheError, IdentityError, UsageError
 from embedcache.extraction.extract import extract
 from embedcache.store.files import hash_file
 

@@ -150,7 +150,10 @@ def slow_base(patch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("whole_trial")
 @pytest.mark.parametrize(
     "slow",
-    [slow_forward, *(pytest.param(one, marks=pytest.mark.slow) for one in (slow_commit, slow_base))],
+    [
+        slow_forward,
+        *(pytest.param(one, marks=pytest.mark.slow) for one in (slow_commit, slow_base)),
+    ],
 )
 def test_time_is_estimated_within_thirty_percent_whatever_takes_it(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, slow: Any

@@ -24,7 +24,7 @@ from support.tiny import tiny_base_directory
 from embedcache.cache.blocks import commit
 from embedcache.cache.tokens import writer as seal
 from embedcache.errors import CacheError, EmbedcacheError
-from embedcache.extraction import plan, store_base
+from embedcache.extraction import plan, prepare, publish
 from embedcache.extraction import run as stage_one
 from embedcache.extraction.extract import extract
 
@@ -125,10 +125,10 @@ def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path:
         pytest.param(seal, "fsync_tree", 1, id="tokens are written"),
         pytest.param(seal, "fsync_path", 50, id="tokens are being flushed"),
         pytest.param(Path, "rename", 4, id="splits are in place"),
-        pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
+        pytest.param(prepare, "fsync_tree", 1, id="the base is staged"),
         pytest.param(commit, "write_shard", 9, id="a shard is to be staged"),
         pytest.param(commit, "promote", 7, id="a marker is linked"),
-        pytest.param(stage_one, "publish_manifest", 1, id="all blocks are there"),
+        pytest.param(publish, "publish_manifest", 1, id="all blocks are there"),
         pytest.param(stage_one, "clear_staging", 2, id="the manifest is there"),
     ],
 )

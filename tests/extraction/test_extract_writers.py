@@ -24,12 +24,13 @@ from support.fixtures_extract import (
 from support.forked import FORKS, ForkedCommand
 from support.tiny import tiny_base_directory
 
-import embedcache.extraction.extract
 from embedcache.base.forward import BlockForward
+from embedcache.editing.repair import repair
 from embedcache.errors import OutputError
-from embedcache.extraction import run as stage_one
+from embedcache.extraction import prepare
+from embedcache.extraction.estimate import Trial
 from embedcache.extraction.extract import ExtractSummary, extract
-from embedcache.extraction.measure import Measured
+from embedcache.extraction.request import Request
 from embedcache.store.lease import Leases, lease_name
 
 
@@ -95,7 +96,7 @@ def extract_after_all_have_claimed(place: Path, out: Path, meeting: Any, answers
             return super().__call__(*arguments)
 
     # Measuring, too, would compute: before anything is claimed.
-    vars(stage_one).update(BlockForward=Patient, measure=lambda *_, **__: Measured())
+    vars(prepare).update(BlockForward=Patient, run_trial=lambda *_, **__: Trial())
     answers.put(asdict(run(place, out)))
 
 
@@ -142,7 +143,7 @@ def test_a_writer_that_comes_late_leaves_all_as_it_is(
     def load_base(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(embedcache.extraction.extract, "load_base", load_base)
+    monkeypatch.setattr(Request, "load_base", load_base)
     before = comparable_tree(place / "alone")
     summary = run(place, place / "alone")
     assert (summary.computed_blocks, summary.others_blocks) == (0, 0)
@@ -176,10 +177,10 @@ def test_a_writer_that_comes_late_clears_up_after_one_killed_at_the_end(
 def test_repair_refuses_while_another_writes(place: Path, tmp_path: Path) -> None:
     with (
         Leases(place / "alone") as other,
-        pytest.raises(OutputError, match=r"--repair needs .* alone"),
+        pytest.raises(OutputError, match=r"repair needs .* alone"),
     ):
         other.take(lease_name("train", 0))
-        run(place, place / "alone", repair=True)
+        repair(place / "alone", base=place / "base")
 
 
 def killed_and_resumed(place: Path, folder: Path, times: int, seed: int) -> None:

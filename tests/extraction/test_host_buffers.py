@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedcache.extraction.buffers import HostBuffers
+from embedcache.extraction.encode import HostBuffers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

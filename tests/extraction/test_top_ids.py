@@ -32,9 +32,9 @@ from embedcache.data.loader import BatchLoader
 from embedcache.editing.append import append
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
-from embedcache.errors import IdentityError, UsageError
-from embedcache.extraction import top_ids
 from embedcache.editing.repair import repair as repair_cache
+from embedcache.errors import IdentityError, UsageError
+from embedcache.extraction import encode
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
 from embedcache.loss import ShortlistSampler
@@ -50,7 +50,7 @@ PATH = "train/head/top_ids"
 def likely():
     """A base of random weights finds little likely: ten times as likely as all is enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(top_ids, "LIKELY", 10 / len(tiny_tokenizer()))
+        patch.setattr(encode, "LIKELY", 10 / len(tiny_tokenizer()))
         yield
 
 
@@ -105,17 +105,17 @@ def test_they_are_those_of_transformers(place: Path, monkeypatch: pytest.MonkeyP
                 chance_NK, id_NK = logits.softmax(dim=1).topk(K + 1, dim=1)
                 found_NK = torch.from_numpy(block.top_ids_NK[first:stop])
                 sure = ((chance_NK[:, :-1] - chance_NK[:, 1:]) > 1e-6).all(dim=1)
-                sure &= ((chance_NK - top_ids.LIKELY).abs() > 1e-6).all(dim=1)
-                expected = torch.where(chance_NK >= top_ids.LIKELY, id_NK + 1, 0)[:, :K].int()
+                sure &= ((chance_NK - encode.LIKELY).abs() > 1e-6).all(dim=1)
+                expected = torch.where(chance_NK >= encode.LIKELY, id_NK + 1, 0)[:, :K].int()
                 assert torch.equal(found_NK[sure], expected[sure])
                 seen.append(found_NK[sure])
     counts = (torch.cat(seen) > 0).sum(dim=1)
     assert {0, 1, K} <= set(counts.tolist())
     base_NH, head = torch.randn(300, 32), Cache(place / "cache").base_array("head/weight")
-    head = top_ids.Head(head.float())
-    whole = top_ids.top_ids_of(base_NH, head, K)
-    monkeypatch.setitem(top_ids.LOGITS, "cpu", 7 * len(head.weight_VH))
-    assert torch.equal(top_ids.top_ids_of(base_NH, head, K), whole) and whole.any()
+    head = encode.Head(head.float())
+    whole = encode.top_ids_of(base_NH, head, K)
+    monkeypatch.setitem(encode.LOGITS, "cpu", 7 * len(head.weight_VH))
+    assert torch.equal(encode.top_ids_of(base_NH, head, K), whole) and whole.any()
 
 
 def test_rows_that_are_nobody_s_have_none(place: Path, tmp_path: Path) -> None:
@@ -235,7 +235,7 @@ def test_a_batch_has_those_of_its_wanted_positions(place: Path, one_row: bool) -
 def test_a_shortlist_holds_them_and_its_sum_stays_unbiased(place: Path) -> None:
     cache = Cache(place / "cache")
     weight = cache.base_array("head/weight").double()
-    head, V = top_ids.Head(weight), len(weight)
+    head, V = encode.Head(weight), len(weight)
     draw = torch.Generator().manual_seed(0)
     x_NH = torch.randn(9, 32, generator=draw, dtype=torch.float64)
     targets_N = torch.randint(V, (9,), generator=draw)

@@ -36,8 +36,8 @@ from embedcache.carryon.branch.config import CarryOnConfig
 from embedcache.carryon.saving import CONFIG_FILE, WEIGHTS_FILE
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
-from embedcache.errors import CacheError, OutputError
 from embedcache.editing.repair import repair as repair_cache
+from embedcache.errors import CacheError, OutputError
 from embedcache.extraction.extract import extract
 from embedcache.store.disk import writing
 from embedcache.training.config import TrainConfig

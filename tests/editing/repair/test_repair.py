@@ -1,4 +1,4 @@
-"""``extract --repair`` gives back the undisturbed cache, whatever was damaged, wherever it died."""
+"""A repair restores the undisturbed cache, whatever was damaged and wherever it was stopped."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import verify
 from embedcache.editing import repair
 from embedcache.errors import CacheError, EmbedcacheError
+from embedcache.extraction import prepare, publish
 from embedcache.extraction import run as stage_one
-from embedcache.extraction import store_base
 
 pytestmark = pytest.mark.usefixtures("without_trial")
 
@@ -30,8 +30,8 @@ pytestmark = pytest.mark.usefixtures("without_trial")
 @pytest.mark.parametrize(
     "seed",
     [
-        *range(20),
-        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(20, 300)),
+        *range(12),
+        *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(12, 300)),
     ],
 )
 def test_a_random_fault_is_repaired(place: Path, out: Path, seed: int) -> None:
@@ -70,8 +70,8 @@ def test_only_what_is_damaged_is_made_anew(
         )
     }
     assert {name for name in changed if name.removesuffix("/0") not in blocks} == {
-        "commits/train/00000002.1.json",
-        "commits/dev/00000000.1.json",
+        "commits/train/00000002.0.json",
+        "commits/dev/00000000.0.json",
         "commits/train/00000000.0.json",
         "dev/embeddings/final/c/0/0",
         "dev/embeddings/layer_1/c/0/0",
@@ -123,17 +123,17 @@ STEPS = [
     pytest.param(repair, "publish_bytes", 2, id="metadata is being restored"),
     pytest.param(repair, "tokenise", 1, id="pass 0 is to run again"),
     pytest.param(repair, "fsync_path", 2, id="tokens are being restored"),
-    pytest.param(repair, "publish_digests", 1, id="the seal is to be restored"),
+    pytest.param(repair, "publish_digests", 1, id="the digests are to be restored"),
     pytest.param(commit.os, "link", 1, id="a lost marker is to be renewed"),
-    pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
-    pytest.param(store_base, "fsync_path", 1, id="the base is in place"),
+    pytest.param(repair, "newest_generations", 2, id="damaged blocks of train are dropped"),
+    pytest.param(repair, "fsync_path", 3, id="the manifest is dropped"),
+    pytest.param(prepare, "fsync_tree", 1, id="the base is staged"),
+    pytest.param(prepare, "fsync_path", 1, id="the base is in place"),
     pytest.param(commit, "write_shard", 6, id="a shard is to be staged"),
-    pytest.param(commit.os, "link", 3, id="a block is staged"),
-    pytest.param(commit, "promote", 2, id="a marker is linked"),
-    pytest.param(commit, "fsync_path", 9, id="a block is being promoted"),
-    pytest.param(stage_one, "publish_manifest", 1, id="all blocks are there"),
-    pytest.param(stage_one, "drop_superseded", 1, id="the manifest is there"),
-    pytest.param(stage_one, "clear_staging", 2, id="old markers are gone"),
+    pytest.param(commit, "promote", 2, id="sound blocks are counted"),
+    pytest.param(publish, "publish_manifest", 1, id="all blocks are there"),
+    pytest.param(stage_one, "clear_staging", 2, id="the manifest is there"),
+    pytest.param(repair, "publish_manifest", 1, id="the manifest is to be amended"),
 ]
 
 
@@ -153,7 +153,8 @@ def test_stopped_at_each_step_nothing_sound_is_lost_and_it_goes_on(
         patch.setattr(module, name, stopping(getattr(module, name), call))
         with pytest.raises(KilledError):
             repaired(place, out)
-    left = [fault for fault in verify(out, deep=True).faults if fault.kind != "base"]
+    passing = ("base", "manifest")  # without a manifest nothing vouches for the base
+    left = [fault for fault in verify(out, deep=True).faults if fault.kind not in passing]
     # a block whose new marker is linked before its files are in place has all of them to come
     assert all(
         fault.file in faults or (fault.split, fault.block) in (("train", 2), ("dev", 0))
@@ -169,9 +170,10 @@ def test_what_a_stopped_repair_committed_is_not_computed_again(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip_byte(out / SHARD)
+    blocks = sum(split.blocks for split in read_manifest(out).splits.values())
     with monkeypatch.context() as patch:
         patch.setattr(commit.BlockWriter, "close", lambda self: None)
-        patch.setattr(commit, "promote", stopping(commit.promote, 1))
+        patch.setattr(commit, "promote", stopping(commit.promote, blocks))
         with pytest.raises(KilledError):
             repaired(place, out)
     calls = computed(monkeypatch)
@@ -189,7 +191,7 @@ def test_a_block_that_came_out_otherwise_than_before_stands(
     marker = writer.commit("train", 0, ones(), generation=1)
     writer.commit("train", 99, ones())  # and one that this cache has no place for
     writer.close()
-    with pytest.raises(CacheError, match=r"--repair"):
+    with pytest.raises(CacheError, match="repair"):
         served(out)
     repaired(place, out)
     assert calls == []
@@ -204,7 +206,7 @@ def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
             flip_byte(out / name)
     flags = [*small_flags(place / "corpus", place / "base", out), "--codec", "int8"]
     process = ForkedCommand(*flags, "--taps", "final,layer_1", "--repair")
-    while not list(out.glob("commits/train/*.1.json")):
+    while (out / MANIFEST).exists() or not list(out.glob("commits/train/*.json")):
         assert process.poll() is None, process.communicate()
     process.kill()
     process.communicate()

@@ -66,7 +66,7 @@ def test_a_calibration_that_comes_out_otherwise_is_not_taken(
     flip_byte(out / INVERSE)
     before = content(out)
     monkeypatch.setattr(calibrate, "RIDGE", 1.0)
-    with pytest.raises(CacheError, match="is not the one that blocks were coded with"):
+    with pytest.raises(CacheError, match="is not the one that blocks were encoded with"):
         repaired(place, out)
     after = content(out)
     assert {name for name in before if after.get(name) != before[name]} <= {"manifest.json"}
