@@ -43,7 +43,7 @@ from embedcache.cache.manifest.digests import (
     read_digests,
 )
 from embedcache.cache.manifest.file_record import FileRecord, content_fault
-from embedcache.cache.manifest.manifest import Manifest, publish_manifest, read_manifest
+from embedcache.cache.manifest.manifest import Manifest, read_manifest
 from embedcache.cache.tokens.files import TokenFiles, tokens_digest_table, write_tokens_digest_table
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.writer import TokensWriter
@@ -52,6 +52,7 @@ from embedcache.errors import CacheError
 from embedcache.extraction.calibrate_cache import new_calibrations, store_calibrations
 from embedcache.extraction.extract import ExtractSummary, extract
 from embedcache.extraction.plan import corpus_of, environment_for, planned, tokenise
+from embedcache.extraction.publish import amend_manifest
 from embedcache.extraction.request import Corpus, Request
 from embedcache.extraction.sample import ComputedBatches
 from embedcache.progress import SILENT, Progress
@@ -152,9 +153,7 @@ def _keep_extracted(out: Path, extracted: dict[str, Any], progress: Progress) ->
     leases = Leases(out)
     with writing(out), leases, leases.coordinating(progress):
         if (out / MANIFEST).is_file():
-            manifest = read_manifest(out)
-            manifest.extracted.update(extracted)
-            publish_manifest(out, manifest)
+            amend_manifest(out, extracted, leases)
 
 
 def _restore_metadata(out: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,12 @@ from embedcache.cache.format.layout import (
     marker_path,
 )
 from embedcache.cache.manifest.digests import Digests, read_digests
-from embedcache.cache.manifest.manifest import Manifest, publish_manifest, split_manifest
+from embedcache.cache.manifest.manifest import (
+    Manifest,
+    publish_manifest,
+    read_manifest,
+    split_manifest,
+)
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.store.files import fsync_path, make_folder
 from embedcache.store.lease import COORDINATOR, Leases
@@ -68,6 +74,24 @@ def publish(
                 else:
                     (out / name).unlink(missing_ok=True)
                 fsync_path((out / name).parent)
+        leases.require(COORDINATOR)
+        (made / MANIFEST).replace(out / MANIFEST)
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    fsync_path(out)
+
+
+def amend_manifest(out: Path, extracted: dict[str, Any], leases: Leases) -> None:
+    """Replace entries of what the manifest says of the run.
+
+    Like `publish`, it is made in this attempt's staging folder, so that a process that was taken
+    for dead replaces nothing.
+    """
+    made = leases.staging / "manifest"
+    make_folder(made)
+    try:
+        manifest = read_manifest(out)
+        publish_manifest(made, replace(manifest, extracted=manifest.extracted | extracted))
         leases.require(COORDINATOR)
         (made / MANIFEST).replace(out / MANIFEST)
     finally:

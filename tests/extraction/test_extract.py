@@ -245,15 +245,6 @@ class TestOut:
         zarr.create_group(tmp_path / "out", zarr_format=3)
         self.refused(corpus, base, tmp_path / "out", CacheError, "not an embedcache cache")
 
-    def test_a_disk_that_is_too_small(
-        self, tmp_path: Path, corpus: Path, base: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
-        usage = shutil._ntuple_diskusage(10**9, 10**9, 1000)  # type: ignore[attr-defined]
-        monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-        with pytest.raises(OutputError, match=r"has 0\.00 GB free.*--codec int8"):
-            run(corpus, base, tmp_path / "out")
-        assert not (tmp_path / "out").exists()
-
     def test_a_tap_that_is_not_there(self, tmp_path: Path, corpus: Path, base: Path) -> None:
         with pytest.raises(BaseModelError, match=r"3 layers"):
             run(corpus, base, tmp_path / "out", taps=("final", "layer_3"))

@@ -133,7 +133,7 @@ STEPS = [
     pytest.param(commit, "promote", 2, id="sound blocks are counted"),
     pytest.param(publish, "publish_manifest", 1, id="all blocks are there"),
     pytest.param(stage_one, "clear_staging", 2, id="the manifest is there"),
-    pytest.param(repair, "publish_manifest", 1, id="the manifest is to be amended"),
+    pytest.param(publish, "publish_manifest", 2, id="the manifest is to be amended"),
 ]
 
 

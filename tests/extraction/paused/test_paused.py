@@ -131,7 +131,7 @@ REPAIRING = [
     pytest.param(prepare, "fsync_tree", 1, id="the base is staged"),
     pytest.param(commit, "promote", 1, id="a marker is linked"),
     pytest.param(publish, "publish_manifest", 1, id="the manifest is to be published"),
-    pytest.param(repair, "publish_manifest", 1, id="the manifest is to be amended"),
+    pytest.param(publish, "publish_manifest", 2, id="the manifest is to be amended"),
 ]
 
 
