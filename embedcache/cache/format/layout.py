@@ -23,10 +23,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from embedcache.cache.codecs.integers import ARRAYS, ArraySpec, check_codec, codec_name
 from embedcache.cache.shards.errors import WAY_OUT
+from embedcache.config import Config, Count, Integer, Names, Number
 from embedcache.errors import CacheError, UsageError
 
 SCHEMA = 1
@@ -69,8 +72,8 @@ ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
 """The same of each array of one entry a token, a chunk a block."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractSettings:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ExtractSettings(Config):
     """What stage one was asked for, besides the base and the corpus.
 
     ``block_tokens`` is R, the rows of a block; ``batch_tokens`` bounds the padded tokens of one
@@ -82,67 +85,42 @@ class ExtractSettings:
     stores none, and computes no logits.
     """
 
-    taps: tuple[str, ...] = ("final",)
+    taps: Names = ("final",)
     codec: str = "bf16"
-    context: int = 1024
-    block_tokens: int = 16384
-    batch_tokens: int = 2048
-    bits: float | None = None
-    quality: float | None = None
-    top_ids: int = 0
+    context: Count = 1024
+    block_tokens: Count = 16384
+    batch_tokens: Count = 2048
+    bits: Annotated[Number, Field(ge=0.05, le=12)] | None = None
+    quality: Annotated[Number, Field(gt=0, lt=10)] | None = None
+    top_ids: Annotated[Integer, Field(ge=0, le=MOST_TOP_IDS)] = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ``UsageError`` for settings that contradict each other."""
         check_codec(self.codec)
         if not self.taps or len(set(self.taps)) < len(self.taps):
             raise UsageError(
-                f"expected at least one tap, each once; found {', '.join(self.taps) or 'none'}. "
-                "Type for example: --taps final"
+                "`taps=` must name at least one tap, each once; found "
+                f"{', '.join(self.taps) or 'none'}"
             )
         if self.block_tokens < self.context:
             raise UsageError(
-                f"expected a block to hold a whole sequence of {self.context} tokens, found blocks "
-                f"of {self.block_tokens}. Type: --block-tokens {self.context} or more"
+                f"`block_tokens=` must be at least `context=` ({self.context}), so that a block "
+                f"holds a whole sequence; found {self.block_tokens}"
             )
-        self._check_target()
-        self._check_top_ids()
-        if self.batch_tokens < 1:
-            raise UsageError(
-                f"expected batches of at least 1 token, found {self.batch_tokens}. "
-                "Type for example: --batch-tokens 2048"
-            )
-
-    def _check_top_ids(self) -> None:
-        if not 0 <= self.top_ids <= MOST_TOP_IDS:
-            raise UsageError(
-                f"--top-ids is 0 to {MOST_TOP_IDS} a position, found {self.top_ids}. "
-                "Type: --top-ids 8"
-            )
-        if self.top_ids and "final" not in self.taps:
-            raise UsageError(
-                f"--top-ids are of the final tap, found --taps {','.join(self.taps)}. "
-                f"Type: --taps {','.join(['final', *self.taps])}"
-            )
-
-    def _check_target(self) -> None:
-        given = {"bits": self.bits, "quality": self.quality}
-        for name, value in given.items():
-            if value is None:
-                continue
-            if self.codec != "transform":
+        for name in ("bits", "quality"):
+            if getattr(self, name) is not None and self.codec != "transform":
                 raise UsageError(
-                    f"--{name} is for the codec transform, found --codec {self.codec}. "
-                    f"Type: --codec transform --{name} {value:g}"
+                    f"`{name}=` needs `codec=` to be 'transform', found '{self.codec}'"
                 )
-            if not 0.05 <= value <= 12 if name == "bits" else not 0 < value < 10:
-                limits = "0.05 to 12 bits a value" if name == "bits" else "0 to 10 nats a token"
-                raise UsageError(f"--{name} is {limits}, found {value:g}. Type: --bits 1.5")
-        if None not in given.values():
-            raise UsageError("give --bits or --quality, not both: one follows from the other")
-        if self.quality is not None and "final" not in self.taps:
+        if self.bits is not None and self.quality is not None:
             raise UsageError(
-                "--quality is measured on the final tap, found --taps "
-                f"{','.join(self.taps)}. Type: --bits {DEFAULT_BITS} instead, or add final"
+                "expected `bits=` or `quality=`, found both: one follows from the other"
             )
+        for name, given in (("quality", self.quality is not None), ("top_ids", self.top_ids)):
+            if given and "final" not in self.taps:
+                raise UsageError(
+                    f"`{name}=` needs the tap 'final', found `taps=` {','.join(self.taps)}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,7 +140,7 @@ class CacheAttributes:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as JSON-ready values."""
-        return asdict(self) | {"settings": asdict(self.settings)}
+        return asdict(self) | {"settings": self.settings.to_dict()}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any], *, path: Path) -> CacheAttributes:
@@ -177,12 +155,10 @@ class CacheAttributes:
                 "Upgrade with: pip install --upgrade embedcache"
             )
         try:
-            settings = dict(value["settings"])
-            settings["taps"] = tuple(settings["taps"])
             return cls(
                 base=value["base"],
                 corpus=value["corpus"],
-                settings=ExtractSettings(**settings),
+                settings=ExtractSettings.from_dict(value["settings"]),
                 environment=value["environment"],
                 schema=schema,
             )
