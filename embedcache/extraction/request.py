@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from embedcache.base.identity import BaseIdentity
 from embedcache.base.load import Base, load_base, load_identity, load_tokenizer
 from embedcache.base.taps import check_taps, parse_taps
 from embedcache.cache.format.layout import ExtractSettings
+from embedcache.config import split_settings
 from embedcache.corpus.config import CorpusConfig
 from embedcache.device import resolve_device
 from embedcache.errors import UsageError
@@ -25,9 +25,6 @@ Corpus = CorpusConfig | str | os.PathLike[str] | Sequence[str | os.PathLike[str]
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Padded tokens of a forward pass: a CPU is fastest while activations stay near its caches."""
-
-_CORPUS = {field.name for field in fields(CorpusConfig)} - {"sources"}
-_SETTINGS = {field.name for field in fields(ExtractSettings)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,47 +111,34 @@ def configurations(
     >>> corpus.sources, corpus.context, settings.context, settings.codec
     (('docs',), 512, 512, 'int8')
     """
-    for name in keywords:
-        if name not in _CORPUS | _SETTINGS:
-            known = sorted(_CORPUS | _SETTINGS)
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f"Did you mean `{near[0]}=`?" if near else f"Known are: {', '.join(known)}."
-            raise UsageError(f"unknown setting `{name}=`. {hint}")
-    of_corpus = {name: value for name, value in keywords.items() if name in _CORPUS}
-    of_settings = {name: value for name, value in keywords.items() if name in _SETTINGS}
+    of_corpus, of_settings = split_settings(keywords, CorpusConfig, ExtractSettings)
+    if corpus is None and keywords:
+        raise UsageError(
+            "without a corpus all settings are those of the cache at `out=`, expected none, found "
+            f"`{next(iter(keywords))}=`: leave it out, or name the corpus"
+        )
     if isinstance(corpus, CorpusConfig):
         _refuse(of_corpus, "a CorpusConfig")
     elif corpus is not None:
         if settings is not None:
             of_corpus.setdefault("context", settings.context)
-        for name in ("dev_sources", "test_sources"):
-            if name in of_corpus:
-                of_corpus[name] = _sources(of_corpus[name])
-        if isinstance(of_corpus.get("split_file"), os.PathLike):
-            of_corpus["split_file"] = os.fspath(of_corpus["split_file"])
-        corpus = CorpusConfig(sources=_sources(corpus), **of_corpus)
-    elif keywords:
-        name = next(iter(keywords))
-        raise UsageError(
-            "without a corpus all settings are those of the cache at `out=`, expected none, found "
-            f"`{name}=`: leave it out, or name the corpus"
-        )
+        if isinstance(split_file := of_corpus.get("split_file"), os.PathLike):
+            of_corpus["split_file"] = os.fspath(split_file)
+        corpus = CorpusConfig.from_dict({"sources": corpus} | of_corpus)
     if settings is not None:
         _refuse(of_settings, "`settings=`")
+        if corpus is not None and corpus.context != settings.context:
+            raise UsageError(
+                "expected one `context=` for the corpus and in `settings=`, found "
+                f"{corpus.context} and {settings.context}"
+            )
     elif corpus is not None:
         of_settings["context"] = corpus.context
-        if isinstance(taps := of_settings.get("taps", ()), str):
+        if isinstance(taps := of_settings.get("taps"), str):
             of_settings["taps"] = parse_taps(taps)
-        elif taps:
-            of_settings["taps"] = tuple(taps)
         if of_settings.get("batch_tokens") is None:
-            of_settings["batch_tokens"] = BATCH_TOKENS.get(device.type, BATCH_TOKENS["cuda"])
+            of_settings["batch_tokens"] = BATCH_TOKENS[device.type]
         settings = ExtractSettings(**of_settings)
-    if corpus is not None and settings is not None and corpus.context != settings.context:
-        raise UsageError(
-            f"expected one `context=` in the corpus and in `settings=`, found {corpus.context} and "
-            f"{settings.context}"
-        )
     return corpus, settings
 
 
@@ -164,9 +148,3 @@ def _refuse(keywords: Mapping[str, Any], given: str) -> None:
         raise UsageError(
             f"expected {given} or the keyword `{name}=`, found both: set {name} in {given}"
         )
-
-
-def _sources(value: Any) -> tuple[str, ...]:
-    if isinstance(value, str | os.PathLike):
-        return (os.fspath(value),)
-    return tuple(map(os.fspath, value))

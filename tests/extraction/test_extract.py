@@ -202,9 +202,9 @@ def test_batches_hold_every_sequence_once_within_the_budget() -> None:
     ("settings", "message"),
     [
         ({"codec": "int4"}, "Did you mean 'int8'"),
-        ({"block_tokens": 63}, "--block-tokens 64"),
-        ({"batch_tokens": 0}, "--batch-tokens"),
-        ({"taps": ()}, "--taps final"),
+        ({"block_tokens": 63}, "`block_tokens=` must be at least"),
+        ({"batch_tokens": 0}, "`batch_tokens=` should be greater"),
+        ({"taps": ()}, "`taps=` must name"),
         ({"taps": ("final", "final")}, "each once"),
     ],
 )
