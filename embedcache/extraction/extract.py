@@ -13,7 +13,7 @@ from typing import Any
 from embedcache.cache.blocks.commit import newest_generations
 from embedcache.cache.format.layout import MANIFEST, SPLITS, ExtractSettings, summary_of
 from embedcache.cache.tokens.reader import SplitTokens
-from embedcache.extraction.committed import CommittedBlocks
+from embedcache.extraction.block_queue import CommittedBlocks
 from embedcache.extraction.estimate import Cost, Estimate, RoomError, Trial, estimate
 from embedcache.extraction.plan import check_out, is_planned, plan, remove_tokens
 from embedcache.extraction.prepare import prepare

@@ -17,8 +17,7 @@ from embedcache.cache.blocks.commit import BlockWriter, Marker
 from embedcache.cache.codecs.integers import ArraySpec
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.data.prefetch import prefetch
-from embedcache.extraction.block_queue import BlockQueue
-from embedcache.extraction.committed import CommittedBlocks
+from embedcache.extraction.block_queue import BlockQueue, CommittedBlocks
 from embedcache.extraction.encode import BlockEncoder, HostBuffers, Slot
 from embedcache.extraction.estimate import commit_threads, tokens_of
 from embedcache.extraction.sample import BlockId, ComputedBatches

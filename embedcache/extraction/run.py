@@ -14,7 +14,7 @@ from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.usage import used_bytes
 from embedcache.errors import OutputError
-from embedcache.extraction.committed import CommittedBlocks
+from embedcache.extraction.block_queue import CommittedBlocks
 from embedcache.extraction.encode import BlockEncoder
 from embedcache.extraction.estimate import Cost, Estimate, Trial, estimate
 from embedcache.extraction.pipeline import Pipeline

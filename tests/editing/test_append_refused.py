@@ -114,7 +114,7 @@ def test_others_are_refused_meanwhile(
 
     monkeypatch.setattr(verb, "extract", trying)
     added(old, more)
-    assert refused == ["--append", "delete", "--repair"]
+    assert refused == ["--append", "delete", "repair"]
     assert verify(old, deep=True).faults == ()
 
 

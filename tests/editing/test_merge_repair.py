@@ -16,7 +16,7 @@ from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import verify
 from embedcache.editing.merge import merge
 from embedcache.editing.repair import repair
-from embedcache.errors import CacheError, IdentityError, UsageError
+from embedcache.errors import CacheError, IdentityError
 from embedcache.extraction.extract import extract
 from embedcache.store.files import hash_file
 
@@ -149,5 +149,3 @@ def test_what_is_not_the_caches_is_refused(out: Path, tmp_path: Path) -> None:
     other = tiny_base_directory(tmp_path / "base", seed=1)
     with pytest.raises(IdentityError, match="--base"):
         mend(out, other)
-    with pytest.raises(UsageError, match="only a repair"):
-        extract(None, base=str(other), out=out)
