@@ -42,8 +42,8 @@ class ExtractSummary:
     """Bytes of all files of the cache."""
     bytes_per_token: float
     """Bytes a token, without the arrays of the base."""
-    predicted_bytes: int
-    predicted_seconds: float
+    estimated_bytes: int
+    estimated_seconds: float
     blocks: int
     resumed_blocks: int
     """Blocks that were committed before this run."""
@@ -193,8 +193,8 @@ class Extraction:
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-            "predicted_bytes": estimated.bytes,
-            "predicted_seconds": estimated.seconds,
+            "estimated_bytes": estimated.bytes,
+            "estimated_seconds": estimated.seconds,
         }
 
     def _finished(self) -> Estimate:
@@ -226,8 +226,8 @@ def summarise(out: Path, attributes: CacheAttributes, counts: BlockCounts) -> Ex
         tokens=tokens,
         bytes=size,
         bytes_per_token=round((size - head) / sum(tokens.values()), 1),
-        predicted_bytes=manifest.extracted["predicted_bytes"],
-        predicted_seconds=manifest.extracted["predicted_seconds"],
+        estimated_bytes=manifest.extracted["estimated_bytes"],
+        estimated_seconds=manifest.extracted["estimated_seconds"],
         blocks=sum(split.blocks for split in manifest.splits.values()),
         resumed_blocks=counts.resumed,
         computed_blocks=counts.computed,

@@ -192,7 +192,7 @@ def test_the_command_tells_and_extract_refuses_what_was_merged(
     assert call_main(monkeypatch, "merge", *paths, "--out", str(both), "--dry-run") == 0
     assert not list(tmp_path.iterdir())
     assert call_main(monkeypatch, "merge", *paths, "--out", str(both)) == 0
-    assert "train: " in capsys.readouterr().out
+    assert "\ntrain " in capsys.readouterr().out
     assert call_main(monkeypatch, "info", str(both)) == 0
     assert str(corpus) in capsys.readouterr().out
     for repair in (False, True):

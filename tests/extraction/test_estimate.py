@@ -81,7 +81,7 @@ def test_bytes_are_estimated_within_two_percent(
     real = size_of(tmp_path / "cache")
     assert summary.bytes == real
     assert abs(found.bytes / real - 1) < 0.02
-    assert abs(summary.predicted_bytes / real - 1) < 0.02
+    assert abs(summary.estimated_bytes / real - 1) < 0.02
     assert found.tokens == summary.tokens == counted["tokens"]
     assert found.bytes_to_go == found.bytes
     assert 2000 <= found.measured_tokens <= sum(summary.tokens.values())
@@ -106,7 +106,7 @@ def test_the_rest_of_a_begun_cache_is_estimated(place: Path, tmp_path: Path) -> 
     assert abs(found.bytes - found.bytes_to_go - (real - gone)) < 1
     progress = Remarks()
     summary = extract(None, base=place / "base", out=str(out), device="cpu", progress=progress)
-    assert abs(summary.predicted_bytes / real - 1) < 0.02
+    assert abs(summary.estimated_bytes / real - 1) < 0.02
     assert progress.remarks[0].startswith("resuming: ")
     assert progress.remarks[1].startswith(f"{found.tokens_to_go:,} tokens to go: about ")
 
@@ -164,7 +164,7 @@ def test_time_is_estimated_within_thirty_percent_whatever_takes_it(
     summary = extract(corpus, **asked)
     assert summary.seconds > 1
     assert abs(found.seconds / summary.seconds - 1) < 0.3
-    assert abs(summary.predicted_seconds / summary.seconds - 1) < 0.3
+    assert abs(summary.estimated_seconds / summary.seconds - 1) < 0.3
     assert found.tokens_per_second == pytest.approx(found.tokens_to_go / found.seconds, rel=1e-3)
 
 
@@ -246,8 +246,8 @@ def test_a_real_base_over_the_standard_library(
         summary = extract("stdlib:", **asked, out=out, device="cpu")
         real = size_of(out)
         assert abs(found.bytes / real - 1) < 0.02
-        assert abs(summary.predicted_bytes / real - 1) < 0.02
-        ratios = [t / summary.seconds for t in (found.seconds, summary.predicted_seconds)]
+        assert abs(summary.estimated_bytes / real - 1) < 0.02
+        ratios = [t / summary.seconds for t in (found.seconds, summary.estimated_seconds)]
         if all(abs(ratio - 1) < 0.3 for ratio in ratios):
             return
         missed.append(ratios)

@@ -154,7 +154,7 @@ def test_what_they_take_is_predicted_and_described(place: Path, tmp_path: Path) 
         run(place / "corpus", place / "base", tmp_path / str(k), top_ids=k, codec="bf16")
         for k in (0, MOST_TOP_IDS)
     ]
-    none, most = (np.array([one.predicted_bytes, one.bytes]) for one in found)
+    none, most = (np.array([one.estimated_bytes, one.bytes]) for one in found)
     predicted, real = most - none
     assert predicted == pytest.approx(real, rel=0.15) and real > 1000
     arrays = describe(place / "cache")["arrays"]["train"]

@@ -1,4 +1,4 @@
-"""``embedcache extract --append`` as a user meets it."""
+"""``embedcache extract --append``: settings, refusals and output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from support.fixtures_extract import call_main, small_flags, write_documents
 from support.tiny import tiny_base_directory
 
 
-def test_only_what_is_typed_is_held_against_the_cache(
+def test_only_typed_settings_must_equal_those_of_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, cache = tiny_base_directory(tmp_path / "base"), str(tmp_path / "cache")
@@ -48,4 +48,4 @@ def test_only_what_is_typed_is_held_against_the_cache(
     capsys.readouterr()
     assert call_main(monkeypatch, "info", cache) == 0
     printed = capsys.readouterr().out
-    assert re.search(rf"of it added later +4 documents, \d+ tokens of {more}, at 20\d\d-", printed)
+    assert re.search(rf"appended +4 documents, \d+ tokens from {more}, on 20\d\d-", printed)
