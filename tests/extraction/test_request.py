@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 DOCS = CorpusConfig(sources=("docs",), context=64)
 
 
-def test_keywords_are_shared_out_to_both_configurations() -> None:
+def test_keywords_go_to_the_configuration_that_has_the_field() -> None:
     corpus, settings = configurations(
         [Path("a"), "b"],
         None,

@@ -1,4 +1,4 @@
-"""Helpers of the tests of processes that stood still."""
+"""Helpers for tests of suspended processes."""
 
 from __future__ import annotations
 

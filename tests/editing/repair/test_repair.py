@@ -46,7 +46,7 @@ def identities(cache: Path) -> dict[str, tuple[int, int]]:
     return {name: (stat.st_ino, stat.st_mtime_ns) for name, stat in stats.items()}
 
 
-def test_only_what_is_damaged_is_made_anew(
+def test_only_damaged_files_are_written_again(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, before = computed(monkeypatch), identities(out)
@@ -81,7 +81,7 @@ def test_only_what_is_damaged_is_made_anew(
     }
 
 
-def test_a_sound_cache_is_left_as_it_is(
+def test_a_sound_cache_is_left_unchanged(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls, before = computed(monkeypatch), identities(out)
@@ -90,7 +90,7 @@ def test_a_sound_cache_is_left_as_it_is(
     assert calls == []
 
 
-def test_an_unfinished_cache_is_repaired_and_goes_on(
+def test_an_unfinished_cache_is_repaired_and_finished(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls = computed(monkeypatch)
@@ -138,7 +138,7 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("module", "name", "call"), STEPS)
-def test_stopped_at_each_step_nothing_sound_is_lost_and_it_goes_on(
+def test_a_repair_stopped_at_any_step_loses_nothing_sound_and_resumes(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int
 ) -> None:
     for damaged in ("zarr.json", "train/zarr.json"):
@@ -182,10 +182,10 @@ def test_what_a_stopped_repair_committed_is_not_computed_again(
     restored(place, out)
 
 
-def test_a_block_that_came_out_otherwise_than_before_stands(
+def test_a_block_of_a_stopped_repair_that_differs_from_before_stands(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As on another machine: the stopped repair's block is not the manifest's, but is whole."""
+    """As on another machine: the block of the stopped repair is whole, but not the manifest's."""
     calls = computed(monkeypatch)
     writer = commit.BlockWriter(out)
     marker = writer.commit("train", 0, ones(), generation=1)
@@ -200,7 +200,7 @@ def test_a_block_that_came_out_otherwise_than_before_stands(
     served(out)
 
 
-def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
+def test_a_killed_repair_resumes(place: Path, out: Path) -> None:
     for name in names_in(out):
         if "/embeddings/final/c/" in name:
             flip_byte(out / name)
@@ -216,7 +216,7 @@ def test_killed_for_good_it_goes_on(place: Path, out: Path) -> None:
 
 
 def test_quarantined_sequences_follow_the_new_marker(place: Path, out: Path) -> None:
-    """A block that was put aside by a fault of the machine is read again once it is repaired."""
+    """A block that was quarantined because of a hardware fault is read again once repaired."""
     writer = commit.BlockWriter(out)
     marker = writer.commit("train", 0, ones(), quarantined=(0, 1), generation=1)
     writer.close()

@@ -1,4 +1,4 @@
-"""``extract --repair`` of a cache whose codec is calibrated."""
+"""Repairs of a cache whose codec is calibrated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ repaired = partial(fixtures_repair.repaired, codec="transform")
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
-    """As in the other tests, but of the codec transform."""
+    """As in the other tests, but with the codec transform."""
     return prepared(tmp_path_factory.mktemp("repair-codec"), "transform")
 
 
@@ -31,9 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
     "seed",
     [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 60))],
 )
-def test_a_random_fault_is_named_never_served_and_repaired(
-    place: Path, out: Path, seed: int
-) -> None:
+def test_a_random_fault_is_reported_and_repaired(place: Path, out: Path, seed: int) -> None:
     harm(out, seed)
     assert verify(out, deep=True).faults
     repaired(place, out)
@@ -41,7 +39,9 @@ def test_a_random_fault_is_named_never_served_and_repaired(
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "edited", "all"])
-def test_a_damaged_calibration_is_named_and_made_again(place: Path, out: Path, damage: str) -> None:
+def test_a_damaged_calibration_is_reported_and_made_again(
+    place: Path, out: Path, damage: str
+) -> None:
     match damage:
         case "flipped":
             flip_byte(out / INVERSE)
@@ -60,7 +60,7 @@ def test_a_damaged_calibration_is_named_and_made_again(place: Path, out: Path, d
     restored(place, out)
 
 
-def test_a_calibration_that_comes_out_otherwise_is_not_taken(
+def test_a_calibration_that_differs_from_before_is_refused(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip_byte(out / INVERSE)

@@ -1,4 +1,4 @@
-"""A process that stood still until others took it for dead harms nothing when it goes on."""
+"""A process that is suspended past the expiry of its leases harms nothing when it wakes up."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ ALL_STEPS = [
 
 
 @pytest.mark.parametrize(("module", "name", "call"), ALL_STEPS)
-def test_others_finish_the_work_of_a_process_that_sleeps(
+def test_others_finish_the_work_of_a_suspended_process(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str, call: int
 ) -> None:
     out = tmp_path / "cache"
@@ -87,7 +87,7 @@ def test_others_finish_the_work_of_a_process_that_sleeps(
         for s in [*STEPS, *MORE_STEPS]
     ],
 )
-def test_what_was_deleted_meanwhile_does_not_come_back(
+def test_documents_deleted_meanwhile_do_not_come_back(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str, call: int
 ) -> None:
     out = tmp_path / "cache"
@@ -105,10 +105,10 @@ def test_what_was_deleted_meanwhile_does_not_come_back(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("module", "name", "call"), ALL_STEPS)
-def test_a_process_that_sleeps_wakes_up_after_its_follower_died(
+def test_a_suspended_process_wakes_up_after_its_successor_died(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str, call: int
 ) -> None:
-    """The follower cleared up and began anew, and left that as it was."""
+    """The process that took over cleared up, began anew and died."""
     out = tmp_path / "cache"
 
     def meanwhile() -> None:
@@ -139,7 +139,7 @@ REPAIRING = [
 @pytest.mark.parametrize(
     "others", [pytest.param("repair", marks=pytest.mark.slow), "repair and delete"]
 )
-def test_a_repair_that_sleeps_undoes_no_other(
+def test_a_suspended_repair_undoes_no_other_change(
     place: Path, tmp_path: Path, pause: Pause, others: str, module: Any, name: str, call: int
 ) -> None:
     out = shutil.copytree(place / "whole", tmp_path / "cache")
@@ -171,7 +171,7 @@ DELETING = [
 
 
 @pytest.mark.parametrize(("module", "name", "call"), DELETING)
-def test_a_deletion_that_sleeps_mixes_with_no_other(
+def test_a_suspended_deletion_mixes_with_no_other(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str, call: int
 ) -> None:
     out = shutil.copytree(place / "whole", tmp_path / "cache")
@@ -190,10 +190,10 @@ def test_a_deletion_that_sleeps_mixes_with_no_other(
     assert {key[1] for key in contents(out)} == {key[1] for key in before} - {other, DELETED}
 
 
-def test_a_deletion_whose_turn_another_has_by_now_is_not_committed(
+def test_a_deletion_is_not_committed_while_another_process_coordinates(
     place: Path, tmp_path: Path, pause: Pause
 ) -> None:
-    """That one is still looking at the cache: it must not change under it."""
+    """The other process is still reading the cache, which must not change meanwhile."""
     out = shutil.copytree(place / "whole", tmp_path / "cache")
     with ExitStack() as stack:
         other = Leases(out)
@@ -212,10 +212,10 @@ def test_a_deletion_whose_turn_another_has_by_now_is_not_committed(
     ("module", "name"),
     [(stage_one, "SplitTokens"), (prepare, "run_trial"), (publish, "publish_manifest")],
 )
-def test_an_extraction_whose_turn_another_has_by_now_changes_nothing(
+def test_an_extraction_changes_nothing_while_another_process_coordinates(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str
 ) -> None:
-    """That one goes on with what it found: a staging folder of a third is left alone, too."""
+    """The staging folder of a third process is left alone, too."""
     out, found, own = tmp_path / "cache", [], list[str]()
     with ExitStack() as stack:
         other, third = Leases(out), Leases(out)
@@ -240,7 +240,7 @@ def test_an_extraction_whose_turn_another_has_by_now_changes_nothing(
 
 
 @pytest.mark.parametrize("module", [deleting, repair], ids=["delete", "repair"])
-def test_who_changes_a_finished_cache_first_takes_their_licence_from_the_dead(
+def test_staging_folders_of_dead_processes_are_removed_before_a_change(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
     out = shutil.copytree(place / "whole", tmp_path / "cache")
@@ -260,8 +260,8 @@ def test_who_changes_a_finished_cache_first_takes_their_licence_from_the_dead(
     assert set(seen) == {False}
 
 
-def test_a_process_that_is_stopped_and_continued(place: Path, tmp_path: Path) -> None:
-    """By the real signals; instead of waiting for its leases to expire they are made to be old."""
+def test_a_process_that_is_stopped_and_continued_by_signals(place: Path, tmp_path: Path) -> None:
+    """With real signals. The leases are made old instead of waiting for their expiry."""
     out = tmp_path / "cache"
     process = start_command(*small_flags(place / "corpus", place / "base", out))
     try:
