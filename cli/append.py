@@ -17,13 +17,11 @@ from .show import TerminalProgress, print_json, print_pairs, split_pairs
 def append_documents(
     corpus: Mapping[str, Any], *, out: Path, dry_run: bool, as_json: bool, **request: Any
 ) -> None:
-    """Add a corpus to a finished cache; settings that were not typed are the cache's own."""
-    from embedcache.cache.cache import read_attributes
-    from embedcache.editing.append import append
-    from embedcache.editing.append_request import corpus_like
+    """Append a corpus to a finished cache; settings that were not typed are the cache's own."""
+    from embedcache.editing.append import append, corpus_like
 
-    config = corpus_like(read_attributes(out), corpus)
-    done = append(config, out=out, dry_run=dry_run, progress=TerminalProgress(), **request)
+    config = corpus_like(out, **corpus)
+    done = append(out, config, dry_run=dry_run, progress=TerminalProgress(), **request)
     if as_json:
         print_json(asdict(done))
         return

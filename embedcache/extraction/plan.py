@@ -29,7 +29,7 @@ from embedcache.cache.format.layout import (
 )
 from embedcache.cache.tokens.writer import TokensWriter
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.dedup.near_duplicates import Held
+from embedcache.corpus.dedup import CachedDocument
 from embedcache.corpus.reader import CorpusReader
 from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.errors import OutputError, UsageError
@@ -43,7 +43,7 @@ class Earlier:
     """The finished cache that a corpus is appended to: its manifest's hash and its documents."""
 
     manifest: str
-    documents: Iterable[Held]
+    documents: Iterable[CachedDocument]
 
 
 def plan(
@@ -223,7 +223,7 @@ def tokenise(
     tokenizer: Any,
     progress: Progress,
     *,
-    held: Iterable[Held] = (),
+    held: Iterable[CachedDocument] = (),
 ) -> CorpusReader:
     """Write the tokens of a corpus to the writer's staging folder; return the reader."""
     reader = CorpusReader(corpus, tokenizer, held)

@@ -89,7 +89,7 @@ def test_deleting_all_of_train_is_a_usage_error_that_names_rm(cache: Path, call:
 
 def test_a_cache_that_cannot_be_edited_exits_with_1(cache: Path, call: Call) -> None:
     name = names(cache, "train")[0]
-    flip_byte(cache / "test/tokens/ids/c/0")
+    flip_byte(cache / "train/tokens/ids/c/0")
     code, printed, said = call(cache, "--document", name)
     assert (code, printed) == (1, "")
     assert "is damaged" in said

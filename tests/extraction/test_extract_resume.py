@@ -105,7 +105,7 @@ def test_a_killed_extraction_resumes_to_the_same_bytes(
 def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     flags = small_flags(long_place / "corpus", long_place / "base", out)
-    process = ForkedCommand(*flags, "--json")
+    process = ForkedCommand(*flags)
     wait_for(lambda: markers(out) >= 3, process)
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=30)
@@ -113,7 +113,7 @@ def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path:
     assert printed == ""
     prediction, message = said.splitlines()
     assert "tokens to go" in prediction
-    assert message == "embedcache: interrupted; run the same command again to go on"
+    assert message == "embedcache: interrupted; run the same command again to resume"
     summary = run(long_place, out)
     assert summary.resumed_blocks >= 3
     assert comparable_tree(out) == comparable_tree(long_place / "undisturbed")

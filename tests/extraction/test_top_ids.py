@@ -206,7 +206,7 @@ def test_merging_and_appending_keep_top_ids(place: Path, cache: Path, tmp_path: 
     merge([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     expected = np.concatenate([plain(tmp_path / "one"), plain(tmp_path / "two")])
     assert np.array_equal(plain(tmp_path / "both"), expected)
-    append(corpus_config(more), out=tmp_path / "one", device="cpu")
+    append(tmp_path / "one", corpus_config(more), device="cpu")
     assert by_tokens(tmp_path / "one") == by_tokens(tmp_path / "both")
     for path in ("one", "both"):
         assert not verify(tmp_path / path, deep=True).faults
@@ -286,8 +286,8 @@ def test_invalid_settings_are_refused(
 ) -> None:
     flags = small_flags(place / "corpus", place / "base", tmp_path / "cache")
     for more, said in (
-        (["--top-ids", "21"], f"--top-ids is 0 to {MOST_TOP_IDS} a position, found 21"),
-        (["--top-ids", "8", "--taps", "layer_1"], "Type: --taps final,layer_1"),
+        (["--top-ids", "21"], f"--top-ids should be less than or equal to {MOST_TOP_IDS}, found 21"),
+        (["--top-ids", "8", "--taps", "layer_1"], "--top-ids needs the tap 'final'"),
     ):
         assert call_main(monkeypatch, *flags, *more) == 2
         assert said in " ".join(capsys.readouterr().err.split())
