@@ -147,5 +147,5 @@ def test_the_command_needs_no_corpus(
 
 def test_what_is_not_the_caches_is_refused(out: Path, tmp_path: Path) -> None:
     other = tiny_base_directory(tmp_path / "base", seed=1)
-    with pytest.raises(IdentityError, match="--base"):
+    with pytest.raises(IdentityError, match="They differ in: weights"):
         mend(out, other)

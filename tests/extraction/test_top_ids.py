@@ -286,7 +286,10 @@ def test_invalid_settings_are_refused(
 ) -> None:
     flags = small_flags(place / "corpus", place / "base", tmp_path / "cache")
     for more, said in (
-        (["--top-ids", "21"], f"--top-ids should be less than or equal to {MOST_TOP_IDS}, found 21"),
+        (
+            ["--top-ids", "21"],
+            f"--top-ids should be less than or equal to {MOST_TOP_IDS}, found 21",
+        ),
         (["--top-ids", "8", "--taps", "layer_1"], "--top-ids needs the tap 'final'"),
     ):
         assert call_main(monkeypatch, *flags, *more) == 2
