@@ -134,6 +134,11 @@ class Trial:
     """By split."""
 
 
+FREE = Cost()
+NO_TRIAL = Trial()
+"""Where there is nothing to compute."""
+
+
 def commit_threads(device: torch.device) -> int:
     """Return how many threads commit blocks beside the forward pass.
 
@@ -338,13 +343,13 @@ def estimate(
     folder: Path,
     splits: dict[str, SplitTokens],
     blocks: list[BlockId],
-    trial: Trial,
     *,
     device: torch.device,
-    stored: Cost,
-    computed_tokens: int,
-    spent: float,
     out: Path,
+    trial: Trial = NO_TRIAL,
+    stored: Cost = FREE,
+    computed_tokens: int = 0,
+    spent: float = 0.0,
 ) -> Estimate:
     """Extrapolate a trial to all blocks that are to be computed.
 
@@ -352,12 +357,12 @@ def estimate(
         folder: the folder that holds the tokens and what else is finished.
         splits: the tokens of each split.
         blocks: the blocks to compute.
-        trial: the cost of a sample of them.
         device: the device that computes them.
+        out: the folder of the cache, for the free space of its disk.
+        trial: the cost of a sample of the blocks.
         stored: the cost of the arrays of the base and the codec that are not stored yet.
         computed_tokens: number of tokens whose embeddings are already computed.
         spent: seconds since the base was loaded.
-        out: the folder of the cache, for the free space of its disk.
     """
     tokens = tokens_of(splits, blocks)
     count = sum(tokens.values())

@@ -14,7 +14,7 @@ from embedcache.cache.blocks.commit import newest_generations
 from embedcache.cache.format.layout import MANIFEST, SPLITS, ExtractSettings, summary_of
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.extraction.block_queue import CommittedBlocks
-from embedcache.extraction.estimate import Cost, Estimate, RoomError, Trial, estimate
+from embedcache.extraction.estimate import Estimate, RoomError, estimate
 from embedcache.extraction.plan import check_out, is_planned, plan, remove_tokens
 from embedcache.extraction.prepare import prepare
 from embedcache.extraction.request import Corpus, Request
@@ -174,17 +174,7 @@ def estimate_extraction(
                 request, attributes, folder, splits, blocks, fresh=fresh, scratch=None
             ).estimate
         else:
-            found = estimate(
-                folder,
-                splits,
-                blocks,
-                Trial(),
-                device=request.device,
-                stored=Cost(),
-                computed_tokens=0,
-                spent=0.0,
-                out=request.out,
-            )
+            found = estimate(folder, splits, blocks, device=request.device, out=request.out)
         if folder != request.out:
             found = replace(found, bytes_to_go=found.bytes)
         return found, summary_of(attributes.corpus)

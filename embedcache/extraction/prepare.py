@@ -24,7 +24,7 @@ from embedcache.extraction.calibrate_cache import (
     codecs_by_split,
     store_calibrations,
 )
-from embedcache.extraction.estimate import Cost, Estimate, estimate, run_trial, stored_cost
+from embedcache.extraction.estimate import FREE, Estimate, estimate, run_trial, stored_cost
 from embedcache.extraction.request import Request
 from embedcache.extraction.sample import BlockId, ComputedBatches
 from embedcache.store.files import fsync_path
@@ -87,17 +87,17 @@ def prepare(
         for tap, found in calibrations.items():
             parts = (found.mean_H, found.centre_H, found.predictor_HH, found.inverse_HH)
             tensors |= {f"{CODEC}/{tap}/{number}": part for number, part in enumerate(parts)}
-    stored = stored_cost(tensors, scratch) if tensors else Cost()
+    stored = stored_cost(tensors, scratch) if tensors else FREE
     estimated = estimate(
         folder,
         splits,
         blocks,
-        trial,
         device=base.device,
+        out=request.out,
+        trial=trial,
         stored=stored,
         computed_tokens=computed.tokens,
         spent=time.perf_counter() - started,
-        out=request.out,
     )
     return Prepared(
         base=base,

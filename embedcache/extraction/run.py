@@ -16,7 +16,7 @@ from embedcache.cache.usage import used_bytes
 from embedcache.errors import OutputError
 from embedcache.extraction.block_queue import CommittedBlocks
 from embedcache.extraction.encode import BlockEncoder
-from embedcache.extraction.estimate import Cost, Estimate, Trial, estimate
+from embedcache.extraction.estimate import estimate
 from embedcache.extraction.pipeline import Pipeline
 from embedcache.extraction.prepare import Prepared, prepare, store
 from embedcache.extraction.publish import clear_unpublished, publish
@@ -169,7 +169,9 @@ class Extraction:
         """Compute blocks and return what the manifest says of the run."""
         worst, tokens, seconds = 0.0, 0, 0.0
         if prepared is None:
-            estimated = self._finished()
+            estimated = estimate(
+                self._out, self._splits, blocks, device=self._request.device, out=self._out
+            )
         else:
             estimated = prepared.estimate
             encoders = {
@@ -196,20 +198,6 @@ class Extraction:
             "estimated_bytes": estimated.bytes,
             "estimated_seconds": estimated.seconds,
         }
-
-    def _finished(self) -> Estimate:
-        """Return the estimate of a run that has nothing to compute."""
-        return estimate(
-            self._out,
-            self._splits,
-            [],
-            Trial(),
-            device=self._request.device,
-            stored=Cost(),
-            computed_tokens=0,
-            spent=0.0,
-            out=self._out,
-        )
 
 
 def summarise(out: Path, attributes: CacheAttributes, counts: BlockCounts) -> ExtractSummary:
