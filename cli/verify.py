@@ -55,7 +55,7 @@ def _way_out(found: Verification) -> str:
     """Return what to type about faults: a merged cache cannot make its tokens anew."""
     if not found.parts:
         return "Run the same 'embedcache extract' with --repair."
-    if not {fault.kind for fault in found.faults} & {"sealed", "codec"}:
+    if not {fault.kind for fault in found.faults} & {"tokens", "codec"}:
         return (
             "It was merged and can be repaired as it is: run 'embedcache extract --repair --out "
             f"{found.cache}', with the --base that it has."

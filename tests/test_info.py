@@ -14,12 +14,13 @@ from conftest import World, make_world
 from support.digest_tables import blocks_of, publish_blocks, put_aside
 from support.fixtures_extract import call_main
 
-from embedcache.cache.cache import Cache, SplitReader
+from embedcache.cache.cache import Cache
+from embedcache.cache.calibration import load_calibration
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.integers import Bf16Codec
-from embedcache.cache.codecs.transform import Calibration
 from embedcache.cache.manifest.file_record import FileRecord, chunks_crc32c
 from embedcache.cache.shards.shard import write_shard
+from embedcache.cache.split_reader import SplitReader
 from embedcache.errors import CacheError, UsageError
 from embedcache.info import describe
 
@@ -202,7 +203,7 @@ def test_the_command_prints_a_table_or_json(
 def test_what_the_codec_was_calibrated_to_is_told(tmp_path: Path, capsys, monkeypatch) -> None:
     world = make_world(tmp_path, codec="transform")
     found = describe(world.cache_path)["calibration"]["final"]
-    calibration = Calibration.load(world.cache_path, "final")
+    calibration = load_calibration(world.cache_path, "final")
     assert found == {"step": calibration.step, **calibration.measured}
     assert found["bits"] == pytest.approx(1.5, abs=0.3)
     assert call_main(monkeypatch, "info", str(world.cache_path)) == 0

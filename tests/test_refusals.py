@@ -165,7 +165,7 @@ def test_a_cache_that_is_being_written_or_newer_is_refused(
     shutil.copy(world.cache_path / "zarr.json", cache / "zarr.json")
     (cache / "manifest.json").unlink()
     with pytest.raises(
-        CacheError, match=r"not complete.*being written.*'embedcache extract' again"
+        CacheError, match=r"not complete.*being written.*`embedcache\.extract\(\)` again"
     ):
         READERS[reader](cache, out)
     assert not out.exists()

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from embedcache.cache.cache import SplitReader, StoredBlock
+from embedcache.cache.split_reader import SplitReader, StoredBlock
 from embedcache.data.batch import Batch, Drawn
 from embedcache.data.order import WINDOW, BatchOrder
 from embedcache.data.packing import Cut, Packed, cut_batch, pack

@@ -20,7 +20,7 @@ from embedcache.base.identity import BaseIdentity
 from embedcache.base.load import load_identity, load_tokenizer
 from embedcache.cache.blocks.commit import clear_staging
 from embedcache.cache.cache import read_attributes
-from embedcache.cache.format.layout import CODEC, SPLITS, STAGING, CacheAttributes
+from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, CacheAttributes
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.reader import CorpusReader
 from embedcache.device import resolve_device, resolve_dtype
@@ -31,10 +31,9 @@ from embedcache.errors import BaseModelError, OutputError, UsageError
 from embedcache.extraction.extract import extract
 from embedcache.extraction.plan import Earlier, environment_of, write_tokens
 from embedcache.progress import SILENT, Progress
-from embedcache.store.disk import writing
-from embedcache.store.files import copy_tree, fsync_path
+from embedcache.store.files import STAGING, copy_tree, fsync_path, translate_write_errors
 from embedcache.store.lease import COORDINATOR, Leases
-from embedcache.store.transaction import begin_rewrite, commit_rewrite, finish_rewrite
+from embedcache.store.transaction import begin_transaction, commit_transaction, finish_transaction
 
 FOLDER = f"{STAGING}/append"
 
@@ -101,11 +100,11 @@ def append(
         return _Appending(out, request, progress).preview()
     read_attributes(out)
     leases = Leases(out)
-    with writing(out), leases:
+    with translate_write_errors(out), leases:
         leases.require_alone("--append")
         with leases.coordinating(progress):
             leases.require_alone("--append")  # one may have come to wait just now
-            finished = finish_rewrite(out) or {}
+            finished = finish_transaction(out) or {}
             if finished:
                 progress.say(f"finished what was begun on {out} and cut short")
             if finished.get("config") == corpus.to_dict():
@@ -269,7 +268,7 @@ class _Appending:
         join(
             [self._cache, addition],
             names,
-            begin_rewrite(leases.staging),
+            begin_transaction(leases.staging),
             replace(attributes, corpus=corpus),
             self._progress,
             onto_first=True,
@@ -277,7 +276,7 @@ class _Appending:
         )
         about = {"appended": asdict(told), "config": self._corpus.to_dict()}
         leases.require(COORDINATOR)
-        commit_rewrite(self._out, leases.staging, remove=[], about=about)
+        commit_transaction(self._out, leases.staging, last=MANIFEST, remove=[], about=about)
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self._base, revision=self._request.revision)

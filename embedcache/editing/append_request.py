@@ -72,5 +72,5 @@ class HeldDocuments:
             yield Held(
                 table.names[number],
                 splits[split],
-                Fingerprint.unpacked(table.fingerprint_DF[number]),
+                Fingerprint.unpacked(table.fingerprints[number]),
             )

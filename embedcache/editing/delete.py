@@ -24,12 +24,13 @@ from embedcache.cache.blocks.commit import (
     drop_superseded,
     newest_generations,
 )
-from embedcache.cache.blocks.files import BlockFiles, Recorded
+from embedcache.cache.blocks.files import BlockFiles, BlockRecord
 from embedcache.cache.cache import Cache, read_attributes
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.format.arrays import chunk_rows
 from embedcache.cache.format.layout import (
     ATTRIBUTE,
+    MANIFEST,
     ROWS,
     SPLITS,
     block_shards,
@@ -40,17 +41,17 @@ from embedcache.cache.format.layout import (
 from embedcache.cache.manifest.digests import publish_digests
 from embedcache.cache.manifest.file_record import FileRecord, chunks_crc32c
 from embedcache.cache.manifest.manifest import SplitManifest, publish_manifest, split_manifest
-from embedcache.cache.shards.errors import WAY_OUT
+from embedcache.cache.shards.errors import REPAIR_HINT
 from embedcache.cache.shards.shard import read_chunk, read_shard, write_chunk, write_shard
-from embedcache.cache.tokens.files import digest_over
+from embedcache.cache.tokens.files import write_changed_digests
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.tables import SplitTables
-from embedcache.cache.verify import look_at
+from embedcache.cache.verify import verify_idle
 from embedcache.errors import CacheError, UsageError, nearest
 from embedcache.progress import SILENT, Bar, Progress
-from embedcache.store.disk import writing
+from embedcache.store.files import translate_write_errors
 from embedcache.store.lease import COORDINATOR, Leases
-from embedcache.store.transaction import begin_rewrite, commit_rewrite, finish_rewrite
+from embedcache.store.transaction import begin_transaction, commit_transaction, finish_transaction
 
 Array = np.ndarray[Any, Any]
 
@@ -85,7 +86,7 @@ def delete(
         return _plan(cache, documents, dry_run=True).told
     read_attributes(cache)
     leases = Leases(cache)
-    with writing(cache), leases:
+    with translate_write_errors(cache), leases:
         leases.require_alone("delete")
         with leases.coordinating(progress):
             leases.require_alone("delete")  # one may have come to wait just now
@@ -94,7 +95,7 @@ def delete(
 
 def _delete(cache: Path, documents: Sequence[str], leases: Leases, progress: Progress) -> Deletion:
     """Delete with the cache to itself."""
-    finished = (finish_rewrite(cache) or {}).get("deleted")
+    finished = (finish_transaction(cache) or {}).get("deleted")
     if finished is not None:
         progress.say(f"finished deleting {', '.join(finished['documents'])}")
         documents = [name for name in documents if name not in finished["asked"]]
@@ -102,9 +103,11 @@ def _delete(cache: Path, documents: Sequence[str], leases: Leases, progress: Pro
             finished.pop("asked")
             _tidy(cache)
             return Deletion(**finished | {"documents": tuple(finished["documents"])})
-    found = look_at(cache, progress=progress)
+    found = verify_idle(cache, progress=progress)
     if found.faults:
-        raise CacheError(f"{cache} is damaged ({found.faults[0]}): nothing was deleted. {WAY_OUT}")
+        raise CacheError(
+            f"{cache} is damaged ({found.faults[0]}): nothing was deleted. {REPAIR_HINT}"
+        )
     plan = _plan(cache, documents, dry_run=False)
     clear_staging(cache)
     try:
@@ -138,7 +141,7 @@ class _SplitPlan:
 
     def rows(self, block: int) -> Array:
         """Return rows_S2, within the block, of its sequences that go."""
-        first, stop = self.tables.starts_B[block : block + 2].tolist()
+        first, stop = self.tables.block_starts[block : block + 2].tolist()
         return self.tokens.offsets(block)[self.gone_S[first:stop]]
 
     def renumbered(self, sequences: Sequence[int]) -> tuple[int, ...]:
@@ -152,9 +155,9 @@ class _SplitPlan:
         return SplitTables(
             rows_S2=tables.rows_S2[kept_S],
             document_S=(np.cumsum(kept_D) - 1)[tables.document_S[kept_S]],
-            starts_B=np.concatenate([[0], np.cumsum(kept_S)])[tables.starts_B],
+            block_starts=np.concatenate([[0], np.cumsum(kept_S)])[tables.block_starts],
             index_D=tables.index_D[kept_D],
-            fingerprint_DF=tables.fingerprint_DF[kept_D],
+            fingerprints=tables.fingerprints[kept_D],
             names=tuple(n for n, kept in zip(tables.names, kept_D, strict=True) if kept),
         )
 
@@ -220,7 +223,7 @@ class _Deleter:
         self._leases = leases
         self._cache = plan.cache.path
         self._settings = plan.cache.attributes.settings
-        self._staged = begin_rewrite(leases.staging)
+        self._staged = begin_transaction(leases.staging)
         self._attempt = uuid.uuid4().hex
 
     def run(self, progress: Progress) -> None:
@@ -231,12 +234,18 @@ class _Deleter:
         with progress.bar("rewriting", sum(plan.told.blocks.values()), "blocks") as bar:
             for name, split in plan.splits.items():
                 splits[name] = self._split(root, name, split, bar)
-        seal, remove = digest_over(self._cache, self._staged, manifest.sealed)
+        seal, remove = write_changed_digests(self._cache, self._staged, manifest.tokens)
         publish_digests(self._staged, seal)
-        publish_manifest(self._staged, replace(manifest, splits=splits, sealed=seal))
+        publish_manifest(self._staged, replace(manifest, splits=splits, tokens=seal))
         about = asdict(plan.told) | {"asked": plan.asked}
         self._leases.require(COORDINATOR)
-        commit_rewrite(self._cache, self._leases.staging, remove=remove, about={"deleted": about})
+        commit_transaction(
+            self._cache,
+            self._leases.staging,
+            last=MANIFEST,
+            remove=remove,
+            about={"deleted": about},
+        )
 
     def _attributes(self) -> dict[str, Any]:
         """Return the root attributes: how much was deleted is added, and no source names it."""
@@ -290,11 +299,13 @@ class _Deleter:
         split: _SplitPlan,
         files: BlockFiles,
         changed: dict[int, tuple[FileRecord, ...]],
-    ) -> Iterator[Recorded]:
-        """Yield what the digest tables will hold of each block; stage a marker where that is new."""
+    ) -> Iterator[BlockRecord]:
+        """Yield the records of each block for the digest tables; stage a marker if they are new."""
         newest = newest_generations(self._cache, name)
         for block, old in enumerate(files):
-            aside = files.aside(*split.tables.starts_B[block : block + 2].tolist()).tolist()
+            aside = files.quarantined_in(
+                *split.tables.block_starts[block : block + 2].tolist()
+            ).tolist()
             records, renumbered = changed.get(block, old), split.renumbered(aside)
             if block in changed or [*renumbered] != aside:
                 marker = Marker(

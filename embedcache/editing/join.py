@@ -18,7 +18,7 @@ import numpy as np
 import zarr
 
 from embedcache.cache.blocks.commit import Marker
-from embedcache.cache.blocks.files import Recorded
+from embedcache.cache.blocks.files import BlockRecord
 from embedcache.cache.format.arrays import create_arrays
 from embedcache.cache.format.layout import (
     ATTRIBUTE,
@@ -33,7 +33,7 @@ from embedcache.cache.format.layout import (
 from embedcache.cache.manifest.digests import Digests, publish_digests
 from embedcache.cache.manifest.file_record import FileRecord, content_fault
 from embedcache.cache.manifest.manifest import Manifest, publish_manifest, split_manifest
-from embedcache.cache.tokens.files import digest_over, digest_tree
+from embedcache.cache.tokens.files import write_changed_digests, write_tokens_digests
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.cache.tokens.writer import create_rows
 from embedcache.editing.merge_parts import Part
@@ -96,9 +96,9 @@ class _Joiner:
             for name in SPLITS:
                 self._seal(root, name, bar)
             if self._kept is None:
-                seal = digest_tree(built)
+                seal = write_tokens_digests(built)
             else:  # nothing goes: tables only grow
-                seal, _ = digest_over(first.path, built, was.sealed)
+                seal, _ = write_changed_digests(first.path, built, was.tokens)
             splits = {
                 name: split_manifest(
                     built, name, first.settings, self._totals(name), self._blocks(name, bar)
@@ -108,7 +108,7 @@ class _Joiner:
         publish_digests(built, seal)
         manifest = Manifest(
             splits=splits,
-            sealed=seal,
+            tokens=seal,
             base=self._folder("base", was.base),
             codec=self._folder(CODEC, was.codec),
             extracted=self._extracted() | about,
@@ -149,14 +149,16 @@ class _Joiner:
             for key in ("sequences", "tokens", "targets", "documents")
         }
 
-    def _blocks(self, name: str, bar: Bar) -> Iterator[Recorded]:
-        """Take a split's shards and write their markers; yield what the digest tables hold of each."""
+    def _blocks(self, name: str, bar: Bar) -> Iterator[BlockRecord]:
+        """Take a split's shards and write their markers; yield the records of each block."""
         number, shift = 0, 0
         for part in self._parts:
             manifest = part.cache.manifest.splits[name]
             files = manifest.files(part.path, name, part.settings)
             for block, records in enumerate(files):
-                aside = tuple((files.aside(*part.tokens[name].bounds(block)) + shift).tolist())
+                aside = tuple(
+                    (files.quarantined_in(*part.tokens[name].bounds(block)) + shift).tolist()
+                )
                 if part is self._kept:
                     yield records, aside
                 else:
@@ -247,15 +249,15 @@ def _joined_tables(parts: list[Part], split: str, names: list[dict[str, str]]) -
         return np.concatenate([v + start for v, start in zip(values, starts, strict=True)])
 
     sequences = [len(table.rows_S2) for table in tables]
-    starts_B = shifted([table.starts_B[:-1] for table in tables], sequences)
+    block_starts = shifted([table.block_starts[:-1] for table in tables], sequences)
     return SplitTables(
         rows_S2=shifted([table.rows_S2 for table in tables], rows),
         document_S=shifted(
             [table.document_S for table in tables], [len(table.names) for table in tables]
         ),
-        starts_B=np.append(starts_B, sum(sequences)),
+        block_starts=np.append(block_starts, sum(sequences)),
         index_D=shifted([table.index_D for table in tables], indices),
-        fingerprint_DF=np.concatenate([table.fingerprint_DF for table in tables]),
+        fingerprints=np.concatenate([table.fingerprints for table in tables]),
         names=tuple(
             new[name] for table, new in zip(tables, names, strict=True) for name in table.names
         ),

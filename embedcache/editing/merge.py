@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cache.format.layout import SPLITS, CacheAttributes, corpora_of
-from embedcache.cache.tokens.writer import fsync_tree
 from embedcache.editing.join import join
 from embedcache.editing.merge_parts import Part, merged_names, require_alike, require_apart
 from embedcache.errors import OutputError, UsageError
 from embedcache.progress import SILENT, Progress
-from embedcache.store.disk import writing
-from embedcache.store.files import fsync_path, writer_lock
+from embedcache.store.files import fsync_path, fsync_tree, translate_write_errors, writer_lock
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +78,7 @@ def merge(
     if dry_run:
         return told
     staging = out.absolute().with_name(f".{out.name}.merging")
-    with writing(staging), writer_lock(staging):
+    with translate_write_errors(staging), writer_lock(staging):
         try:
             built = staging / "cache"
             shutil.rmtree(built, ignore_errors=True)

@@ -31,7 +31,7 @@ class Part:
         self.path = path
         self.cache = Cache(path)
         self.settings = self.cache.attributes.settings
-        seal = self.cache.manifest.sealed
+        seal = self.cache.manifest.tokens
         self.sealed = {name: TokenFiles(path, name, seal) for name in SPLITS}
         self.tokens = {
             name: SplitTokens(path, name, self.settings.block_tokens, self.sealed[name])

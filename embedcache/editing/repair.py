@@ -25,9 +25,8 @@ from embedcache.cache.blocks.commit import (
 )
 from embedcache.cache.format.layout import (
     MANIFEST,
-    SEALED,
     SPLITS,
-    STAGING,
+    TOKENS_DIGESTS,
     ExtractSettings,
     block_shards,
 )
@@ -43,12 +42,12 @@ from embedcache.cache.manifest.manifest import Manifest, read_manifest
 from embedcache.cache.tokens.files import TokenFiles, tokens_digest_table, write_tokens_digest_table
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.writer import TokensWriter
-from embedcache.cache.verify import Verification, look_at
+from embedcache.cache.verify import Verification, verify_idle
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import CacheError
 from embedcache.extraction.plan import tokenise
 from embedcache.progress import Progress
-from embedcache.store.files import fsync_path, make_folder, publish_bytes
+from embedcache.store.files import STAGING, fsync_path, make_folder, publish_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,7 +73,7 @@ def restore_metadata(out: Path) -> None:
 
     Raises ``CacheError`` where ``out`` is no cache, or nothing in it says what it held.
     """
-    if not any((out / name).is_file() for name in (METADATA, MANIFEST, SEALED)):
+    if not any((out / name).is_file() for name in (METADATA, MANIFEST, TOKENS_DIGESTS)):
         raise CacheError(f"{out} holds no cache to repair: run 'embedcache extract' without it")
     for name, text in _vouched(out)[1].metadata.items():
         for partial in (out / name).parent.glob(f".{METADATA}.*.partial"):
@@ -90,13 +89,13 @@ def _vouched(out: Path) -> tuple[Manifest | None, Digests]:
     except (CacheError, OSError):
         manifest = None
     if manifest is not None:
-        return manifest, manifest.sealed
+        return manifest, manifest.tokens
     try:
         return None, read_digests(out)
     except CacheError as error:
         raise CacheError(
             f"{out} cannot be repaired: nothing says what its tokens were, as neither {MANIFEST} "
-            f"nor {SEALED} is whole. Restore one of them, or extract into a new folder."
+            f"nor {TOKENS_DIGESTS} is whole. Restore one of them, or extract into a new folder."
         ) from error
 
 
@@ -117,7 +116,7 @@ def mend(
         for marker in _sound_markers(out, split).values():
             promote(out, marker)  # what a repair that was stopped had committed
     clear_staging(out)
-    found = look_at(out, deep=True, progress=progress)
+    found = verify_idle(out, deep=True, progress=progress)
     if found.complete and not found.faults:
         progress.say("nothing is damaged")
         for split in SPLITS:
@@ -137,10 +136,12 @@ def mend(
         return _pass_zero(out, corpus, load_tokenizer(), settings, progress)
 
     if _restore_ledgers(out, found, seal, pass_zero):
-        found = look_at(out, deep=True, progress=progress)  # of the files that they vouch for, too
+        found = verify_idle(
+            out, deep=True, progress=progress
+        )  # of the files that they vouch for, too
     kinds = {fault.kind for fault in found.faults}
     _restore_tokens(out, found, seal, pass_zero)
-    if any(fault.kind == "seal" for fault in found.faults):
+    if any(fault.kind == "digests" for fault in found.faults):
         publish_digests(out, seal)
     return Mended(
         markers={split: _mend_blocks(out, split, found, manifest, settings) for split in SPLITS},
@@ -210,7 +211,7 @@ def _restore_tokens(
     pass_zero: Callable[[], AbstractContextManager[Path]],
 ) -> None:
     """Take the damaged files of pass 0 from another one, all or none."""
-    damaged = {fault.file for fault in found.faults if fault.kind == "sealed"}
+    damaged = {fault.file for fault in found.faults if fault.kind == "tokens"}
     if not damaged:
         return
     records = [
@@ -273,7 +274,7 @@ def _mend_blocks(
                         split,
                         block,
                         files[block],
-                        quarantined=tuple(files.aside(*tokens.bounds(block)).tolist()),
+                        quarantined=tuple(files.quarantined_in(*tokens.bounds(block)).tolist()),
                         generation=newest.get(block, -1) + 1,
                     )
     for block, path in committed_blocks(out, split).items():

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from embedcache.cache.blocks.commit import Marker, newest_generations
-from embedcache.cache.blocks.files import Recorded
+from embedcache.cache.blocks.files import BlockRecord
 from embedcache.cache.format.layout import SPLITS, marker_path
 from embedcache.extraction.quarantine import Quarantine
 
@@ -38,7 +38,7 @@ class Committed:
         return sum(map(len, self.done.values()))
 
 
-def recorded(cache: Path, split: str, blocks: int) -> Iterator[Recorded]:
+def recorded(cache: Path, split: str, blocks: int) -> Iterator[BlockRecord]:
     """Yield what the digest tables will hold of each block of a split, by its newest marker."""
     newest = newest_generations(cache, split)
     for block in range(blocks):

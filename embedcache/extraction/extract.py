@@ -23,9 +23,9 @@ from embedcache.extraction.plan import (
 from embedcache.extraction.prediction import RoomError
 from embedcache.extraction.run import Extraction, ExtractSummary
 from embedcache.progress import SILENT, Progress
-from embedcache.store.disk import writing
+from embedcache.store.files import translate_write_errors
 from embedcache.store.lease import COORDINATOR, Leases
-from embedcache.store.transaction import finish_rewrite
+from embedcache.store.transaction import finish_transaction
 
 __all__ = ["ExtractSummary", "extract"]
 
@@ -81,11 +81,11 @@ def extract(
     created = not out.exists()
     leases = Leases(out)
     try:
-        with writing(out), leases, ExitStack() as turn:
+        with translate_write_errors(out), leases, ExitStack() as turn:
             if repair:
                 leases.require_alone("--repair")
             turn.enter_context(leases.coordinating(progress))
-            finish_rewrite(out)
+            finish_transaction(out)
             if repair:
                 leases.require_alone("--repair")  # one may have come to wait just now
                 restore_metadata(out)

@@ -135,7 +135,7 @@ def _manifest_bytes(
         )
     manifest = Manifest(
         splits=each,
-        sealed=read_digests(folder),
+        tokens=read_digests(folder),
         base=_base_seal(folder, base),
         codec=Digests(files=(), metadata={}),
         extracted=dict.fromkeys(EXTRACTED, 0.12345),

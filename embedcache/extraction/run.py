@@ -21,7 +21,7 @@ from embedcache.cache.blocks.commit import (
     recover,
 )
 from embedcache.cache.blocks.files import block_digest_tables
-from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, STAGING, ExtractSettings
+from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, ExtractSettings
 from embedcache.cache.manifest.digests import Digests, read_digests
 from embedcache.cache.manifest.manifest import (
     Manifest,
@@ -50,7 +50,7 @@ from embedcache.extraction.quarantine import Quarantine
 from embedcache.extraction.sample import Known
 from embedcache.extraction.store_base import base_cost, store_base
 from embedcache.progress import Progress
-from embedcache.store.files import fsync_path, make_folder
+from embedcache.store.files import STAGING, fsync_path, make_folder
 from embedcache.store.lease import COORDINATOR, Leases
 
 
@@ -248,7 +248,7 @@ class Extraction:
                 )
                 for name, split in self._splits.items()
             },
-            sealed=read_digests(out),
+            tokens=read_digests(out),
             base=Digests.of(out, out / "base"),
             codec=Digests.of(out, out / CODEC),
             extracted=extracted,

@@ -10,8 +10,7 @@ import zarr
 from embedcache.base.load import Base
 from embedcache.base.taps import is_tied, token_embedding_of
 from embedcache.cache.base_arrays import Cost, base_array_cost, write_base_array
-from embedcache.cache.tokens.writer import fsync_tree
-from embedcache.store.files import fsync_path
+from embedcache.store.files import fsync_path, fsync_tree
 
 METADATA_BYTES = 280
 """Of the groups under ``base``."""

@@ -14,7 +14,7 @@ from embedcache.carryon.branch.model import CarryOn
 from embedcache.data.batch import Batch, Counts
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
-from embedcache.store.disk import writing
+from embedcache.store.files import translate_write_errors
 from embedcache.training.distributed import Ranks
 from embedcache.training.run.run import Member
 from embedcache.training.scoring import DevLoss
@@ -245,7 +245,7 @@ def failing(member: Member) -> Iterator[None]:
     Of one that other processes train, too, it ends this process: they would wait for it.
     """
     try:
-        with writing(member.out):
+        with translate_write_errors(member.out):
             yield
     except (EmbedcacheError, OSError) as error:
         if member.shared:

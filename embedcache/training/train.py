@@ -16,8 +16,7 @@ from embedcache.device import resolve_device
 from embedcache.errors import EmbedcacheError
 from embedcache.loss.shortlist.shortlist import DRAWS
 from embedcache.progress import SILENT, Progress
-from embedcache.store.disk import writing
-from embedcache.store.files import LOCK, writer_lock
+from embedcache.store.files import LOCK, translate_write_errors, writer_lock
 from embedcache.training.budget.allocator import spare_reserves
 from embedcache.training.budget.planning import plan_memory
 from embedcache.training.config import TrainConfig
@@ -235,7 +234,7 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
     with ExitStack() as locks:
         for out, config in runs.items():
             if ranks.leads:
-                with writing(out):
+                with translate_write_errors(out):
                     locks.enter_context(writer_lock(out))
                 check_out(out, shared.request(config))  # it may have changed meanwhile
         ranks.wait()  # the folders are there
@@ -243,7 +242,7 @@ def _train(shared: _Shared, runs: dict[Path, TrainConfig]) -> list[SweepResult]:
             shared.trainer.run(stack, plan)
         for member in members:
             if member.summary is not None and ranks.leads:
-                with writing(member.out):
+                with translate_write_errors(member.out):
                     (member.out / LOCK).unlink()
         ranks.wait()
     return [

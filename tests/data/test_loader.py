@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.cache.cache import StoredBlock
+from embedcache.cache.split_reader import StoredBlock
 from embedcache.carryon.branch.config import CarryOnConfig
 from embedcache.carryon.branch.model import CarryOn
 from embedcache.carryon.nn.attention import segment_mask

@@ -105,7 +105,7 @@ def test_one_that_was_cut_short_while_put_in_place_is_told_when_it_is_finished(
     caches = [shutil.copytree(place / "old", tmp_path / name) for name in ("one", "two")]
     for cache in caches:
         with monkeypatch.context() as patch:
-            patch.setattr("embedcache.store.transaction.finish_rewrite", killed)
+            patch.setattr("embedcache.store.transaction.finish_transaction", killed)
             with pytest.raises(KilledError):
                 added(place, cache)
     told = added(place, caches[0])

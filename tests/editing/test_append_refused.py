@@ -84,7 +84,7 @@ def test_bad_input_leaves_the_cache_as_it_was(untouched: Path, tmp_path: Path) -
 
 def test_while_another_writes_it_is_refused(untouched: Path, more: Path) -> None:
     with Leases(untouched) as other:
-        assert other.take("turn")
+        assert other.take("coordinator")
         with pytest.raises(OutputError, match=r"--append needs .* alone.*process \d+"):
             added(untouched, more)
 

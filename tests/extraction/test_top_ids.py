@@ -85,7 +85,7 @@ def by_tokens(cache: Path) -> dict[bytes, bytes]:
         for number in range(split.manifest.blocks):
             block = split.stored(number, ("final",), top_ids=True)
             for a, b in block.rows_S2.tolist():
-                found[block.ids_N[a:b].tobytes()] = block.top_ids_NK[a:b].tobytes()
+                found[block.ids_N[a:b].tobytes()] = block.top_ids_NJ[a:b].tobytes()
     return found
 
 
@@ -97,12 +97,12 @@ def test_they_are_those_of_transformers(place: Path, monkeypatch: pytest.MonkeyP
         split, stored_NK = Cache(place / "cache").split(name), plain(place / "cache", name)
         for number in range(split.manifest.blocks):
             block = split.stored(number, ("final",), top_ids=True)
-            assert np.array_equal(block.top_ids_NK, stored_NK[256 * number :][: len(block.ids_N)])
+            assert np.array_equal(block.top_ids_NJ, stored_NK[256 * number :][: len(block.ids_N)])
             for first, stop in block.rows_S2.tolist():
                 with torch.no_grad():
                     logits = model(torch.from_numpy(block.ids_N[first:stop])[None]).logits[0]
                 chance_NK, id_NK = logits.softmax(dim=1).topk(K + 1, dim=1)
-                found_NK = torch.from_numpy(block.top_ids_NK[first:stop])
+                found_NK = torch.from_numpy(block.top_ids_NJ[first:stop])
                 sure = ((chance_NK[:, :-1] - chance_NK[:, 1:]) > 1e-6).all(dim=1)
                 sure &= ((chance_NK - top_ids.LIKELY).abs() > 1e-6).all(dim=1)
                 expected = torch.where(chance_NK >= top_ids.LIKELY, id_NK + 1, 0)[:, :K].int()
@@ -141,7 +141,7 @@ def test_a_cache_without_any_has_no_such_array(place: Path, tmp_path: Path) -> N
     run(place / "corpus", place / "base", tmp_path / "plain", codec="transform", top_ids=0)
     assert not (tmp_path / "plain/train/head").exists()
     split = Cache(tmp_path / "plain").split("train")
-    assert split.stored(0, ("final",)).top_ids_NK is None
+    assert split.stored(0, ("final",)).top_ids_NJ is None
     for path in (tmp_path / "plain/train").rglob("c/*"):
         if path.is_file():
             other = place / "cache" / path.relative_to(tmp_path / "plain")
@@ -221,7 +221,7 @@ def test_a_batch_has_those_of_its_wanted_positions(place: Path, one_row: bool) -
     for number in range(split.manifest.blocks):
         block = split.stored(number, ("final",), top_ids=True)
         for sequence, (a, b) in zip(block.sequence_S, block.rows_S2.tolist(), strict=True):
-            stored[int(sequence)] = torch.from_numpy(block.top_ids_NK[a:b])
+            stored[int(sequence)] = torch.from_numpy(block.top_ids_NJ[a:b])
     loader = BatchLoader(split, batch_tokens=300, taps=("final",), one_row=one_row, top_ids=True)
     count = 0
     for batch in loader.epoch(0):

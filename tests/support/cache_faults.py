@@ -157,8 +157,8 @@ def edit_array(cache: Path, draw: random.Random) -> tuple[str, ...]:
     return _edit(cache, draw.choice(arrays), change)
 
 
-def edit_ledger(cache: Path, draw: random.Random) -> tuple[str, ...]:
-    """Change a record of a digest table, or two of its page hashes' bytes, or give it one record more."""
+def edit_digest_table(cache: Path, draw: random.Random) -> tuple[str, ...]:
+    """Change a record or a page hash of a digest table, add a record, or exchange the table."""
     name = _one(cache, draw, "digests/")
     data = bytearray((cache / name).read_bytes())
     match draw.choice(["size", "sha256", "page hash", "one more", "another's"]):
@@ -191,7 +191,7 @@ KINDS: dict[str, Callable[[Path, random.Random], tuple[str, ...]]] = {
     "deleted marker": delete_marker,
     "edited attribute": edit_attribute,
     "changed array": edit_array,
-    "edited digest table": edit_ledger,
+    "edited digest table": edit_digest_table,
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from embedcache.cache.blocks.files import Recorded
+from embedcache.cache.blocks.files import BlockRecord
 from embedcache.cache.cache import read_attributes
 from embedcache.cache.manifest.file_record import FileRecord
 from embedcache.cache.manifest.manifest import publish_manifest, read_manifest, split_manifest
@@ -14,13 +14,13 @@ from embedcache.cache.tokens.reader import SplitTokens
 TOTALS = ("sequences", "tokens", "targets", "documents")
 
 
-def blocks_of(cache: Path, split: str) -> list[Recorded]:
+def blocks_of(cache: Path, split: str) -> list[BlockRecord]:
     """Return the shards and the quarantined sequences of each block."""
     settings = read_attributes(cache).settings
     files = read_manifest(cache).splits[split].files(cache, split, settings)
     tokens = SplitTokens(cache, split, settings.block_tokens)
     return [
-        (records, tuple(files.aside(*tokens.bounds(block)).tolist()))
+        (records, tuple(files.quarantined_in(*tokens.bounds(block)).tolist()))
         for block, records in enumerate(files)
     ]
 
@@ -33,7 +33,7 @@ def quarantined(cache: Path, split: str) -> tuple[int, ...]:
     return tuple(sequence for _, aside in blocks_of(cache, split) for sequence in aside)
 
 
-def publish_blocks(cache: Path, split: str, blocks: list[Recorded]) -> None:
+def publish_blocks(cache: Path, split: str, blocks: list[BlockRecord]) -> None:
     """Publish a manifest that vouches for digest tables of these blocks."""
     manifest = read_manifest(cache)
     totals = {name: getattr(manifest.splits[split], name) for name in TOTALS}

@@ -98,7 +98,7 @@ def _die_at_step(step: int, call: Callable[[], object], told: Connection) -> Non
 
         return counting
 
-    finish = rewrite.finish_rewrite
+    finish = rewrite.finish_transaction
 
     def committing(cache: Path) -> Any:
         nonlocal committed
@@ -107,7 +107,7 @@ def _die_at_step(step: int, call: Callable[[], object], told: Connection) -> Non
 
     for name in CHANGING:
         setattr(os, name, counted(getattr(os, name)))
-    rewrite.finish_rewrite = committing
+    rewrite.finish_transaction = committing
     call()
     told.send((committed, done))
 

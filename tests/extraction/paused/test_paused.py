@@ -23,7 +23,7 @@ from support.stopping import KilledError, killed
 import embedcache.editing.delete as deleting
 import embedcache.extraction.extract
 from embedcache.cache.blocks import commit
-from embedcache.cache.format.layout import SPLITS, STAGING
+from embedcache.cache.format.layout import SPLITS
 from embedcache.cache.tokens import writer as seal
 from embedcache.cache.verify import verify
 from embedcache.editing import repair
@@ -32,6 +32,7 @@ from embedcache.errors import OutputError
 from embedcache.extraction import plan, store_base
 from embedcache.extraction import run as stage_one
 from embedcache.store import transaction as rewrite
+from embedcache.store.files import STAGING
 from embedcache.store.lease import COORDINATOR, Leases
 
 pytestmark = pytest.mark.usefixtures("unrehearsed")
@@ -113,7 +114,7 @@ def test_one_that_sleeps_wakes_up_after_its_follower_died(
 
 
 REPAIRING = [
-    pytest.param(repair, "look_at", 1, id="damage is looked for"),
+    pytest.param(repair, "verify_idle", 1, id="damage is looked for"),
     pytest.param(repair, "_restore_tokens", 1, id="damage is found"),
     pytest.param(repair, "_mend_blocks", 2, id="markers are renewed"),
     pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
@@ -149,11 +150,11 @@ def test_a_repair_that_sleeps_undoes_no_other(
 
 
 DELETING = [
-    pytest.param(deleting, "look_at", 1, id="it is verified"),
+    pytest.param(deleting, "verify_idle", 1, id="it is verified"),
     pytest.param(deleting, "write_shard", 1, id="blocks are being staged"),
     pytest.param(deleting, "publish_manifest", 1, id="the manifest is to be staged"),
     pytest.param(rewrite, "fsync_tree", 1, id="all is staged"),
-    pytest.param(rewrite, "finish_rewrite", 1, id="it is committed"),
+    pytest.param(rewrite, "finish_transaction", 1, id="it is committed"),
     pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
     pytest.param(deleting, "drop_superseded", 1, id="it is done"),
 ]
@@ -231,7 +232,7 @@ def test_who_changes_a_finished_cache_first_takes_their_licence_from_the_dead(
 ) -> None:
     out = shutil.copytree(place / "whole", tmp_path / "cache")
     sleeper = commit.BlockWriter(out)
-    name = "write_shard" if module is deleting else "look_at"
+    name = "write_shard" if module is deleting else "verify_idle"
     real, seen = getattr(module, name), []
 
     def looking(*arguments: Any, **more: Any) -> Any:
