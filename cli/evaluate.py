@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -38,48 +38,20 @@ def evaluate_command(
         )
     alphas = tuple(alpha or (1.0,))
     progress = TerminalProgress()
-    if cache is not None and not live:
-        from embedcache.evaluation.evaluate import evaluate
+    from embedcache.evaluation.evaluate import evaluate
 
-        found = evaluate(
-            carryon, cache, split=split, alphas=alphas, device=device, progress=progress
-        )
-    else:
-        from embedcache.base.load import load_base
-        from embedcache.cache.format.layout import corpora_of
-        from embedcache.carryon.saving import read_record
-        from embedcache.corpus.config import CorpusConfig
-        from embedcache.evaluation.live import evaluate_cache_live, evaluate_corpus
-
-        record = read_record(carryon)
-        loaded = load_base(base or record.base["name"], device=device, dtype=dtype)
-        if cache is not None:
-            found = evaluate_cache_live(
-                loaded, carryon, cache, split=split, alphas=alphas, progress=progress
-            )
-        else:
-            # Rendered and cut as what the carry-on was trained on.
-            trained = record.cache["corpus"]
-            text, *others = [
-                replace(
-                    CorpusConfig.from_dict(part["config"]),
-                    sources=tuple(corpus or ()),
-                    dev_sources=(),
-                    test_sources=(),
-                    split_file=None,
-                    dev_fraction=0.0,
-                    test_fraction=0.0,
-                    limit_documents=None,
-                    limit_tokens=None,
-                )
-                for part in corpora_of(trained)
-            ]
-            if any(other != text for other in others):
-                raise UsageError(
-                    f"{carryon} was trained on corpora that were rendered in different ways, "
-                    "expected one. Extract this text and give it as a cache instead."
-                )
-            found = evaluate_corpus(loaded, carryon, text, alphas=alphas, progress=progress)
+    found = evaluate(
+        carryon,
+        cache,
+        corpus=corpus,
+        split=split,
+        alphas=alphas,
+        live=live,
+        base=base,
+        device=device,
+        dtype=dtype,
+        progress=progress,
+    )
     if as_json:
         print_json(asdict(found))
         return

@@ -29,10 +29,8 @@ def generate_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Write text."""
-    from embedcache.base.load import load_base
-    from embedcache.carryon.saving import read_record
     from embedcache.compose.generate import Sampling, generate
-    from embedcache.compose.model import compose
+    from embedcache.compose.load import load
 
     sampling = Sampling(
         max_new_tokens=max_new_tokens,
@@ -41,17 +39,14 @@ def generate_command(
         top_k=top_k,
         seed=seed,
     )
-    record = read_record(carryon)
-    loaded = load_base(base or record.base["name"], device=device, dtype=dtype)
     answers = []
-    with compose(loaded, carryon) as composed:
+    with load(carryon, base, device=device, dtype=dtype) as model:
         for value in (0.0, alpha) if compare else (alpha,):
             if compare and not as_json:
                 name = "base" if value == 0 else f"carry-on, alpha {value:g}"
                 typer.echo(f"--- {name} ---")
             text = generate(
-                loaded,
-                composed,
+                model,
                 prompt,
                 alpha=value,
                 chat=chat,

@@ -94,9 +94,7 @@ def main() -> None:
     base = load_base(BASE)
     with compose(base, carryon) as composed:
         for name, alpha in (("base", 0.0), ("carry-on", 1.0)):
-            text = generate(
-                base, composed, PROMPT, alpha=alpha, sampling=Sampling(max_new_tokens=40)
-            )
+            text = generate(composed, PROMPT, alpha=alpha, sampling=Sampling(max_new_tokens=40))
             print(f"\n--- {name} ---\n{PROMPT}{text}")
 
 

@@ -63,7 +63,7 @@ def main() -> None:
     with compose(base, carryon) as composed:
         for name, alpha in (("base", 0.0), ("carry-on", 1.0)):
             sampling = Sampling(max_new_tokens=24)
-            print(f"{name}: {generate(base, composed, prompt, alpha=alpha, sampling=sampling)!r}")
+            print(f"{name}: {generate(composed, prompt, alpha=alpha, sampling=sampling)!r}")
 
 
 if __name__ == "__main__":

@@ -17,8 +17,8 @@ from support import tiny
 from embedcache.base.load import Base, load_base
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import ExtractSettings
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.saving import CarryOnRecord, save_carryon
 from embedcache.corpus.config import CorpusConfig
 from embedcache.extraction import measure, plan, rehearsal
@@ -150,10 +150,10 @@ def make_world(root: Path, *, documents: int = 24, **changes: Any) -> World:
 def random_carryon(world: World, folder: Path, **shape: Any) -> Path:
     """Save a carry-on of a world's base that was never trained but does something."""
     base = world.cache().attributes.base
-    config = CarryOnConfig(**({"width": 32} | shape))
+    config = BranchConfig(**({"width": 32} | shape))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = CarryOn(config, base["hidden_size"])
+        model = Branch(config, base["hidden_size"])
         torch.nn.init.normal_(model.branch.weight, std=0.5)
     corpus = world.cache().attributes.corpus
     results = {"parameters": model.parameter_count(), "epochs": 0, "best_epoch": 0}

@@ -15,8 +15,8 @@ import torch
 from conftest import make_world
 
 from embedcache.cache.verify import verify
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.nn.attention import Spans, attend, segment_mask
 from embedcache.data.loader import BatchLoader
 from embedcache.device import free_memory
@@ -41,7 +41,7 @@ def test_a_gpu_extracts_trains_and_evaluates_with_every_codec(tmp_path, codec):
         x, reference = ours.x_NH["final"].float(), exact.x_NH["final"].float()
         error = (x - reference).norm() / reference.norm()
         assert error < (0.05 if split == "dev" or codec == "bf16" else 0.5)
-    config = TrainConfig(carryon=CarryOnConfig(width=32), epochs=2, loss="exact")
+    config = TrainConfig(carryon=BranchConfig(width=32), epochs=2, loss="exact")
     summary = train(world.cache_path, out=tmp_path / "one", config=config, device="cuda")
     assert summary.best_dev is not None and summary.base_dev is not None
     assert summary.best_dev < summary.base_dev
@@ -54,7 +54,7 @@ def test_a_gpu_extracts_trains_and_evaluates_with_every_codec(tmp_path, codec):
 def test_those_stacked_on_a_gpu_come_to_what_each_does_alone(tmp_path, world, loss):
     runs = {
         tmp_path / str(seed): TrainConfig(
-            carryon=CarryOnConfig(width=32), epochs=2, seed=seed, loss=loss
+            carryon=BranchConfig(width=32), epochs=2, seed=seed, loss=loss
         )
         for seed in range(3)
     }
@@ -158,7 +158,7 @@ RECIPES = {
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_gpu_learns_the_same_by_every_recipe(tmp_path, world, monkeypatch, name, loss):
     config = TrainConfig(
-        carryon=CarryOnConfig(width=32), epochs=3, loss=loss, samples=100, batch_tokens=512
+        carryon=BranchConfig(width=32), epochs=3, loss=loss, samples=100, batch_tokens=512
     )
     found = {}
     for recipe in (PLAIN, RECIPES[name]):
@@ -178,7 +178,7 @@ def test_a_gpu_learns_the_same_by_every_recipe(tmp_path, world, monkeypatch, nam
 def test_a_gpu_without_room_for_recordings_trains_without(tmp_path, world, monkeypatch, loss):
     """Memory runs out while a part is recorded, the first one or a later one."""
     config = TrainConfig(
-        carryon=CarryOnConfig(width=32), epochs=2, loss=loss, samples=100, batch_tokens=512
+        carryon=BranchConfig(width=32), epochs=2, loss=loss, samples=100, batch_tokens=512
     )
     recipe = Recipe(one_row=True, capture=True)
     monkeypatch.setattr(trainer, "plain_recipe", lambda *given: recipe)
@@ -204,11 +204,11 @@ def test_a_gpu_without_room_for_recordings_trains_without(tmp_path, world, monke
 WITHIN = """
 import sys, torch
 from pathlib import Path
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.training.train import train
 from embedcache.training.config import TrainConfig
 cache, out, loss, budget = sys.argv[1:]
-shape = CarryOnConfig(width=64)
+shape = BranchConfig(width=64)
 config = TrainConfig(carryon=shape, epochs=1, loss=loss, batch_tokens=2048)
 summary = train(Path(cache), out=Path(out), config=config, device="cuda", memory=int(budget))
 assert summary.memory is not None
@@ -232,7 +232,7 @@ def test_a_gpu_s_allocator_keeps_within_the_budget(tmp_path, world, loss):
 @pytest.mark.filterwarnings("ignore:Attempting to run cuBLAS")  # nothing was, on that thread
 def test_the_gradient_of_a_bias_takes_little_memory():
     """Torch's sum takes several times what it sums, where that is few rows."""
-    carryon = CarryOn.stack([CarryOn(CarryOnConfig(width=256, blocks=1), 64)]).cuda()
+    carryon = Branch.stack([Branch(BranchConfig(width=256, blocks=1), 64)]).cuda()
     up = carryon.blocks[0].up
     x = torch.randn(1, 1, 1024, 256, device="cuda")
     upstream = torch.randn(1, 1, 1024, 1024, device="cuda")
@@ -248,6 +248,7 @@ def test_the_gradient_of_a_bias_takes_little_memory():
 PIECES = """
 import torch
 from embedcache.training.step.cuda_graph import record
+from embedcache.carryon.branch.model import Branch
 from embedcache.training.budget.allocator import spare_reserves
 spare_reserves()
 

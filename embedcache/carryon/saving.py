@@ -12,8 +12,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 
 from embedcache import __version__
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.protocol import CarryOn
+from embedcache.carryon.registry import build, config_from_dict
 from embedcache.errors import CarryOnError, UsageError
 from embedcache.store.files import publish_bytes, publish_json
 
@@ -75,7 +76,7 @@ def read_record(folder: Path) -> CarryOnRecord:
         if not isinstance(value["base"]["hidden_size"], int):
             raise TypeError("the base's hidden_size is no number")
         return CarryOnRecord(
-            config=CarryOnConfig.from_dict(value["carryon"]),
+            config=config_from_dict(value["carryon"]),
             base=value["base"],
             training=value["training"],
             cache=value["cache"],
@@ -91,7 +92,7 @@ def load_carryon(folder: Path) -> tuple[CarryOn, CarryOnRecord]:
     Every weight must be there and fit: unlike a warning, an error cannot be overlooked.
     """
     record = read_record(folder)
-    model = CarryOn(record.config, record.base["hidden_size"])
+    model = build(record.config, record.base["hidden_size"])
     path = folder / WEIGHTS_FILE
     try:
         weights = load(path.read_bytes())

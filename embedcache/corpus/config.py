@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
+from pydantic import Field
+
+from embedcache.config import Config, Count, Fraction, Integer, Names
 from embedcache.corpus.render.templates import template_fields
-from embedcache.errors import UsageError, nearest
-
-POLICIES = ("error", "skip")
+from embedcache.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CorpusConfig:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class CorpusConfig(Config):
     """What to read, how to render it, where to cut it and how to split it.
 
     Written verbatim into a cache. Raises ``UsageError`` for settings that contradict each other.
     """
 
-    sources: tuple[str, ...]
+    sources: Names
     """Files, folders, glob patterns, ``hf:org/name`` or ``stdlib:``, in the order given."""
-    dev_sources: tuple[str, ...] = ()
+    dev_sources: Names = ()
     """Sources that are all dev; ``sources`` then give nothing to dev."""
-    test_sources: tuple[str, ...] = ()
+    test_sources: Names = ()
     """Sources that are all test; ``sources`` then give nothing to test."""
     split_file: str | None = None
     """JSON ``{"train": [names], "dev": [names], "test": [names]}``; others are left out."""
-    dev_fraction: float = 0.05
+    dev_fraction: Fraction = 0.05
     """Part of the documents of ``sources`` that become dev."""
-    test_fraction: float = 0.1
+    test_fraction: Fraction = 0.1
     """Part of the documents of ``sources`` that become test."""
-    split_seed: int = 0
+    split_seed: Integer = 0
     """Which documents those are."""
     text_field: str | None = None
     """Field of a record that holds plain text."""
@@ -47,32 +47,45 @@ class CorpusConfig:
     """Split of an ``hf:`` data set that is read."""
     encoding: str = "utf-8"
     """Encoding of text files, JSON lines and CSV."""
-    undecodable: str = "error"
+    undecodable: Literal["error", "skip"] = "error"
     """A file or line in another encoding: ``error``, or ``skip`` it and count it."""
-    context: int = 1024
+    context: Annotated[Integer, Field(ge=2)] = 1024
     """Tokens in a sequence at most."""
-    min_tokens: int = 16
+    min_tokens: Annotated[Integer, Field(ge=2)] = 16
     """Sequences of plain text shorter than this are dropped."""
-    limit_documents: int | None = None
+    limit_documents: Count | None = None
     """Stop after this many documents, of ``sources`` and again of each explicit split."""
-    limit_tokens: int | None = None
+    limit_tokens: Count | None = None
     """Stop with the sequence that reaches this many tokens; counted like ``limit_documents``."""
-    max_tokens_per_document: int | None = None
+    max_tokens_per_document: Count | None = None
     """Keep only the first tokens of each document."""
 
-    def __post_init__(self) -> None:
-        for name in ("sources", "dev_sources", "test_sources"):
-            _check_sources(name, getattr(self, name))
+    def check(self) -> None:
+        """Raise ``UsageError`` for settings that contradict each other."""
         if not self.sources:
-            raise UsageError("Expected at least one source, found none: name a file or a folder.")
+            raise UsageError("`sources=` names no file or folder, expected at least one")
         if self.split_file is not None and (self.dev_sources or self.test_sources):
             raise UsageError(
-                "Expected a split file or dev and test sources, found both: give one of them."
+                "expected `split_file=` or `dev_sources=` and `test_sources=`, found both"
             )
-        self._check_splits()
+        if self.dev_fraction + self.test_fraction >= 1:
+            raise UsageError(
+                "`dev_fraction=` and `test_fraction=` must sum to less than 1, so that documents "
+                f"are left to train on; found {self.dev_fraction} + {self.test_fraction}"
+            )
         self._check_fields()
-        self._check_reading()
-        self._check_sizes()
+        try:
+            "a".encode(self.encoding)
+        except LookupError as error:
+            raise UsageError(
+                f"`encoding=` must be one that Python knows, such as latin-1; found "
+                f"{self.encoding!r}"
+            ) from error
+        if self.min_tokens > self.context:
+            raise UsageError(
+                f"`min_tokens=` must not exceed `context=` ({self.context}), found "
+                f"{self.min_tokens}; try {min(16, self.context)}"
+            )
 
     @property
     def fractions(self) -> tuple[float, float]:
@@ -82,50 +95,14 @@ class CorpusConfig:
             0.0 if self.test_sources else self.test_fraction,
         )
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the settings as JSON values."""
-        return {
-            name: list(value) if isinstance(value, tuple) else value
-            for name, value in asdict(self).items()
-        }
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> CorpusConfig:
-        """Rebuild settings from ``to_dict``. Raises ``UsageError`` for a key it does not know."""
-        known = [field.name for field in fields(cls)]
-        for key in values:
-            if key not in known:
-                raise UsageError(f"Unknown corpus setting '{key}'.{nearest(key, known)}")
-        if "sources" not in values:
-            raise UsageError("Expected the corpus setting 'sources', found none.")
-        settings: dict[str, Any] = {
-            key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-        }
-        return cls(**settings)
-
-    def _check_splits(self) -> None:
-        for name in ("dev_fraction", "test_fraction"):
-            value = getattr(self, name)
-            if not _is_number(value) or not 0 <= value < 1:
-                raise UsageError(f"Expected {name} from 0 to less than 1, found {value!r}.")
-        if self.dev_fraction + self.test_fraction >= 1:
-            raise UsageError(
-                "Expected dev_fraction + test_fraction below 1, so that train is left; found "
-                f"{self.dev_fraction} + {self.test_fraction}."
-            )
-        if not _is_whole(self.split_seed):
-            raise UsageError(
-                f"Expected split_seed to be a whole number, found {self.split_seed!r}."
-            )
-
     def _check_fields(self) -> None:
         if (self.prompt is None) != (self.completion is None):
             given, missing = (
                 ("prompt", "completion") if self.completion is None else ("completion", "prompt")
             )
             raise UsageError(
-                f"Expected a prompt and a completion, found only the {given}: "
-                f'add --{missing} "{{field}}".'
+                f"expected `prompt=` and `completion=`, found only `{given}=`: add "
+                f"`{missing}=`, a template such as '{{field}}'"
             )
         ways = {
             "text_field": self.text_field,
@@ -134,51 +111,11 @@ class CorpusConfig:
         }
         given_ways = [name for name, value in ways.items() if value is not None]
         if len(given_ways) > 1:
-            raise UsageError(f"Expected one of {' or '.join(given_ways)}, found all of them.")
+            raise UsageError(f"expected one of {' or '.join(given_ways)}, found all of them")
         if self.prompt is not None and self.completion is not None:
             template_fields(self.prompt, "prompt")
             if not template_fields(self.completion, "completion"):
                 raise UsageError(
-                    f"Expected a completion that names a field, found {self.completion!r}: "
-                    'type for example --completion "{answer}".'
+                    "`completion=` must name a field of the records, such as '{answer}'; found "
+                    f"{self.completion!r}"
                 )
-
-    def _check_reading(self) -> None:
-        if self.undecodable not in POLICIES:
-            raise UsageError(
-                f"Expected undecodable to be 'error' or 'skip', found {self.undecodable!r}."
-                f"{nearest(str(self.undecodable), POLICIES)}"
-            )
-        try:
-            "a".encode(self.encoding)
-        except (LookupError, TypeError) as error:
-            raise UsageError(
-                f"Expected an encoding that Python knows, found {self.encoding!r}: "
-                "type for example --encoding latin-1."
-            ) from error
-
-    def _check_sizes(self) -> None:
-        if not _is_whole(self.context) or self.context < 2:
-            raise UsageError(f"Expected a context of at least 2 tokens, found {self.context!r}.")
-        if not _is_whole(self.min_tokens) or not 2 <= self.min_tokens <= self.context:
-            raise UsageError(
-                f"Expected min_tokens from 2 to the context of {self.context}, "
-                f"found {self.min_tokens!r}: type for example --min-tokens {min(16, self.context)}."
-            )
-        for name in ("limit_documents", "limit_tokens", "max_tokens_per_document"):
-            value = getattr(self, name)
-            if value is not None and (not _is_whole(value) or value < 1):
-                raise UsageError(f"Expected {name} of at least 1 or none, found {value!r}.")
-
-
-def _check_sources(name: str, value: object) -> None:
-    if not isinstance(value, tuple) or not all(isinstance(item, str) and item for item in value):
-        raise UsageError(f"Expected {name} to be a tuple of paths or names, found {value!r}.")
-
-
-def _is_whole(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

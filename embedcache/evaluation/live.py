@@ -1,8 +1,9 @@
-"""The same evaluation with the live base: every embedding computed anew, through `compose`."""
+"""Cross-entropy of a carry-on composed with the live base, which computes every embedding."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,14 @@ from embedcache.base.identity import BaseIdentity
 from embedcache.base.load import Base
 from embedcache.base.taps import final_embeddings
 from embedcache.cache.cache import Cache
-from embedcache.compose.model import Composed, compose
+from embedcache.cache.format.layout import corpora_of
+from embedcache.carryon.saving import CarryOnRecord
+from embedcache.compose.model import ComposedModel, compose
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.reader import CorpusReader
 from embedcache.device import any_shape_attention
-from embedcache.evaluation.evaluate import EVAL_TOKENS, Evaluation, Scores, summarise, with_base
+from embedcache.errors import UsageError
+from embedcache.evaluation.scores import EVAL_TOKENS, Evaluation, Scores, summarise, with_base
 from embedcache.loss import linear_cross_entropy
 from embedcache.progress import SILENT, Bar, Progress
 
@@ -36,7 +40,7 @@ def evaluate_cache_live(
     alphas: Sequence[float] = (1.0,),
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Compare carry-on and base on a cache's tokens, with embeddings of the live base.
+    """Compare carry-on and base on the tokens of a cache, with embeddings of the live base.
 
     Raises ``IdentityError`` where base, cache and carry-on are not all of one base.
     """
@@ -93,53 +97,80 @@ def _read(reader: CorpusReader) -> Sequences:
         yield group
 
 
+def trained_corpus(record: CarryOnRecord, sources: tuple[str, ...]) -> CorpusConfig:
+    """Return other texts, to be rendered and cut as those that a carry-on was trained on.
+
+    Raises ``UsageError`` for a carry-on whose texts were rendered in several ways.
+    """
+    first, *others = [
+        replace(
+            CorpusConfig.from_dict(part["config"]),
+            sources=sources,
+            dev_sources=(),
+            test_sources=(),
+            split_file=None,
+            dev_fraction=0.0,
+            test_fraction=0.0,
+            limit_documents=None,
+            limit_tokens=None,
+        )
+        for part in corpora_of(record.cache["corpus"])
+    ]
+    if any(other != first for other in others):
+        raise UsageError(
+            "this carry-on was trained on texts that were rendered in several ways, expected one. "
+            "Extract these texts and pass the result as `cache=`."
+        )
+    return first
+
+
 @torch.no_grad()
 @any_shape_attention()
 def _score(
-    base: Base, composed: Composed, groups: Sequences, alphas: tuple[float, ...], bar: Bar
+    base: Base, composed: ComposedModel, groups: Sequences, alphas: tuple[float, ...], bar: Bar
 ) -> Scores:
+    """Return the scores at every α. Each α but 0 takes a forward pass of its own."""
     losses: dict[int, Array] = {}
     targets: dict[int, int] = {}
-    composed.alpha = 1.0
-    for document, ids_T, x_TH, delta_TH, mask_T in _forward(base, composed, groups):
-        wanted = torch.from_numpy(np.flatnonzero(mask_T[1:])).to(base.device)
-        labels_N = torch.from_numpy(ids_T[1:][mask_T[1:]]).to(base.device)
-        bar.advance(len(ids_T))
-        if not len(labels_N):
-            continue
-        x_NH, delta_NH = x_TH[wanted], delta_TH[wanted]
-        summed_A = np.array(
-            [
-                linear_cross_entropy(
-                    x_NH + alpha * delta_NH if alpha else x_NH, base.head, labels_N
-                )
-                .double()
-                .sum()
-                .item()
-                for alpha in alphas
-            ]
-        )
-        losses[document] = losses.get(document, np.zeros(len(alphas))) + summed_A
-        targets[document] = targets.get(document, 0) + len(labels_N)
+    passes = [alpha for alpha in alphas if alpha != 0] or [1.0]
+    for batch in _batches(groups):
+        for number, alpha in enumerate(passes):
+            composed.alpha = alpha
+            y_BTH = final_embeddings(base.model, batch.ids_BT.to(base.device))
+            shown = {alpha: y_BTH}
+            if number == 0 and 0.0 in alphas:
+                shown[0.0] = composed.base_embeddings()
+            for b, (document, ids_T, mask_T) in enumerate(batch.sequences):
+                labels_N = torch.from_numpy(ids_T[1:][mask_T[1:]]).to(base.device)
+                if not len(labels_N):
+                    continue
+                at_N = torch.from_numpy(np.flatnonzero(mask_T[1:])).to(base.device)
+                sums_A = losses.setdefault(document, np.zeros(len(alphas)))
+                if number == 0:
+                    targets[document] = targets.get(document, 0) + len(labels_N)
+                for one, y in shown.items():
+                    if one in alphas:
+                        loss_N = linear_cross_entropy(y[b, at_N], base.head, labels_N)
+                        sums_A[alphas.index(one)] += loss_N.double().sum().item()
+        bar.advance(sum(len(ids_T) for _, ids_T, _ in batch.sequences))
     order = sorted(losses)
     loss_AD = np.stack([losses[d] for d in order], axis=1) if order else np.zeros((len(alphas), 0))
     return Scores(alphas, loss_AD, np.array([targets[d] for d in order], dtype=np.int64))
 
 
-def _forward(
-    base: Base, composed: Composed, groups: Sequences
-) -> Iterator[tuple[int, Array, torch.Tensor, torch.Tensor, Array]]:
-    """Yield (document, ids_T, x_TH, delta_TH, loss_mask_T) of every sequence."""
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Sequences of like length, each (document, ids_T, loss_mask_T), and their ids, padded."""
+
+    ids_BT: torch.Tensor
+    sequences: list[tuple[int, Array, Array]]
+
+
+def _batches(groups: Sequences) -> Iterator[_Batch]:
     for group in groups:
         lengths = [len(ids) for _, ids, _ in group]
-        for batch in plan_batches(lengths, EVAL_TOKENS):
-            ids_BT = np.zeros((len(batch), lengths[batch[0]]), np.int64)
-            for b, index in enumerate(batch):
+        for indices in plan_batches(lengths, EVAL_TOKENS):
+            ids_BT = np.zeros((len(indices), lengths[indices[0]]), np.int64)
+            for b, index in enumerate(indices):
                 ids_BT[b, : lengths[index]] = group[index][1]
-            final_embeddings(base.model, torch.from_numpy(ids_BT).to(base.device))
-            x_BTH, delta_BTH = composed.x_BTH, composed.delta_BTH
-            if x_BTH is None or delta_BTH is None:
-                raise RuntimeError("the composed model's forward left no embeddings")
-            for b, index in enumerate(batch):
-                document, ids, mask = group[index]
-                yield document, ids, x_BTH[b, : len(ids)], delta_BTH[b, : len(ids)], mask
+            yield _Batch(torch.from_numpy(ids_BT), [group[index] for index in indices])

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import math
 import tomllib
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
-from embedcache.carryon.branch.config import CarryOnConfig, check_keys, check_types
-from embedcache.errors import UsageError, nearest
+from pydantic import InstanceOf
 
-LOSSES = ("auto", "exact", "shortlist")
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.registry import config_from_dict
+from embedcache.config import Config, Count, Fraction, Names, NotNegative, Positive, Seed
+from embedcache.errors import UsageError
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TrainConfig:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class TrainConfig(Config):
     """The settings of one training run.
 
     Attributes:
@@ -39,54 +42,24 @@ class TrainConfig:
             are trained and scored on; empty means all.
     """
 
-    carryon: CarryOnConfig = field(default_factory=CarryOnConfig)
-    epochs: int = 4
-    lr: float = 2e-3
-    warmup: float = 0.05
-    batch_tokens: int | None = None
-    weight_decay: float = 0.01
-    beta2: float = 0.99
-    clip: float = 1.0
-    loss: str = "auto"
-    samples: int | None = None
-    patience: int = 2
-    seed: int = 0
-    order_seed: int | None = None
-    documents: tuple[str, ...] = ()
-
-    def __post_init__(self) -> None:
-        """Raise ``UsageError`` for values outside their range or of another type."""
-        check_types(self)
-        for name in ("epochs", "patience", "samples"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UsageError(f"{name} must be at least 1, found {value}")
-        for name in ("lr", "clip"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UsageError(f"{name} must be above 0 and finite, found {getattr(self, name)}")
-        if not 0 <= self.weight_decay < math.inf:
-            raise UsageError(f"weight_decay must be 0 or above, found {self.weight_decay}")
-        if not 0 <= self.beta2 < 1:
-            raise UsageError(f"beta2 must be in [0, 1), found {self.beta2}")
-        for name, seed in (("seed", self.seed), ("order_seed", self.order)):
-            if not 0 <= seed < 2**31:
-                raise UsageError(f"{name} must be from 0 to 2**31 - 1, found {seed}")
-        if not 0 <= self.warmup < 1:
-            raise UsageError(f"warmup is a share of all tokens in [0, 1), found {self.warmup}")
-        if self.batch_tokens is not None and self.batch_tokens < 1:
-            raise UsageError(f"batch_tokens must be at least 1, found {self.batch_tokens}")
-        if self.loss not in LOSSES:
-            raise UsageError(
-                f"loss is one of {', '.join(LOSSES)}, found '{self.loss}'."
-                f"{nearest(self.loss, LOSSES)}"
-            )
+    carryon: InstanceOf[CarryOnConfig] = field(default_factory=BranchConfig)
+    epochs: Count = 4
+    lr: Positive = 2e-3
+    warmup: Fraction = 0.05
+    batch_tokens: Count | None = None
+    weight_decay: NotNegative = 0.01
+    beta2: Fraction = 0.99
+    clip: Positive = 1.0
+    loss: Literal["auto", "exact", "shortlist"] = "auto"
+    samples: Count | None = None
+    patience: Count = 2
+    seed: Seed = 0
+    order_seed: Seed | None = None
+    documents: Names = ()
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the configuration as JSON-ready values."""
-        return asdict(self) | {
-            "carryon": self.carryon.to_dict(),
-            "documents": list(self.documents),
-        }
+        """Return the configuration as values that JSON can hold."""
+        return Config.to_dict(self) | {"carryon": self.carryon.to_dict()}
 
     @property
     def order(self) -> int:
@@ -94,18 +67,15 @@ class TrainConfig:
         return self.seed if self.order_seed is None else self.order_seed
 
     @classmethod
-    def from_dict(cls, value: dict[str, Any]) -> TrainConfig:
-        """Parse a configuration; unknown keys raise ``UsageError`` naming the nearest known one."""
-        check_keys(value, cls, "training")
-        carryon = CarryOnConfig.from_dict(value.get("carryon", {}))
-        documents = value.get("documents", [])
-        if not isinstance(documents, (list, tuple)) or not all(
-            isinstance(pattern, str) for pattern in documents
-        ):
-            raise UsageError(
-                f"documents must be a list of patterns, such as ['alice/*'], found {documents!r}"
-            )
-        return cls(**(value | {"carryon": carryon, "documents": tuple(documents)}))
+    def from_dict(cls, values: Mapping[str, Any]) -> Self:
+        """Make a configuration from values by name; ``carryon`` may be a table of its settings.
+
+        Raises ``UsageError`` for a name that is unknown, naming the nearest known one.
+        """
+        given = values.get("carryon") if isinstance(values, Mapping) else None
+        if given is not None and not isinstance(given, CarryOnConfig):
+            values = {**values, "carryon": config_from_dict(given)}
+        return super(TrainConfig, cls).from_dict(values)
 
     def steps_tokens(self, train_tokens: int) -> int:
         """Return the tokens of a step for a train split of that size.

@@ -7,13 +7,14 @@ import torch
 from embedcache.base.head import Head
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import LIKELY
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import InputStats
+from embedcache.carryon.config import CarryOnConfig
+from embedcache.carryon.protocol import InputStats
+from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
 from embedcache.data.sample import sample_embeddings
 from embedcache.data.subset import Documents, Subset
 from embedcache.device import fast_dtype, resolve_dtype
-from embedcache.evaluation.evaluate import EVAL_TOKENS, FrozenInputs
+from embedcache.evaluation.scores import EVAL_TOKENS
 from embedcache.loss import ShortlistSampler, tail_proposal
 from embedcache.loss.shortlist.shortlist import DRAWS, DRAWS_BESIDE_TOP_IDS
 from embedcache.training.config import TrainConfig
@@ -42,7 +43,7 @@ class Materials:
         self._subsets: dict[tuple[str, Patterns], Subset] = {}
         self._samples: dict[tuple[str, ...], dict[str, torch.Tensor]] = {}
         self._spreads: dict[tuple[str, ...], dict[str, InputStats]] = {}
-        self._frozen: dict[tuple[bool, torch.dtype, bool], FrozenInputs] = {}
+        self._frozen: dict[tuple[frozenset[str], torch.dtype, bool], FrozenInputs] = {}
         self._proposal_V: torch.Tensor | None = None
 
     def subset(self, split: str, patterns: Patterns) -> Subset | None:
@@ -97,15 +98,15 @@ class Materials:
     ) -> FrozenInputs:
         """Return what is used of the base: for exact figures, or for ``training``."""
         dtype = fast_dtype(self.device) if training else resolve_dtype("auto", self.device)
-        key = (carryon.token_input, dtype, recipe.host_head)
+        key = (carryon.base_arrays, dtype, recipe.host_head)
         if key not in self._frozen:
-            tokens, dtype, host_head = key
+            arrays, dtype, host_head = key
             # What lies in the other place is of a recipe that did not do, or of other carry-ons.
             self._frozen = {
-                k: v for k, v in self._frozen.items() if (k[0], k[2]) == (tokens, host_head)
+                k: v for k, v in self._frozen.items() if (k[0], k[2]) == (arrays, host_head)
             }
             self._frozen[key] = FrozenInputs(
-                self.cache, self.device, tokens=tokens, dtype=dtype, host_head=host_head
+                self.cache, self.device, arrays=arrays, dtype=dtype, host_head=host_head
             )
         return self._frozen[key]
 

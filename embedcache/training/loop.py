@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.protocol import CarryOn, stack_of
 from embedcache.data.batch import Batch, Counts
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
@@ -206,7 +206,7 @@ class Loop:
         rows = [(index, member) for index, member in self._rows() if member in feed.members]
         stack = self._stack.model
         if len(self._feeds) > 1:
-            stack = CarryOn.stack([self._stack.alone(index) for index, _ in rows])
+            stack = stack_of([self._stack.alone(index) for index, _ in rows])
         scores = self._score(feed, stack.to(self._device))
         for number, (index, member) in enumerate(rows):
             if member.failure is not None:

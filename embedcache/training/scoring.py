@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import torch
 
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.protocol import CarryOn, predicted_embeddings
 from embedcache.data.batch import Batch
+from embedcache.data.frozen import FrozenInputs
 from embedcache.device import any_shape_attention
-from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.loss import ShortlistSampler, linear_cross_entropy, shortlist_cross_entropy
 from embedcache.training.distributed import ALONE, Ranks
 from embedcache.training.step.settings import PLAIN, Recipe
@@ -43,15 +43,15 @@ def dev_losses(
     Without a ``stack``, that of the base, as a list of one. Each of ``ranks`` gives some of the
     batches.
     """
-    K = 1 if stack is None else len(stack.branch.weight)
+    K = 1 if stack is None else stack.count
     exact_K, estimate_K = torch.zeros(2, K, dtype=torch.float64)
     targets = 0
     for step, batch in enumerate(batches):
         if not len(batch.targets_N):
             continue
-        y_KNH = batch.at_predicted(batch.x_BTH["final"]).to(inputs.dtype)[None]
-        if stack is not None:
-            y_KNH = y_KNH + inputs.delta(stack, batch)
+        y_KNH = predicted_embeddings(stack, batch, inputs)
+        if stack is None:
+            y_KNH = y_KNH[None]
         for k, y_NH in enumerate(y_KNH):
             chunks = recipe.chunks(inputs.head, len(y_NH), y_NH.device)
             loss_N = linear_cross_entropy(y_NH, inputs.head, batch.targets_N, chunks=chunks)

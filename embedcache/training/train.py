@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from embedcache.cache.cache import Cache
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.registry import build
 from embedcache.carryon.saving import CONFIG_FILE, read_record
 from embedcache.device import resolve_device
 from embedcache.errors import EmbedcacheError
@@ -148,7 +148,7 @@ def preview(
     step = config.steps_tokens(tokens)
     return TrainPlan(
         out=str(out),
-        parameters=CarryOn(config.carryon, shared.materials.hidden).parameter_count(),
+        parameters=build(config.carryon, shared.materials.hidden).parameter_count(),
         train_tokens=tokens,
         dev_tokens=shared.materials.tokens("dev", config.documents),
         tokens_per_step=step,

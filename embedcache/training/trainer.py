@@ -10,7 +10,8 @@ from itertools import groupby
 import torch
 
 from embedcache.cache.cache import Cache
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.protocol import CarryOn
+from embedcache.carryon.registry import build
 from embedcache.data.loader import room_to_keep
 from embedcache.device import current, free_memory
 from embedcache.errors import DeviceMemoryError
@@ -70,9 +71,9 @@ class Trainer:
         """
         config, hidden = members[0].config.carryon, self.materials.hidden
         tokens = max(self.materials.batch_tokens(member.config) for member in members)
-        values = 12 * hidden + 40 * config.width * config.blocks
+        values = config.values_per_token(hidden)
         size = 2 if self._device.type == "cuda" else 4
-        weights = 24 * CarryOn(config, hidden).parameter_count()
+        weights = 24 * build(config, hidden).parameter_count()
         room = (self._memory or free_memory(self._device)) // 2
         if self._device.type == "cpu":
             room = min(room, CPU_STACK_BYTES)
@@ -80,7 +81,7 @@ class Trainer:
 
     def run(self, members: Sequence[Member], plan: MemoryPlan | None = None) -> None:
         """Train members of one shape and one loss until each is finished or has failed."""
-        recipe = plain_recipe(self._device, members[0].config.carryon.head_width)
+        recipe = plain_recipe(self._device, members[0].config.carryon.attention_head_width)
         if plan is not None:
             recipe = plan.recipe
             self._progress.say(f"memory: {plan}")

@@ -29,9 +29,9 @@ from embedcache.cache import cache as reader
 from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import STATELESS
 from embedcache.cache.codecs.transform import unit_rows
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.data.frozen import FrozenInputs, evaluate
 from embedcache.device import resolve_device
-from embedcache.evaluation.evaluate import FrozenInputs, evaluate
 from embedcache.extraction import calibrate
 from embedcache.extraction.calibrate import Sample, coded_bits
 from embedcache.loss import linear_cross_entropy
@@ -265,11 +265,11 @@ def main() -> None:
     device = resolve_device("auto")
     options.out.mkdir(parents=True, exist_ok=True)
     cache = Cache(options.cache)
-    shape = CarryOnConfig(width=options.width, gate=False)
+    shape = BranchConfig(width=options.width, gate=False)
     config = TrainConfig(
         carryon=shape, epochs=options.epochs, batch_tokens=16_384, patience=options.epochs
     )
-    inputs = FrozenInputs(cache, device, tokens=True)
+    inputs = FrozenInputs(cache, device, arrays=("head", "token_embedding"))
     sample = sampled(cache, device)
     held_N = sample.held_out()
     fit, held = sample.rows(~held_N), sample.rows(held_N)

@@ -28,8 +28,8 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.integers import ARRAYS, STATELESS, Codec
 from embedcache.cache.codecs.transform import TransformCodec
+from embedcache.data.frozen import FrozenInputs
 from embedcache.device import resolve_device
-from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.extraction.calibrate import Sample, calibrate
 from embedcache.loss import linear_cross_entropy
 
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     cache, device = Cache(options.cache), resolve_device("auto")
-    head = FrozenInputs(cache, device, tokens=False).head
+    head = FrozenInputs(cache, device).head
     test = read(cache, "test", 1 << 40)
     test = Sample(test.x_NH.to(device), test.ids_N, test.targets_N, test.part_N)
     exact = base_loss(test.x_NH, test, head)

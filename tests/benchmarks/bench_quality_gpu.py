@@ -29,13 +29,14 @@ from record import record, row
 from embedcache.base.load import Base, load_base
 from embedcache.base.taps import decoder_of
 from embedcache.cache.cache import Cache
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.nn.attention import segment_mask
 from embedcache.corpus.config import CorpusConfig
 from embedcache.data.batch import Batch
+from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
 from embedcache.device import wait_for
-from embedcache.evaluation.evaluate import FrozenInputs, evaluate
+from embedcache.evaluation.evaluate import evaluate
 from embedcache.extraction.extract import extract
 from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
@@ -44,8 +45,8 @@ from embedcache.training.train import train
 
 RATES = (1e-3, 2e-3, 4e-3)
 CARRY_ONS = {
-    "r=64, gate": CarryOnConfig(width=64),
-    "r=256, no gate": CarryOnConfig(width=256, gate=False),
+    "r=64, gate": BranchConfig(width=64),
+    "r=256, no gate": BranchConfig(width=256, gate=False),
 }
 
 
@@ -71,7 +72,7 @@ class Lora:
             base.model.train(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
         )
         self._decoder = decoder_of(base.model)
-        self._head = FrozenInputs(cache, base.device, tokens=False, dtype=base.dtype).head
+        self._head = FrozenInputs(cache, base.device, dtype=base.dtype).head
         self.weights = [one for one in self._model.parameters() if one.requires_grad]
 
     def batches(self, split: str, tokens: int, epoch: int) -> Iterator[Batch]:
@@ -139,7 +140,7 @@ def lora(name: str, cache: Cache, peak: float, epochs: int, tokens: int) -> Foun
     return best
 
 
-def carryon(shape: CarryOnConfig, path: Path, peak: float, epochs: int, tokens: int) -> Found:
+def carryon(shape: BranchConfig, path: Path, peak: float, epochs: int, tokens: int) -> Found:
     """Train a carry-on at a peak rate."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         out = Path(folder) / "c"

@@ -26,8 +26,8 @@ from embedcache.base.taps import decoder_of
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import ExtractSettings
 from embedcache.corpus.config import CorpusConfig
+from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
-from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.extraction.extract import extract
 from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
@@ -59,7 +59,7 @@ def lora_tokens_per_second(
     model: Any = get_peft_model(
         base.model.train(), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     )
-    head = FrozenInputs(cache, base.device, tokens=False, dtype=base.dtype).head
+    head = FrozenInputs(cache, base.device, dtype=base.dtype).head
     weights = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=1e-3, fused=True)
     loader = BatchLoader(

@@ -27,7 +27,7 @@ from bench_train import CARRY_ONS, lora_tokens_per_second
 from record import record, row
 
 from embedcache.cache.cache import Cache
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.corpus.config import CorpusConfig
 from embedcache.evaluation.evaluate import evaluate
 from embedcache.extraction.extract import extract
@@ -37,7 +37,7 @@ from embedcache.training.train import sweep, train
 STEP = 16_384
 EPOCHS = 4
 """Of each carry-on in the totals, and of those stacked unless the command says otherwise."""
-WIDE, NARROW = CarryOnConfig(width=256, gate=False), CarryOnConfig(width=64)
+WIDE, NARROW = BranchConfig(width=256, gate=False), BranchConfig(width=64)
 
 
 def test_loss(out: Path, cache: Path) -> float:

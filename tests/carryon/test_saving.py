@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
+from embedcache.carryon.protocol import CarryOn
 from embedcache.carryon.saving import (
     CONFIG_FILE,
     WEIGHTS_FILE,
@@ -21,11 +22,11 @@ from embedcache.errors import CarryOnError
 
 @pytest.fixture
 def saved(tmp_path: Path) -> tuple[Path, CarryOn]:
-    config = CarryOnConfig(width=32, taps=("final", "layer_1"), token_input=True)
-    model = CarryOn(config, 16)
+    config = BranchConfig(width=32, taps=("final", "layer_1"), token_input=True)
+    model = Branch(config, 16)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    torch.nn.init.normal_(model.mean_PH)
+    torch.nn.init.normal_(model.mean_LH)
     record = CarryOnRecord(
         config=config, base={"hidden_size": 16}, training={"lr": 1}, cache={}, results={"a": [1]}
     )
@@ -78,7 +79,7 @@ def cut(name: str, share: float):
         (weights(lambda w: w.update(more=torch.zeros(1))), "more"),
         (weights(lambda w: w.update({"norm.weight": torch.zeros(7)})), "norm.weight"),
         (weights(lambda w: w["norm.weight"].fill_(float("nan"))), "not finite"),
-        (weights(lambda w: w["mean_PH"].fill_(float("inf"))), "not finite"),
+        (weights(lambda w: w["mean_LH"].fill_(float("inf"))), "not finite"),
         (cut(WEIGHTS_FILE, 0.9), WEIGHTS_FILE),
         (cut(WEIGHTS_FILE, 0.0), WEIGHTS_FILE),
         (lambda folder: (folder / WEIGHTS_FILE).unlink(), WEIGHTS_FILE),

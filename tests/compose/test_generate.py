@@ -37,8 +37,8 @@ def test_greedy_is_the_argmax_of_the_logits(base, carryon):
     sampling = Sampling(max_new_tokens=20)
     plain = base.tokenizer.decode(by_hand(base, PROMPT, 20), skip_special_tokens=True)
     with compose(base, carryon) as composed:
-        assert generate(base, composed, PROMPT, alpha=0.0, sampling=sampling) == plain
-        changed = generate(base, composed, PROMPT, sampling=sampling)
+        assert generate(composed, PROMPT, alpha=0.0, sampling=sampling) == plain
+        changed = generate(composed, PROMPT, sampling=sampling)
         assert changed != plain
         composed.alpha = 1.0
         tokens = by_hand(base, PROMPT, 20)
@@ -55,7 +55,7 @@ def test_sampling_is_repeated_by_its_seed_and_leaves_torch_s_alone(base, carryon
 
         def text(seed: int, **settings) -> str:
             sampling = Sampling(max_new_tokens=20, temperature=1.5, seed=seed, **settings)
-            return generate(base, composed, PROMPT, sampling=sampling)
+            return generate(composed, PROMPT, sampling=sampling)
 
         torch.manual_seed(5)
         state = torch.get_rng_state()
@@ -64,7 +64,7 @@ def test_sampling_is_repeated_by_its_seed_and_leaves_torch_s_alone(base, carryon
         torch.rand(7)
         assert text(1) == first
         assert len({text(seed) for seed in range(5)}) > 1
-        greedy = generate(base, composed, PROMPT, sampling=Sampling(max_new_tokens=20))
+        greedy = generate(composed, PROMPT, sampling=Sampling(max_new_tokens=20))
         assert {text(seed, top_k=1) for seed in range(3)} == {greedy}
         assert text(2, top_p=1e-6) == greedy
 
@@ -73,7 +73,7 @@ def test_pieces_add_up_to_the_text(base, carryon):
     pieces: list[str] = []
     with compose(base, carryon) as composed:
         sampling = Sampling(max_new_tokens=25)
-        text = generate(base, composed, PROMPT, sampling=sampling, on_text=pieces.append)
+        text = generate(composed, PROMPT, sampling=sampling, on_text=pieces.append)
     assert "".join(pieces) == text
     assert len(pieces) > 1
 
@@ -94,8 +94,8 @@ def test_chat_without_a_template(base):
 
 
 def test_an_empty_prompt(base, carryon):
-    with compose(base, carryon) as composed, pytest.raises(UsageError, match="--prompt"):
-        generate(base, composed, "")
+    with compose(base, carryon) as composed, pytest.raises(UsageError, match="`prompt=`"):
+        generate(composed, "")
 
 
 @pytest.mark.parametrize(
@@ -122,4 +122,4 @@ def test_a_base_s_own_sampling_settings_do_not_reach_greedy(base, carryon):
     sampling = Sampling(max_new_tokens=12)
     plain = base.tokenizer.decode(by_hand(base, PROMPT, 12), skip_special_tokens=True)
     with compose(base, carryon) as composed:
-        assert generate(base, composed, PROMPT, alpha=0.0, sampling=sampling) == plain
+        assert generate(composed, PROMPT, alpha=0.0, sampling=sampling) == plain

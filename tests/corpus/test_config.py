@@ -17,32 +17,32 @@ def test_settings_survive_json() -> None:
 
 
 def test_unknown_key_names_the_nearest() -> None:
-    with pytest.raises(UsageError, match=r"'contxt'.*Did you mean 'context'"):
+    with pytest.raises(UsageError, match=r"`contxt=`.*Did you mean 'context'"):
         CorpusConfig.from_dict({"sources": ["a"], "contxt": 3})
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"sources": ()}, "at least one source"),
-        ({"sources": "a.txt"}, "tuple of paths"),
+        ({"sources": ()}, "expected at least one"),
+        ({"sources": 3}, "valid tuple"),
         ({"split_file": "s.json", "dev_sources": ("d",)}, "found both"),
         ({"dev_fraction": 1.0}, "dev_fraction"),
         ({"test_fraction": -0.1}, "test_fraction"),
-        ({"dev_fraction": 0.5, "test_fraction": 0.5}, "train is left"),
+        ({"dev_fraction": 0.5, "test_fraction": 0.5}, "left to train on"),
         ({"split_seed": 1.5}, "split_seed"),
-        ({"prompt": "{q}"}, "add --completion"),
-        ({"completion": "{q}"}, "add --prompt"),
+        ({"prompt": "{q}"}, "add `completion=`"),
+        ({"completion": "{q}"}, "add `prompt=`"),
         ({"prompt": "{q", "completion": "{a}"}, "prompt template"),
         ({"prompt": "{q!r}", "completion": "{a}"}, "plain fields"),
         ({"prompt": "{}", "completion": "{a}"}, "plain fields"),
-        ({"prompt": "{q}", "completion": "yes"}, "names a field"),
+        ({"prompt": "{q}", "completion": "yes"}, "name a field"),
         ({"text_field": "a", "messages_field": "b"}, "text_field or messages_field"),
         ({"undecodable": "skipp"}, "Did you mean 'skip'"),
         ({"encoding": "utf-9"}, "latin-1"),
         ({"encoding": "hex"}, "latin-1"),
-        ({"context": 1}, "at least 2"),
-        ({"context": 8}, "--min-tokens 8"),
+        ({"context": 1}, "greater than or equal to 2"),
+        ({"context": 8}, "try 8"),
         ({"min_tokens": 1}, "min_tokens"),
         ({"limit_documents": 0}, "limit_documents"),
         ({"max_tokens_per_document": True}, "max_tokens_per_document"),

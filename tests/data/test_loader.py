@@ -12,10 +12,11 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from support.carryons import change
 
 from embedcache.cache.split_reader import StoredBlock
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.nn.attention import segment_mask
 from embedcache.data import loader as loader_module
 from embedcache.data import order as order_module
@@ -227,21 +228,22 @@ def test_a_sequence_s_first_token_is_nobody_s_target(split, monkeypatch, one_row
 
 def test_the_branch_sees_each_sequence_alone(split):
     torch.manual_seed(0)
-    model = CarryOn(CarryOnConfig(width=32), 32)
+    model = Branch(BranchConfig(width=32), 32)
     torch.nn.init.normal_(model.branch.weight)
     expected = by_sequence(split)
     shared = 0
     with torch.no_grad():
         for batch in batches(split, 1, tokens=400):
-            delta = model(
+            delta = change(
+                model,
                 {"final": batch.x_BTH["final"].float()},
                 positions_BT=batch.positions_BT,
-                where=segment_mask(batch.segments_BT),
+                attention=segment_mask(batch.segments_BT),
             )
             shared += len(batch.sequences) - len(batch.ids_BT)
             for segment, sequence in enumerate(batch.sequences):
                 x = expected[sequence][2].float()[None]
-                alone = model({"final": x}, positions_BT=torch.arange(x.shape[1])[None])
+                alone = change(model, {"final": x}, positions_BT=torch.arange(x.shape[1])[None])
                 torch.testing.assert_close(
                     delta[batch.segments_BT == segment], alone[0], rtol=1e-4, atol=1e-5
                 )

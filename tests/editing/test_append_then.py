@@ -14,7 +14,7 @@ from support.fixtures_extract import corpus_config, flip_byte, write_documents
 
 from embedcache.cache.cache import Cache, read_attributes
 from embedcache.cache.verify import verify
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
 from embedcache.errors import CacheError, OutputError
@@ -122,7 +122,7 @@ def test_damaged_tokens_of_what_was_added_are_not_taken_from_another_corpus(
 
 
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32, blocks=1), epochs=2, batch_tokens=256, lr=5e-3, samples=50
+    carryon=BranchConfig(width=32, blocks=1), epochs=2, batch_tokens=256, lr=5e-3, samples=50
 )
 
 

@@ -17,8 +17,9 @@ from embedcache.carryon.saving import load_carryon
 from embedcache.compose.model import compose
 from embedcache.corpus.config import CorpusConfig
 from embedcache.errors import CacheError, IdentityError
-from embedcache.evaluation.evaluate import Scores, evaluate, summarise, with_base
+from embedcache.evaluation.evaluate import evaluate
 from embedcache.evaluation.live import evaluate_cache_live, evaluate_corpus
+from embedcache.evaluation.scores import Scores, summarise, with_base
 
 ALPHAS = (0.5, 1.0)
 BF16 = 5e-3
@@ -93,7 +94,7 @@ def test_every_document_has_its_own_sum(world, tmp_path):
     carryon = random_carryon(world, tmp_path / "c")
     truth = expected(world, carryon, "test")
     keep: list[Scores] = []
-    import embedcache.evaluation.evaluate as module
+    import embedcache.evaluation.cached as module
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

@@ -27,7 +27,7 @@ from transformers import AutoModelForCausalLM
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import LIKELY, MOST_TOP_IDS
 from embedcache.cache.verify import verify
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.data.loader import BatchLoader
 from embedcache.editing.append import append
 from embedcache.editing.delete import delete
@@ -264,7 +264,7 @@ def test_a_carry_on_trained_with_few_draws_is_near_one_with_all(
     proposed = Mock(wraps=materials_module.tail_proposal)
     monkeypatch.setattr(materials_module, "tail_proposal", proposed)
     monkeypatch.setattr(materials_module, "DRAWS_BESIDE_TOP_IDS", 20)
-    shape = CarryOnConfig(width=32, blocks=1)
+    shape = BranchConfig(width=32, blocks=1)
     config = TrainConfig(carryon=shape, epochs=2, batch_tokens=256, lr=5e-3, loss="shortlist")
     draw, seen = ShortlistSampler.draw, []
 
@@ -303,7 +303,7 @@ def test_training_with_them_gains_what_the_exact_loss_does(
     run(place / "corpus", place / "base", tmp_path / "cache", device=device, codec="transform")
     alike = (plain(tmp_path / "cache") == plain(place / "cache")).all(axis=1)
     assert alike.mean() > 0.99
-    shape = CarryOnConfig(width=32, blocks=1)
+    shape = BranchConfig(width=32, blocks=1)
     config = TrainConfig(carryon=shape, epochs=3, batch_tokens=256, lr=5e-3, samples=100)
     shortlist, exact = (
         train(

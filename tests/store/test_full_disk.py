@@ -32,7 +32,7 @@ from support.tiny import tiny_base_directory
 
 from embedcache.cache.blocks.commit import committed_blocks
 from embedcache.cache.format.layout import SPLITS
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import CONFIG_FILE, WEIGHTS_FILE
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
@@ -48,7 +48,7 @@ MESSAGES = {
     errno.EROFS: r"expected permission to write .*Read-only file system.*run the same call again",
 }
 SHORT = TrainConfig(
-    carryon=CarryOnConfig(width=32, blocks=1), epochs=2, batch_tokens=512, samples=50
+    carryon=BranchConfig(width=32, blocks=1), epochs=2, batch_tokens=512, samples=50
 )
 GONE = "000.txt"
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.evaluation.evaluate import evaluate
 from embedcache.training.config import TrainConfig
 from embedcache.training.run.run import TrainSummary
@@ -24,7 +24,7 @@ pytestmark = [
 ]
 
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32), epochs=3, batch_tokens=512, loss="exact", samples=100
+    carryon=BranchConfig(width=32), epochs=3, batch_tokens=512, loss="exact", samples=100
 )
 FLAGS = ["--width", "32", "--epochs", "3", "--batch-tokens", "512", "--device", "cuda", "--json"]
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from embedcache.cache.split_reader import SplitReader
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.data import loader, order
 from embedcache.data.loader import BatchLoader
 from embedcache.errors import CacheError
@@ -25,7 +25,7 @@ from embedcache.training.train import sweep, train
 from embedcache.training.trainer import Trainer
 
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32), epochs=3, batch_tokens=256, lr=5e-3, loss="exact"
+    carryon=BranchConfig(width=32), epochs=3, batch_tokens=256, lr=5e-3, loss="exact"
 )
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from support.forked import die, run_forked
 from typer.testing import CliRunner
 
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import load_carryon
 from embedcache.errors import NumericsError, OutputError, UsageError
 from embedcache.evaluation.evaluate import evaluate
@@ -25,7 +25,7 @@ from embedcache.training.step.stack import Stack
 from embedcache.training.train import sweep, train
 from embedcache_cli.app import app
 
-SMALL = CarryOnConfig(width=32, blocks=1)
+SMALL = BranchConfig(width=32, blocks=1)
 CONFIG = TrainConfig(carryon=SMALL, epochs=2, batch_tokens=256, lr=5e-3, loss="exact")
 MANY = {
     "one": CONFIG,

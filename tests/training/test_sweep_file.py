@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.errors import UsageError
 from embedcache.training.config import TrainConfig
 from embedcache.training.sweep import read_sweep
@@ -48,7 +48,7 @@ def test_a_grid_and_a_list_are_crossed(tmp_path):
         seed=3,
         patience=7,
         documents=("bob/*", "b.txt"),
-        carryon=CarryOnConfig(blocks=1, width=32),
+        carryon=BranchConfig(blocks=1, width=32),
     )
 
 
@@ -66,8 +66,8 @@ def test_flags_win_over_what_runs_share_not_over_the_grid(tmp_path):
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("[grid]\nlearning_rate = [1]", "unknown training setting 'learning_rate'"),
-        ("[grid]\nlrr = [0.1]", r"run 'lrr=0.1': unknown .* Did you mean 'lr'"),
+        ("[grid]\nlearning_rate = [1]", "`learning_rate=` is no setting"),
+        ("[grid]\nlrr = [0.1]", r"run 'lrr=0.1': `lrr=` is no setting .* Did you mean 'lr'"),
         ("[grid]\n'carryon.widht' = [64]", "Did you mean 'width'"),
         ("[gird]\nlr = [0.1]", "Did you mean 'grid'"),
         ("[grid]\nlr = 0.1", "a table of lists"),
@@ -77,9 +77,9 @@ def test_flags_win_over_what_runs_share_not_over_the_grid(tmp_path):
         ("[runs]\nlr = 1.0", "a list of tables"),
         ("[[runs]]\nname = 'a'\n[[runs]]\nname = 'a'", "two runs are called 'a'"),
         ("[[runs]]\nname = 3", "must be text"),
-        ("[grid]\nlr = [-1.0]", "run 'lr=-1': lr must be above 0"),
+        ("[grid]\nlr = [-1.0]", "run 'lr=-1': `lr=` should be greater than 0"),
         ("[grid]\nseed = [0, 0]", "two runs are called 'seed=0'"),
-        ("[[runs]]\ndocuments = 'alice/*'", "must be a list of patterns"),
+        ("[[runs]]\ndocuments = 3", "`documents=` should be a valid tuple"),
         (f"[grid]\nseed = {[0] * 200}\nlr = {[1] * 200}", "40,000"),
     ],
 )

@@ -16,7 +16,7 @@ from conftest import World, make_world
 from safetensors.torch import load_file
 
 from embedcache.cache.split_reader import SplitReader
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import CONFIG_FILE, load_carryon
 from embedcache.errors import CacheError, NumericsError, OutputError, UsageError
 from embedcache.training.config import TrainConfig, read_settings
@@ -28,7 +28,7 @@ from embedcache.training.step.stack import Stack
 from embedcache.training.train import preview, train
 from embedcache.training.trainer import Trainer
 
-SMALL = CarryOnConfig(width=32, blocks=1)
+SMALL = BranchConfig(width=32, blocks=1)
 CONFIG = TrainConfig(carryon=SMALL, epochs=2, batch_tokens=256, lr=5e-3, loss="exact")
 
 
@@ -315,7 +315,7 @@ def test_the_preview_is_what_happens(world, finished, tmp_path):
 def test_settings_files(tmp_path, name, text):
     (tmp_path / name).write_text(text)
     found = TrainConfig.from_dict(read_settings(tmp_path / name))
-    shape = CarryOnConfig(width=96, taps=("final", "layer_1"))
+    shape = BranchConfig(width=96, taps=("final", "layer_1"))
     assert found == TrainConfig(epochs=3, lr=0.01, carryon=shape)
     assert TrainConfig.from_dict(json.loads(json.dumps(found.to_dict()))) == found
 

@@ -15,15 +15,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import World
+from support.carryons import change_at
 from support.forked import ForkedCommand, exit_code, started
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn, InputStats
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
+from embedcache.carryon.protocol import CarryOn, InputStats
 from embedcache.carryon.saving import load_carryon
+from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
 from embedcache.data.sample import sample_embeddings
 from embedcache.device import fast_dtype
-from embedcache.evaluation.evaluate import FrozenInputs, evaluate
+from embedcache.evaluation.evaluate import evaluate
 from embedcache.loss import linear_cross_entropy
 from embedcache.training.config import TrainConfig
 from embedcache.training.optim.schedule import learning_rate
@@ -31,7 +34,7 @@ from embedcache.training.run import run as member
 from embedcache.training.train import train
 
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32, blocks=1), epochs=2, batch_tokens=256, lr=5e-3, loss="exact"
+    carryon=BranchConfig(width=32, blocks=1), epochs=2, batch_tokens=256, lr=5e-3, loss="exact"
 )
 FLAGS = [
     "--width",
@@ -99,9 +102,9 @@ def reference(world: World, ranks: int) -> CarryOn:
     cache = world.cache()
     split = cache.split("train")
     cpu = torch.device("cpu")
-    inputs = FrozenInputs(cache, cpu, tokens=False, dtype=fast_dtype(cpu))
+    inputs = FrozenInputs(cache, cpu, dtype=fast_dtype(cpu))
     torch.manual_seed(CONFIG.seed)
-    model = CarryOn(CONFIG.carryon, cache.attributes.base["hidden_size"])
+    model = Branch(CONFIG.carryon, cache.attributes.base["hidden_size"])
     sample = sample_embeddings(split, ("final",))
     model.calibrate({"final": InputStats.of(sample["final"])})
     groups = [
@@ -119,7 +122,9 @@ def reference(world: World, ranks: int) -> CarryOn:
             targets = sum(len(batch.targets_N) for batch in step)
             optimizer.zero_grad()
             for batch in step:
-                y_NH = batch.at_predicted(batch.x_BTH["final"].float()) + inputs.delta(model, batch)
+                y_NH = batch.at_predicted(batch.x_BTH["final"].float()) + change_at(
+                    model, batch, inputs
+                )
                 (
                     linear_cross_entropy(y_NH, inputs.head, batch.targets_N).sum() / targets
                 ).backward()

@@ -15,7 +15,7 @@ from conftest import World
 from safetensors.torch import load_file
 from support.forked import FORKS, die, run_forked
 
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import CONFIG_FILE, WEIGHTS_FILE
 from embedcache.training import loop
 from embedcache.training.config import TrainConfig
@@ -26,7 +26,7 @@ from embedcache.training.run.metrics import METRICS_FILE
 from embedcache.training.train import train
 
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32, blocks=1), epochs=3, batch_tokens=256, lr=5e-3, samples=50
+    carryon=BranchConfig(width=32, blocks=1), epochs=3, batch_tokens=256, lr=5e-3, samples=50
 )
 
 

@@ -26,10 +26,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from embedcache.cache.codecs.integers import ARRAYS, ArraySpec, check_codec, codec_name
 from embedcache.cache.shards.errors import REPAIR_HINT
+from embedcache.config import Config, Count, Integer, Names, Number
 from embedcache.errors import CacheError, UsageError
 
 SCHEMA = 1
@@ -73,8 +76,8 @@ ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
 """Type and columns of each array that has one entry a token; its chunks are blocks."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ExtractSettings:
+@dataclass(frozen=True, slots=True, kw_only=True, repr=False)
+class ExtractSettings(Config):
     """The settings of `embedcache.extract`, besides the base and the corpus.
 
     Args:
@@ -96,66 +99,42 @@ class ExtractSettings:
         UsageError: a setting is out of range, or two do not fit together.
     """
 
-    taps: tuple[str, ...] = ("final",)
+    taps: Names = ("final",)
     codec: str = "bf16"
-    context: int = 1024
-    block_tokens: int = 16384
-    batch_tokens: int = 2048
-    bits: float | None = None
-    quality: float | None = None
-    top_ids: int = 0
+    context: Count = 1024
+    block_tokens: Count = 16384
+    batch_tokens: Count = 2048
+    bits: Annotated[Number, Field(ge=0.05, le=12)] | None = None
+    quality: Annotated[Number, Field(gt=0, lt=10)] | None = None
+    top_ids: Annotated[Integer, Field(ge=0, le=MOST_TOP_IDS)] = 0
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """Raise ``UsageError`` for settings that contradict each other."""
         check_codec(self.codec)
         if not self.taps or len(set(self.taps)) < len(self.taps):
             raise UsageError(
-                f"`taps=` expects at least one tap, each once; found "
-                f"{', '.join(self.taps) or 'none'}. For example: `taps=` final"
+                "`taps=` must name at least one tap, each once; found "
+                f"{', '.join(self.taps) or 'none'}"
             )
         if self.block_tokens < self.context:
             raise UsageError(
-                f"`block_tokens=` expects at least the {self.context} tokens of `context=`, so "
-                f"that a block holds a whole sequence; found {self.block_tokens}"
+                f"`block_tokens=` must be at least `context=` ({self.context}), so that a block "
+                f"holds a whole sequence; found {self.block_tokens}"
             )
-        if self.batch_tokens < 1:
-            raise UsageError(
-                f"`batch_tokens=` expects at least 1, found {self.batch_tokens}. For example: 2048"
-            )
-        self._check_rate()
-        self._check_top_ids()
-
-    def _check_top_ids(self) -> None:
-        if not 0 <= self.top_ids <= MOST_TOP_IDS:
-            raise UsageError(
-                f"`top_ids=` expects 0 to {MOST_TOP_IDS} a position, found {self.top_ids}. "
-                "For example: 8"
-            )
-        if self.top_ids and "final" not in self.taps:
-            raise UsageError(
-                "`top_ids=` needs the final tap, found only "
-                f"{', '.join(self.taps)}: add final to `taps=`"
-            )
-
-    def _check_rate(self) -> None:
-        given = {"bits": self.bits, "quality": self.quality}
-        for name, value in given.items():
-            if value is None:
-                continue
-            if self.codec != "transform":
+        for name in ("bits", "quality"):
+            if getattr(self, name) is not None and self.codec != "transform":
                 raise UsageError(
-                    f"`{name}=` is for `codec=` transform, found the codec {self.codec}: leave "
-                    f"`{name}=` out, or use transform"
+                    f"`{name}=` needs `codec=` to be 'transform', found '{self.codec}'"
                 )
-            if not 0.05 <= value <= 12 if name == "bits" else not 0 < value < 10:
-                limits = "0.05 to 12 bits a value" if name == "bits" else "0 to 10 nats a token"
-                raise UsageError(f"`{name}=` expects {limits}, found {value:g}")
-        if None not in given.values():
-            raise UsageError("give `bits=` or `quality=`, not both: one follows from the other")
-        if self.quality is not None and "final" not in self.taps:
+        if self.bits is not None and self.quality is not None:
             raise UsageError(
-                f"`quality=` is measured on the final tap, found only {', '.join(self.taps)}: use "
-                f"`bits=` {DEFAULT_BITS} instead, or add final to `taps=`"
+                "expected `bits=` or `quality=`, found both: one follows from the other"
             )
+        for name, given in (("quality", self.quality is not None), ("top_ids", self.top_ids)):
+            if given and "final" not in self.taps:
+                raise UsageError(
+                    f"`{name}=` needs the tap 'final', found `taps=` {','.join(self.taps)}"
+                )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -180,7 +159,7 @@ class CacheAttributes:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the attributes as JSON-ready values."""
-        return asdict(self) | {"settings": asdict(self.settings)}
+        return asdict(self) | {"settings": self.settings.to_dict()}
 
     @classmethod
     def from_dict(cls, value: dict[str, Any], *, path: Path) -> CacheAttributes:
@@ -195,12 +174,10 @@ class CacheAttributes:
                 "Upgrade with: pip install --upgrade embedcache"
             )
         try:
-            settings = dict(value["settings"])
-            settings["taps"] = tuple(settings["taps"])
             return cls(
                 base=value["base"],
                 corpus=value["corpus"],
-                settings=ExtractSettings(**settings),
+                settings=ExtractSettings.from_dict(value["settings"]),
                 environment=value["environment"],
                 schema=schema,
             )

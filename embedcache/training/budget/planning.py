@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import torch
 
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.registry import build
 from embedcache.data.batch import Batch
 from embedcache.device import current, fast_dtype, wait_for
 from embedcache.errors import DeviceMemoryError
@@ -54,7 +54,7 @@ def plan_memory(
         materials.device,
         budget,
         materials.hidden,
-        shape.head_width,
+        shape.attention_head_width,
         loss=loss,
         recorded=len(configs) <= MOST and len(set(map(materials.order, configs))) == 1,
     )
@@ -90,7 +90,7 @@ class _Trials:
         self._longest = materials.cache.attributes.settings.context
         self._footprints: dict[tuple[Recipe, int | None], Footprint | None] = {}
         with torch.random.fork_rng(devices=[]):
-            self._models = [CarryOn(config.carryon, materials.hidden) for config in configs]
+            self._models = [build(config.carryon, materials.hidden) for config in configs]
 
     def footprint(self, recipe: Recipe, budget: int | None) -> Footprint | None:
         """Return what a recipe takes, as measured once; None where that is more than a budget."""

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from embedcache.carryon.branch.model import CarryOn
 from embedcache.carryon.nn.linear import LOW, SUM
+from embedcache.carryon.protocol import CarryOn
 from embedcache.errors import CarryOnError
 from embedcache.training.config import TrainConfig
 from embedcache.training.optim.states import DeviceStates, Due, HostStates

@@ -53,17 +53,14 @@ def card(record: CarryOnRecord) -> str:
     lines = [
         f"# A carry-on for {base['name']}",
         "",
-        f"A small transformer branch ({results['parameters']:,} parameters) on the frozen "
+        f"A carry-on ({results['parameters']:,} parameters) on the frozen "
         f"embeddings of [{base['name']}], trained with embedcache from a cache, without the base. "
         "It works with that base only.",
         "",
         "| | |",
         "| --- | --- |",
         f"| base fingerprint | `{base['fingerprint']}` |",
-        f"| shape | width {config.width}, {config.blocks} blocks, "
-        f"{'gated' if config.gate else 'no gate'}, "
-        f"{'with' if config.token_input else 'without'} token input, "
-        f"taps {', '.join(config.taps)} |",
+        f"| kind | {config.describe()} |",
         f"| trained on | {', '.join(sources_of(record.cache['corpus']))} "
         f"({record.cache['tokens']['train']:,} tokens, codec {record.cache['codec']}) |",
         f"| training | {results['epochs']} epochs, {results['steps']} steps, loss "

@@ -12,7 +12,8 @@ import torch
 
 from embedcache.cache.format.layout import CacheAttributes
 from embedcache.cache.manifest.manifest import Manifest
-from embedcache.carryon.branch.model import CarryOn, InputStats
+from embedcache.carryon.protocol import CarryOn, InputStats
+from embedcache.carryon.registry import build
 from embedcache.carryon.saving import CarryOnRecord, save_carryon
 from embedcache.errors import EmbedcacheError, NumericsError
 from embedcache.progress import Progress
@@ -99,7 +100,7 @@ class Member:
         # Initial weights are drawn on the CPU from the seed alone, whatever else has drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
-            model = CarryOn(self.config.carryon, hidden)
+            model = build(self.config.carryon, hidden)
         model.calibrate(input_stats)
         for path in self.out.iterdir():
             if self._writes and is_partial(path):
@@ -238,7 +239,7 @@ class Member:
     def finish(self, attributes: CacheAttributes, manifest: Manifest) -> None:
         """Publish the carry-on and its report, and remove the checkpoint."""
         state = self.state
-        model = CarryOn(self.config.carryon, attributes.base["hidden_size"])
+        model = build(self.config.carryon, attributes.base["hidden_size"])
         model.load_state_dict(self._best)
         summary = TrainSummary(
             out=str(self.out),

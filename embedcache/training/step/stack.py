@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.protocol import CarryOn, batch_features, stack_of
+from embedcache.carryon.registry import build
 from embedcache.data.batch import Batch
+from embedcache.data.frozen import FrozenInputs
 from embedcache.device import any_shape_attention
-from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.loss import (
     Shortlist,
     cut_shortlists,
@@ -61,7 +62,7 @@ class Stack:
         recipe: Recipe = PLAIN,
         ranks: Ranks = ALONE,
     ):
-        self.model = CarryOn.stack(models)
+        self.model = stack_of(models)
         self.model.recompute = recipe.recompute
         self._configs = list(configs)
         self._inputs = inputs
@@ -88,7 +89,7 @@ class Stack:
 
     def alone(self, index: int) -> CarryOn:
         """Return a copy of one carry-on."""
-        model = CarryOn(self.model.config, self.model.hidden)
+        model = build(self.model.config, self.model.hidden)
         model.load_state_dict(self.model.member(index))
         return model
 
@@ -160,7 +161,7 @@ class Stack:
         """Return the features h_KNR of wanted positions, as many of each, the last for nothing."""
         batches = [group[0].batch for group in groups]
         together = batches[0] if len(groups) == 1 else stacked_batch([*chain(*groups)])
-        h_KBTR = self._inputs.features(self.model, together)
+        h_KBTR = batch_features(self.model, together, self._inputs)
         K, B, T, _ = h_KBTR.shape
         N = rounded_up(max(len(batch.targets_N) for batch in batches), WANTED)
         place_KN = torch.cat(
@@ -178,27 +179,46 @@ class Stack:
 
     def _losses(self, groups: Sequence[list[Work]], h_KnR: Tensor, rows: slice) -> Tensor:
         """Return the sums of losses loss_K over some of the wanted positions, from features."""
-        delta_KnH = self._inputs.emit(self.model, h_KnR.unsqueeze(1)).squeeze(1)
+        x_KnH = self._final(groups, rows)
+        with self._inputs.autocast():
+            y_KnH = self.model.embeddings(h_KnR.unsqueeze(1), x_KnH.unsqueeze(-3)).squeeze(1)
         losses = []
-        # All of it is not split: the gradient would be copied.
+        # A single group is not split: the gradient would be copied.
         alone = len(groups) == 1
-        parts = [delta_KnH] if alone else delta_KnH.split([len(group) for group in groups])
-        for group, delta_GnH in zip(groups, parts, strict=True):
+        parts = [y_KnH] if alone else y_KnH.split([len(group) for group in groups])
+        for group, y_GnH in zip(groups, parts, strict=True):
             batch = group[0].batch
-            here = slice(rows.start, min(rows.stop, rounded_up(len(batch.targets_N), WANTED)))
+            here = _rows_of(batch, rows)
             if here.start >= here.stop:
-                losses.append(delta_GnH[:, :0].sum(dim=(1, 2)).float())
+                losses.append(y_GnH[:, :0].sum(dim=(1, 2)).float())
                 continue
-            predict_n = _filled(batch.predict_N)[here]
-            x_nH = batch.x_BTH["final"].flatten(0, 1).index_select(0, predict_n)
-            y_GnH = x_nH.to(self._inputs.dtype) + delta_GnH[:, : len(predict_n)]
-            loss_Gn = self._loss(y_GnH, batch, here)
+            loss_Gn = self._loss(y_GnH[:, : here.stop - here.start], batch, here)
             if batch.counts_N is None:
                 loss_Gn = loss_Gn[:, : max(0, len(batch.targets_N) - here.start)]
             else:
                 loss_Gn = loss_Gn * batch.counts_N[here]
             losses.append(loss_Gn.sum(dim=1))
         return torch.cat(losses)
+
+    def _final(self, groups: Sequence[list[Work]], rows: slice) -> Tensor:
+        """Return the final embeddings of some of the predicting positions, x_KnH, or shared x_nH.
+
+        Carry-ons whose batch has fewer positions have zeros behind them.
+        """
+        dtype = self._inputs.dtype
+        found = []
+        for group in groups:
+            batch = group[0].batch
+            predict_n = _filled(batch.predict_N)[_rows_of(batch, rows)]
+            found.append(batch.x_BTH["final"].flatten(0, 1).index_select(0, predict_n).to(dtype))
+        if len(groups) == 1:
+            return found[0]
+        x_KnH = found[0].new_zeros(sum(map(len, groups)), rows.stop - rows.start, found[0].shape[1])
+        first = 0
+        for group, x_nH in zip(groups, found, strict=True):
+            x_KnH[first : first + len(group), : len(x_nH)] = x_nH
+            first += len(group)
+        return x_KnH
 
     def _loss(self, y_GnH: Tensor, batch: Batch, rows: slice) -> Tensor:
         """Return loss_Gn of embeddings after the carry-ons; by shortlists where some were drawn."""
@@ -212,6 +232,11 @@ class Stack:
         y_NH, targets_N = y_GnH.flatten(0, 1), _filled(batch.targets_N)[rows].repeat(len(y_GnH))
         chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)
         return linear_cross_entropy(y_NH, head, targets_N, chunks=chunks).view(y_GnH.shape[:2])
+
+
+def _rows_of(batch: Batch, rows: slice) -> slice:
+    """Return the part of some rows that a batch has, filled up as `WANTED` says."""
+    return slice(rows.start, min(rows.stop, rounded_up(len(batch.targets_N), WANTED)))
 
 
 def _filled(values_N: Tensor) -> Tensor:

@@ -2,9 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.carryons import change
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn, InputStats, bridge
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch, CarryOn, InputStats, bridge
 from embedcache.carryon.nn.attention import segment_mask
 from embedcache.carryon.nn.elementwise import residual_norm, rotary_angles, rotate, rotated
 
@@ -13,7 +14,7 @@ H = 16
 
 def carryon(hidden: int = H, **settings) -> CarryOn:
     torch.manual_seed(0)
-    return CarryOn(CarryOnConfig(**settings), hidden)
+    return Branch(BranchConfig(**settings), hidden)
 
 
 def trained(hidden: int = H, **settings) -> CarryOn:
@@ -35,7 +36,7 @@ def positions(B: int, T: int) -> torch.Tensor:
 @pytest.mark.parametrize("gate", [True, False])
 def test_it_starts_as_the_base_and_can_leave_it(gate):
     model = carryon(gate=gate)
-    delta = model(inputs(2, 5), positions_BT=positions(2, 5))
+    delta = change(model, inputs(2, 5), positions_BT=positions(2, 5))
     assert delta.shape == (2, 5, H)
     assert not delta.any()
     delta.sum().backward()
@@ -58,26 +59,26 @@ def test_the_gate_is_a_sigmoid_on_the_same_branch():
     torch.nn.init.zeros_(model.gate.weight)
     x, at = inputs(2, 5), positions(2, 5)
     torch.nn.init.constant_(model.gate.bias, 50.0)
-    open_delta = model(x, positions_BT=at)
+    open_delta = change(model, x, positions_BT=at)
     torch.nn.init.constant_(model.gate.bias, 0.0)
-    torch.testing.assert_close(model(x, positions_BT=at), open_delta / 2)
+    torch.testing.assert_close(change(model, x, positions_BT=at), open_delta / 2)
 
 
 def test_it_is_causal_and_sees_the_past():
     model, x = trained(), inputs(1, 6)
-    before = model(x, positions_BT=positions(1, 6))
+    before = change(model, x, positions_BT=positions(1, 6))
     x["final"][0, 3] += 1
-    after = model(x, positions_BT=positions(1, 6))
+    after = change(model, x, positions_BT=positions(1, 6))
     torch.testing.assert_close(before[:, :3], after[:, :3])
     assert (before[0, 3:] - after[0, 3:]).abs().amax(dim=1).min() > 1e-5
 
 
 def test_positions_are_relative_and_matter():
     model, x = trained(), inputs(1, 6)
-    delta = model(x, positions_BT=positions(1, 6))
-    shifted = model(x, positions_BT=positions(1, 6) + 40)
+    delta = change(model, x, positions_BT=positions(1, 6))
+    shifted = change(model, x, positions_BT=positions(1, 6) + 40)
     torch.testing.assert_close(delta, shifted, rtol=1e-3, atol=1e-4)
-    spread = model(x, positions_BT=positions(1, 6) * 3)
+    spread = change(model, x, positions_BT=positions(1, 6) * 3)
     assert (delta - spread).abs().max() > 1e-4
 
 
@@ -115,9 +116,11 @@ def test_segments_do_not_see_each_other():
     model, x = trained(), inputs(1, 7)
     at = torch.tensor([[0, 1, 2, 0, 1, 0, 0]])
     segments = torch.tensor([[0, 0, 0, 1, 1, -1, -1]])
-    packed = model(x, positions_BT=at, where=segment_mask(segments))
+    packed = change(model, x, positions_BT=at, attention=segment_mask(segments))
     for first, stop in ((0, 3), (3, 5)):
-        alone = model({"final": x["final"][:, first:stop]}, positions_BT=positions(1, stop - first))
+        alone = change(
+            model, {"final": x["final"][:, first:stop]}, positions_BT=positions(1, stop - first)
+        )
         torch.testing.assert_close(packed[:, first:stop], alone)
     assert packed.isfinite().all()
 
@@ -125,19 +128,19 @@ def test_segments_do_not_see_each_other():
 def test_token_input_is_read_and_required():
     model, x = trained(token_input=True), inputs(1, 5)
     tokens = torch.randn(1, 5, H, generator=torch.Generator().manual_seed(2))
-    delta = model(x, positions_BT=positions(1, 5), tokens_BTH=tokens)
-    other = model(x, positions_BT=positions(1, 5), tokens_BTH=tokens.flip(1))
+    delta = change(model, x, positions_BT=positions(1, 5), tokens_BTH=tokens)
+    other = change(model, x, positions_BT=positions(1, 5), tokens_BTH=tokens.flip(1))
     assert (delta - other).abs().max() > 1e-4
     with pytest.raises(ValueError, match="tokens_BTH"):
-        model(x, positions_BT=positions(1, 5))
+        change(model, x, positions_BT=positions(1, 5))
 
 
 @pytest.mark.parametrize("changed", ["final", "layer_1"])
 def test_every_tap_is_read(changed):
     model, x = trained(taps=("layer_1", "final")), inputs(1, 5, "layer_1", "final")
-    before = model(x, positions_BT=positions(1, 5))
+    before = change(model, x, positions_BT=positions(1, 5))
     x[changed] = x[changed].flip(1)
-    assert (before - model(x, positions_BT=positions(1, 5))).abs().max() > 1e-4
+    assert (before - change(model, x, positions_BT=positions(1, 5))).abs().max() > 1e-4
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -163,7 +166,7 @@ def test_calibration_gives_zero_mean_and_unit_variance():
     sample["final"][:, 0] = 3.0  # a component that never changes must not become infinite
     model.calibrate({tap: InputStats.of(x) for tap, x in sample.items()})
     for index, tap in enumerate(model.config.taps):
-        x = ((sample[tap] - model.mean_PH[index]) * model.scale_PH[index]).double()
+        x = ((sample[tap] - model.mean_LH[index]) * model.scale_LH[index]).double()
         assert x.isfinite().all()
         torch.testing.assert_close(x.mean(0), torch.zeros(H).double(), rtol=0, atol=1e-4)
         deviation = x.std(0, correction=0)[1 if tap == "final" else 0 :]
@@ -173,12 +176,12 @@ def test_calibration_gives_zero_mean_and_unit_variance():
 @pytest.mark.parametrize("width", [64, 256])
 def test_a_first_step_of_adam_moves_the_output_as_much_at_any_width(width):
     torch.manual_seed(0)
-    model = CarryOn(CarryOnConfig(width=width, gate=False), 64)
+    model = Branch(BranchConfig(width=width, gate=False), 64)
     x, positions = {"final": torch.randn(2, 32, 64)}, torch.arange(32).expand(2, 32)
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
-    (model(x, positions_BT=positions) - torch.randn(2, 32, 64)).square().mean().backward()
+    (change(model, x, positions_BT=positions) - torch.randn(2, 32, 64)).square().mean().backward()
     optimizer.step()
-    moved = model(x, positions_BT=positions).abs().mean().item()
+    moved = change(model, x, positions_BT=positions).abs().mean().item()
     assert 0.01 < moved < 0.06
 
 
@@ -202,7 +205,7 @@ def test_a_stack_is_its_carry_ons_one_by_one(kind, shared, masked):
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.3, generator=draw)
         models.append(model)
-    stack = CarryOn.stack(models)
+    stack = Branch.stack(models)
     lead = (B,) if shared else (K, B)
     x = {tap: torch.randn(*lead, T, H, generator=draw) for tap in models[0].config.taps}
     tokens = torch.randn(*lead, T, H, generator=draw) if models[0].config.token_input else None
@@ -211,18 +214,19 @@ def test_a_stack_is_its_carry_ons_one_by_one(kind, shared, masked):
     at = torch.randint(50, (*lead, T), generator=draw)
     upstream = torch.randn(K, B, T, H, generator=draw)
 
-    found = stack(x, positions_BT=at, tokens_BTH=tokens, where=mask)
+    found = change(stack, x, positions_BT=at, tokens_BTH=tokens, attention=mask)
     (found * upstream).sum().backward()
 
     def of(value, k):
         return value if shared or value is None else value[k]
 
     for k, model in enumerate(models):
-        expected = model(
+        expected = change(
+            model,
             {tap: of(value, k) for tap, value in x.items()},
             positions_BT=of(at, k),
             tokens_BTH=of(tokens, k),
-            where=of(mask, k),
+            attention=of(mask, k),
         )
         (expected * upstream[k]).sum().backward()
         torch.testing.assert_close(found[k], expected, rtol=1e-5, atol=1e-6)
@@ -242,9 +246,9 @@ def test_inputs_in_bfloat16_are_those_in_float32(calibrated):
         model.calibrate({"final": InputStats.of(x.float().flatten(0, 1))})
     at, seen = positions(2, 50), []
     model.project.register_forward_hook(lambda layer, given, made: seen.append(given[0]))
-    model({"final": x.float()}, positions_BT=at)
+    change(model, {"final": x.float()}, positions_BT=at)
     with torch.autocast("cpu", torch.bfloat16):
-        model({"final": x}, positions_BT=at)
+        change(model, {"final": x}, positions_BT=at)
     expected, found = seen
     assert (expected.dtype, found.dtype) == (torch.float32, torch.bfloat16)
     torch.testing.assert_close(found.float(), expected, rtol=0.015, atol=1e-6)
@@ -286,7 +290,7 @@ def test_a_member_of_a_stack_is_the_carry_on_that_went_in():
     models = [trained(), trained(), trained()]
     for model in models:
         model.calibrate({"final": InputStats.of(inputs(1, 50)["final"][0])})
-    members = [CarryOn.stack(models).member(k) for k in range(3)]
+    members = [Branch.stack(models).member(k) for k in range(3)]
     for model, member in zip(models, members, strict=True):
         expected = model.state_dict()
         assert list(member) != [] and set(member) == set(expected)

@@ -8,10 +8,11 @@ from types import ModuleType
 
 import pytest
 import torch
+from support.carryons import change
 from torch.nn import functional as F
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.nn import elementwise
 from embedcache.carryon.nn.elementwise import rotary_angles, rotate
 
@@ -195,12 +196,12 @@ def test_a_gate_that_is_shut_or_open_has_no_gradient(kernels):
 def test_a_carry_on_and_its_gradients(kernels, device, dtype, K, recompute, monkeypatch):
     """``dtype`` is the weights', with autocast to bfloat16; None is float32 without autocast."""
     torch.manual_seed(0)
-    config = CarryOnConfig(width=48, head_width=16)
-    models = [CarryOn(config, 40) for _ in range(max(1, K))]
+    config = BranchConfig(width=48, head_width=16)
+    models = [Branch(config, 40) for _ in range(max(1, K))]
     for model in models:
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter, std=0.2)
-    model = (CarryOn.stack(models) if K else models[0]).to(device, dtype or torch.float32)
+    model = (Branch.stack(models) if K else models[0]).to(device, dtype or torch.float32)
     model.recompute = recompute
     x = {"final": torch.randn(2, 13, 40).to(device)}
     at = torch.arange(13).expand(2, 13).to(device)
@@ -216,7 +217,7 @@ def test_a_carry_on_and_its_gradients(kernels, device, dtype, K, recompute, monk
     for value in (True, False):
         monkeypatch.setattr(elementwise, "fused", forced(value))
         with torch.autocast(device, torch.bfloat16, enabled=dtype is not None):
-            delta = model(x, positions_BT=at)
+            delta = change(model, x, positions_BT=at)
         upstream = torch.randn(delta.shape, generator=torch.Generator().manual_seed(1))
         names, weights = zip(*model.named_parameters(), strict=True)
         gradients = torch.autograd.grad((delta.float() * upstream.to(device)).sum(), weights)
@@ -229,7 +230,7 @@ def test_a_carry_on_and_its_gradients(kernels, device, dtype, K, recompute, monk
     with torch.no_grad():
         monkeypatch.setattr(elementwise, "fused", forced(True))
         with torch.autocast(device, torch.bfloat16, enabled=dtype is not None):
-            torch.testing.assert_close(model(x, positions_BT=at).float(), results[0][0])
+            torch.testing.assert_close(change(model, x, positions_BT=at).float(), results[0][0])
 
 
 @pytest.mark.gpu

@@ -11,8 +11,8 @@ import torch
 from conftest import World
 from typer.testing import CliRunner
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.errors import DeviceMemoryError
 from embedcache.training import trainer
 from embedcache.training.budget import planning
@@ -33,7 +33,7 @@ from embedcache_cli.app import app
 
 CPU = torch.device("cpu")
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32, blocks=2), epochs=1, batch_tokens=1024, loss="exact"
+    carryon=BranchConfig(width=32, blocks=2), epochs=1, batch_tokens=1024, loss="exact"
 )
 
 
@@ -129,7 +129,7 @@ def test_what_is_kept_alone_is_more_than_a_budget(world, monkeypatch):
 
     monkeypatch.setattr(planning._Trials, "_measured", noted)
     materials = Materials(world.cache(), CPU, ALONE)
-    weights = CarryOn(CONFIG.carryon, 32).parameter_count()
+    weights = Branch(CONFIG.carryon, 32).parameter_count()
     head = materials.inputs(CONFIG.carryon, PLAIN, training=True).head.weight_VH.nbytes
     for budget in (head + 16 * weights - 1, head + 16 * weights):
         with pytest.raises(DeviceMemoryError, match="at least"):

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.carryons import change
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.nn.linear import SUM
+from embedcache.carryon.protocol import CarryOn
 from embedcache.training.config import TrainConfig
 from embedcache.training.optim.adamw import FlatAdamW
 
@@ -22,7 +24,7 @@ def models() -> list[CarryOn]:
     made = []
     for seed in range(3):
         torch.manual_seed(seed)
-        model = CarryOn(CarryOnConfig(width=32, blocks=1), 16)
+        model = Branch(BranchConfig(width=32, blocks=1), 16)
         for parameter in model.parameters():
             torch.nn.init.normal_(parameter)
         made.append(model)
@@ -60,7 +62,7 @@ def stepped(stack: CarryOn, flat: FlatAdamW, alone: list[CarryOn], step: int, ra
 
 def test_each_row_is_stepped_as_torch_steps_it_alone():
     alone = models()
-    stack = CarryOn.stack(alone)
+    stack = Branch.stack(alone)
     flat = FlatAdamW(stack, CONFIGS)
     optimizers = []
     for model, config in zip(alone, CONFIGS, strict=True):
@@ -96,16 +98,16 @@ def test_each_row_is_stepped_as_torch_steps_it_alone():
 
 def test_moments_go_on_in_another_stack():
     alone = models()
-    whole, half = CarryOn.stack(alone), None
+    whole, half = Branch.stack(alone), None
     flat = FlatAdamW(whole, CONFIGS)
     for step in range(2):
         stepped(whole, flat, alone, step, [0.01] * 3)
     kept = []
     for k in (2, 0):
-        model = CarryOn(alone[0].config, 16)
+        model = Branch(alone[0].config, 16)
         model.load_state_dict(whole.member(k))
         kept.append(model)
-    half = CarryOn.stack(kept)
+    half = Branch.stack(kept)
     moved = FlatAdamW(half, [CONFIGS[2], CONFIGS[0]])
     for new, old in enumerate((2, 0)):
         moved.restore(new, flat.moments(old))
@@ -124,7 +126,7 @@ def test_moments_go_on_in_another_stack():
 def test_states_in_half_the_bytes_follow_exact_ones():
     """Steps too small for a bfloat16 to move by add up, as they do in float32."""
     alone = models()
-    low, wide = CarryOn.stack(alone), CarryOn.stack(alone)
+    low, wide = Branch.stack(alone), Branch.stack(alone)
     short, full = FlatAdamW(low, CONFIGS, offload=True), FlatAdamW(wide, CONFIGS)
     start = full.values_KP.clone()
     for step in range(30):
@@ -149,13 +151,13 @@ def test_states_in_half_the_bytes_follow_exact_ones():
 
 def test_moments_of_one_precision_go_on_in_the_other():
     alone = models()
-    first, _second = CarryOn.stack(alone), CarryOn.stack(alone)
+    first, _second = Branch.stack(alone), Branch.stack(alone)
     wide = FlatAdamW(first, CONFIGS)
     stepped(first, wide, alone, 0, [0.01] * 3)
     for k, model in enumerate(alone):
         model.load_state_dict(first.member(k))
-    low = FlatAdamW(CarryOn.stack(alone), CONFIGS, offload=True)
-    back = FlatAdamW(CarryOn.stack(models()), CONFIGS)
+    low = FlatAdamW(Branch.stack(alone), CONFIGS, offload=True)
+    back = FlatAdamW(Branch.stack(models()), CONFIGS)
     for k in range(3):
         low.restore(k, wide.moments(k))
         assert torch.equal(low.moments(k)["exact"], wide.values_KP[k])
@@ -168,7 +170,7 @@ def test_moments_of_one_precision_go_on_in_the_other():
 
 def test_gradients_of_parts_add_up():
     alone = models()
-    whole, parts = CarryOn.stack(alone), CarryOn.stack(alone)
+    whole, parts = Branch.stack(alone), Branch.stack(alone)
     flat, added = FlatAdamW(whole, CONFIGS), FlatAdamW(parts, CONFIGS)
     some, others = ([gradients(model, step, k) for k, model in enumerate(alone)] for step in (0, 1))
     both = [{name: a[name] + b[name] for name in a} for a, b in zip(some, others, strict=True)]
@@ -185,8 +187,8 @@ def test_gradients_of_parts_add_up():
 def test_what_products_add_is_what_autograd_would(count, low, shared):
     """To a sum of the products' precision, and to one of another; of inputs that all of them see,
     and of each one's own."""
-    plain = CarryOn.stack(models()[:count])
-    added = CarryOn.stack(models()[:count])
+    plain = Branch.stack(models()[:count])
+    added = Branch.stack(models()[:count])
     flat = FlatAdamW(added, CONFIGS[:count], low=torch.bfloat16 if low else None)
     draw = torch.Generator().manual_seed(5)
     lead = () if shared else (count,)
@@ -195,7 +197,7 @@ def test_what_products_add_is_what_autograd_would(count, low, shared):
     for _ in range(2):
         for stack in (plain, added):
             with torch.autocast("cpu", torch.bfloat16, enabled=low):
-                delta = stack(x, positions_BT=at)
+                delta = change(stack, x, positions_BT=at)
             (delta.float() * upstream).sum().backward()
     for name, parameter in plain.named_parameters():
         where = added.get_parameter(name)
@@ -210,7 +212,7 @@ def test_what_products_add_is_what_autograd_would(count, low, shared):
 def test_weights_kept_in_low_precision_are_those_that_there_are():
     """After a step, and after a state is taken back."""
     alone = models()
-    stack = CarryOn.stack(alone)
+    stack = Branch.stack(alone)
     flat = FlatAdamW(stack, CONFIGS, low=torch.bfloat16)
     x = {"final": torch.randn(2, 9, 16, generator=torch.Generator().manual_seed(5))}
 
@@ -218,7 +220,9 @@ def test_weights_kept_in_low_precision_are_those_that_there_are():
         for k, model in enumerate(alone):
             model.load_state_dict(stack.member(k))
         with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-            both = [one(x, positions_BT=torch.arange(9)) for one in (stack, CarryOn.stack(alone))]
+            both = [
+                change(one, x, positions_BT=torch.arange(9)) for one in (stack, Branch.stack(alone))
+            ]
         assert torch.equal(*both)
 
     require_same()

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import World
 
-from embedcache.carryon.branch.config import CarryOnConfig
+from embedcache.carryon.branch.config import BranchConfig
 from embedcache.data import loader as loader_module
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
@@ -25,7 +25,7 @@ from embedcache.training.step.settings import PLAIN, Recipe
 def test_draws_are_those_of_the_step_over_epochs_and_parts(
     world: World, part_tokens, epoch, position, count
 ):
-    config = TrainConfig(carryon=CarryOnConfig(width=32), batch_tokens=200, samples=30, epochs=3)
+    config = TrainConfig(carryon=BranchConfig(width=32), batch_tokens=200, samples=30, epochs=3)
     shared = Materials(world.cache(), torch.device("cpu"), Ranks(rank=0, count=count))
     recipe = Recipe(part_tokens=part_tokens)
     shortlist = shared.shortlist(config, recipe)
@@ -61,7 +61,7 @@ def test_draws_are_those_of_the_step_over_epochs_and_parts(
 
 
 def test_what_memory_ran_out_for_is_drawn_again_as_it_was(world: World, monkeypatch):
-    config = TrainConfig(carryon=CarryOnConfig(width=32), batch_tokens=200, samples=30)
+    config = TrainConfig(carryon=BranchConfig(width=32), batch_tokens=200, samples=30)
     shared = Materials(world.cache(), torch.device("cpu"), ALONE)
     loader, shortlist = shared.train_loader(config, PLAIN), shared.shortlist(config, PLAIN)
     members = [SimpleNamespace(state=TrainState(), config=config)]
@@ -89,7 +89,7 @@ def test_making_a_part_waits_for_memory_within_a_budget(
     world: World, monkeypatch, part_tokens, tries
 ):
     monkeypatch.setattr(loader_module, "PAUSE_SECONDS", 0.0)
-    config = TrainConfig(carryon=CarryOnConfig(width=32), batch_tokens=200)
+    config = TrainConfig(carryon=BranchConfig(width=32), batch_tokens=200)
     shared = Materials(world.cache(), torch.device("cpu"), ALONE)
     loader = shared.train_loader(config, Recipe(part_tokens=part_tokens))
     tried = []

@@ -11,8 +11,8 @@ import pytest
 import torch
 from conftest import World
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.data import packing
 from embedcache.training import inputs as materials
 from embedcache.training import trainer
@@ -26,7 +26,7 @@ from embedcache.training.step.stack import Stack, Work
 from embedcache.training.train import sweep
 
 CPU = torch.device("cpu")
-CONFIG = TrainConfig(carryon=CarryOnConfig(width=32, blocks=1), batch_tokens=500, samples=30)
+CONFIG = TrainConfig(carryon=BranchConfig(width=32, blocks=1), batch_tokens=500, samples=30)
 
 
 class Replayed:
@@ -84,7 +84,7 @@ def stacks(world: World, monkeypatch, graphs):
         models = []
         for config in configs:
             torch.manual_seed(config.seed)
-            model = CarryOn(config.carryon, 32)
+            model = Branch(config.carryon, 32)
             torch.nn.init.normal_(model.branch.weight, std=0.1)
             models.append(model)
         inputs = shared.inputs(CONFIG.carryon, PLAIN, training=True)

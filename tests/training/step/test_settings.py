@@ -8,13 +8,14 @@ from functools import partial
 import pytest
 import torch
 from conftest import World
+from support.carryons import change_at
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.saving import load_carryon
 from embedcache.data import packing
+from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
-from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.loss.shortlist import shortlist as shortlist_module
 from embedcache.training import inputs as materials
 from embedcache.training.budget.memory import MemoryPlan
@@ -28,7 +29,7 @@ from embedcache.training.train import sweep, train
 from embedcache.training.trainer import Trainer
 
 CONFIG = TrainConfig(
-    carryon=CarryOnConfig(width=32, blocks=2), epochs=2, batch_tokens=256, lr=5e-3, loss="exact"
+    carryon=BranchConfig(width=32, blocks=2), epochs=2, batch_tokens=256, lr=5e-3, loss="exact"
 )
 
 
@@ -72,7 +73,7 @@ def test_a_recipe_changes_nothing_that_is_learned(world, tmp_path, monkeypatch, 
     _, expected = trained(world, tmp_path / "plain", monkeypatch, PLAIN)
     summary, found = trained(world, tmp_path / "other", monkeypatch, recipe)
     assert summary.steps == 2 * -(-world.cache().split("train").manifest.tokens // 256)
-    start = CarryOn(CONFIG.carryon, 32)
+    start = Branch(CONFIG.carryon, 32)
     for name, value in expected.items():
         if not tolerance:
             assert torch.equal(found[name], value), name
@@ -177,9 +178,9 @@ def test_a_run_whose_states_are_on_the_host_goes_on_as_if_it_had_not_stopped(
 def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
     monkeypatch.setattr(packing, "STARTS", 4)
     split = world.cache().split("train")
-    model = CarryOn(CarryOnConfig(width=32, blocks=2), 32)
+    model = Branch(BranchConfig(width=32, blocks=2), 32)
     torch.nn.init.normal_(model.branch.weight)
-    inputs = FrozenInputs(world.cache(), torch.device("cpu"), tokens=False)
+    inputs = FrozenInputs(world.cache(), torch.device("cpu"))
     several, one = (
         BatchLoader(split, batch_tokens=300, taps=("final",), one_row=one_row).epoch(0)
         for one_row in (False, True)
@@ -196,7 +197,7 @@ def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
             {tuple(place): row for row, place in enumerate(batch.places_N2.tolist())}
             for batch in (expected, found)
         ]
-        delta = [inputs.delta(model, batch) for batch in (expected, found)]
+        delta = [change_at(model, batch, inputs) for batch in (expected, found)]
         rows = [places[0][place] for place in places[1]]
         torch.testing.assert_close(delta[1], delta[0][rows], rtol=1e-4, atol=1e-5)
         assert torch.equal(found.targets_N, expected.targets_N[rows])
@@ -219,7 +220,7 @@ def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
         models = []
         for seed in (0, 1):
             torch.manual_seed(seed)
-            models.append(CarryOn(CONFIG.carryon, 32))
+            models.append(Branch(CONFIG.carryon, 32))
         for model in models:  # zero, it would have gradients of one layer only
             torch.nn.init.normal_(model.branch.weight, std=0.02)
         inputs = materials.inputs(CONFIG.carryon, recipe, training=True)

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import torch
 from conftest import World
+from support.carryons import change, change_at
 
-from embedcache.carryon.branch.config import CarryOnConfig
-from embedcache.carryon.branch.model import CarryOn
+from embedcache.carryon.branch.config import BranchConfig
+from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.nn.attention import segment_mask
+from embedcache.carryon.protocol import CarryOn, batch_features
+from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
-from embedcache.evaluation.evaluate import FrozenInputs
 from embedcache.training.step.stack import Work, stacked_batch
 
 
 def model(world: World) -> CarryOn:
     torch.manual_seed(0)
-    carryon = CarryOn(CarryOnConfig(width=32), world.cache().attributes.base["hidden_size"])
+    carryon = Branch(BranchConfig(width=32), world.cache().attributes.base["hidden_size"])
     torch.nn.init.normal_(carryon.branch.weight)
     return carryon
 
 
 def test_rows_of_one_sequence_each_need_no_mask(world: World) -> None:
-    inputs = FrozenInputs(world.cache(), torch.device("cpu"), tokens=False)
+    inputs = FrozenInputs(world.cache(), torch.device("cpu"))
     carryon, seen = model(world), set()
     for tokens in (60, 256):
         for batch in BatchLoader(
@@ -30,13 +32,14 @@ def test_rows_of_one_sequence_each_need_no_mask(world: World) -> None:
             seen.add(batch.packed)
             rows = [len(set(row[row >= 0].tolist())) for row in batch.segments_BT]
             assert batch.packed == (max(rows) > 1)
-            masked = carryon(
+            masked = change(
+                carryon,
                 {"final": batch.x_BTH["final"].float()},
                 positions_BT=batch.positions_BT,
-                where=segment_mask(batch.segments_BT),
+                attention=segment_mask(batch.segments_BT),
             )
             torch.testing.assert_close(
-                inputs.delta(carryon, batch),
+                change_at(carryon, batch, inputs),
                 batch.at_predicted(masked),
                 rtol=1e-4,
                 atol=1e-5,
@@ -53,17 +56,17 @@ def test_padding_to_the_largest_batch_changes_nobody(world: World) -> None:
     many = BatchLoader(split, batch_tokens=256, taps=("final",)).epoch(0)
     batches.insert(1, next(batch for batch in many if batch.packed))
     work = [Work(batch=b, targets=0, rate=0) for b in batches]
-    inputs = FrozenInputs(world.cache(), torch.device("cpu"), tokens=False)
+    inputs = FrozenInputs(world.cache(), torch.device("cpu"))
     carryon = model(world)
     together = stacked_batch(work)
-    stack = CarryOn.stack([carryon] * 3)
-    found = inputs.emit(stack, inputs.features(stack, together))
+    stack = Branch.stack([carryon] * 3)
+    found = stack.change(batch_features(stack, together, inputs))
     assert together.packed
     for k, batch in enumerate(batches):
         B, T = batch.ids_BT.shape
         torch.testing.assert_close(
             found[k, :B, :T].flatten(0, 1).index_select(0, batch.predict_N),
-            inputs.delta(carryon, batch),
+            change_at(carryon, batch, inputs),
             rtol=1e-4,
             atol=1e-5,
         )
