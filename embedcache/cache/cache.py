@@ -85,8 +85,8 @@ class Cache:
             if tap not in stored:
                 raise CacheError(
                     f"{self.path} stores no tap '{tap}' (it stores {', '.join(stored)})."
-                    f"{nearest(tap, stored)} Extract again with `taps=` "
-                    f"{','.join([*stored, tap])}"
+                    f"{nearest(tap, stored)} Extract again with "
+                    f"`taps={(*stored, tap)}`"
                 )
 
     def base_array(self, name: str) -> torch.Tensor | None:

@@ -260,7 +260,7 @@ def _require_idle(cache: Path, found: object) -> None:
         raise CacheError(
             f"documents are being deleted from {cache} or added to it, or that was interrupted, "
             f"and not all files match yet ({found}): wait for it, or run the same "
-            "`embedcache.delete()` or `embedcache.extract()` again to finish it, then verify again"
+            "`embedcache.delete()` or `embedcache.append()` again to finish it, then verify again"
         )
     if writers := writers_of(cache):
         raise CacheError(

@@ -196,7 +196,7 @@ def test_markers_of_another_cache_are_refused(tmp_path: Path) -> None:
 def test_a_damaged_marker_is_refused(tmp_path: Path, text: str) -> None:
     commit_block(BlockWriter(tmp_path), 1)
     marker_path(tmp_path, "train", 0).write_bytes(text.encode("latin-1"))
-    with pytest.raises(CacheError, match=r"`embedcache\.extract\(\)` with `repair=`"):
+    with pytest.raises(CacheError, match=r"`embedcache\.repair\(\)`"):
         recovered(tmp_path, 1)
 
 

@@ -1,4 +1,4 @@
-"""A digest table gives what was written, page by page, or nothing."""
+"""A digest table returns the records that were written; a damaged page is refused."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_changed_bit_affects_only_its_page(tmp_path: Path, place: int) -> None
     damaged = set(range(4)) if of_hashes else {place // (PAGE * 44)}
     for row, record in enumerate(records(count)):
         if row // PAGE in damaged:
-            with pytest.raises(CacheError, match=r"`embedcache\.verify\(\)` with `deep=`"):
+            with pytest.raises(CacheError, match=r"`embedcache\.repair\(\)`"):
                 digest_table[row]
         else:
             assert digest_table[row].item() == record

@@ -1,3 +1,5 @@
+"""Tokens and tables are read as they were written."""
+
 from __future__ import annotations
 
 import tempfile

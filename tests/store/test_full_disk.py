@@ -289,7 +289,8 @@ def mountable() -> list[str]:
     pytest.skip("mounting is not permitted here")
 
 
-@pytest.mark.parametrize("share", [0.8, pytest.param(0.3, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("share", [0.3, 0.8])
 def test_a_real_disk_that_is_too_small_then_read_only_then_neither(
     place: Path, tmp_path: Path, share: float
 ) -> None:

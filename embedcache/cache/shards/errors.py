@@ -9,9 +9,8 @@ from pathlib import Path
 from embedcache.errors import CacheError
 
 REPAIR_HINT = (
-    "`embedcache.verify()` with `deep=` lists what is damaged; `embedcache.extract()` with "
-    "`repair=` and otherwise the arguments that made the cache (for a merged cache, `out=` alone) "
-    "repairs it."
+    "`embedcache.verify(cache, deep=True)` lists the damage; `embedcache.repair()`, with the "
+    "corpus and the settings of the cache, repairs it."
 )
 """How the messages of readers end."""
 
