@@ -189,7 +189,7 @@ def test_a_block_that_came_out_otherwise_than_before_stands(
     marker = writer.commit("train", 0, ones(), generation=1)
     writer.commit("train", 99, ones())  # and one that this cache has no place for
     writer.close()
-    with pytest.raises(CacheError, match=r"--repair"):
+    with pytest.raises(CacheError, match=r"`embedcache\.repair\(\)`"):
         served(out)
     run(place, out, repair=True)
     assert calls == []
