@@ -158,15 +158,7 @@ class BlockWriter:
             self._stage(f"{split}/{name}", block, spec, values)
             for name, (spec, values) in arrays.items()
         )
-        marker = Marker(
-            split=split,
-            block=block,
-            generation=generation,
-            attempt=self.attempt,
-            files=records,
-            quarantined=quarantined,
-        )
-        marker = self._link(marker)
+        marker = self._link(split, block, generation, records, quarantined)
         promote(self._cache, marker)
         self._unpromoted.discard(target)
         if marker.attempt == self.attempt and not _in_place(self._cache, marker):
@@ -186,16 +178,7 @@ class BlockWriter:
         """Commit a block whose files are in place and undamaged, but whose marker was lost."""
         target = marker_path(self._cache, split, block, generation)
         self._begin(target)
-        marker = self._link(
-            Marker(
-                split=split,
-                block=block,
-                generation=generation,
-                attempt=self.attempt,
-                files=files,
-                quarantined=quarantined,
-            )
-        )
+        marker = self._link(split, block, generation, files, quarantined)
         self._unpromoted.discard(target)
         return marker
 
@@ -212,9 +195,24 @@ class BlockWriter:
         """Return the path of a marker before it is linked to ``target``."""
         return self._folder / f"{target.parent.name}.{target.name}"
 
-    def _link(self, marker: Marker) -> Marker:
+    def _link(
+        self,
+        split: str,
+        block: int,
+        generation: int,
+        files: tuple[FileRecord, ...],
+        quarantined: tuple[int, ...],
+    ) -> Marker:
         """Create a marker, exclusively and whole; return the one in force."""
-        target = marker_path(self._cache, marker.split, marker.block, marker.generation)
+        marker = Marker(
+            split=split,
+            block=block,
+            generation=generation,
+            attempt=self.attempt,
+            files=files,
+            quarantined=quarantined,
+        )
+        target = marker_path(self._cache, split, block, generation)
         finished = self._unwritten(target)
         with finished.open("r+") as file:  # made by `_begin`: missing if the folder was removed
             file.write(marker.to_json())
