@@ -1,4 +1,4 @@
-"""``python -m embedcache_cli``: the command without its script."""
+"""``python -m embedcache_cli``: the command as a module, for ``torchrun -m``."""
 
 from .app import main
 

@@ -1,33 +1,61 @@
-"""The ``embedcache`` command."""
+"""The ``embedcache`` command: its subcommands, and how errors end it."""
 
 from __future__ import annotations
 
 import logging
 import sys
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from embedcache.errors import EmbedcacheError
 
-from .delete import delete_command
-from .evaluate import evaluate_command
-from .extract import extract_command
-from .generate import generate_command
-from .info import info_command
-from .inspect import inspect_command
-from .merge import merge_command
-from .train import train_command
-from .verify import verify_command
+from . import delete, evaluate, extract, generate, info, inspect, merge, train, verify
+from .errors import learn_options, print_error, report, translated
+from .help import SETTINGS, Command, Group
+
+TERMS = """
+Terms
+  base      A frozen causal language model.
+  cache     The base's embeddings of a corpus, with its token ids; extract writes it.
+  carry-on  A small module, trained on a cache, that changes the base's answers.
+  tap       A place in the base where embeddings are taken: final is the input of
+            the LM head, a number k the input of decoder layer k.
+  document  A file, or a record of a file or data set. Its name is the file's path
+            below the folder given (notes/a.txt), with a record's number after it
+            (data.jsonl:12).
+
+Exit codes
+  0    Success.
+  1    An error; damage found by verify; a failed run of a sweep.
+  2    Usage: a wrong argument or setting, found before any work was done.
+  130  Interrupted (Ctrl-C). Run the same command again to resume.
+  An error is one line on stderr. With --json, stdout then has the object
+  {"error": {"type": ..., "message": ..., "exit_code": ...}}.
+
+Environment variables
+  EMBEDCACHE_HOME          Folder of converted bases and weight hashes
+                           [default: $XDG_CACHE_HOME/embedcache, else
+                           ~/.cache/embedcache].
+  HF_HOME, HF_TOKEN        Folder and access token of the Hugging Face hub.
+  TMPDIR                   Folder of the temporary files of a dry run.
+  PYTORCH_ALLOC_CONF,      Settings of CUDA's allocator and of cuBLAS. Unless
+  CUBLAS_WORKSPACE_CONFIG  they are set, train --memory sets them.
+  RANK, LOCAL_RANK,        Set by torchrun, under which train shares its work
+  WORLD_SIZE               among processes.
+"""
+
+ParseError: Any = typer.BadParameter.__bases__[0]
+"""Click's ``UsageError``, under whichever name this version of Typer has it."""
 
 app = typer.Typer(
     name="embedcache",
-    help="Run a frozen language model once over a corpus, then train small carry-ons from the "
-    "cached embeddings alone.",
+    cls=Group,
     no_args_is_help=True,
+    context_settings=SETTINGS,
+    epilog=TERMS,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
-    add_completion=False,
 )
 
 
@@ -42,53 +70,61 @@ def _version(asked: bool) -> None:
 @app.callback()
 def root(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version.")
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
 ) -> None:
-    """Run a frozen language model once over a corpus, then train small carry-ons from it."""
+    """Run a frozen language model once over a corpus, then train small carry-ons from its cache."""
 
 
-app.command("extract", help="Stage one: run the base once over a corpus into a cache.")(
-    extract_command
-)
-app.command("train", help="Stage two: train a carry-on from a cache, without the base.")(
-    train_command
-)
-app.command("eval", help="Compare a carry-on with its base on held-out text.")(evaluate_command)
-app.command("generate", help="Write text with the live base and a carry-on.")(generate_command)
-app.command("info", help="Say what a cache or a carry-on is.")(info_command)
-app.command("inspect", help="Show one sequence of a cache: tokens, norms, the base's choices.")(
-    inspect_command
-)
-app.command("verify", help="Name every damaged file of a cache.")(verify_command)
-app.command("delete", short_help="Take documents out of a cache for good.")(delete_command)
-app.command("merge", short_help="Join finished caches of one base into a new one.")(merge_command)
+for _name, _module, _command in (
+    ("extract", extract, extract.extract_command),
+    ("train", train, train.train_command),
+    ("eval", evaluate, evaluate.evaluate_command),
+    ("generate", generate, generate.generate_command),
+    ("info", info, info.info_command),
+    ("inspect", inspect, inspect.inspect_command),
+    ("verify", verify, verify.verify_command),
+    ("delete", delete, delete.delete_command),
+    ("merge", merge, merge.merge_command),
+):
+    app.command(_name, cls=Command, epilog=_module.EXAMPLES)(_command)
 
 
 def main() -> None:
-    """Run the command; an error that a user can mend becomes one message and its exit code."""
+    """Run the command and exit with its code.
+
+    An error that a user can fix becomes one line; any other exception is a bug and keeps its
+    traceback.
+    """
     logging.basicConfig(level=logging.WARNING, format="embedcache: %(message)s", stream=sys.stderr)
     logging.getLogger("embedcache").setLevel(logging.INFO)
+    sys.exit(_run(sys.argv[1:]))
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the command; return its exit code."""
+    group: Any = typer.main.get_command(app)
+    learn_options(group.commands, arguments[0] if arguments else None)
+    as_json = "--json" in arguments
     try:
-        app()
+        code = group(standalone_mode=False, prog_name="embedcache")
     except EmbedcacheError as error:
-        typer.echo(f"embedcache: {error}", err=True)
-        sys.exit(error.exit_code)
+        kind = type(error).__name__
+        return report(kind, translated(str(error)), error.exit_code, as_json=as_json)
+    except ParseError as error:
+        error.show()
+        if as_json:
+            print_error("UsageError", error.format_message(), error.exit_code)
+        return int(error.exit_code)
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        typer.echo(
-            f"embedcache: {error}. Nothing finished was lost; mend this and run it again.", err=True
-        )
-        sys.exit(1)
-    except KeyboardInterrupt:
-        _say_interrupted()
-        sys.exit(130)
-    except SystemExit as stop:
-        if stop.code == 130:  # what typer makes of Ctrl-C, without a word
-            _say_interrupted()
-        raise
-
-
-def _say_interrupted() -> None:
-    typer.echo("embedcache: interrupted; run the same command again to go on", err=True)
+        message = f"{error}. Finished work is kept: fix this, then run the same command again."
+        return report("OSError", message, 1, as_json=as_json)
+    except (KeyboardInterrupt, typer.Abort):
+        code = 130
+    if code == 130:  # Typer returns it for Ctrl-C
+        message = "interrupted; run the same command again to resume"
+        return report("Interrupted", message, 130, as_json=as_json)
+    return code or 0

@@ -11,42 +11,39 @@ import typer
 
 from embedcache.units import duration, size
 
-from .show import TerminalProgress, print_json, print_pairs
+from .show import TerminalProgress, print_json, print_pairs, split_pairs
 
 
 def append_documents(
     corpus: Mapping[str, Any], *, out: Path, dry_run: bool, as_json: bool, **request: Any
 ) -> None:
-    """Add a corpus, told by the settings that were typed, to a finished cache."""
-    from embedcache.cache.cache import read_attributes
-    from embedcache.editing.append import append
-    from embedcache.editing.append_request import corpus_like
+    """Append a corpus to a finished cache; settings that were not typed are the cache's own."""
+    from embedcache.editing.append import append, corpus_like
 
-    config = corpus_like(read_attributes(out), corpus)
-    done = append(config, out=out, dry_run=dry_run, progress=TerminalProgress(), **request)
+    config = corpus_like(out, **corpus)
+    done = append(out, config, dry_run=dry_run, progress=TerminalProgress(), **request)
     if as_json:
         print_json(asdict(done))
         return
-    pairs: list[tuple[str, object]] = [("cache", done.cache)]
-    pairs += [
-        (
-            split,
-            f"{done.tokens[split]:,} tokens, {done.sequences[split]:,} sequences, "
-            f"{documents:,} documents {'would be ' if dry_run else ''}added",
-        )
-        for split, documents in done.documents.items()
+    added = " would be added" if dry_run else " added"
+    about = "about " if dry_run else ""
+    pairs: list[tuple[str, object]] = [
+        ("cache", done.cache),
+        *split_pairs(asdict(done), ("tokens", "sequences", "documents"), added),
+        ("skipped", f"{done.already_there:,} documents that the cache has already"),
     ]
-    pairs.append(("passed over", f"{done.already_there:,} documents that it has already"))
     if done.elsewhere:
         pairs.append(
             (
                 "warning",
-                f"{done.elsewhere:,} documents are in another split than was asked, where they or "
-                "near-duplicates of them were before",
+                f"{done.elsewhere:,} documents are in another split than requested, because they "
+                "or near-duplicates of them were there before",
             )
         )
-    about = "about " if dry_run else ""
     pairs.append(("size", f"{about}{size(done.bytes)} more, in {about}{duration(done.seconds)}"))
     print_pairs(pairs)
     if any(done.documents.values()) and not dry_run:
-        typer.echo("\nRuns of 'embedcache train' that were begun before need the cache as it was.")
+        typer.echo(
+            "\nThe cache has changed: an unfinished run of 'embedcache train' on it cannot be "
+            "resumed. Start it again with another --out."
+        )

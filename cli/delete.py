@@ -8,37 +8,50 @@ from typing import Annotated
 
 import typer
 
-from .show import TerminalProgress, print_json
+from . import options
+from .show import TerminalProgress, print_json, print_pairs, split_pairs
+
+EXAMPLES = """
+embedcache delete cache --document notes/a.txt --dry-run
+embedcache delete cache --document notes/a.txt --document data.jsonl:12
+"""
 
 
 def delete_command(
-    cache: Annotated[Path, typer.Argument(help="A finished cache.")],
-    document: Annotated[
-        list[str], typer.Option(help="Name of a document to delete, as in 'inspect'; repeatable.")
+    cache: Annotated[Path, typer.Argument(help="A finished cache.", metavar="CACHE")],
+    documents: Annotated[
+        list[str],
+        typer.Option(
+            "--document",
+            metavar="NAME",
+            help="Exact name of a document to delete; repeatable. 'embedcache inspect' shows the "
+            "name of a sequence's document.",
+        ),
     ],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what would go; write nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Take documents out of a cache for good: tokens, byte spans, embeddings and names.
+    """Delete documents from a cache for good.
 
-    Every document of the name goes, from all splits, and every piece of a large file that was cut.
-    What stays is numbered anew and the manifest has another hash, so that no run that was begun on
-    the cache goes on with it. A deletion that was stopped is finished by the same command, and
-    until then nothing reads the cache. What was computed of many documents together stays: the
-    calibration of the codec transform, carry-ons trained before. So do copies of the cache, and
-    the corpus itself.
+    Their tokens, byte spans, embeddings and names are removed from the files. All documents with a
+    given name are deleted, from every split, with all pieces of a large file that was cut. The
+    manifest gets another hash, so an unfinished training run on the cache cannot be resumed.
+
+    If a deletion is stopped, run the same command again; until then the cache cannot be read.
+
+    Not deleted: what was computed from many documents together (the calibration of the transform
+    codec, carry-ons that were trained before), copies of the cache, and the corpus itself.
     """
     from embedcache.editing.delete import delete
 
-    done = delete(cache, document, dry_run=dry_run, progress=TerminalProgress())
+    done = delete(cache, documents, dry_run=dry_run, progress=TerminalProgress())
     if as_json:
         print_json(asdict(done))
         return
-    typer.echo(f"{'would delete' if dry_run else 'deleted'}: {', '.join(done.documents)}")
-    for split, sequences in done.sequences.items():
-        typer.echo(
-            f"{split}: {sequences:,} sequences, {done.tokens[split]:,} tokens, "
-            f"{done.blocks[split]:,} blocks rewritten"
-        )
+    rewritten = " to rewrite" if dry_run else " rewritten"
+    print_pairs(
+        [
+            ("would delete" if dry_run else "deleted", ", ".join(done.documents)),
+            *split_pairs(asdict(done), ("tokens", "sequences", "blocks"), rewritten),
+        ]
+    )

@@ -10,34 +10,63 @@ import typer
 
 from embedcache.errors import UsageError
 
-from .show import TerminalProgress, print_json, print_table
+from . import options
+from .show import TerminalProgress, counted, print_json, print_table
+
+EXAMPLES = """
+embedcache eval carryon cache --alpha 1 --alpha 0.5
+embedcache eval carryon cache --live
+embedcache eval carryon --corpus other-docs/
+"""
 
 
 def evaluate_command(
-    carryon: Annotated[Path, typer.Argument(help="A carry-on.")],
-    cache: Annotated[Path | None, typer.Argument(help="A cache with a test split.")] = None,
+    carryon: Annotated[Path, typer.Argument(help="Folder of a carry-on.", metavar="CARRYON")],
+    cache: Annotated[
+        Path | None,
+        typer.Argument(help="A finished cache of the carry-on's base.", metavar="CACHE"),
+    ] = None,
     corpus: Annotated[
-        list[str] | None, typer.Option(help="Text to evaluate on instead, with the live base.")
+        list[str] | None,
+        typer.Option(
+            metavar="CORPUS",
+            help="Instead of CACHE: text to run the base on, prepared as for the carry-on's cache; "
+            "repeatable.",
+        ),
     ] = None,
-    split: Annotated[str, typer.Option(help="Split of the cache.")] = "test",
-    alpha: Annotated[list[float] | None, typer.Option(help="The dial; may be repeated.")] = None,
+    split: Annotated[
+        str,
+        typer.Option(
+            help="Split of CACHE: train, dev or test.",
+            autocompletion=options.choices(options.SPLITS),
+        ),
+    ] = "test",
+    alphas: Annotated[
+        list[float] | None,
+        typer.Option(
+            "--alpha",
+            help="Strength of the carry-on: 0 is the base alone, 1 as trained; repeatable.",
+            show_default="1.0",
+        ),
+    ] = None,
     live: Annotated[
-        bool, typer.Option("--live", help="Recompute the cache's embeddings with the base.")
+        bool,
+        typer.Option("--live", help="Run the base on CACHE's tokens, not its stored embeddings."),
     ] = False,
-    base: Annotated[
-        str | None, typer.Option(help="The base, where it is not found as it was named.")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="dtype of the live base.")] = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
+    base: options.MovedBase = None,
+    device: options.BaseDevice = "auto",
+    dtype: options.BaseDtype = "auto",
 ) -> None:
-    """Compare a carry-on with its base."""
+    """Compare a carry-on with its base on held-out text.
+
+    Prints the cross-entropy per target token, in nats, and the difference with a 95 % confidence
+    interval over documents; below 0, the carry-on is better. From a cache, the base is not loaded.
+    """
     if (cache is None) == (not corpus):
         raise UsageError(
-            "expected a cache or --corpus, one of the two: embedcache eval CARRYON CACHE"
+            "expected a CACHE or --corpus, one of the two, such as: embedcache eval CARRYON CACHE"
         )
-    alphas = tuple(alpha or (1.0,))
-    progress = TerminalProgress()
     from embedcache.evaluation.evaluate import evaluate
 
     found = evaluate(
@@ -45,20 +74,20 @@ def evaluate_command(
         cache,
         corpus=corpus,
         split=split,
-        alphas=alphas,
+        alphas=alphas or 1.0,
         live=live,
         base=base,
         device=device,
         dtype=dtype,
-        progress=progress,
+        progress=TerminalProgress(),
     )
     if as_json:
         print_json(asdict(found))
         return
-    how = "live base" if found.live else "from the cache"
+    how = "with the live base" if found.live else "from the cache"
     typer.echo(
-        f"{found.on}, {found.split}: {found.documents:,} documents, "
-        f"{found.targets:,} targets, {how}"
+        f"{found.on}, {found.split}: {counted(found.documents, 'documents')}, "
+        f"{counted(found.targets, 'targets')}, {how}\n"
     )
     rows = [["base", f"{found.base_cross_entropy:.4f}", f"{found.base_perplexity:.3f}", "", ""]]
     rows += [

@@ -10,117 +10,95 @@ import typer
 
 from embedcache.units import duration, size
 
+from . import options
 from .append import append_documents
-from .show import TerminalProgress, print_json, print_pairs
+from .errors import option
+from .show import TerminalProgress, print_json, print_pairs, split_pairs
 
 if TYPE_CHECKING:
     from embedcache.extraction.prediction import Prediction
+    from embedcache.extraction.run import ExtractSummary
 
-
-PARAMETERS = {"sources": "corpus", "dev_sources": "dev", "test_sources": "test"}
-"""What is typed for settings of another name."""
+EXAMPLES = r"""
+embedcache extract docs/ --out cache --dry-run
+embedcache extract docs/ --base HuggingFaceTB/SmolLM2-1.7B --out cache --taps final,20
+embedcache extract docs/ --out cache --codec transform --bits 1.5
+embedcache extract qa.jsonl --out qa --prompt 'Q: {question}\nA: ' --completion '{answer}'
+embedcache extract new-docs/ --out cache --append
+embedcache extract docs/ --out cache --repair
+"""
+EXISTING = "Existing caches"
 
 
 def extract_command(
     ctx: typer.Context,
     out: Annotated[Path, typer.Option(help="Folder of the cache.")],
-    corpus: Annotated[
-        list[str] | None,
-        typer.Argument(
-            help="Text files, folders, globs, .jsonl/.csv/.parquet, hf:org/name, or stdlib: (the "
-            "Python standard library).",
-            metavar="CORPUS...",
-        ),
-    ] = None,
-    base: Annotated[
-        str, typer.Option(help="Hub id, local folder, GGUF file, or builtin:NAME.")
-    ] = "builtin:smollm2-135m",
-    revision: Annotated[str | None, typer.Option(help="Hub revision of the base.")] = None,
-    dev: Annotated[list[str] | None, typer.Option(help="A corpus that is all dev.")] = None,
-    test: Annotated[list[str] | None, typer.Option(help="A corpus that is all test.")] = None,
-    split_file: Annotated[
-        str | None, typer.Option(help="JSON of document names by split: train, dev, test.")
-    ] = None,
-    dev_fraction: Annotated[float, typer.Option(help="Share of documents for dev.")] = 0.05,
-    test_fraction: Annotated[float, typer.Option(help="Share of documents for test.")] = 0.1,
-    split_seed: Annotated[int, typer.Option(help="Seed of the split.")] = 0,
-    text_field: Annotated[str | None, typer.Option(help="Field of records that is text.")] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(help="Template of the prompt, such as 'Question: {question}\\nAnswer: '."),
-    ] = None,
-    completion: Annotated[
-        str | None, typer.Option(help="Template of the completion, such as '{answer}'.")
-    ] = None,
-    messages_field: Annotated[
-        str | None, typer.Option(help="Field of records that is a list of chat messages.")
-    ] = None,
-    dataset_config: Annotated[
-        str | None, typer.Option(help="Configuration of an hf: data set.")
-    ] = None,
-    dataset_split: Annotated[str, typer.Option(help="Split of an hf: data set.")] = "train",
-    encoding: Annotated[str, typer.Option(help="Encoding of text files.")] = "utf-8",
-    undecodable: Annotated[
-        str, typer.Option(help="What to do with files that are not: error or skip.")
-    ] = "error",
-    context: Annotated[int, typer.Option(help="Tokens of a sequence at most.")] = 1024,
-    min_tokens: Annotated[int, typer.Option(help="Shorter pieces of text are dropped.")] = 16,
-    limit_documents: Annotated[int | None, typer.Option(help="Stop after so many.")] = None,
-    limit_tokens: Annotated[int | None, typer.Option(help="Stop after so many.")] = None,
-    max_tokens_per_document: Annotated[
-        int | None, typer.Option(help="Keep so many of each document.")
-    ] = None,
-    taps: Annotated[str, typer.Option(help="Layers to keep, such as final,22,15.")] = "final",
-    codec: Annotated[
-        str, typer.Option(help="For train: bf16 (lossless), int8, or transform (about 1.5 bits).")
-    ] = "bf16",
-    bits: Annotated[
-        float | None, typer.Option(help="transform: bits a value to come to [1.5].")
-    ] = None,
-    quality: Annotated[
-        float | None,
-        typer.Option(help="transform: permitted rise of the base's cross-entropy, in nats."),
-    ] = None,
-    top_ids: Annotated[
-        int,
-        typer.Option(
-            help="Of each position, keep so many of the tokens that the base thinks likely: "
-            "shortlists need far fewer others, then. 8 is good; takes the head's logits."
-        ),
-    ] = 0,
-    block_tokens: Annotated[int, typer.Option(help="Rows of a block.")] = 16384,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Padded tokens of a forward pass [2048; on CUDA 16384].")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
-    max_quarantined: Annotated[
-        float, typer.Option(help="Share of sequences that may be put aside as not finite.")
-    ] = 0.01,
-    repair: Annotated[
+    sources: options.Sources = None,
+    dry_run: Annotated[
         bool,
         typer.Option(
-            "--repair",
-            help="Verify the cache first and make anew what is damaged. A merged one is repaired "
-            "without CORPUS.",
+            "--dry-run",
+            help="Read the corpus, run a few batches, print the estimated size and time, and "
+            "write nothing.",
         ),
     ] = False,
+    as_json: options.AsJson = False,
+    base: options.ExtractBase = "builtin:smollm2-135m",
+    revision: options.Revision = None,
+    device: options.BaseDevice = "auto",
+    dtype: options.BaseDtype = "auto",
+    batch_tokens: options.ForwardTokens = None,
+    taps: options.StoredTaps = "final",
+    codec: options.Codec = "bf16",
+    bits: options.Bits = None,
+    quality: options.Quality = None,
+    top_ids: options.TopIds = 0,
+    block_tokens: options.BlockTokens = 16384,
+    max_quarantined: options.MaxQuarantined = 0.01,
+    dev_sources: options.DevSources = None,
+    test_sources: options.TestSources = None,
+    split_file: options.SplitFile = None,
+    dev_fraction: options.DevFraction = 0.05,
+    test_fraction: options.TestFraction = 0.1,
+    split_seed: options.SplitSeed = 0,
+    text_field: options.TextField = None,
+    prompt: options.PromptTemplate = None,
+    completion: options.CompletionTemplate = None,
+    messages_field: options.MessagesField = None,
+    dataset_config: options.DatasetConfig = None,
+    dataset_split: options.DatasetSplit = "train",
+    encoding: options.Encoding = "utf-8",
+    undecodable: options.Undecodable = "error",
+    context: options.Context = 1024,
+    min_tokens: options.MinTokens = 16,
+    limit_documents: options.LimitDocuments = None,
+    limit_tokens: options.LimitTokens = None,
+    max_tokens_per_document: options.MaxTokensPerDocument = None,
     append: Annotated[
         bool,
         typer.Option(
             "--append",
-            help="Add documents to the finished cache OUT; what is not typed is as there.",
+            help="Add the documents of CORPUS to the finished cache OUT. Options that are not "
+            "typed are as they were for the cache.",
+            rich_help_panel=EXISTING,
         ),
     ] = False,
-    dry_run: Annotated[
+    repair: Annotated[
         bool,
         typer.Option(
-            "--dry-run", help="Read the corpus, measure a few batches, predict; write nothing."
+            "--repair",
+            help="Verify the cache OUT and compute damaged parts again. A merged cache is repaired "
+            "without CORPUS.",
+            rich_help_panel=EXISTING,
         ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Stage one."""
+    """Stage one: run the base once over a corpus into a cache.
+
+    The cache holds the base's embedding of every token, and the corpus's token ids. Run the same
+    command again to resume an extraction that was stopped. Several processes may run it at once;
+    they share the work.
+    """
     from embedcache.base.taps import parse_taps
     from embedcache.cache.format.layout import ExtractSettings
     from embedcache.corpus.config import CorpusConfig
@@ -129,56 +107,26 @@ def extract_command(
     from embedcache.extraction.extract import extract
     from embedcache.extraction.preview import preview
 
-    if not corpus and not repair:
+    if not sources and not repair:
         raise UsageError("expected a CORPUS to extract, found none: name a file or a folder")
     if repair and append:
         raise UsageError(
-            "expected --repair or --append, found both. Repair the cache first, by the command "
+            "expected --repair or --append, found both: repair the cache first, with the command "
             "that made it, then append"
         )
     if repair and dry_run:
         raise UsageError(
-            "expected --repair or --dry-run, found both. What a repair would make anew is what "
-            f"this names: embedcache verify {out} --deep"
+            "expected --repair or --dry-run, found both: 'embedcache verify "
+            f"{out} --deep' lists what a repair would compute again"
         )
-    of_corpus: dict[str, Any] = {
-        "sources": tuple(corpus or ()),
-        "dev_sources": tuple(dev or ()),
-        "test_sources": tuple(test or ()),
-        "split_file": split_file,
-        "dev_fraction": dev_fraction,
-        "test_fraction": test_fraction,
-        "split_seed": split_seed,
-        "text_field": text_field,
-        "prompt": _unescape(prompt),
-        "completion": _unescape(completion),
-        "messages_field": messages_field,
-        "dataset_config": dataset_config,
-        "dataset_split": dataset_split,
-        "encoding": encoding,
-        "undecodable": undecodable,
-        "min_tokens": min_tokens,
-        "limit_documents": limit_documents,
-        "limit_tokens": limit_tokens,
-        "max_tokens_per_document": max_tokens_per_document,
-    }
-    of_settings: dict[str, Any] = {
-        "taps": parse_taps(taps),
-        "codec": codec,
-        "bits": bits,
-        "quality": quality,
-        "top_ids": top_ids,
-        "context": context,
-        "block_tokens": block_tokens,
-        "batch_tokens": batch_tokens,
-    }
+    ctx.params["taps"] = parse_taps(taps)
     if append:
         append_documents(
-            _typed(ctx, of_corpus),
+            options.settings(ctx, CorpusConfig, typed_only=True),
             out=out,
-            base=base if _typed(ctx, {"base": base}) else None,
+            base=base if options.was_typed(ctx, "base") else None,
             revision=revision,
-            settings=_typed(ctx, of_settings),
+            settings=options.settings(ctx, ExtractSettings, typed_only=True),
             device=device,
             dtype=dtype,
             max_quarantined=max_quarantined,
@@ -186,105 +134,92 @@ def extract_command(
             as_json=as_json,
         )
         return
-    progress = TerminalProgress()
-    config = settings = None
-    if corpus:
-        config = CorpusConfig(**of_corpus, context=context)
+    corpus = settings = None
+    if sources:
+        corpus = CorpusConfig.from_dict(options.settings(ctx, CorpusConfig))
         if batch_tokens is None:
-            # A CPU is fastest while activations stay near its caches, a GPU when it is full.
-            of_settings["batch_tokens"] = 16384 if resolve_device(device).type == "cuda" else 2048
-        settings = ExtractSettings(**of_settings)
-    elif typed := _typed(ctx, of_corpus | of_settings):
+            # A CPU is fastest while activations fit its caches, a GPU while it is fully used.
+            ctx.params["batch_tokens"] = 16384 if resolve_device(device).type == "cuda" else 2048
+        settings = ExtractSettings(**options.settings(ctx, ExtractSettings))
+    elif typed := [
+        name
+        for config in (CorpusConfig, ExtractSettings)
+        for name in options.settings(ctx, config, typed_only=True)
+    ]:
         raise UsageError(
-            "a repair without CORPUS takes all settings from the cache, expected none, found "
-            f"--{PARAMETERS.get(name := next(iter(typed)), name).replace('_', '-')}: leave it out, "
-            "or name the CORPUS"
+            "a repair without CORPUS takes all settings from the cache; found "
+            f"{option(typed[0])}: leave it out, or name the CORPUS"
         )
-    if dry_run and config is not None and settings is not None:
-        prediction, summary = preview(
-            config,
-            base=base,
-            out=out,
-            settings=settings,
-            revision=revision,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-        )
+    place: dict[str, Any] = {
+        "base": base,
+        "out": out,
+        "settings": settings,
+        "revision": revision,
+        "device": device,
+        "dtype": dtype,
+        "progress": TerminalProgress(),
+    }
+    if dry_run and corpus is not None:
+        prediction, summary = preview(corpus, **place)
         if as_json:
             print_json({"prediction": asdict(prediction), "corpus": summary})
-            return
-        print_pairs([*_corpus_pairs(summary), *_prediction_pairs(prediction)])
+        else:
+            print_pairs([*_corpus_pairs(summary), *_estimate_pairs(prediction)])
         return
-    result = extract(
-        config,
-        base=base,
-        out=out,
-        settings=settings,
-        revision=revision,
-        device=device,
-        dtype=dtype,
-        max_quarantined=max_quarantined,
-        repair=repair,
-        progress=progress,
-    )
+    result = extract(corpus, max_quarantined=max_quarantined, repair=repair, **place)
     if as_json:
         print_json(asdict(result))
         return
-    print_pairs(
-        [
-            ("cache", result.out),
-            ("base", result.base),
-            *_corpus_pairs(
-                result.corpus
-                | {key: getattr(result, key) for key in ("tokens", "sequences", "documents")}
-            ),
-            (
-                "blocks",
-                f"{result.blocks} ({result.resumed_blocks} from before, {result.computed_blocks} "
-                f"computed here, {result.others_blocks} by other processes)",
-            ),
-            ("quarantined", f"{result.quarantined} sequences with values that are not finite"),
-            ("self-check", f"batched against alone: {result.self_check:.1e} relative, at most"),
-            (
-                "size",
-                f"{size(result.bytes)} (predicted {size(result.predicted_bytes)}), "
-                f"{result.bytes_per_token:,.0f} bytes a token besides the head",
-            ),
-            (
-                "speed",
-                f"{result.tokens_per_second:,.0f} tokens/s over {result.seconds:.1f} s "
-                f"(predicted {result.predicted_seconds:.1f} s)",
-            ),
-        ]
+    print_pairs(_result_pairs(result))
+    typer.echo(
+        "\nThe cache contains the corpus: its token ids, and embeddings from which text can be "
+        f"recovered.\nNext: embedcache train {result.out} --out CARRYON"
     )
-    typer.echo("\nThe cache holds the corpus: its token ids, and embeddings text can be read from.")
-    typer.echo(f"Next: embedcache train {result.out} --out CARRYON")
 
 
-def _typed(ctx: typer.Context, settings: dict[str, Any]) -> dict[str, Any]:
-    """Return those of the settings that were typed, whatever their defaults are."""
-
-    def is_typed(name: str) -> bool:
-        source = ctx.get_parameter_source(PARAMETERS.get(name, name))
-        return source is not None and source.name == "COMMANDLINE"
-
-    return {name: value for name, value in settings.items() if is_typed(name)}
+def _result_pairs(result: ExtractSummary) -> list[tuple[str, object]]:
+    counts = {key: getattr(result, key) for key in ("tokens", "sequences", "documents")}
+    blocks = {
+        "written earlier": result.resumed_blocks,
+        "computed here": result.computed_blocks,
+        "by other processes": result.others_blocks,
+    }
+    parts = ", ".join(f"{count:,} {where}" for where, count in blocks.items() if count)
+    pairs: list[tuple[str, object]] = [
+        ("cache", result.out),
+        ("base", result.base),
+        *_corpus_pairs(result.corpus | counts),
+        ("blocks", f"{result.blocks:,} ({parts or 'complete before'})"),
+    ]
+    if result.quarantined:
+        pairs.append(
+            ("quarantined", f"{result.quarantined:,} sequences with values that are not finite")
+        )
+    return [
+        *pairs,
+        (
+            "self-check",
+            f"batched and single sequences differ by at most {result.self_check:.1e}, relative",
+        ),
+        (
+            "size",
+            f"{size(result.bytes)} (estimated {size(result.predicted_bytes)}), "
+            f"{result.bytes_per_token:,.0f} bytes a token without the base's head",
+        ),
+        (
+            "speed",
+            f"{result.tokens_per_second:,.0f} tokens/s over {duration(result.seconds)} "
+            f"(estimated {duration(result.predicted_seconds)})",
+        ),
+    ]
 
 
 def _corpus_pairs(summary: dict[str, Any]) -> list[tuple[str, object]]:
-    pairs: list[tuple[str, object]] = [
-        (
-            split,
-            f"{summary['tokens'][split]:,} tokens, {summary['sequences'][split]:,} sequences, "
-            f"{summary['documents'][split]:,} documents",
-        )
-        for split in ("train", "dev", "test")
-    ]
+    pairs = split_pairs(summary, ("tokens", "sequences", "documents"))
     left_out = [
         f"{summary[key]:,} {words}"
         for key, words in (
-            ("dropped_short", "short pieces"),
+            ("dropped_short", "short sequences"),
             ("dropped_without_target", "sequences without a target"),
             ("skipped_undecodable", "undecodable files"),
             ("unlisted", "documents not in the split file"),
@@ -293,30 +228,22 @@ def _corpus_pairs(summary: dict[str, Any]) -> list[tuple[str, object]]:
     ]
     if left_out:
         pairs.append(("left out", ", ".join(left_out)))
-    if summary["near_duplicates_across_splits"]:
-        pairs.append(
-            ("warning", f"{summary['near_duplicates_across_splits']} near-duplicates across splits")
-        )
+    if count := summary["near_duplicates_across_splits"]:
+        pairs.append(("warning", f"{count:,} near-duplicates of documents in another split"))
     return pairs
 
 
-def _prediction_pairs(prediction: Prediction) -> list[tuple[str, object]]:
-    written = prediction.bytes - prediction.bytes_to_go
-    speed = f"{prediction.tokens_per_second:,.0f} tokens/s"
+def _estimate_pairs(estimate: Prediction) -> list[tuple[str, object]]:
+    written = estimate.bytes - estimate.bytes_to_go
     return [
         (
-            "predicted size",
-            size(prediction.bytes) + (f", {size(written)} of it there already" if written else ""),
+            "estimated size",
+            size(estimate.bytes) + (f", {size(written)} of it already written" if written else ""),
         ),
         (
-            "predicted time",
-            f"{duration(prediction.seconds)} at {speed}, measured on "
-            f"{prediction.measured_tokens:,} tokens; loading the base comes before it",
+            "estimated time",
+            f"{duration(estimate.seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, measured "
+            f"on {estimate.measured_tokens:,} tokens; excludes loading the base",
         ),
-        ("free disk", size(prediction.free_bytes)),
+        ("free disk", size(estimate.free_bytes)),
     ]
-
-
-def _unescape(template: str | None) -> str | None:
-    r"""Turn a typed ``\n`` or ``\t`` into the character, as shells do not."""
-    return None if template is None else template.replace("\\n", "\n").replace("\\t", "\t")

@@ -9,14 +9,27 @@ import typer
 
 from embedcache.units import size
 
-from .show import print_json, print_pairs, print_table
+from . import options
+from .show import counted, formatted, print_json, print_pairs, print_table
+
+EXAMPLES = """
+embedcache info cache
+embedcache info carryon --json
+"""
+MAX_COMPONENTS = 8
+"""Most components listed of each kind."""
 
 
 def info_command(
-    path: Annotated[Path, typer.Argument(help="A cache or a carry-on.")],
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    path: Annotated[Path, typer.Argument(help="Folder of a cache or a carry-on.", metavar="PATH")],
+    as_json: options.AsJson = False,
 ) -> None:
-    """Describe a cache or a carry-on."""
+    """Describe a cache or a carry-on.
+
+    Prints the base, corpus, settings, counts and sizes. For a cache, also bytes per token of each
+    array, and the components of its embeddings that are always 0 (dead) or far larger than the
+    others (outliers).
+    """
     from embedcache.info import describe
 
     found = describe(path)
@@ -29,7 +42,7 @@ def info_command(
     print_pairs(_cache_pairs(found))
     if found["complete"]:
         typer.echo("")
-        print_table(["bytes a token", "train", "dev", "test", "all", "size"], _array_rows(found))
+        print_table(["bytes per token", "train", "dev", "test", "all", "size"], _array_rows(found))
 
 
 def _base_pairs(base: dict[str, Any]) -> list[tuple[str, object]]:
@@ -47,7 +60,10 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
     settings = found["settings"]
     pairs: list[tuple[str, object]] = [
         ("cache", found["path"]),
-        ("complete", "yes" if found["complete"] else "no: run the same extract again to go on"),
+        (
+            "complete",
+            "yes" if found["complete"] else "no: run the same 'embedcache extract' again to resume",
+        ),
         *_base_pairs(found["base"]),
         ("corpus", ", ".join(sources_of(found["corpus"]))),
         *_appended_pairs(found["appended"]),
@@ -59,18 +75,20 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
         pairs.append(
             (
                 name,
-                f"{split['tokens']:,} tokens, {split['sequences']:,} sequences, "
-                f"{split['documents']:,} documents, {split['blocks']} blocks"
-                + (f", {split['bytes_per_token']:,.0f} bytes a token" if "bytes" in split else ""),
+                ", ".join(
+                    counted(split[unit], unit)
+                    for unit in ("tokens", "sequences", "documents", "blocks")
+                )
+                + (f", {split['bytes_per_token']:,.0f} bytes/token" if "bytes" in split else ""),
             )
         )
     for tap, measured in (found["calibration"] or {}).items():
         rise = measured.get("rise")
         pairs.append(
             (
-                f"calibrated, {tap}",
-                f"{measured['bits']:.2f} bits a value on held-out rows"
-                + ("" if rise is None else f"; the base's cross-entropy from it {rise:+.3f} nats"),
+                f"calibration, {tap}",
+                f"{measured['bits']:.2f} bits per value on held-out tokens"
+                + ("" if rise is None else f"; changes the base's cross-entropy by {rise:+.3f}"),
             )
         )
     pairs += _component_pairs(found)
@@ -89,17 +107,17 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
 def _appended_pairs(appended: list[dict[str, Any]]) -> list[tuple[str, object]]:
     return [
         (
-            "of it added later",
-            f"{sum(part['documents'].values()):,} documents, "
-            f"{sum(part['tokens'].values()):,} tokens of {', '.join(part['sources'])}"
-            + (f", at {part['at']}" if part["at"] else ""),
+            "appended",
+            f"{counted(sum(part['documents'].values()), 'documents')}, "
+            f"{counted(sum(part['tokens'].values()), 'tokens')} from {', '.join(part['sources'])}"
+            + (f", on {part['at']}" if part["at"] else ""),
         )
         for part in appended
     ]
 
 
 def _array_rows(found: dict[str, Any]) -> list[list[str]]:
-    """Return a row for each array: bytes a token of each split, of all, and its size."""
+    """Return a row for each array: bytes per token in each split and in all, and its size."""
     arrays = found["arrays"]
     tokens = sum(split["tokens"] for split in found["splits"].values())
     total = dict.fromkeys((name for place in arrays.values() for name in place), 0)
@@ -120,23 +138,24 @@ def _component_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
     pairs: list[tuple[str, object]] = []
     for split, taps in (found["bits_per_value"] or {}).items():
         bits = ", ".join(f"{tap} {value:.2f}" for tap, value in taps.items())
-        pairs.append((f"bits a value, {split}", bits))
+        pairs.append((f"bits per value, {split}", bits))
     for tap, seen in (found["components"] or {}).items():
         outliers = [f"{number} ({ratio:.0f}x)" for number, ratio in seen["outliers"].items()]
         pairs.append(
             (
                 f"components, {tap}",
                 f"{seen['count']:,}: {_some('dead', [str(n) for n in seen['dead']])}, "
-                f"{_some('outliers', outliers)}; over {seen['sampled_tokens']:,} train tokens",
+                f"{_some('outliers', outliers)} (measured on {seen['sampled_tokens']:,} tokens)",
             )
         )
     return pairs
 
 
-def _some(word: str, names: list[str], most: int = 8) -> str:
+def _some(word: str, names: list[str]) -> str:
     if not names:
         return f"no {word}"
-    return f"{len(names)} {word}: {' '.join(names[:most])}{' …' if len(names) > most else ''}"
+    more = " …" if len(names) > MAX_COMPONENTS else ""
+    return f"{len(names)} {word}: {' '.join(names[:MAX_COMPONENTS])}{more}"
 
 
 def _carryon_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
@@ -147,9 +166,9 @@ def _carryon_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
         ("carry-on", found["path"]),
         *_base_pairs(found["base"]),
         ("parameters", f"{results['parameters']:,}"),
-        ("shape", ", ".join(f"{key} {value}" for key, value in config.items())),
+        ("shape", ", ".join(f"{key} {formatted(value)}" for key, value in config.items())),
         ("trained on", ", ".join(sources_of(found["cache"]["corpus"]))),
-        ("epochs", f"{results['epochs']}, kept {results['best_epoch']}"),
+        ("epochs", f"{results['epochs']}, kept epoch {results['best_epoch']}"),
     ]
     if results["base_dev"] is not None:
         pairs.append(("dev", f"base {results['base_dev']:.4f}, carry-on {results['best_dev']:.4f}"))

@@ -8,27 +8,37 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from . import options
+from .errors import translated
 from .show import print_json, print_pairs, print_table
 
 if TYPE_CHECKING:
     from embedcache.inspection import SequenceView
 
-
-WIDEST = 20
-"""Characters of a token in the table; some tokens are a hundred spaces."""
+EXAMPLES = """
+embedcache inspect cache --sequence 3
+embedcache inspect cache --split test --sequence 0 --json
+"""
+MAX_TOKEN_WIDTH = 20
+"""Most characters of a token in the table; some tokens are a hundred spaces."""
 
 
 def inspect_command(
-    cache: Annotated[Path, typer.Argument(help="A finished cache.")],
+    cache: Annotated[Path, typer.Argument(help="A finished cache.", metavar="CACHE")],
     sequence: Annotated[int, typer.Option(help="Number of the sequence in its split.")] = 0,
-    split: Annotated[str, typer.Option(help="train, dev or test.")] = "train",
-    base: Annotated[
-        str | None,
-        typer.Option(help="The base, for its tokenizer, where it is not found as it was named."),
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    split: Annotated[
+        str,
+        typer.Option(help="train, dev or test.", autocompletion=options.choices(options.SPLITS)),
+    ] = "train",
+    as_json: options.AsJson = False,
+    base: options.MovedBase = None,
 ) -> None:
-    """Show one sequence of a cache."""
+    """Show one sequence of a cache, token by token.
+
+    Prints the name of its document, then a row for each token: its position, whether it is a target
+    of the loss, the norm of its embedding, and the base's probabilities for the token after it.
+    Texts of tokens need the base's tokenizer; without it, tokens are shown as ids.
+    """
     from embedcache.inspection import inspect_sequence
 
     found = inspect_sequence(cache, sequence, split=split, base=base)
@@ -37,19 +47,19 @@ def inspect_command(
         return
     pairs: list[tuple[str, object]] = [
         ("cache", f"{found.cache}, {found.codec}"),
-        ("sequence", f"{found.split} {found.sequence} of 0 to {found.sequences - 1}"),
+        ("sequence", f"{found.split} {found.sequence} (of 0 to {found.sequences - 1})"),
         ("document", found.document),
         ("tokens", f"{len(found.positions)}, {sum(p.target for p in found.positions)} targets"),
     ]
     if found.cross_entropy is not None:
         pairs.append(("base", f"cross-entropy {found.cross_entropy:.4f} over the targets"))
     if found.note:
-        pairs.append(("note", found.note))
+        pairs.append(("note", translated(found.note)))
     print_pairs(pairs)
     typer.echo("")
     taps = list(found.positions[0].norm)
     norms = [f"norm {tap}" if len(taps) > 1 else "norm" for tap in taps]
-    header = ["token", "at", "target", *norms]
+    header = ["token", "position", "target", *norms]
     if found.positions[0].choices:
         header += ["p(next)", "1st", "2nd", "3rd"]
     print_table(header, _rows(found))
@@ -70,4 +80,4 @@ def _rows(found: SequenceView) -> list[list[str]]:
 
 def _token(token: int, text: str | None) -> str:
     shown = str(token) if text is None else repr(text)
-    return shown if len(shown) <= WIDEST else f"{shown[: WIDEST - 1]}…"
+    return shown if len(shown) <= MAX_TOKEN_WIDTH else f"{shown[: MAX_TOKEN_WIDTH - 1]}…"

@@ -8,25 +8,34 @@ from typing import Annotated
 
 import typer
 
-from .show import TerminalProgress, print_json
+from . import options
+from .show import TerminalProgress, print_json, print_pairs, split_pairs
+
+EXAMPLES = """
+embedcache merge first second --out both --dry-run
+embedcache merge first second third --out all
+"""
 
 
 def merge_command(
-    caches: Annotated[list[Path], typer.Argument(help="Finished caches, two or more.")],
-    out: Annotated[Path, typer.Option(help="The new cache.")],
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Make every check, say what it holds; write nothing.")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    caches: Annotated[
+        list[Path], typer.Argument(help="Two or more finished caches.", metavar="CACHE")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the new cache.")],
+    dry_run: options.DryRun = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Join finished caches of one base into a new one; they are left as they are.
+    """Join finished caches of one base into a new one.
 
-    They must be alike in codec (for transform: of the very same calibration), taps, context and
-    block size. A document that two of them hold, with the same name and tokens, is an error, as is
-    one that is in another split of another cache, whatever its name: delete it from one of them
-    first. Near-duplicates are not looked for. A name that an earlier cache has for another text
-    becomes name@2. Damaged embeddings are repaired by 'embedcache extract --repair --out' without a
-    corpus; for damaged tokens, merge again.
+    Blocks are copied; nothing is computed. The caches must have the same codec, taps, context and
+    block size; with the transform codec also the same calibration.
+
+    A document that two caches hold (the same name and tokens, or the same tokens in another split)
+    is an error: delete it from one of them first. Near-duplicates are not looked for. If two
+    documents with different texts have one name, the later one becomes name@2.
+
+    To repair damaged embeddings of a merged cache, run 'embedcache extract --repair --out CACHE'
+    without a corpus. If its tokens are damaged, merge again.
     """
     from embedcache.editing.merge import merge
     from embedcache.units import size
@@ -35,11 +44,14 @@ def merge_command(
     if as_json:
         print_json(asdict(done))
         return
-    typer.echo(f"{done.out}: {'would take' if dry_run else 'merged'}, {size(done.bytes)}")
-    for split, documents in done.documents.items():
-        typer.echo(
-            f"{split}: {documents:,} documents, {done.sequences[split]:,} sequences, "
-            f"{done.tokens[split]:,} tokens, {done.blocks[split]:,} blocks"
-        )
+    pairs: list[tuple[str, object]] = [
+        ("would write" if dry_run else "cache", done.out),
+        *split_pairs(asdict(done), ("tokens", "sequences", "documents", "blocks")),
+        ("size", size(done.bytes)),
+    ]
     if done.renamed:
-        typer.echo(f"{done.renamed:,} documents have names that were taken: they end in @2, @3, …")
+        names = "would become" if dry_run else "are now"
+        pairs.append(
+            ("renamed", f"{done.renamed:,} documents whose name was taken {names} name@2, @3, …")
+        )
+    print_pairs(pairs)

@@ -1,4 +1,4 @@
-"""``embedcache train --sweep``: many carry-ons at once, and their leaderboard."""
+"""``embedcache train --sweep``."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from .show import own_progress, print_json, print_table
+from .errors import translated
+from .show import formatted, leader_progress, print_json, print_table
 
 if TYPE_CHECKING:
     from embedcache.training.config import TrainConfig
 
-SHOWN = 20
+LEADERBOARD_ROWS = 20
+"""Most rows printed; leaderboard.json has all."""
 
 
 def run_sweep(
@@ -26,7 +28,7 @@ def run_sweep(
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Train all runs into folders of ``out``, and rank them; exit with 1 if any failed."""
+    """Train all runs into folders below ``out`` and rank them; exit with 1 if a run failed."""
     from embedcache.training.distributed import is_leader
     from embedcache.training.leaderboard import publish_leaderboard, ranking
     from embedcache.training.train import preview, sweep
@@ -45,8 +47,11 @@ def run_sweep(
             if memory is not None:
                 columns += ("memory",)
             print_table(
-                ("run", *columns),
-                [(name, *(plan[column] for column in columns)) for name, plan in plans.items()],
+                ("run", *(column.replace("_", " ") for column in columns)),
+                [
+                    (name, *(formatted(plan[column]) for column in columns))
+                    for name, plan in plans.items()
+                ],
             )
         return
     results = sweep(
@@ -54,7 +59,7 @@ def run_sweep(
         runs={out / name: config for name, config in runs.items()},
         device=device,
         memory=memory,
-        progress=own_progress(),
+        progress=leader_progress(),
     )
     failed = [result for result in results if result.failure is not None]
     if not is_leader():
@@ -81,14 +86,15 @@ def run_sweep(
                     found["best_epoch"],
                     f"{found['parameters']:,}",
                 )
-                for row in rows[:SHOWN]
+                for row in rows[:LEADERBOARD_ROWS]
                 if (found := row["results"]) is not None
             ],
         )
         typer.echo(
-            f"\n{len(rows) - len(failed)} of {len(rows)} carry-ons; all: {out}/leaderboard.json"
+            f"\n{len(rows) - len(failed)} of {len(rows)} runs finished; all of them are in "
+            f"{out}/leaderboard.json"
         )
     for result in failed:
-        typer.echo(f"{result.out.name} failed: {result.failure}", err=True)
+        typer.echo(f"{result.out.name} failed: {translated(str(result.failure))}", err=True)
     if failed:
         raise typer.Exit(1)

@@ -8,20 +8,33 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .show import TerminalProgress, print_json
+from . import options
+from .errors import translated
+from .show import TerminalProgress, counted, print_json
 
 if TYPE_CHECKING:
     from embedcache.cache.verify import Verification
 
+EXAMPLES = """
+embedcache verify cache
+embedcache verify cache --deep
+"""
+
 
 def verify_command(
-    cache: Annotated[Path, typer.Argument(help="A cache, finished or not.")],
+    cache: Annotated[Path, typer.Argument(help="A cache, finished or not.", metavar="CACHE")],
     deep: Annotated[
-        bool, typer.Option("--deep", help="Read every byte: hashes of all shards, all chunks.")
+        bool,
+        typer.Option(
+            "--deep", help="Read every byte: check the hash of each shard and every chunk."
+        ),
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    as_json: options.AsJson = False,
 ) -> None:
-    """Name every damaged file of a cache; exit 1 if there is one."""
+    """List every damaged file of a cache; exit with 1 if there is one.
+
+    Without --deep, embeddings are checked by the size of their files only.
+    """
     from embedcache.cache.verify import verify
     from embedcache.units import size
 
@@ -30,39 +43,40 @@ def verify_command(
         print_json(asdict(found) | {"sound": not found.faults})
     else:
         for fault in found.faults:
-            typer.echo(str(fault))
-        checked = f"{found.files:,} files, {size(found.bytes)}"
-        blocks = f"{found.committed} of {found.blocks} blocks committed"
+            typer.echo(translated(str(fault)))
+        checked = (
+            f"{counted(found.files, 'files')}, {size(found.bytes)}; {found.committed:,} of "
+            f"{counted(found.blocks, 'blocks')} committed"
+        )
+        faults = counted(len(found.faults), "faults") if found.faults else "no fault"
+        typer.echo(f"{cache}: {faults} in {checked}")
         if found.faults:
-            count = len(found.faults)
-            typer.echo(
-                f"{cache}: {count} {'fault' if count == 1 else 'faults'} in {checked} ({blocks}). "
-                f"{_way_out(found)}"
-            )
-        else:
-            typer.echo(f"{cache}: no fault in {checked} ({blocks})")
+            typer.echo(_advice(found))
         if found.writers:
-            typer.echo(f"It is being written by {', '.join(found.writers)}.")
+            typer.echo(f"The cache is being written by {', '.join(found.writers)}.")
         elif not found.complete:
-            typer.echo("It is not complete: run the same 'embedcache extract' again to go on.")
+            typer.echo(
+                "The cache is not complete: run the same 'embedcache extract' again to resume."
+            )
         elif not deep:
-            typer.echo("Embeddings were not read: --deep reads every byte.")
+            typer.echo("Embeddings were not read. To read every byte, add --deep.")
     if found.faults:
         raise typer.Exit(1)
 
 
-def _way_out(found: Verification) -> str:
-    """Return what to type about faults: a merged cache cannot make its tokens anew."""
+def _advice(found: Verification) -> str:
+    """Return how to repair the faults; the tokens of a merged cache cannot be made again."""
     if not found.parts:
-        return "Run the same 'embedcache extract' with --repair."
+        return "To repair it, run the same 'embedcache extract' with --repair."
     if not {fault.kind for fault in found.faults} & {"tokens", "codec"}:
         return (
-            "It was merged and can be repaired as it is: run 'embedcache extract --repair --out "
-            f"{found.cache}', with the --base that it has."
+            "To repair this merged cache, run 'embedcache extract --repair --out "
+            f"{found.cache}' with its --base."
         )
     extracts = "; ".join(f"'embedcache extract {' '.join(part)} …'" for part in found.parts)
     return (
-        f"It was merged from {len(found.parts)} caches, those of {extracts}: run 'embedcache "
-        "verify --deep' on each, the same 'embedcache extract' with --repair on those that are "
-        "damaged, and then 'embedcache merge' of all into a new --out."
+        f"Tokens or calibrations of this merged cache are damaged, so it must be merged again. Its "
+        f"{len(found.parts)} caches were made by: {extracts}. Run 'embedcache verify --deep' on "
+        "each, the same 'embedcache extract' with --repair on damaged ones, then 'embedcache "
+        "merge' with a new --out."
     )

@@ -1,4 +1,4 @@
-"""What does not belong together is refused, by naming both sides and the way out."""
+"""Artefacts of different bases are refused; the message names both and says what to do."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CHANGES: dict[str, tuple[str, Callable[[Path], None]]] = {
 
 
 def finished_extraction(world: World, base: Path, out: Path) -> None:
-    """Type again what `make_world` amounts to, of the second world."""
+    """Run the extraction again that `make_world` ran for ``tapped``."""
     corpus = CorpusConfig(
         sources=(str(world.corpus),), context=64, dev_fraction=0.2, test_fraction=0.2
     )
@@ -80,15 +80,16 @@ def both_sides(message: str, *places: object) -> None:
         assert str(place) in message, message
 
 
-@pytest.mark.parametrize("change", CHANGES)
-@pytest.mark.parametrize("named", ["the same", "another"])
-def test_another_revision_of_the_base_is_refused_by_all_that_meet_it(
+@pytest.mark.parametrize(
+    ("change", "named"), [("weights", "the same"), *((change, "another") for change in CHANGES)]
+)
+def test_another_revision_of_the_base_is_refused_by_every_verb(
     tapped: World, tmp_path: Path, change: str, named: str
 ) -> None:
     part, act = CHANGES[change]
     folder = tmp_path / "base"
     cache = tapped.cache_path
-    if named == "the same":  # the files behind one name have changed
+    if named == "the same":  # the files under one path have changed
         cache = shutil.copytree(cache, tmp_path / "cache")
         folder = tapped.base_path
         kept = shutil.copytree(folder, tmp_path / "kept")
@@ -148,7 +149,7 @@ READERS: dict[str, Callable[[Path, Path], object]] = {
 
 
 @pytest.mark.parametrize("reader", READERS)
-def test_a_cache_that_is_being_written_or_newer_is_refused(
+def test_an_unfinished_cache_and_a_newer_schema_are_refused(
     world: World, tmp_path: Path, reader: str
 ) -> None:
     random_carryon(world, tmp_path / "carryon")
@@ -171,10 +172,10 @@ def test_a_cache_that_is_being_written_or_newer_is_refused(
     assert not out.exists()
 
 
-def test_a_base_of_60_gb_is_not_hashed_again(
+def test_the_known_hash_of_a_large_base_is_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its weights are a hole of that size now, which is known by path, size and time alone."""
+    """The weights are a sparse file of 60 GB; path, size and time give its hash."""
     world = make_world(tmp_path, arch="gemma3_text", tied=False, taps=("final", "layer_1"))
     weights = world.base_path / "model.safetensors"
     sha256 = hash_file(weights)
@@ -196,11 +197,11 @@ def test_a_base_of_60_gb_is_not_hashed_again(
     Cache(world.cache_path)
 
 
-def test_a_home_that_cannot_be_written_stops_nothing(
+def test_a_home_that_cannot_be_written_is_no_error(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = shutil.copytree(world.base_path, tmp_path / "base")
-    os.utime(base / "model.safetensors", (1, 1))  # long settled: its hash would be kept
-    (tmp_path / "home").write_text("a file, where a folder should be")
+    os.utime(base / "model.safetensors", (1, 1))  # old enough for its hash to be stored
+    (tmp_path / "home").write_text("a file in place of a folder")
     monkeypatch.setenv("EMBEDCACHE_HOME", str(tmp_path / "home"))
     assert load_identity(base).fingerprint == world.base().identity.fingerprint

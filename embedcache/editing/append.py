@@ -1,67 +1,84 @@
-"""Adding documents to a finished cache.
+"""Appending documents to a finished cache.
 
-They are extracted into a cache of their own inside its staging folder, which shares its base and
-its codec's calibration, and is joined onto it by one `rewrite`: the blocks that are there stay as
-they are. What the new cache is, and so when it must be begun anew, is told by the hash of the
-manifest that it is to come ``onto``.
+The new documents are extracted into a cache of their own inside the staging folder of the cache. It
+shares the base and the calibration of the codec. Its blocks are then put behind those of the cache.
+An extraction that was interrupted is resumed by the same call, as long as the cache is the one that
+it was begun for: the staged corpus records the hash of that manifest as ``onto``.
 """
 
 from __future__ import annotations
 
+import heapq
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from embedcache.base.identity import BaseIdentity
 from embedcache.base.load import load_identity, load_tokenizer
-from embedcache.cache.blocks.commit import clear_staging
 from embedcache.cache.cache import read_attributes
-from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, CacheAttributes
+from embedcache.cache.format.layout import (
+    CODEC,
+    SPLITS,
+    CacheAttributes,
+    ExtractSettings,
+    corpora_of,
+)
+from embedcache.cache.tokens.tables import SplitTables
 from embedcache.corpus.config import CorpusConfig
+from embedcache.corpus.dedup.fingerprint import Fingerprint
+from embedcache.corpus.dedup.near_duplicates import Held
 from embedcache.corpus.reader import CorpusReader
+from embedcache.corpus.summary import Split
 from embedcache.device import resolve_device, resolve_dtype
-from embedcache.editing.append_request import HeldDocuments, require_settings
-from embedcache.editing.join import join
-from embedcache.editing.merge_parts import Part, require_alike
+from embedcache.editing.concatenate import (
+    block_bytes,
+    concatenate,
+    concatenated_measurements,
+    require_compatible,
+)
+from embedcache.editing.edit import FinishedCache, sole_writer, staged_edit
 from embedcache.errors import BaseModelError, OutputError, UsageError
 from embedcache.extraction.extract import extract
 from embedcache.extraction.plan import Earlier, environment_of, write_tokens
 from embedcache.progress import SILENT, Progress
-from embedcache.store.files import STAGING, copy_tree, fsync_path, translate_write_errors
+from embedcache.store.files import STAGING, copy_tree, fsync_path
 from embedcache.store.lease import COORDINATOR, Leases
-from embedcache.store.transaction import begin_transaction, commit_transaction, finish_transaction
 
 FOLDER = f"{STAGING}/append"
+READING = ("encoding", "undecodable", "min_tokens", "max_tokens_per_document", "split_seed")
+FIELDS = ("text_field", "prompt", "completion", "messages_field")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Appended:
-    """What was added, or would be; counts are of new documents alone, by split.
+class AppendSummary:
+    """The documents that were appended, or that a dry run would append.
 
-    ``bytes`` and ``seconds`` of what would be are those of what is there, in proportion.
+    A dry run estimates ``bytes`` and ``seconds`` from those of the cache, in proportion to tokens.
     """
 
     cache: str
     documents: dict[str, int]
+    """New ones, by split, like the two counts that follow."""
     sequences: dict[str, int]
     tokens: dict[str, int]
     already_there: int
-    """Documents passed over because the cache has them."""
+    """Documents that were passed over, because the cache has them."""
     elsewhere: int
-    """Documents asked into one split whose like, or they themselves, were in another."""
+    """Documents that are in another split than asked, where they or near-duplicates were before."""
     bytes: int
     seconds: float
     dry_run: bool
 
 
 def append(
-    corpus: CorpusConfig,
+    cache: str | Path,
+    corpus: CorpusConfig | str | Path | Sequence[str | Path],
     *,
-    out: Path,
     base: str | None = None,
     revision: str | None = None,
     settings: Mapping[str, Any] | None = None,
@@ -70,146 +87,197 @@ def append(
     max_quarantined: float = 0.01,
     dry_run: bool = False,
     progress: Progress = SILENT,
-) -> Appended:
-    """Add the documents of a corpus to the finished cache at ``out``, those that it does not have.
+    **corpus_settings: Any,
+) -> AppendSummary:
+    """Append the documents of a corpus to a finished cache, except those that it has already.
 
-    An append that was killed goes on by the same call; until it is done, readers see the cache as
-    it was, or, while files are put in place, none.
+    Near-duplicates of documents in the cache go to the same split. Training runs that were begun
+    before need the cache as it was. An interrupted append is resumed by the same call; until then,
+    readers see the cache as it was or, while files are moved into place, an incomplete cache.
 
     Args:
-        corpus: what to read; `append_request.corpus_like` makes one like the cache's.
-        out: the cache.
-        base: where its base is, if not where it was.
-        revision: the hub revision of that.
-        settings: of extraction, by name, that the cache must have; the others are its own anyway.
+        cache: the cache.
+        corpus: the sources, or the whole configuration. Sources are read as `corpus_like` says.
+        base: a hub id, a directory or a GGUF file; the base of the cache by default, where it was.
+        revision: the hub revision of ``base``.
+        settings: extraction settings, by name, that the cache is required to have.
         device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: ``auto``, or that which the cache was computed in.
-        max_quarantined: share of the new sequences that may be put aside as not finite.
-        dry_run: say what would be added, and write nothing.
-        progress: told of every stage.
+        dtype: ``auto``, or the dtype that the cache was computed in.
+        max_quarantined: the largest share of new sequences whose embeddings may be not finite.
+        dry_run: return the summary, but write nothing.
+        progress: receives a bar for each stage.
+        corpus_settings: further settings of `CorpusConfig`, by name.
+
+    Returns:
+        The counts of the new documents.
 
     Raises:
-        IdentityError: for another base.
-        UsageError: for a setting that is not the cache's.
-        OutputError: while others write there, or where another append was begun and not finished.
-        CacheError: for a cache that is incomplete or damaged.
-        EmbedcacheError: for what `extract` raises. Whatever is raised, the cache is as it was.
+        IdentityError: if ``base`` is another base.
+        BaseModelError: if ``base`` is not found.
+        UsageError: if a setting is not the cache's.
+        CorpusError: if the corpus cannot be read.
+        OutputError: if another process writes the cache, or if another append to it is unfinished.
+        CacheError: if the cache is incomplete or damaged.
+        EmbedcacheError: as `extract` does. The cache is as it was after any error.
     """
-    request = _Request(corpus, base, revision, settings or {}, device, dtype, max_quarantined)
+    path = Path(cache)
+    config = _corpus_config(read_attributes(path), corpus, corpus_settings)
+    begin = partial(
+        _Append,
+        path,
+        config,
+        base=base,
+        revision=revision,
+        settings=settings or {},
+        device=device,
+        dtype=dtype,
+        max_quarantined=max_quarantined,
+        progress=progress,
+    )
     if dry_run:
-        return _Appending(out, request, progress).preview()
-    read_attributes(out)
-    leases = Leases(out)
-    with translate_write_errors(out), leases:
-        leases.require_alone("--append")
-        with leases.coordinating(progress):
-            leases.require_alone("--append")  # one may have come to wait just now
-            finished = finish_transaction(out) or {}
-            if finished:
-                progress.say(f"finished what was begun on {out} and cut short")
-            if finished.get("config") == corpus.to_dict():
-                shutil.rmtree(out / FOLDER, ignore_errors=True)
-                return Appended(**finished["appended"])
-            return _Appending(out, request, progress).run(leases)
+        return begin().preview()
+    with sole_writer(path, "append", progress) as (leases, finished):
+        if finished.get("verb") == "append" and finished["request"] == config.to_dict():
+            shutil.rmtree(path / FOLDER, ignore_errors=True)
+            return AppendSummary(**finished["result"])
+        return begin().run(leases)
 
 
-@dataclass(frozen=True, slots=True)
-class _Request:
-    corpus: CorpusConfig
-    base: str | None
-    revision: str | None
-    settings: Mapping[str, Any]
-    device: str
-    dtype: str
-    max_quarantined: float
+def corpus_like(
+    cache: str | Path, sources: str | Path | Sequence[str | Path], **settings: Any
+) -> CorpusConfig:
+    """Return the configuration to read more documents for a cache, as its first corpus was read.
+
+    Settings that are not given are those of the first corpus of the cache, if they say how records
+    become text, how documents are cut and what shares of them become dev and test. A share is 0
+    where dev or test had sources of their own or were listed. Limits and data set options are never
+    taken over.
+
+    Args:
+        cache: the cache.
+        sources: one or more files, folders, glob patterns or data sets.
+        settings: settings of `CorpusConfig`, by name.
+
+    Raises:
+        CacheError: if ``cache`` is no cache.
+        UsageError: if a setting is unknown, or settings contradict each other.
+    """
+    return _corpus_config(read_attributes(Path(cache)), sources, settings)
 
 
-class _Appending:
-    """One append to a cache that is whole; everything asked for is checked first."""
+def _corpus_config(
+    attributes: CacheAttributes,
+    corpus: CorpusConfig | str | Path | Sequence[str | Path],
+    settings: Mapping[str, Any],
+) -> CorpusConfig:
+    if isinstance(corpus, CorpusConfig):
+        return CorpusConfig.from_dict({**corpus.to_dict(), **settings}) if settings else corpus
+    sources = [corpus] if isinstance(corpus, str | Path) else corpus
+    first = CorpusConfig.from_dict(corpora_of(attributes.corpus)[0]["config"])
+    names = READING if settings.keys() & {*FIELDS} else (*READING, *FIELDS)
+    dev, test = (0.0, 0.0) if first.split_file else first.fractions
+    inherited = {name: getattr(first, name) for name in names} | {
+        "context": attributes.settings.context,
+        "dev_fraction": dev,
+        "test_fraction": test,
+    }
+    return CorpusConfig.from_dict({**inherited, "sources": [*map(str, sources)], **settings})
 
-    def __init__(self, out: Path, request: _Request, progress: Progress):
-        self._out, self._staged = out, out / FOLDER
-        self._request, self._corpus, self._progress = request, request.corpus, progress
-        self._cache = Part(out)
-        self._onto = self._cache.cache.manifest.hash
-        attributes = self._cache.cache.attributes
-        for asked in (request.settings, {"context": self._corpus.context}):
-            require_settings(attributes.settings, asked, out)
+
+class _Append:
+    """One append to a finished cache; its arguments are checked when it is made."""
+
+    def __init__(
+        self,
+        path: Path,
+        corpus: CorpusConfig,
+        *,
+        base: str | None,
+        revision: str | None,
+        settings: Mapping[str, Any],
+        device: str,
+        dtype: str,
+        max_quarantined: float,
+        progress: Progress,
+    ):
+        self._cache = FinishedCache(path)
+        self._staged = path / FOLDER
+        self._corpus = corpus
+        self._revision = revision
+        self._device = device
+        self._max_quarantined = max_quarantined
+        self._progress = progress
+        attributes = self._cache.attributes
+        for required in (settings, {"context": corpus.context}):
+            _require_settings(attributes.settings, required, path)
         self._dtype = attributes.environment["dtype"]
-        if request.dtype not in ("auto", self._dtype):
+        if dtype not in ("auto", self._dtype):
             raise UsageError(
-                f"{out} was computed in {self._dtype}, and what is added to it must be like it; "
-                f"found --dtype {request.dtype}. Leave --dtype out"
+                f"expected `dtype=` {self._dtype}, in which {path} was computed, found {dtype}. "
+                "Leave `dtype=` out."
             )
-        self._base = request.base or attributes.base["name"]
+        self._base = base or attributes.base["name"]
         try:
-            self._identity = load_identity(self._base, revision=request.revision)
+            self._identity = load_identity(self._base, revision=revision)
         except BaseModelError as error:
             raise BaseModelError(
-                f"{error} (The base of {out} was there when it was made: type --base with where it "
-                "is now.)"
+                f"{error} {path} was extracted from this base: give its present place as `base=`."
             ) from error
         BaseIdentity.from_dict(attributes.base).require(
-            self._identity, this=f"the cache {out}", that=f"--base {self._base}"
+            self._identity, this=f"the cache {path}", that=f"`base=` {self._base}"
         )
-        self._held = HeldDocuments(self._cache.tables)
+        self._documents = _Documents(self._cache.tables)
 
-    def preview(self) -> Appended:
-        """Return what would be added."""
-        reader = CorpusReader(self._corpus, self._tokenizer(), self._held)
+    def preview(self) -> AppendSummary:
+        """Return the summary that `run` would return, with estimates of bytes and seconds."""
+        reader = CorpusReader(self._corpus, self._tokenizer(), self._documents)
         with self._progress.bar("tokenising", None, "tok") as bar:
             for document in reader:
                 bar.advance(sum(len(sequence.ids) for sequence in document.sequences))
-        manifest, tokens = self._cache.cache.manifest, reader.summary.tokens
-        plain = 2 * self._identity.hidden_size * len(self._cache.settings.taps)
-        sealed = sum(files.bytes for files in self._cache.sealed.values())
-        sealed_each = sealed / sum(split.tokens for split in manifest.splits.values())
-        each = {n: s.bytes / s.tokens if s.tokens else plain for n, s in manifest.splits.items()}
+        manifest, tokens = self._cache.manifest, reader.summary.tokens
+        lossless = 2 * self._identity.hidden_size * len(self._cache.settings.taps)
+        files, splits = self._cache.token_files.values(), manifest.splits.values()
+        token_bytes = sum(f.bytes for f in files) / sum(split.tokens for split in splits)
+        each = {n: s.bytes / s.tokens if s.tokens else lossless for n, s in manifest.splits.items()}
         speed = manifest.extracted["tokens_per_second"]
-        return self._told(
+        return self._summary(
             asdict(reader.summary),
-            bytes=int(sum(count * (each[name] + sealed_each) for name, count in tokens.items())),
+            bytes=int(sum(count * (each[name] + token_bytes) for name, count in tokens.items())),
             seconds=round(sum(tokens.values()) / speed, 3) if speed else 0.0,
             dry_run=True,
         )
 
-    def run(self, leases: Leases) -> Appended:
-        """Extract the new documents beside, and join them onto the cache."""
-        summary = self._seal(leases)
-        if not any(summary["documents"].values()):
+    def run(self, leases: Leases) -> AppendSummary:
+        """Extract the new documents into the staging folder and append their blocks."""
+        counts = self._write_tokens(leases)
+        if not any(counts["documents"].values()):
             shutil.rmtree(self._staged)
-            return self._told(summary, bytes=0, seconds=0.0)
-        self._share()
-        request = self._request
+            return self._summary(counts, bytes=0, seconds=0.0)
+        self._share_base()
         done = extract(
             self._corpus,
             base=self._base,
             out=self._staged,
             settings=self._cache.settings,
-            revision=request.revision,
-            device=request.device,
+            revision=self._revision,
+            device=self._device,
             dtype=self._dtype,
-            max_quarantined=request.max_quarantined,
+            max_quarantined=self._max_quarantined,
             progress=self._progress,
         )
-        addition = Part(self._staged)
-        require_alike(self._cache, addition)
-        told = self._told(summary, bytes=addition.bytes, seconds=done.seconds)
+        addition = FinishedCache(self._staged)
+        require_compatible(self._cache, addition)
         leases.require(COORDINATOR)
-        clear_staging(self._out, {self._staged.name})  # of appends that were killed
-        try:
-            self._join(addition, told, leases)
-        finally:
-            shutil.rmtree(leases.staging, ignore_errors=True)
+        summary = self._summary(counts, bytes=block_bytes(addition), seconds=done.seconds)
+        self._concatenate(addition, summary, leases)
         shutil.rmtree(self._staged)
-        return told
+        return summary
 
-    def _seal(self, leases: Leases) -> dict[str, Any]:
-        """Have the tokens of the new documents sealed; return the corpus's summary."""
+    def _write_tokens(self, leases: Leases) -> dict[str, Any]:
+        """Return the counts of the new documents, after writing their tokens if needed."""
         if (begun := self._begun()) is not None:
             return dict(begun.corpus["summary"])
-        request = self._request
-        device = resolve_device(request.device)
+        device = resolve_device(self._device)
         shutil.rmtree(self._staged, ignore_errors=True)
         try:
             attributes = write_tokens(
@@ -221,7 +289,7 @@ class _Appending:
                 self._staged,
                 self._progress,
                 holds=lambda: leases.holds(COORDINATOR),
-                onto=Earlier(manifest=self._onto, documents=self._held),
+                onto=Earlier(manifest=self._cache.manifest.hash, documents=self._documents),
             )
         except BaseException:
             shutil.rmtree(self._staged, ignore_errors=True)
@@ -229,71 +297,110 @@ class _Appending:
         return dict(attributes.corpus["summary"])
 
     def _begun(self) -> CacheAttributes | None:
-        """Return what this very append sealed earlier; raises ``OutputError`` for another's."""
+        """Return the attributes of an interrupted append of the same corpus, None if there is none.
+
+        Raises ``OutputError`` if an append of another corpus was interrupted.
+        """
         if not (self._staged / "zarr.json").is_file():
             return None
         found = read_attributes(self._staged)
-        if found.corpus.get("onto") != self._onto:
-            return None  # of what the cache is no more; one without was begun by one that slept
+        if found.corpus.get("onto") != self._cache.manifest.hash:
+            return None  # the cache was edited since
         if found.corpus["config"] != self._corpus.to_dict():
             raise OutputError(
-                f"an append of {', '.join(found.corpus['config']['sources'])} to {self._out} was "
-                "begun and is not finished, expected the same again: type that to go on with it, "
-                f"or drop it with: rm -r {self._staged}"
+                f"expected the corpus of the unfinished append to {self._cache.path} "
+                f"({', '.join(found.corpus['config']['sources'])}), found another one "
+                f"({', '.join(self._corpus.sources)}). Run the first call again to finish it, or "
+                f"remove the folder {self._staged} to drop it."
             )
         return found
 
-    def _share(self) -> None:
-        """Give the new cache the base and the calibration, by links to their files."""
+    def _share_base(self) -> None:
+        """Link the files of the base and of the codec's calibration into the staged cache."""
         for name in ("base", CODEC):
-            if (self._out / name).is_dir() and not (self._staged / name).is_dir():
-                partial = self._staged / STAGING / name
-                shutil.rmtree(partial, ignore_errors=True)
-                copy_tree(self._out / name, partial, os.link)
-                partial.rename(self._staged / name)
+            source, target = self._cache.path / name, self._staged / name
+            if source.is_dir() and not target.is_dir():
+                links = self._staged / STAGING / name
+                shutil.rmtree(links, ignore_errors=True)
+                copy_tree(source, links, os.link)
+                links.rename(target)
                 fsync_path(self._staged)
 
-    def _join(self, addition: Part, told: Appended, leases: Leases) -> None:
-        """Put the new blocks in place."""
-        attributes, new = self._cache.cache.attributes, addition.cache.attributes
+    def _concatenate(self, addition: FinishedCache, summary: AppendSummary, leases: Leases) -> None:
+        """Put the blocks of the staged cache behind those of the cache."""
+        cache, new = self._cache, addition.attributes
+        corpus = dict(cache.attributes.corpus)
         entry = new.corpus | {"environment": new.environment}
-        corpus = attributes.corpus
-        corpus = corpus | {"appended": [*corpus.get("appended", ()), entry]}
-        names = [
-            {name: name for table in part.tables.values() for name in table.names}
-            for part in (self._cache, addition)
-        ]
-        times = self._cache.cache.manifest.extracted.get("appended", {})
+        corpus["appended"] = [*corpus.get("appended", ()), entry]
+        times = cache.manifest.extracted.get("appended", {})
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        join(
-            [self._cache, addition],
-            names,
-            begin_transaction(leases.staging),
-            replace(attributes, corpus=corpus),
-            self._progress,
-            onto_first=True,
-            about={"appended": {**times, self._onto: now}},
-        )
-        about = {"appended": asdict(told), "config": self._corpus.to_dict()}
-        leases.require(COORDINATOR)
-        commit_transaction(self._out, leases.staging, last=MANIFEST, remove=[], about=about)
+        extracted = concatenated_measurements([cache, addition])
+        extracted["appended"] = {**times, cache.manifest.hash: now}
+        with staged_edit(
+            cache,
+            replace(cache.attributes, corpus=corpus),
+            leases,
+            about={
+                "verb": "append",
+                "request": self._corpus.to_dict(),
+                "result": asdict(summary),
+            },
+            extracted=extracted,
+            keep={self._staged.name},
+        ) as staged:
+            concatenate([cache, addition], staged, self._progress)
 
     def _tokenizer(self) -> Any:
-        return load_tokenizer(self._base, revision=self._request.revision)
+        return load_tokenizer(self._base, revision=self._revision)
 
-    def _told(
-        self, summary: dict[str, Any], *, bytes: int, seconds: float, dry_run: bool = False
-    ) -> Appended:
-        counts = {
-            key: {name: summary[key][name] for name in SPLITS}
+    def _summary(
+        self, counts: dict[str, Any], *, bytes: int, seconds: float, dry_run: bool = False
+    ) -> AppendSummary:
+        by_split = {
+            key: {name: counts[key][name] for name in SPLITS}
             for key in ("documents", "sequences", "tokens")
         }
-        return Appended(
-            cache=str(self._out),
-            **counts,
-            already_there=summary["already_there"],
-            elsewhere=summary["elsewhere"],
+        return AppendSummary(
+            cache=str(self._cache.path),
+            **by_split,
+            already_there=counts["already_there"],
+            elsewhere=counts["elsewhere"],
             bytes=bytes,
             seconds=seconds,
             dry_run=dry_run,
         )
+
+
+class _Documents:
+    """The documents of a cache, in the order in which they were read; iterable more than once."""
+
+    def __init__(self, tables: Mapping[str, SplitTables]):
+        self._tables = tables
+
+    def __iter__(self) -> Iterator[Held]:
+        splits: tuple[Split, ...] = ("train", "dev", "test")
+        places = heapq.merge(
+            *(
+                [(index, split, number) for number, index in enumerate(table.index_D.tolist())]
+                for split in splits
+                for table in [self._tables[split]]
+            )
+        )
+        for _, split, number in places:
+            table = self._tables[split]
+            fingerprint = Fingerprint.unpacked(table.fingerprints[number])
+            yield Held(table.names[number], split, fingerprint)
+
+
+def _require_settings(settings: ExtractSettings, required: Mapping[str, Any], cache: Path) -> None:
+    """Raise ``UsageError`` if the cache has another value for a required setting."""
+    for name, value in required.items():
+        if (found := getattr(settings, name)) != value:
+            raise UsageError(
+                f"expected `{name}=` {_words(found)}, the setting of {cache}, found "
+                f"{_words(value)}. Leave `{name}=` out, or extract into another `out=`."
+            )
+
+
+def _words(value: Any) -> str:
+    return ",".join(value) if isinstance(value, tuple) else str(value)

@@ -1,156 +1,147 @@
-"""Taking documents out of a finished cache for good.
+"""Deleting documents from a finished cache.
 
-Their rows are zeroed in the blocks that hold them, tokens and embeddings alike, and their names and
-sequences leave the tables: what is left is numbered anew. All of it is one `rewrite`.
+Tokens and embeddings of the documents are zeroed in the blocks that hold them. Their sequences and
+names leave the tables, and the remaining ones are renumbered.
 """
 
 from __future__ import annotations
 
 import json
-import re
-import shutil
-import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import zarr
 
-from embedcache.cache.blocks.commit import (
-    Marker,
-    clear_staging,
-    drop_superseded,
-    newest_generations,
-)
-from embedcache.cache.blocks.files import BlockFiles, BlockRecord
-from embedcache.cache.cache import Cache, read_attributes
+from embedcache.cache.blocks.commit import clear_staging, drop_superseded, newest_generations
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.format.arrays import chunk_rows
 from embedcache.cache.format.layout import (
-    ATTRIBUTE,
-    MANIFEST,
     ROWS,
     SPLITS,
+    CacheAttributes,
     block_shards,
     corpora_of,
-    marker_path,
-    token_chunks,
 )
-from embedcache.cache.manifest.digests import publish_digests
 from embedcache.cache.manifest.file_record import FileRecord, chunks_crc32c
-from embedcache.cache.manifest.manifest import SplitManifest, publish_manifest, split_manifest
-from embedcache.cache.shards.errors import REPAIR_HINT
 from embedcache.cache.shards.shard import read_chunk, read_shard, write_chunk, write_shard
-from embedcache.cache.tokens.files import write_changed_digests
-from embedcache.cache.tokens.reader import SplitTokens
+from embedcache.cache.tokens.files import chunk_name
 from embedcache.cache.tokens.tables import SplitTables
-from embedcache.cache.verify import verify_idle
+from embedcache.editing.edit import (
+    EditedBlock,
+    FinishedCache,
+    StagedCache,
+    file_of,
+    sole_writer,
+    staged_edit,
+)
 from embedcache.errors import CacheError, UsageError, nearest
 from embedcache.progress import SILENT, Bar, Progress
-from embedcache.store.files import translate_write_errors
-from embedcache.store.lease import COORDINATOR, Leases
-from embedcache.store.transaction import begin_transaction, commit_transaction, finish_transaction
 
 Array = np.ndarray[Any, Any]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Deletion:
-    """What was deleted, or would be: ``blocks`` are those rewritten, ``documents`` names."""
+class DeleteSummary:
+    """The documents that were deleted, or that a dry run would delete."""
 
     cache: str
     documents: tuple[str, ...]
+    """Names of the deleted documents, sorted."""
     sequences: dict[str, int]
-    """By split, as the two that follow."""
+    """By split, like the two counts that follow."""
     tokens: dict[str, int]
     blocks: dict[str, int]
+    """Blocks that are rewritten."""
     dry_run: bool
 
 
 def delete(
-    cache: Path, documents: Sequence[str], *, dry_run: bool = False, progress: Progress = SILENT
-) -> Deletion:
-    """Delete documents from a finished cache, by name: no byte of them is left in its files.
+    cache: str | Path,
+    documents: str | Sequence[str],
+    *,
+    dry_run: bool = False,
+    progress: Progress = SILENT,
+) -> DeleteSummary:
+    """Delete documents from a finished cache: no byte of them is left in its files.
 
-    A name is also that of every piece (``name#1``, …) of a file that was cut. A deletion that was
-    killed is finished first; then names that went with it are no error.
+    Every document of a name is deleted, in all splits. Training runs that were begun before need
+    the cache as it was. What was computed from many documents together stays: the calibration of
+    the codec ``transform``, and carry-ons. An interrupted deletion is finished by the same call.
+
+    Args:
+        cache: the cache.
+        documents: one or more names. The name of a large file that was cut stands for all of its
+            pieces (``name#1``, …).
+        dry_run: return the summary, but write nothing.
+        progress: receives a bar over the blocks that are rewritten.
+
+    Returns:
+        The names and the counts of the deleted documents.
 
     Raises:
-        UsageError: for a name that the cache does not have, or where nothing would be left in
-            train.
-        CacheError: for a cache that is incomplete or damaged; it is left as it was.
+        UsageError: if the cache has no document of a name, or if no document of train would be
+            left.
+        OutputError: if another process writes the cache.
+        CacheError: if the cache is incomplete, or if its tables or a block that has to be
+            rewritten are damaged. The cache is as it was then.
     """
+    path = Path(cache)
+    names = [documents] if isinstance(documents, str) else list(documents)
     if dry_run:
-        return _plan(cache, documents, dry_run=True).told
-    read_attributes(cache)
-    leases = Leases(cache)
-    with translate_write_errors(cache), leases:
-        leases.require_alone("delete")
-        with leases.coordinating(progress):
-            leases.require_alone("delete")  # one may have come to wait just now
-            return _delete(cache, documents, leases, progress)
+        return _Deletion(FinishedCache(path), names).summary(dry_run=True)
+    with sole_writer(path, "delete", progress) as (leases, finished):
+        if finished.get("verb") == "delete":
+            names = [name for name in names if name not in finished["request"]]
+            if not names:
+                _remove_leftovers(path)
+                result = finished["result"]
+                return DeleteSummary(**result | {"documents": tuple(result["documents"])})
+        deletion = _Deletion(FinishedCache(path), names)
+        summary = deletion.summary()
+        about = {"verb": "delete", "request": names, "result": asdict(summary)}
+        attributes = deletion.attributes()
+        try:
+            with staged_edit(deletion.cache, attributes, leases, about=about) as staged:
+                deletion.stage(staged, progress)
+        except CacheError as error:
+            raise CacheError(f"nothing was deleted: {error}") from error
+        _remove_leftovers(path)
+    return summary
 
 
-def _delete(cache: Path, documents: Sequence[str], leases: Leases, progress: Progress) -> Deletion:
-    """Delete with the cache to itself."""
-    finished = (finish_transaction(cache) or {}).get("deleted")
-    if finished is not None:
-        progress.say(f"finished deleting {', '.join(finished['documents'])}")
-        documents = [name for name in documents if name not in finished["asked"]]
-        if not documents:
-            finished.pop("asked")
-            _tidy(cache)
-            return Deletion(**finished | {"documents": tuple(finished["documents"])})
-    found = verify_idle(cache, progress=progress)
-    if found.faults:
-        raise CacheError(
-            f"{cache} is damaged ({found.faults[0]}): nothing was deleted. {REPAIR_HINT}"
-        )
-    plan = _plan(cache, documents, dry_run=False)
-    clear_staging(cache)
-    try:
-        _Deleter(plan, leases).run(progress)
-    finally:
-        shutil.rmtree(leases.staging, ignore_errors=True)
-    _tidy(cache)
-    return plan.told
-
-
-def _tidy(cache: Path) -> None:
-    """Remove what dead attempts and earlier generations left, which may hold what was deleted."""
+def _remove_leftovers(cache: Path) -> None:
+    """Remove staging folders and superseded markers, which may name deleted documents."""
     for split in SPLITS:
         drop_superseded(cache, split)
     clear_staging(cache)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _SplitPlan:
-    """A split that loses something. ``gone_S`` and ``gone_D`` are masks over its tables."""
+class _Split:
+    """A split that loses documents: ``gone_S`` and ``gone_D`` are masks over its tables."""
 
-    tokens: SplitTokens
-    tables: SplitTables
-    gone_S: Array
-    gone_D: Array
+    def __init__(self, tables: SplitTables, gone_D: Array):
+        self.tables = tables
+        self.gone_D = gone_D
+        self.gone_S: Array = gone_D[tables.document_S]
+        self.blocks: list[int] = np.unique(tables.block_of(np.flatnonzero(self.gone_S))).tolist()
+        """The blocks that hold deleted sequences."""
+        self.tokens = int((tables.rows_S2[self.gone_S] @ np.array([-1, 1])).sum())
 
-    @property
-    def blocks(self) -> list[int]:
-        """Blocks with rows to be zeroed."""
-        return np.unique(self.tables.block_of(np.flatnonzero(self.gone_S))).tolist()
-
-    def rows(self, block: int) -> Array:
-        """Return rows_S2, within the block, of its sequences that go."""
-        first, stop = self.tables.block_starts[block : block + 2].tolist()
-        return self.tokens.offsets(block)[self.gone_S[first:stop]]
+    def rows(self, block: int, block_tokens: int) -> list[list[int]]:
+        """Return the first row and the row past the last, in a block, of its deleted sequences."""
+        span = slice(*self.tables.block_starts[block : block + 2].tolist())
+        rows_S2 = self.tables.rows_S2[span][self.gone_S[span]] - block * block_tokens
+        return rows_S2.tolist()
 
     def renumbered(self, sequences: Sequence[int]) -> tuple[int, ...]:
-        """Return the new numbers of those sequences that stay."""
+        """Return the new numbers of those of the sequences that stay."""
         number_S = np.cumsum(~self.gone_S) - 1
         return tuple(int(number_S[s]) for s in sequences if not self.gone_S[s])
 
-    def kept(self) -> SplitTables:
-        """Return the tables of what stays; blocks stay where they are."""
+    def kept_tables(self) -> SplitTables:
+        """Return the tables of the documents that stay. Blocks and rows stay where they are."""
         tables, kept_S, kept_D = self.tables, ~self.gone_S, ~self.gone_D
         return SplitTables(
             rows_S2=tables.rows_S2[kept_S],
@@ -162,201 +153,159 @@ class _SplitPlan:
         )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Plan:
-    """What is to be done to a cache; ``told`` is what the caller hears of it."""
+class _Deletion:
+    """The deletion of documents from one cache; the request is checked when it is made."""
 
-    cache: Cache
-    asked: tuple[str, ...]
-    splits: dict[str, _SplitPlan]
-    told: Deletion
-
-
-def _plan(path: Path, documents: Sequence[str], *, dry_run: bool) -> _Plan:
-    cache = Cache(path)
-    tables: dict[str, tuple[SplitTokens, SplitTables]] = {}
-    for name in SPLITS:
-        tokens = SplitTokens(path, name, cache.attributes.settings.block_tokens)
-        tables[name] = tokens, SplitTables.read(tokens)
-    known = {name for _, split in tables.values() for name in split.names}
-    whole = {re.sub(r"#\d+$", "", name) for name in known}
-    for name in documents:
-        if name not in known | whole:
+    def __init__(self, cache: FinishedCache, names: list[str]):
+        self.cache = cache
+        self._names = names
+        known = {name for tables in cache.tables.values() for name in tables.names}
+        for name in names:
+            if name not in known and name not in {*map(file_of, known)}:
+                raise UsageError(
+                    f"{cache.path} has no document '{name}'.{nearest(name, known)} It has "
+                    f"{len(known):,} documents; `embedcache.inspect()` shows their names. Nothing "
+                    "was deleted."
+                )
+        self._splits: dict[str, _Split] = {}
+        for split, tables in cache.tables.items():
+            gone = [name in names or file_of(name) in names for name in tables.names]
+            if any(gone):
+                self._splits[split] = _Split(tables, np.array(gone))
+        if "train" in self._splits and self._splits["train"].gone_D.all():
             raise UsageError(
-                f"{path} has no document '{name}' (it has {len(known):,})."
-                f"{nearest(name, known)} Names are those that 'embedcache inspect' shows. Nothing "
-                "was deleted."
+                f"expected at least one train document to stay in {cache.path}, found that all "
+                f"would be deleted. Remove the cache itself instead: rm -r {cache.path}"
             )
-    asked = set(documents)
-    splits = {}
-    for name, (tokens, split) in tables.items():
-        gone_D = np.array(
-            [n in asked or re.sub(r"#\d+$", "", n) in asked for n in split.names], dtype=bool
-        )
-        if gone_D.any():
-            gone_S = gone_D[split.document_S]
-            splits[name] = _SplitPlan(tokens=tokens, tables=split, gone_S=gone_S, gone_D=gone_D)
-    if "train" in splits and splits["train"].gone_S.all():
-        raise UsageError(
-            f"nothing would be left to train on in {path}, expected a train document to stay. "
-            f"Remove the cache itself: rm -r {path}"
-        )
-    lengths = {n: s.tables.rows_S2[s.gone_S] @ np.array([-1, 1]) for n, s in splits.items()}
-    told = Deletion(
-        cache=str(path),
-        documents=tuple(
-            sorted({s.tables.names[d] for s in splits.values() for d in np.flatnonzero(s.gone_D)})
-        ),
-        sequences={name: int(split.gone_S.sum()) for name, split in splits.items()},
-        tokens={name: int(length_S.sum()) for name, length_S in lengths.items()},
-        blocks={name: len(split.blocks) for name, split in splits.items()},
-        dry_run=dry_run,
-    )
-    return _Plan(cache=cache, asked=tuple(documents), splits=splits, told=told)
 
-
-class _Deleter:
-    """Stages every file that changes, then commits them as one."""
-
-    def __init__(self, plan: _Plan, leases: Leases):
-        self._plan = plan
-        self._leases = leases
-        self._cache = plan.cache.path
-        self._settings = plan.cache.attributes.settings
-        self._staged = begin_transaction(leases.staging)
-        self._attempt = uuid.uuid4().hex
-
-    def run(self, progress: Progress) -> None:
-        plan, manifest = self._plan, self._plan.cache.manifest
-        root = zarr.create_group(self._staged, zarr_format=3)
-        root.attrs[ATTRIBUTE] = self._attributes()
-        splits = dict(manifest.splits)
-        with progress.bar("rewriting", sum(plan.told.blocks.values()), "blocks") as bar:
-            for name, split in plan.splits.items():
-                splits[name] = self._split(root, name, split, bar)
-        seal, remove = write_changed_digests(self._cache, self._staged, manifest.tokens)
-        publish_digests(self._staged, seal)
-        publish_manifest(self._staged, replace(manifest, splits=splits, tokens=seal))
-        about = asdict(plan.told) | {"asked": plan.asked}
-        self._leases.require(COORDINATOR)
-        commit_transaction(
-            self._cache,
-            self._leases.staging,
-            last=MANIFEST,
-            remove=remove,
-            about={"deleted": about},
-        )
-
-    def _attributes(self) -> dict[str, Any]:
-        """Return the root attributes: how much was deleted is added, and no source names it."""
-        attributes = self._plan.cache.attributes.to_dict()
-        corpus = json.loads(json.dumps(attributes["corpus"]))
-        told = self._plan.told
-        names = {*told.documents, *self._plan.asked}
-        earlier = corpus.get("deleted", {"documents": 0, "sequences": 0, "tokens": 0})
-        corpus["deleted"] = {
-            "documents": earlier["documents"] + len(told.documents),
-            "sequences": earlier["sequences"] + sum(told.sequences.values()),
-            "tokens": earlier["tokens"] + sum(told.tokens.values()),
+    def summary(self, *, dry_run: bool = False) -> DeleteSummary:
+        """Return what is deleted."""
+        splits = self._splits
+        documents = {
+            name
+            for split in splits.values()
+            for name, gone in zip(split.tables.names, split.gone_D, strict=True)
+            if gone
         }
+        return DeleteSummary(
+            cache=str(self.cache.path),
+            documents=tuple(sorted(documents)),
+            sequences={name: int(split.gone_S.sum()) for name, split in splits.items()},
+            tokens={name: split.tokens for name, split in splits.items()},
+            blocks={name: len(split.blocks) for name, split in splits.items()},
+            dry_run=dry_run,
+        )
+
+    def attributes(self) -> CacheAttributes:
+        """Return the root attributes: deletions are counted, and sources name no deleted one."""
+        attributes = self.cache.attributes
+        corpus = json.loads(json.dumps(attributes.corpus))
+        summary = self.summary()
+        counts = {
+            "documents": len(summary.documents),
+            "sequences": sum(summary.sequences.values()),
+            "tokens": sum(summary.tokens.values()),
+        }
+        earlier = corpus.get("deleted", {})
+        corpus["deleted"] = {key: n + earlier.get(key, 0) for key, n in counts.items()}
+        names = {*summary.documents, *self._names}
         for part in corpora_of(corpus):
             for key in ("sources", "dev_sources", "test_sources"):
                 part["config"][key] = [
-                    "(deleted)" if _names_one(source, names) else source
+                    "(deleted)" if _is_one_of(source, names) else source
                     for source in part["config"].get(key) or ()
                 ]
-        return attributes | {"corpus": corpus}
+        return replace(attributes, corpus=corpus)
 
-    def _split(self, root: zarr.Group, name: str, split: _SplitPlan, bar: Bar) -> SplitManifest:
-        """Stage a split's blocks, markers, tables and counts; return what the manifest says."""
-        manifest = self._plan.cache.manifest.splits[name]
-        changed: dict[int, tuple[FileRecord, ...]] = {}
-        files, targets = manifest.files(self._cache, name, self._settings), 0
+    def stage(self, staged: StagedCache, progress: Progress) -> None:
+        """Stage the splits that lose documents."""
+        total = sum(len(split.blocks) for split in self._splits.values())
+        with progress.bar("rewriting", total, "blocks") as bar:
+            for name, split in self._splits.items():
+                tables = split.kept_tables()
+                totals = self.cache.totals(name)
+                totals["sequences"] = len(tables.rows_S2)
+                totals["tokens"] -= split.tokens
+                totals["targets"] -= self._targets(name, split)
+                totals["documents"] = len(tables.names)
+                staged.write_split(name, tables, totals, self._blocks(name, split, staged, bar))
+
+    def _targets(self, name: str, split: _Split) -> int:
+        """Return the number of targets in deleted sequences."""
+        count = 0
         for block in split.blocks:
-            targets += self._tokens(name, block, split.rows(block))
-            changed[block] = tuple(
-                self._shard(name, block, record, split.rows(block)) for record in files[block]
-            )
-            bar.advance(1)
-        tables = split.kept()
-        totals = {
-            "sequences": len(tables.rows_S2),
-            "tokens": manifest.tokens - self._plan.told.tokens[name],
-            "targets": manifest.targets - targets,
-            "documents": len(tables.names),
-        }
-        group = root.create_group(name)
-        for folder in ("tokens", "documents"):
-            group.create_group(folder)
-        tables.write(group)
-        group.attrs[ATTRIBUTE] = totals
-        blocks = self._blocks(name, split, files, changed)
-        return split_manifest(self._staged, name, self._settings, totals, blocks)
+            _, mask_N = self.cache.tokens[name].used(block)
+            for first, stop in split.rows(block, self.cache.settings.block_tokens):
+                count += int(mask_N[first:stop].sum())
+        return count
 
     def _blocks(
-        self,
-        name: str,
-        split: _SplitPlan,
-        files: BlockFiles,
-        changed: dict[int, tuple[FileRecord, ...]],
-    ) -> Iterator[BlockRecord]:
-        """Yield the records of each block for the digest tables; stage a marker if they are new."""
-        newest = newest_generations(self._cache, name)
-        for block, old in enumerate(files):
-            aside = files.quarantined_in(
-                *split.tables.block_starts[block : block + 2].tolist()
-            ).tolist()
-            records, renumbered = changed.get(block, old), split.renumbered(aside)
-            if block in changed or [*renumbered] != aside:
-                marker = Marker(
-                    split=name,
-                    block=block,
-                    generation=newest.get(block, -1) + 1,
-                    attempt=self._attempt,
-                    files=records,
-                    quarantined=renumbered,
+        self, name: str, split: _Split, staged: StagedCache, bar: Bar
+    ) -> Iterator[EditedBlock]:
+        """Stage the blocks that hold deleted sequences; yield all blocks in order."""
+        newest = newest_generations(self.cache.path, name)
+        rewritten = {*split.blocks}
+        for block, (records, quarantined) in enumerate(self.cache.blocks(name)):
+            renumbered = split.renumbered(quarantined)
+            if block in rewritten:
+                rows = split.rows(block, self.cache.settings.block_tokens)
+                self._zero_tokens(name, block, rows, staged)
+                records = tuple(
+                    self._zero_shard(name, block, record, rows, staged) for record in records
                 )
-                path = marker_path(self._staged, name, block, marker.generation)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(marker.to_json())
-            yield records, renumbered
+                bar.advance(1)
+            changed = block in rewritten or renumbered != quarantined
+            generation = newest.get(block, -1) + 1 if changed else None
+            yield EditedBlock(records, renumbered, generation)
 
-    def _tokens(self, name: str, block: int, rows_S2: Array) -> int:
-        """Stage a block's tokens without some sequences; return how many targets those had."""
-        rows, targets = self._settings.block_tokens, 0
-        for path, (dtype, columns) in zip(token_chunks(name, block), ROWS.values(), strict=True):
+    def _zero_tokens(
+        self, name: str, block: int, rows: list[list[int]], staged: StagedCache
+    ) -> None:
+        """Stage a block's ids, loss mask and spans with zeros in some rows."""
+        cache = self.cache
+        for array, (dtype, columns) in ROWS.items():
+            path = chunk_name(name, array, block)
             values = read_chunk(
-                self._cache / path, shape=(rows, *columns), dtype=dtype, coder=CODERS["blosc"]
+                cache.path / path,
+                shape=(cache.settings.block_tokens, *columns),
+                dtype=dtype,
+                coder=CODERS["blosc"],
             )
-            for first, stop in rows_S2.tolist():
-                targets += int(values[first:stop].sum()) if dtype == "bool" else 0
-                values[first:stop] = 0
-            write_chunk(self._staged / path, values, CODERS["blosc"])
-        return targets
+            cache.token_files[name].check(array, block)
+            _zero(values, rows)
+            write_chunk(staged.folder / path, values, CODERS["blosc"])
 
-    def _shard(self, name: str, block: int, record: FileRecord, rows_S2: Array) -> FileRecord:
-        """Stage a shard without some sequences."""
-        settings = self._settings
+    def _zero_shard(
+        self, name: str, block: int, record: FileRecord, rows: list[list[int]], staged: StagedCache
+    ) -> FileRecord:
+        """Stage a shard with zeros in some rows; return its record."""
+        settings = self.cache.settings
         spec = block_shards(name, block, settings)[record.path]
-        rows, size = settings.block_tokens, chunk_rows(spec, settings.block_tokens)
-        hidden = self._plan.cache.attributes.base["hidden_size"]
+        size = chunk_rows(spec, settings.block_tokens)
+        chunks = settings.block_tokens // size
         values = read_shard(
-            self._cache / record.path,
-            rows=rows,
-            columns=spec.columns(hidden),
+            self.cache.path / record.path,
+            rows=settings.block_tokens,
+            columns=spec.columns(self.cache.attributes.base["hidden_size"]),
             dtype=spec.dtype,
             chunk_rows=size,
-            chunks=rows // size,
+            chunks=chunks,
             coder=CODERS[spec.coder],
+            record=record,
         )
-        for first, stop in rows_S2.tolist():
-            values[first:stop] = 0
-        path = self._staged / record.path
+        _zero(values, rows)
+        path = staged.folder / record.path
         length, digest = write_shard(path, values, size, CODERS[spec.coder])
-        crc32c = chunks_crc32c(path, rows // size)
-        return FileRecord(path=record.path, bytes=length, sha256=digest, crc32c=crc32c)
+        return FileRecord(
+            path=record.path, bytes=length, sha256=digest, crc32c=chunks_crc32c(path, chunks)
+        )
 
 
-def _names_one(source: str, names: set[str]) -> bool:
-    """Whether a source is itself one of the documents, by the end of its path."""
+def _zero(values: Array, rows: list[list[int]]) -> None:
+    for first, stop in rows:
+        values[first:stop] = 0
+
+
+def _is_one_of(source: str, names: set[str]) -> bool:
+    """Return whether a source is itself one of the documents, by the end of its path."""
     return any(source == name or source.endswith(f"/{name}") for name in names)

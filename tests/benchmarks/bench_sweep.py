@@ -95,7 +95,7 @@ def main() -> None:
         for user in few:
             command = [sys.executable, "-m", "embedcache_cli", "train", str(cache), "--out"]
             command += [str(folder / "processes" / user), "--epochs", str(options.epochs)]
-            subprocess.run([*command, "--documents", f"{user}/*"], check=True, capture_output=True)
+            subprocess.run([*command, "--document", f"{user}/*"], check=True, capture_output=True)
         processes = (time.perf_counter() - started) / len(few) * users
         print(f"{users} processes, by {len(few)}: {processes:.1f} s", flush=True)
 

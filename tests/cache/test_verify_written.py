@@ -195,7 +195,7 @@ def test_the_command_names_the_processes_that_write(
     marker_path(copied, "train", 0).unlink()
     with Leases(copied):
         assert call_main(monkeypatch, "verify", str(copied)) == 0
-    assert f"It is being written by process {os.getpid()} on " in capsys.readouterr().out
+    assert f"The cache is being written by process {os.getpid()} on " in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -235,6 +235,6 @@ def test_the_command_says_how_to_repair_a_merged_cache(
     flip_byte(tmp_path / "both/train/tokens/ids/c/0")
     assert call_main(monkeypatch, "verify", str(tmp_path / "both"), "--deep") == 1
     shown = capsys.readouterr().out
-    assert f"It was merged from 2 caches, those of 'embedcache extract {corpus} …'; " in shown
-    assert "'embedcache merge' of all into a new --out" in shown
+    assert f"Its 2 caches were made by: 'embedcache extract {corpus} …'; " in shown
+    assert "then 'embedcache merge' with a new --out" in shown
     assert "Run the same" not in shown

@@ -1,4 +1,4 @@
-"""An append that is killed anywhere leaves the cache as it was, or refused, and goes on."""
+"""An append that is killed leaves the old cache, the new one or a refused one, and is resumed."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from pathlib import Path
 
 import pytest
 from support.cache_faults import served
+from support.fixtures_append import added
 from support.fixtures_extract import comparable_tree, corpus_config, small_settings, write_documents
 from support.forked import run_until_step
 from support.stopping import KilledError, killed
 
-from embedcache.cache.cache import read_attributes
 from embedcache.cache.verify import verify
-from embedcache.editing.append import Appended, append
-from embedcache.editing.append_request import corpus_like
+from embedcache.editing.append import AppendSummary, append
 from embedcache.editing.delete import delete
 from embedcache.errors import CacheError
 from embedcache.extraction.extract import extract
@@ -30,14 +29,20 @@ SETTINGS = {"codec": "int8", "batch_tokens": 64}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Path:
-    """A finished cache, what is to be added, and what it is with that."""
+    """A finished cache ``old``, the documents ``more``, and the cache ``new`` with them."""
     root = tmp_path_factory.mktemp("killed")
     write_documents(root / "corpus", 5)
     write_documents(root / "more", 5, seed=1)
     extract_first(root, root / "old", tiny_base)
-    shutil.copytree(root / "old", root / "new")
-    added(root, root / "new")
     return root
+
+
+@pytest.fixture(scope="module")
+def steps(place: Path) -> tuple[int, int]:
+    """Steps of an append up to its commit, and all of them; the append makes ``new``."""
+    done = run_until_step(10**6, appending(place, shutil.copytree(place / "old", place / "new")))
+    assert isinstance(done, tuple)
+    return done
 
 
 def extract_first(place: Path, out: Path, base: Path) -> None:
@@ -50,32 +55,24 @@ def extract_first(place: Path, out: Path, base: Path) -> None:
     )
 
 
-def appending(place: Path, cache: Path) -> Callable[[], Appended]:
-    config = corpus_like(read_attributes(cache), {"sources": (str(place / "more"),)})
-    return partial(append, config, out=cache, device="cpu")
+def appending(place: Path, cache: Path) -> Callable[[], AppendSummary]:
+    return partial(append, cache, place / "more", device="cpu")
 
 
-def added(place: Path, cache: Path) -> Appended:
-    return appending(place, cache)()
-
-
-@pytest.mark.parametrize("count", [6, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
-    place: Path, tiny_base: Path, tmp_path: Path, count: int
+@pytest.mark.parametrize("count", [4, pytest.param(48, marks=pytest.mark.slow)])
+def test_an_append_killed_at_any_step_is_resumed_to_the_same_bytes(
+    place: Path, tiny_base: Path, tmp_path: Path, steps: tuple[int, int], count: int
 ) -> None:
-    whole = shutil.copytree(place / "old", tmp_path / "whole")
-    committed, steps = run_until_step(10**6, appending(place, whole))
-    assert comparable_tree(whole) == comparable_tree(place / "new")
-    # Until the commit; just before it, all being staged; while files are put in place, which is the
-    # first quarter of what follows; at the end.
-    draw, placed = random.Random(count), committed + (steps - committed) // 4
-    spans = [(0, committed)] * 3 + [(committed - 20, committed)]
-    spans += [(committed + 2, placed), (placed, steps)]
-    moments = [draw.randrange(*spans[number % 6]) for number in range(count)]
+    committed, last = steps
+    # While blocks are extracted, just before the commit, while files are moved into place (the
+    # first quarter of the steps after the commit), and at the end.
+    draw, moved = random.Random(count), committed + (last - committed) // 4
+    spans = [(0, committed), (committed - 20, committed), (committed + 2, moved), (moved, last)]
+    moments = [draw.randrange(*spans[number % 4]) for number in range(count)]
     caches = {shutil.copytree(place / "old", tmp_path / f"{n}"): at for n, at in enumerate(moments)}
-    with ThreadPoolExecutor(2) as both:
+    with ThreadPoolExecutor(2) as pool:
         ends = [
-            both.submit(run_until_step, step, appending(place, cache))
+            pool.submit(run_until_step, step, appending(place, cache))
             for cache, step in caches.items()
         ]
     assert {end.result() for end in ends} == {-signal.SIGKILL}
@@ -89,29 +86,29 @@ def test_killed_at_random_moments_it_goes_on_to_the_same_bytes(
         except CacheError as error:
             assert "is not complete" in str(error), step
             states.add("refused")
-            if number % 2:  # the command that made the cache finishes it, too
+            if number % 8 < 4:  # the extraction that made the cache finishes the append, too
                 extract_first(place, cache, tiny_base)
                 assert served(cache) == after
-        added(place, cache)
+        appending(place, cache)()
         assert comparable_tree(cache) == comparable_tree(place / "new"), step
         assert verify(cache, deep=True).faults == (), step
     assert states >= {"before", "refused"}
 
 
-def test_one_that_was_cut_short_while_put_in_place_is_told_when_it_is_finished(
-    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_the_next_edit_finishes_a_committed_append(
+    place: Path, tmp_path: Path, steps: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever comes next finishes it: the same command says what it added, delete goes on after."""
-    caches = [shutil.copytree(place / "old", tmp_path / name) for name in ("one", "two")]
-    for cache in caches:
-        with monkeypatch.context() as patch:
-            patch.setattr("embedcache.store.transaction.finish_transaction", killed)
-            with pytest.raises(KilledError):
-                added(place, cache)
-    told = added(place, caches[0])
-    assert sum(told.documents.values()) == 5
-    assert comparable_tree(caches[0]) == comparable_tree(place / "new")
-    delete(caches[1], ["003.txt@2"])
-    assert not (caches[1] / ".staging").exists()
-    delete(caches[0], ["003.txt@2"])
-    assert served(caches[0]) == served(caches[1])
+    """The same append returns its summary; a deletion goes on with the cache as appended."""
+    cache = shutil.copytree(place / "old", tmp_path / "cache")
+    with monkeypatch.context() as patch:
+        patch.setattr("embedcache.store.transaction.finish_transaction", killed)
+        with pytest.raises(KilledError):
+            added(cache, place / "more")
+    other = shutil.copytree(cache, tmp_path / "other")
+    summary = added(cache, place / "more")
+    assert sum(summary.documents.values()) == 5
+    assert comparable_tree(cache) == comparable_tree(place / "new")
+    for edited in (cache, other):
+        delete(edited, ["003.txt@2"])
+        assert not (edited / ".staging").exists()
+    assert served(cache) == served(other)

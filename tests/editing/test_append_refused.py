@@ -1,4 +1,4 @@
-"""What cannot be added is refused, and leaves the cache byte for byte as it was."""
+"""An append that is refused leaves the cache as it was."""
 
 from __future__ import annotations
 
@@ -32,45 +32,38 @@ from embedcache.store.lease import Leases
 
 @pytest.fixture
 def untouched(old: Path) -> Iterator[Path]:
-    """A cache that must be, in the end, byte for byte what it was."""
+    """A cache that has to be, at the end, byte for byte what it was."""
     before = every_byte(old)
     yield old
     assert every_byte(old) == before
     assert not (old / ".staging").exists()
 
 
-@pytest.mark.parametrize(
-    ("asked", "message"),
-    [
-        ({"codec": "bf16"}, "--codec int8, .* found --codec bf16. Leave --codec out"),
-        ({"taps": ("final",)}, "--taps final,layer_1, .* found --taps final"),
-        ({"context": 128}, "--context 64, .* found --context 128"),
-        ({"block_tokens": 512}, "--block-tokens 256, .* found --block-tokens 512"),
-        ({"bits": 2.0}, "--bits left out, .* found --bits 2.0"),
-    ],
-)
-def test_another_setting_is_refused_with_both(
-    untouched: Path, more: Path, asked: dict[str, Any], message: str
-) -> None:
-    with pytest.raises(UsageError, match=message):
-        added(untouched, more, settings=asked)
-
-
-def test_another_context_base_or_type_is_refused(
+def test_another_setting_base_or_dtype_is_refused(
     untouched: Path, more: Path, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=r"--context 64, .* found --context 32"):
-        append(corpus_config(more, context=32), out=untouched)
-    with pytest.raises(UsageError, match=r"computed in float32, .* found --dtype bfloat16"):
-        append(corpus_config(more), out=untouched, dtype="bfloat16")
-    with pytest.raises(BaseModelError, match=r"no base at 'gone'.*--base with where it is now"):
+    for required, message in (
+        ({"codec": "bf16"}, r"`codec=` int8, .* found bf16\. Leave `codec=` out"),
+        ({"taps": ("final",)}, r"`taps=` final,layer_1, .* found final"),
+        ({"bits": 2.0}, r"`bits=` None, .* found 2.0"),
+        ({"context": 128}, r"`context=` 64, .* found 128"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            added(untouched, more, settings=required)
+    with pytest.raises(UsageError, match=r"`context=` 64, .* found 32"):
+        append(untouched, corpus_config(more, context=32))
+    with pytest.raises(UsageError, match=r"`min_token=` .*Did you mean 'min_tokens'"):
+        added(untouched, more, min_token=3)
+    with pytest.raises(UsageError, match=r"`dtype=` float32, .* found bfloat16"):
+        added(untouched, more, dtype="bfloat16")
+    with pytest.raises(BaseModelError, match=r"no base at 'gone'.*its present place as `base=`"):
         added(untouched, more, base="gone")
     other = tiny_base_directory(tmp_path / "other", seed=1)
-    with pytest.raises(IdentityError, match=r"the cache .* and --base .*differ in: weights"):
+    with pytest.raises(IdentityError, match=r"the cache .* and `base=` .*differ in: weights"):
         added(untouched, more, base=str(other))
 
 
-def test_bad_input_leaves_the_cache_as_it_was(untouched: Path, tmp_path: Path) -> None:
+def test_a_corpus_that_cannot_be_read_is_refused(untouched: Path, tmp_path: Path) -> None:
     folder = write_documents(tmp_path / "bad", 3, seed=4)
     (folder / "zzz.txt").write_bytes(b"good to begin with \xff\xfe and then not")
     with pytest.raises(CorpusError):
@@ -82,20 +75,20 @@ def test_bad_input_leaves_the_cache_as_it_was(untouched: Path, tmp_path: Path) -
         added(untouched, tmp_path / "short.txt")
 
 
-def test_while_another_writes_it_is_refused(untouched: Path, more: Path) -> None:
+def test_an_append_is_refused_while_another_process_writes(untouched: Path, more: Path) -> None:
     with Leases(untouched) as other:
-        assert other.take("coordinator")
-        with pytest.raises(OutputError, match=r"--append needs .* alone.*process \d+"):
+        assert other.take("turn")
+        with pytest.raises(OutputError, match=r"append needs .* alone.*process \d+"):
             added(untouched, more)
 
 
-def test_others_are_refused_meanwhile(
+def test_other_edits_are_refused_during_an_append(
     old: Path, more: Path, corpus: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     refused: list[str] = []
 
     def trying(*arguments: Any, **named: Any) -> Any:
-        for what in (
+        for edit in (
             lambda: added(old, more),
             lambda: delete(old, ["000.txt"]),
             lambda: extract(
@@ -108,27 +101,42 @@ def test_others_are_refused_meanwhile(
             ),
         ):
             with pytest.raises(OutputError, match="alone, and it is being written by") as caught:
-                what()
+                edit()
             refused.append(str(caught.value).split()[0])
         return extract(*arguments, **named)
 
     monkeypatch.setattr(verb, "extract", trying)
     added(old, more)
-    assert refused == ["--append", "delete", "--repair"]
+    assert refused == ["append", "delete", "--repair"]
     assert verify(old, deep=True).faults == ()
 
 
-def test_an_unfinished_cache_or_none_is_refused(old: Path, more: Path, tmp_path: Path) -> None:
+def test_an_unfinished_cache_and_no_cache_are_refused(
+    old: Path, more: Path, tmp_path: Path
+) -> None:
     with pytest.raises(CacheError, match="no such cache"):
-        append(corpus_config(more), out=tmp_path / "none")
+        added(tmp_path / "none", more)
     assert not (tmp_path / "none").exists()
     (old / "manifest.json").unlink()
     with pytest.raises(CacheError, match="is not complete"):
         added(old, more)
 
 
+def test_a_damaged_digest_table_is_refused(old: Path, more: Path) -> None:
+    before = every_byte(old)
+    for name in ("tokens", "embeddings"):
+        path = f"digests/train/{name}"
+        flip_byte(old / path)
+        with pytest.raises(CacheError, match=rf"{path} .*the cache is damaged.*--repair"):
+            added(old, more)
+        after = {k: data for k, data in every_byte(old).items() if not k.startswith(".staging/")}
+        assert [key for key in before if after[key] != before[key]] == [path]
+        assert after.keys() == before.keys()
+        flip_byte(old / path)
+
+
 class StoppedError(Exception):
-    """Stands for a computer that was switched off while it computed."""
+    """Stands for a computer that is switched off during the extraction."""
 
 
 def begin(cache: Path, more: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,22 +151,24 @@ def begin(cache: Path, more: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             added(cache, more)
 
 
-def test_one_that_was_begun_goes_on_or_is_dropped(
+def test_an_unfinished_append_is_resumed_and_another_is_refused(
     old: Path, more: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(old)
     begin(old, more, monkeypatch)
     assert contents(old) == before
-    with pytest.raises(OutputError, match=r"append of .* begun and is not finished.*rm -r") as told:
+    with pytest.raises(
+        OutputError, match=r"the unfinished append .*first call again.*or remove"
+    ) as e:
         added(old, write_documents(tmp_path / "new", 2, seed=5))
-    assert str(more) in str(told.value)
+    assert str(more) in str(e.value)
     reads: list[Any] = []
     monkeypatch.setattr(verb, "write_tokens", lambda *a, **k: reads.append(a))
     assert sum(added(old, more).documents.values()) == 9
-    assert not reads  # tokens were sealed the first time
+    assert not reads  # the first call has written the tokens
 
 
-def test_one_that_was_begun_on_what_the_cache_was_begins_anew(
+def test_an_unfinished_append_begins_anew_if_the_cache_was_edited_since(
     old: Path, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, gone = write_documents(tmp_path / "new", 3, seed=5), names(old, "train")[0]
@@ -168,12 +178,12 @@ def test_one_that_was_begun_on_what_the_cache_was_begins_anew(
     delete(old, [gone])
     assert not (old / ".staging").exists()
     shutil.copytree(staged, old / ".staging/append")
-    told = added(old, folder)
-    assert (sum(told.documents.values()), told.already_there) == (4, 0)
+    summary = added(old, folder)
+    assert (sum(summary.documents.values()), summary.already_there) == (4, 0)
     assert verify(old, deep=True).faults == ()
 
 
-def test_new_blocks_that_were_damaged_meanwhile_are_not_added(
+def test_new_blocks_that_are_damaged_are_not_added(
     old: Path, more: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = contents(old)
@@ -183,10 +193,7 @@ def test_new_blocks_that_were_damaged_meanwhile_are_not_added(
         flip_byte(named["out"] / "train/embeddings/final/c/0/0")
         return done
 
-    with monkeypatch.context() as patch:
-        patch.setattr(verb, "extract", damaging)
-        with pytest.raises(CacheError, match=r"nothing was added. Type: rm -r (\S*), then") as told:
-            added(old, more)
+    monkeypatch.setattr(verb, "extract", damaging)
+    with pytest.raises(CacheError, match=r"Nothing was added\. Remove the folder (\S*) and run"):
+        added(old, more)
     assert contents(old) == before
-    shutil.rmtree(str(told.value).split("rm -r ")[1].split(",")[0])
-    assert sum(added(old, more).documents.values()) == 9

@@ -1,4 +1,4 @@
-"""A deleted document is in no byte of the cache, and all else is read as before."""
+"""A deletion leaves no byte of the document, and the other documents as they were."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from support.forked import run_until_step
 from embedcache.cache.blocks.commit import BlockWriter
 from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import ARRAYS, codec_name
-from embedcache.cache.format.layout import SPLITS, token_chunks
+from embedcache.cache.format.layout import SPLITS
 from embedcache.cache.manifest.digests import publish_digests
 from embedcache.cache.manifest.manifest import publish_manifest, read_manifest
 from embedcache.cache.tokens.files import write_tokens_digests
@@ -49,15 +49,16 @@ def cache(caches: dict[str, Path], codec: str, tmp_path: Path) -> Path:
     return shutil.copytree(caches[codec], tmp_path / "cache")
 
 
-def test_all_else_is_read_as_before_and_counted_right(cache: Path) -> None:
+def test_other_documents_are_read_as_before_and_counted(copied: Path) -> None:
+    cache = copied
     before, old = contents(cache), Cache(cache).manifest
     gone = [names(cache, "train")[1], names(cache, "dev")[0]]
     kept = {key: value for key, value in before.items() if key[1] not in gone}
     assert len(kept) < len(before)
-    told = delete(cache, gone)
+    summary = delete(str(cache), gone)
     assert contents(cache) == kept
-    assert told.documents == tuple(sorted(gone))
-    assert sum(told.sequences.values()) == len(before) - len(kept)
+    assert summary.documents == tuple(sorted(gone))
+    assert sum(summary.sequences.values()) == len(before) - len(kept)
     assert verify(cache, deep=True).faults == ()
     new = Cache(cache).manifest
     assert new.hash != old.hash
@@ -84,7 +85,7 @@ def decoded(path: Path) -> dict[str, np.ndarray[Any, Any]]:
     }
 
 
-def test_no_byte_of_it_is_left(cache: Path) -> None:
+def test_no_byte_of_a_deleted_document_is_left(cache: Path) -> None:
     name = "secret/plan of the fox.txt"
     rename(cache, "train", 2, name)
     rows = rows_of(cache, "train", name)
@@ -109,7 +110,7 @@ def test_no_byte_of_it_is_left(cache: Path) -> None:
 
 
 def rename(cache: Path, split: str, number: int, name: str) -> None:
-    """Give a document of a finished cache a name that is found again: by a whole new seal."""
+    """Rename a document of a finished cache."""
     tokens = SplitTokens(cache, split, 256)
     tables = SplitTables.read(tokens)
     changed = [*tables.names]
@@ -126,7 +127,7 @@ def rename(cache: Path, split: str, number: int, name: str) -> None:
     assert verify(cache, deep=True).faults == ()
 
 
-def test_quarantined_sequences_keep_their_place_under_new_numbers(copied: Path) -> None:
+def test_quarantined_sequences_are_renumbered(copied: Path) -> None:
     train = read_manifest(copied).splits["train"]
     last = train.sequences - 1
     files = files_of(copied, "train")[-1]
@@ -137,13 +138,14 @@ def test_quarantined_sequences_keep_their_place_under_new_numbers(copied: Path) 
     assert verify(copied, deep=True).faults == ()
     before = contents(copied)
     gone = names(copied, "train")[0]
-    told = delete(copied, [gone])
+    summary = delete(copied, gone)
     assert contents(copied) == {key: value for key, value in before.items() if key[1] != gone}
-    assert quarantined(copied, "train") == (last - told.sequences["train"],)
+    assert quarantined(copied, "train") == (last - summary.sequences["train"],)
     assert verify(copied, deep=True).faults == ()
 
 
-def test_blocks_of_which_nothing_is_left_are_passed_over(cache: Path) -> None:
+def test_readers_pass_over_empty_blocks(caches: dict[str, Path], tmp_path: Path) -> None:
+    cache = shutil.copytree(caches["transform"], tmp_path / "cache")
     *gone, kept = names(cache, "train")
     before = contents(cache)
     delete(cache, gone)
@@ -158,39 +160,53 @@ def test_blocks_of_which_nothing_is_left_are_passed_over(cache: Path) -> None:
     batches = list(BatchLoader(train, batch_tokens=128, taps=("final",)).epoch(0))
     assert sum(batch.tokens for batch in batches) == train.manifest.tokens
     assert len(sample_embeddings(train, ("final",))["final"]) == train.manifest.tokens
-    with pytest.raises(UsageError, match="nothing would be left to train on"):
+    with pytest.raises(UsageError, match="at least one train document to stay"):
         delete(cache, [kept])
     assert verify(cache, deep=True).faults == ()
 
 
-def test_a_dry_run_says_the_same_and_writes_nothing(copied: Path) -> None:
+def test_a_dry_run_returns_the_same_summary_and_writes_nothing(copied: Path) -> None:
     gone = names(copied, "train")[0]
     before = comparable_tree(copied)
-    told = delete(copied, [gone], dry_run=True)
+    planned = delete(copied, [gone], dry_run=True)
     assert comparable_tree(copied) == before
-    assert told.dry_run
-    done = delete(copied, [gone])
-    assert (done.documents, done.tokens, done.blocks) == (told.documents, told.tokens, told.blocks)
+    assert planned.dry_run
+    assert replace(planned, dry_run=False) == delete(copied, [gone])
 
 
-def test_an_unknown_name_or_a_damaged_cache_changes_nothing(copied: Path) -> None:
+def test_an_unknown_name_changes_nothing(copied: Path) -> None:
     before = comparable_tree(copied)
     known = names(copied, "train")[0]
     with pytest.raises(UsageError, match=rf"no document '{known}t'.*Did you mean '{known}'"):
         delete(copied, [known, f"{known}t"])
     assert comparable_tree(copied) == before
-    flip_byte(copied / "test/tokens/ids/c/0")
-    with pytest.raises(CacheError, match=r"is damaged.*nothing was deleted"):
-        delete(copied, [known])
 
 
-def test_a_reader_that_was_open_serves_nothing_else(copied: Path) -> None:
+def test_damage_is_refused_only_in_a_block_that_is_rewritten(copied: Path) -> None:
+    gone = names(copied, "train")[0]
+    blocks = (rows_of(copied, "train", gone) // 256).tolist()
+    other = next(b for b in range(read_manifest(copied).splits["train"].blocks) if b not in blocks)
+    damaged = ("test/tokens/ids/c/0", f"train/embeddings/final/c/{other}/0")
+    for path in damaged:
+        flip_byte(copied / path)
+    own = copied / f"train/embeddings/final/c/{blocks[0]}/0"
+    flip_byte(own)
+    before = comparable_tree(copied)
+    with pytest.raises(CacheError, match=rf"nothing was deleted: {own} is damaged"):
+        delete(copied, gone)
+    assert comparable_tree(copied) == before
+    flip_byte(own)
+    assert delete(copied, gone).documents == (gone,)
+    assert {fault.file for fault in verify(copied, deep=True).faults} == {*damaged}
+
+
+def test_a_reader_that_was_open_serves_the_old_blocks_or_raises(copied: Path) -> None:
     gone = names(copied, "train")[0]
     reader = Cache(copied).split("train")
     other = Cache(copied).split("train")
     first = reader.block(reader.manifest.blocks - 1)
     delete(copied, [gone])
-    again = reader.block(reader.manifest.blocks - 1)  # its tables are in memory
+    again = reader.block(reader.manifest.blocks - 1)  # the reader has these tables in memory
     assert np.array_equal(again.rows_S2, first.rows_S2)
     with pytest.raises(CacheError):
         other.block(reader.manifest.blocks - 1)
@@ -198,16 +214,23 @@ def test_a_reader_that_was_open_serves_nothing_else(copied: Path) -> None:
         reader.block(0)
 
 
-def test_killed_at_any_moment_it_is_as_before_or_refused_and_goes_on(
-    caches: dict[str, Path], tiny_base: Path, corpus: Path, tmp_path: Path
+@pytest.mark.parametrize("count", [4, pytest.param(16, marks=pytest.mark.slow)])
+def test_a_deletion_killed_at_any_step_is_finished_by_the_same_call(
+    caches: dict[str, Path], tiny_base: Path, corpus: Path, tmp_path: Path, count: int
 ) -> None:
     name = names(caches["int8"], "train")[0]
     whole = shutil.copytree(caches["int8"], tmp_path / "whole")
-    _, steps = run_until_step(10**6, partial(delete, whole, [name]))
+    done = run_until_step(10**6, partial(delete, whole, [name]))
+    assert isinstance(done, tuple)
+    committed, steps = done
     before, after = served(caches["int8"]), served(whole)
+    # The first step, two while files are moved into place, and one after the new manifest.
+    moments = [0, committed + 3, (committed + steps) // 2, steps - 1]
+    if count > 4:
+        moments = [*range(0, steps, steps // (count - 4)), *range(steps - 4, steps)]
     states = set()
-    for number, step in enumerate([*range(0, steps, steps // 4), *range(steps - 4, steps)]):
-        cache = shutil.copytree(caches["int8"], tmp_path / str(step), dirs_exist_ok=True)
+    for number, step in enumerate(moments):
+        cache = shutil.copytree(caches["int8"], tmp_path / "cache")
         assert run_until_step(step, partial(delete, cache, [name])) == -signal.SIGKILL
         try:
             found = served(cache)
@@ -216,7 +239,8 @@ def test_killed_at_any_moment_it_is_as_before_or_refused_and_goes_on(
         except CacheError as error:
             assert "is not complete" in str(error)
             states.add("refused")
-        if number % 2 and not (cache / "manifest.json").is_file():
+        complete = (cache / "manifest.json").is_file()
+        if number % 2 and not complete:  # the extraction that made the cache finishes it, too
             extract(
                 corpus_config(corpus),
                 base=str(tiny_base),
@@ -224,7 +248,7 @@ def test_killed_at_any_moment_it_is_as_before_or_refused_and_goes_on(
                 settings=small_settings(codec="int8", taps=("final", "layer_1")),
                 device="cpu",
             )
-        elif not (cache / "manifest.json").is_file() or name in names(cache, "train"):
+        elif not complete or name in names(cache, "train"):
             assert delete(cache, [name]).documents == (name,)
         assert served(cache) == after, step
         assert verify(cache, deep=True).faults == ()
@@ -244,7 +268,7 @@ def repair(cache: Path, base: Path, corpus: Path) -> Any:
 
 
 @pytest.mark.parametrize("only_empty", [False, True])
-def test_a_repair_makes_embeddings_anew_without_it(
+def test_a_repair_computes_embeddings_without_the_deleted_document(
     copied: Path, tiny_base: Path, corpus: Path, only_empty: bool
 ) -> None:
     gone = names(copied, "train")[1:]
@@ -264,14 +288,13 @@ def test_a_repair_makes_embeddings_anew_without_it(
     assert not decoded(copied)["train/embeddings/final"][rows].any()
 
 
-@pytest.mark.parametrize("kind", [0, 2], ids=["ids", "span"])
-def test_a_repair_never_takes_its_tokens_from_the_corpus(
-    copied: Path, tiny_base: Path, corpus: Path, kind: int
+def test_a_repair_never_takes_tokens_of_a_deleted_document_from_the_corpus(
+    copied: Path, tiny_base: Path, corpus: Path
 ) -> None:
     name = names(copied, "train")[0]
     rows = rows_of(copied, "train", name)
-    delete(copied, [name])
-    damaged = copied / token_chunks("train", int(rows[0]) // 256)[kind]
+    delete(copied, name)
+    damaged = copied / f"train/tokens/ids/c/{int(rows[0]) // 256}"
     flip_byte(damaged)
     held = damaged.read_bytes()
     with pytest.raises(CacheError, match="the corpus no longer yields the tokens"):

@@ -1,4 +1,4 @@
-"""A merged cache gives exactly what its parts give."""
+"""A merged cache holds exactly the sequences of its parts."""
 
 from __future__ import annotations
 
@@ -27,7 +27,6 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import SPLITS
 from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import verify
-from embedcache.editing import join
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
 from embedcache.errors import CacheError, EmbedcacheError, IdentityError, OutputError, UsageError
@@ -48,12 +47,9 @@ def pairs(
     more: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, tuple[Path, Path]]:
-    """Two caches for each codec; of ``transform``, one, each without the other's half."""
+    """Two int8 caches; two halves of one transform cache, which share its calibration."""
     root = tmp_path_factory.mktemp("pairs")
-    found = {}
-    for codec in ("bf16", "int8"):
-        other = extracted(more, tiny_base, root / codec, codec=codec)
-        found[codec] = caches[codec], other
+    found = {"int8": (caches["int8"], extracted(more, tiny_base, root / "int8"))}
     halves = [shutil.copytree(caches["transform"], root / half) for half in ("one", "two")]
     every = [name for split in SPLITS for name in names(halves[0], split)]
     for number, half in enumerate(halves):
@@ -63,7 +59,7 @@ def pairs(
 
 
 def expected(one: Path, two: Path) -> Content:
-    """Return what both hold, the second's documents under the names that they get."""
+    """Return the sequences of both caches, under their names in the merged cache."""
     first, second = contents(one), contents(two)
     taken = {name for _, name, _ in first}
     renamed = {
@@ -74,12 +70,13 @@ def expected(one: Path, two: Path) -> Content:
     return first | renamed
 
 
-def test_every_sequence_is_what_the_parts_give(
+@pytest.mark.parametrize("codec", ["int8", "transform"])
+def test_the_merged_cache_holds_the_sequences_of_its_parts(
     pairs: dict[str, tuple[Path, Path]], codec: str, tmp_path: Path
 ) -> None:
     one, two = pairs[codec]
     before = [comparable_tree(path) for path in (one, two)]
-    told = merge([one, two], tmp_path / "both")
+    summary = merge([str(one), two], str(tmp_path / "both"))
     both = tmp_path / "both"
     assert contents(both) == expected(one, two)
     assert verify(both, deep=True).faults == ()
@@ -91,7 +88,7 @@ def test_every_sequence_is_what_the_parts_give(
         for key in ("sequences", "tokens", "targets", "documents", "blocks"):
             summed = sum(getattr(part.manifest.splits[name], key) for part in parts)
             assert getattr(opened.manifest.splits[name], key) == summed
-        assert told.tokens[name] == opened.manifest.splits[name].tokens
+        assert summary.tokens[name] == opened.manifest.splits[name].tokens
     corpora = opened.attributes.corpus["parts"]
     assert [part["config"] for part in corpora] == [p.attributes.corpus["config"] for p in parts]
     assert [part["manifest"] for part in corpora] == [part.manifest.hash for part in parts]
@@ -103,7 +100,7 @@ def test_every_sequence_is_what_the_parts_give(
     assert verify(both, deep=True).faults == ()
 
 
-def test_three_and_a_quarantined_sequence(
+def test_three_caches_and_a_quarantined_sequence(
     pairs: dict[str, tuple[Path, Path]], tiny_base: Path, tmp_path: Path
 ) -> None:
     third = extracted(write_documents(tmp_path / "c", 6, seed=2), tiny_base, tmp_path / "third")
@@ -123,13 +120,15 @@ def test_three_and_a_quarantined_sequence(
     assert len(Cache(tmp_path / "nested").attributes.corpus["parts"]) == 3
 
 
-def test_a_document_in_two_is_refused_by_its_name(caches: dict[str, Path], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"'\d+.txt' is in .* trained on twice.*embedcache delete"):
+def test_a_document_of_two_caches_is_refused(caches: dict[str, Path], tmp_path: Path) -> None:
+    with pytest.raises(
+        UsageError, match=r"'\d+.txt' in .* trained on twice.*`embedcache.delete\(\)`"
+    ):
         merge([caches["int8"], caches["int8"]], tmp_path / "both")
     assert not list(tmp_path.iterdir())
 
 
-def test_train_in_one_and_test_in_another_is_refused_whatever_its_name(
+def test_a_document_of_train_and_test_is_refused_whatever_its_names(
     caches: dict[str, Path], corpus: Path, tiny_base: Path, tmp_path: Path
 ) -> None:
     tested = names(caches["int8"], "test")[0]
@@ -140,14 +139,14 @@ def test_train_in_one_and_test_in_another_is_refused_whatever_its_name(
     settings = small_settings(codec="int8", taps=("final", "layer_1"))
     extract(config, base=str(tiny_base), out=other, settings=settings, device="cpu")
     with pytest.raises(
-        UsageError, match=rf"'elsewhere.txt' is in test of .*'{tested}',.* train of"
+        UsageError, match=rf"'{tested}' in test of .*'elsewhere.txt' in train of .*was trained on"
     ):
         merge([caches["int8"], other], tmp_path / "both")
     delete(other, ["elsewhere.txt"])
     merge([caches["int8"], other], tmp_path / "both")
 
 
-def test_what_is_not_alike_is_refused(
+def test_incompatible_caches_are_refused(
     caches: dict[str, Path],
     pairs: dict[str, tuple[Path, Path]],
     more: Path,
@@ -158,20 +157,20 @@ def test_what_is_not_alike_is_refused(
     longer = extracted(more, tiny_base, tmp_path / "longer", block_tokens=512)
     for pair, why in (
         ((caches["transform"], other), "different calibrations"),
-        ((caches["int8"], caches["bf16"]), "one codec, found 'int8'"),
-        ((caches["int8"], longer), "one block_tokens, found 256"),
+        ((caches["int8"], caches["bf16"]), "the same `codec=`, found 'int8'"),
+        ((caches["int8"], longer), "the same `block_tokens=`, found 256"),
     ):
         with pytest.raises(IdentityError, match=why):
             merge(pair, tmp_path / "both")
-    with pytest.raises(UsageError, match="two caches or more"):
+    with pytest.raises(UsageError, match="two or more caches"):
         merge([caches["int8"]], tmp_path / "both")
-    with pytest.raises(OutputError, match="is there already"):
+    with pytest.raises(OutputError, match=r"`out=` to be a new or empty folder"):
         merge(pairs["int8"], tmp_path / "other")
     assert not (tmp_path / "both").exists()
 
 
 @pytest.mark.parametrize("file", ["train/embeddings/final/c/1/0", "base/head/weight/c/0/0"])
-def test_a_damaged_part_leaves_nothing_behind(
+def test_a_damaged_cache_is_refused_and_leaves_nothing_behind(
     copied: Path, pairs: dict[str, tuple[Path, Path]], file: str
 ) -> None:
     flip_byte(copied / file)
@@ -180,7 +179,7 @@ def test_a_damaged_part_leaves_nothing_behind(
     assert [path.name for path in copied.parent.iterdir()] == ["cache"]
 
 
-def test_the_command_tells_and_extract_refuses_what_was_merged(
+def test_a_merged_cache_is_trained_from_and_not_extracted_again(
     pairs: dict[str, tuple[Path, Path]],
     corpus: Path,
     tiny_base: Path,
@@ -192,7 +191,7 @@ def test_the_command_tells_and_extract_refuses_what_was_merged(
     assert call_main(monkeypatch, "merge", *paths, "--out", str(both), "--dry-run") == 0
     assert not list(tmp_path.iterdir())
     assert call_main(monkeypatch, "merge", *paths, "--out", str(both)) == 0
-    assert "train: " in capsys.readouterr().out
+    assert "\ntrain " in capsys.readouterr().out
     assert call_main(monkeypatch, "info", str(both)) == 0
     assert str(corpus) in capsys.readouterr().out
     for repair in (False, True):
@@ -212,15 +211,22 @@ def test_the_command_tells_and_extract_refuses_what_was_merged(
     assert call_main(monkeypatch, "info", str(carryon)) == 0
 
 
-@pytest.mark.parametrize("moment", ["marker_path", "publish_manifest", "fsync_tree", "fsync_path"])
-def test_killed_it_is_whole_or_not_there_and_runs_again(
-    pairs: dict[str, tuple[Path, Path]], tmp_path: Path, moment: str
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [
+        pytest.param("edit", "marker_path", marks=pytest.mark.slow, id="a block is copied"),
+        pytest.param("edit", "publish_manifest", marks=pytest.mark.slow, id="all is copied"),
+        pytest.param("merge", "fsync_tree", id="all is built"),
+        pytest.param("merge", "fsync_path", id="the folder is renamed"),
+    ],
+)
+def test_a_killed_merge_is_whole_or_absent_and_runs_again(
+    pairs: dict[str, tuple[Path, Path]], tmp_path: Path, module: str, name: str
 ) -> None:
     both = tmp_path / "both"
-    module = "embedcache.editing.join" if hasattr(join, moment) else "embedcache.editing.merge"
     merging = partial(merge, pairs["int8"], both)
-    assert run_forked(die_at, module, moment, merging) == -signal.SIGKILL
-    assert both.exists() == (moment == "fsync_path")  # the rename was the last step
+    assert run_forked(die_at, f"embedcache.editing.{module}", name, merging) == -signal.SIGKILL
+    assert both.exists() == (name == "fsync_path")
     if not both.exists():
         merge(pairs["int8"], both)
         assert [path.name for path in tmp_path.iterdir()] == ["both"]

@@ -208,7 +208,7 @@ def test_they_come_along_where_caches_are_merged_and_appended_to(
     merge([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     expected = np.concatenate([plain(tmp_path / "one"), plain(tmp_path / "two")])
     assert np.array_equal(plain(tmp_path / "both"), expected)
-    append(corpus_config(more), out=tmp_path / "one", device="cpu")
+    append(tmp_path / "one", corpus_config(more), device="cpu")
     assert by_tokens(tmp_path / "one") == by_tokens(tmp_path / "both")
     for path in ("one", "both"):
         assert not verify(tmp_path / path, deep=True).faults

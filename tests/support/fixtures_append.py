@@ -1,4 +1,4 @@
-"""Helpers of the tests of appends."""
+"""Helpers of tests that append."""
 
 from __future__ import annotations
 
@@ -8,30 +8,25 @@ from typing import Any
 
 from support.fixtures_extract import corpus_config
 
-from embedcache.cache.cache import read_attributes
 from embedcache.cache.format.layout import ExtractSettings
-from embedcache.editing.append import Appended, append
-from embedcache.editing.append_request import corpus_like
+from embedcache.editing.append import AppendSummary, append
 from embedcache.extraction.extract import extract
 
 ALONE: dict[str, Any] = {"context": 64, "block_tokens": 256, "batch_tokens": 1}
-"""Each sequence is computed alone, so that its embeddings are the same bits in any block."""
+"""One sequence a batch: its embeddings are the same bits in any block."""
 
 
 def extracted(out: Path, base: Path, *sources: Path, codec: str = "bf16", **corpus: Any) -> Path:
-    """Extract sources into one cache of two taps."""
+    """Extract sources into one cache with two taps."""
     config = replace(corpus_config(sources[0]), sources=tuple(map(str, sources)), **corpus)
     settings = ExtractSettings(**ALONE, codec=codec, taps=("final", "layer_1"))
     extract(config, base=str(base), out=out, settings=settings, device="cpu")
     return out
 
 
-def added(cache: Path, *sources: Path | str, **given: Any) -> Appended:
-    """Append as the command does; ``given`` are settings of the corpus or of `append`."""
-    own = ("dry_run", "settings", "base")
-    request = {key: given.pop(key) for key in own if key in given}
-    config = corpus_like(read_attributes(cache), {"sources": tuple(map(str, sources)), **given})
-    return append(config, out=cache, device="cpu", **request)
+def added(cache: Path | str, *sources: Path | str, **given: Any) -> AppendSummary:
+    """Append sources on the CPU."""
+    return append(cache, sources, device="cpu", **given)
 
 
 def every_byte(cache: Path) -> dict[str, bytes]:

@@ -1,7 +1,6 @@
-"""Processes that begin with everything imported: real ones, to be killed, stopped and awaited.
+"""Real processes that start with everything imported, to be killed, stopped and awaited.
 
-Importing torch and transformers is most of what a short process does. Here one server has imported
-them, and each process is forked from it.
+A server process imports torch and transformers once, and each process is forked from it.
 """
 
 from __future__ import annotations
@@ -31,15 +30,14 @@ FORKS.set_forkserver_preload(
     ]
 )
 CHANGING = ("link", "rename", "replace", "unlink", "rmdir", "mkdir", "fsync")
-"""Calls of `os` that change the disk."""
-
+"""Functions of `os` that change the disk."""
 
 _one = threading.Lock()
-"""Held where exit codes are read, which `start`, too, does of all: each can be read once."""
+"""Held while exit codes are read: each can be read once, and `started` reads those of all."""
 
 
 def started(target: Callable[..., object], *arguments: Any) -> Any:
-    """Return a process that calls ``target``, of a module that can be imported."""
+    """Start a process that calls ``target``, a function of an importable module."""
     process = FORKS.Process(target=target, args=arguments, daemon=True)
     with _one:
         process.start()
@@ -47,16 +45,16 @@ def started(target: Callable[..., object], *arguments: Any) -> Any:
 
 
 def exit_code(process: Any, timeout: float = 120) -> int:
-    """Wait for a process that was started; return its exit code, less than 0 if by a signal."""
+    """Wait for the end of a process; return its exit code, negative if a signal ended it."""
     wait([process.sentinel], timeout)
     with _one:
         code = process.exitcode
-    assert code is not None, "it has not come to its end"
+    assert code is not None, "the process has not ended"
     return int(code)
 
 
 def run_forked(target: Callable[..., object], *arguments: Any) -> int:
-    """Call ``target``, of a module that can be imported, in a process; return its exit code."""
+    """Call ``target``, a function of an importable module, in a process; return its exit code."""
     return exit_code(started(target, *arguments))
 
 
@@ -65,15 +63,16 @@ def die(*_: object, **__: object) -> None:
 
 
 def die_at(module: str, name: str, call: Callable[[], object]) -> None:
-    """Call, and die when that function is called: a process's target."""
+    """Run ``call``; die when it calls function ``name`` of ``module``. A process's target."""
     setattr(importlib.import_module(module), name, die)
     call()
 
 
 def run_until_step(step: int, call: Callable[[], object]) -> tuple[int, int] | int:
-    """Call, in a process that dies before so many calls of `CHANGING`: steps, not seconds.
+    """Run ``call`` in a process that is killed before the given call of a `CHANGING` function.
 
-    Returns the exit code; of one that comes to its end, its steps to the commit, and in all.
+    Returns the exit code. For a process that ends by itself: the number of such calls before the
+    commit of the transaction, and of all.
     """
     reader, writer = FORKS.Pipe(duplex=False)
     with reader, writer:
@@ -81,7 +80,7 @@ def run_until_step(step: int, call: Callable[[], object]) -> tuple[int, int] | i
         return code or reader.recv()
 
 
-def _die_at_step(step: int, call: Callable[[], object], told: Connection) -> None:
+def _die_at_step(step: int, call: Callable[[], object], result: Connection) -> None:
     from embedcache.extraction import rehearsal
     from embedcache.store import transaction as rewrite
 
@@ -109,11 +108,11 @@ def _die_at_step(step: int, call: Callable[[], object], told: Connection) -> Non
         setattr(os, name, counted(getattr(os, name)))
     rewrite.finish_transaction = committing
     call()
-    told.send((committed, done))
+    result.send((committed, done))
 
 
 class ForkedCommand:
-    """``embedcache`` in a process; of `subprocess.Popen`'s methods those that tests call."""
+    """The command ``embedcache`` in a process, with the methods of `subprocess.Popen` in use."""
 
     def __init__(self, *arguments: str, environment: dict[str, str] | None = None):
         self._folder = tempfile.TemporaryDirectory()
@@ -134,18 +133,18 @@ class ForkedCommand:
         self._process.kill()
 
     def communicate(self, timeout: float = 120) -> tuple[str, str]:
-        """Wait for its end, once; return what it has printed and said."""
+        """Wait for the end of the process, once; return its stdout and stderr."""
         exit_code(self._process, timeout)
         with self._folder:
-            printed, said = (path.read_text() if path.exists() else "" for path in self._texts)
-        return printed, said
+            stdout, stderr = (path.read_text() if path.exists() else "" for path in self._texts)
+        return stdout, stderr
 
 
 def _command(arguments: tuple[str, ...], environment: dict[str, str], *texts: Path) -> None:
     from embedcache_cli.app import main
 
     os.environ.update(environment)
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # as a shell's foreground job has it
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # as in a shell's foreground job
     for descriptor, path in zip((1, 2), texts, strict=True):
         with path.open("w") as file:
             os.dup2(file.fileno(), descriptor)

@@ -1,4 +1,4 @@
-"""Processes that are gone, played in this one: nothing after the step at which one died runs."""
+"""A killed process, simulated in this one: nothing runs after the step at which it is killed."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from typing import Any
 
 
 class KilledError(BaseException):
-    """Stands for a process that is gone."""
+    """Stands for the kill of the process."""
 
 
 def killed(*_: object, **__: object) -> None:
-    """Stand for a function at whose call a process is killed."""
+    """Raise `KilledError`; replaces a function at whose call the process is killed."""
     raise KilledError
 
 

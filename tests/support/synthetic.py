@@ -1,7 +1,7 @@
-"""A cache that says it has many blocks, of which a few are really there.
+"""A cache whose tables list many blocks, a few of which exist.
 
-Each is a hard link to one of a small cache's, so all that is read of it can be told beforehand. Its
-tables and digest tables are written here, by numpy.
+Each existing block is a hard link to a block of a small cache, so that its content is known. The
+tables and digest tables are written by numpy alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 from support.digest_tables import files_of
 
-from embedcache.cache.blocks.files import block_digest_tables
 from embedcache.cache.cache import read_attributes
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.format.layout import ROWS, TABLE_CHUNK, TABLES, block_shards, token_chunks
@@ -36,9 +35,9 @@ LONG = ("tokens/blocks", "tokens/offsets", "tokens/document")
 
 
 def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
-    """Make a cache of so many train blocks at ``path``, those of ``small`` again and again.
+    """Make a cache of ``blocks`` train blocks at ``path`` that repeat the blocks of ``small``.
 
-    The blocks ``real`` are there, and the chunks of tables that tell of them.
+    Only the blocks ``real``, and the chunks of tables that describe them, have files.
     """
     shutil.copytree(small, path, copy_function=os.link)
     settings, manifest = read_attributes(small).settings, read_manifest(small)
@@ -57,19 +56,19 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
             parts.append(_records(small, files))
             continue
         shutil.rmtree(path / SPLIT / name / "c")
-        told = np.zeros(-(-lengths[name] // TABLE_CHUNK), FILE)
+        records = np.zeros(-(-lengths[name] // TABLE_CHUNK), FILE)
         for number in like.needed(name, real):
             values = np.zeros((TABLE_CHUNK, *columns), dtype)
             rows = np.arange(TABLE_CHUNK * number, min(TABLE_CHUNK * (number + 1), lengths[name]))
             values[: len(rows)] = like.table(name, rows)
             file = chunk_name(SPLIT, name, number)
             write_chunk(path / file, values, CODERS["blosc"])
-            told[number] = packed(record_file(path / file, file))
-        parts.append(told)
+            records[number] = packed(record_file(path / file, file))
+        parts.append(records)
     sealed = _write(path / tokens_digest_table(SPLIT), np.concatenate(parts))
     shards = np.array([packed(r) for files in files_of(small, SPLIT) for r in files], FILE)
     shards = np.resize(shards, blocks * len(block_shards(SPLIT, 0, settings)))
-    embeddings = _write(path / block_digest_tables(SPLIT)[0], shards)
+    embeddings = _write(path / "digests" / SPLIT / "embeddings", shards)
     for block in real:
         old, new = (
             (*token_chunks(SPLIT, number), *block_shards(SPLIT, number, settings))
@@ -98,7 +97,7 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
 
 
 class _Like:
-    """What the tables of the long cache hold, from those of the small one."""
+    """The tables of the long cache, computed from those of the small one."""
 
     def __init__(self, small: Path, block_tokens: int, blocks: int):
         self._tables = SplitTables.read(SplitTokens(small, SPLIT, block_tokens))
@@ -122,7 +121,7 @@ class _Like:
         return self._tables.rows_S2[as_S] + shift_S[:, None]
 
     def needed(self, name: str, blocks: list[int]) -> set[int]:
-        """Return the chunks of a table that tell of some blocks."""
+        """Return the chunks of a table that describe some blocks."""
         spans = [(b, b + 2) for b in blocks]
         if name != "tokens/blocks":
             spans = [(int(self._block_starts[b]), int(self._block_starts[b + 1])) for b in blocks]
@@ -138,7 +137,7 @@ def _write(path: Path, rows: Array) -> TableDigest:
     hashes = b"".join(
         hashlib.sha256(data[at : at + size]).digest() for at in range(0, len(data), size)
     )
-    path.unlink()  # it is a link to the small cache's
+    path.unlink()  # a link to the small cache's file
     path.write_bytes(data + hashes)
     return TableDigest(rows=len(rows), sha256=hashlib.sha256(hashes).hexdigest())
 
@@ -146,7 +145,7 @@ def _write(path: Path, rows: Array) -> TableDigest:
 def _lengthen(
     path: Path, metadata: dict[str, str], lengths: dict[str, int], rows: int
 ) -> dict[str, str]:
-    """Give the arrays of train their new lengths; return every ``zarr.json``."""
+    """Write the new lengths into the metadata of train; return every ``zarr.json``."""
     found = dict(metadata)
     for name, text in metadata.items():
         array = name.removeprefix(f"{SPLIT}/").removesuffix("/zarr.json")

@@ -26,7 +26,7 @@ from embedcache.cache.blocks import commit
 from embedcache.cache.format.layout import SPLITS
 from embedcache.cache.tokens import writer as seal
 from embedcache.cache.verify import verify
-from embedcache.editing import repair
+from embedcache.editing import edit, repair
 from embedcache.editing.delete import delete
 from embedcache.errors import OutputError
 from embedcache.extraction import plan, store_base
@@ -150,9 +150,9 @@ def test_a_repair_that_sleeps_undoes_no_other(
 
 
 DELETING = [
-    pytest.param(deleting, "verify_idle", 1, id="it is verified"),
+    pytest.param(deleting, "FinishedCache", 1, id="it is verified"),
     pytest.param(deleting, "write_shard", 1, id="blocks are being staged"),
-    pytest.param(deleting, "publish_manifest", 1, id="the manifest is to be staged"),
+    pytest.param(edit, "publish_manifest", 1, id="the manifest is to be staged"),
     pytest.param(rewrite, "fsync_tree", 1, id="all is staged"),
     pytest.param(rewrite, "finish_transaction", 1, id="it is committed"),
     pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
@@ -192,7 +192,7 @@ def test_a_deletion_whose_turn_another_has_by_now_is_not_committed(
             stack.enter_context(other)
             assert other.take(COORDINATOR)
 
-        pause(deleting, "publish_manifest", 1, meanwhile)
+        pause(edit, "publish_manifest", 1, meanwhile)
         with pytest.raises(OutputError, match="was taken over"):
             delete(out, [DELETED])
         assert contents(out) == contents(place / "whole")

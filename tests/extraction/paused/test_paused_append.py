@@ -14,8 +14,8 @@ from support.fixtures_extract import write_documents
 from support.fixtures_paused import DELETED, Pause
 
 import embedcache.editing.append as appending
-import embedcache.editing.join as joining
 from embedcache.cache.verify import verify
+from embedcache.editing import edit
 from embedcache.editing.delete import delete
 from embedcache.errors import EmbedcacheError, OutputError
 from embedcache.store import transaction as rewrite
@@ -24,8 +24,8 @@ from embedcache.store.lease import COORDINATOR, Leases
 STEPS = [
     pytest.param(appending, "write_tokens", 1, id="it begins"),
     pytest.param(appending, "extract", 1, id="tokens are sealed"),
-    pytest.param(appending, "require_alike", 1, id="all is computed"),
-    pytest.param(joining, "split_manifest", 2, id="digest_tables are being staged"),
+    pytest.param(appending, "require_compatible", 1, id="all is computed"),
+    pytest.param(edit, "split_manifest", 2, id="digest_tables are being staged"),
     pytest.param(rewrite, "fsync_tree", 1, id="all is staged"),
     pytest.param(rewrite, "finish_transaction", 1, id="it is committed"),
     pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
@@ -67,7 +67,7 @@ def test_it_mixes_with_no_other(
 
 
 @pytest.mark.parametrize(
-    ("module", "name"), [(appending, "require_alike"), (joining, "publish_manifest")]
+    ("module", "name"), [(appending, "require_compatible"), (edit, "publish_manifest")]
 )
 def test_one_whose_turn_another_has_by_now_changes_nothing(
     place: Path,

@@ -1,4 +1,4 @@
-"""``embedcache extract`` as a user meets it: what it prints, where, and how it ends."""
+"""``embedcache extract``: what it prints, on which stream, and its exit codes."""
 
 from __future__ import annotations
 
@@ -52,10 +52,12 @@ def test_json_is_alone_on_stdout_of_the_real_command(
     assert re.fullmatch(r"[\d,]+ tokens to go: about .* to write .*; .* of disk free\n", said), said
 
 
-def test_a_table_for_people(tmp_path: Path, corpus: Path, base: Path, call: Call) -> None:
+def test_the_result_is_printed_as_pairs(
+    tmp_path: Path, corpus: Path, base: Path, call: Call
+) -> None:
     code, printed, _ = call(*small_flags(corpus, base, tmp_path / "cache"))
     assert code == 0
-    for name in ("cache ", "tokens", "blocks ", "quarantined ", "self-check "):
+    for name in ("cache ", "tokens", "blocks ", "self-check ", "Next: embedcache train "):
         assert name in printed
     again, printed, _ = call(*small_flags(corpus, base, tmp_path / "cache"), "--json")
     assert again == 0
@@ -74,7 +76,7 @@ def test_dry_run_writes_nothing(
         found = json.loads(printed)
         assert found["prediction"]["tokens"] == found["corpus"]["tokens"]
     else:
-        for name in ("predicted size", "predicted time", "free disk"):
+        for name in ("estimated size", "estimated time", "free disk"):
             assert name in printed
 
 
@@ -120,7 +122,11 @@ FAULTS = {
     "no such tap": (lambda *_: ["CORPUS", "--taps", "final,9"], 1, ["3 layers", "--taps"]),
     "no tap": (lambda *_: ["CORPUS", "--taps", "last"], 2, ["'last'", "--taps"]),
     "codec": (lambda *_: ["CORPUS", "--codec", "int7"], 2, ["bf16, int8", "'int8'?"]),
-    "block": (lambda *_: ["CORPUS", "--block-tokens", "63"], 2, ["--block-tokens 64"]),
+    "block": (
+        lambda *_: ["CORPUS", "--block-tokens", "63"],
+        2,
+        ["--block-tokens", "--context (64)"],
+    ),
     "batch": (lambda *_: ["CORPUS", "--batch-tokens", "0"], 2, ["--batch-tokens"]),
     "device": (lambda *_: ["CORPUS", "--device", "tpu9"], 2, ["cpu, cuda"]),
     "dtype": (lambda *_: ["CORPUS", "--dtype", "float23"], 2, ["float32"]),
@@ -128,7 +134,7 @@ FAULTS = {
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_fault_is_one_message_and_leaves_nothing(
+def test_an_error_is_one_line_and_writes_nothing(
     tmp_path: Path, corpus: Path, base: Path, call: Call, fault: str
 ) -> None:
     make, expected, words = FAULTS[fault]
@@ -146,7 +152,7 @@ def test_a_fault_is_one_message_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_an_out_that_holds_something_else_is_left_alone(
+def test_a_folder_with_other_files_is_refused(
     tmp_path: Path, corpus: Path, base: Path, call: Call
 ) -> None:
     (tmp_path / "out").mkdir()
@@ -157,7 +163,7 @@ def test_an_out_that_holds_something_else_is_left_alone(
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.txt"]
 
 
-def test_a_disk_that_is_too_small_is_seen_before_the_base_is_run(
+def test_a_small_disk_is_refused_before_the_base_runs(
     tmp_path: Path, corpus: Path, base: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     small = type(shutil.disk_usage(tmp_path))(2**40, 2**40, 1000)
@@ -169,7 +175,7 @@ def test_a_disk_that_is_too_small_is_seen_before_the_base_is_run(
 
 
 @pytest.mark.usefixtures("unrehearsed")
-def test_a_full_disk_in_the_middle_is_one_message_and_can_be_gone_on_from(
+def test_a_disk_that_fills_up_is_one_line_and_the_run_can_be_resumed(
     tmp_path: Path, corpus: Path, base: Path, call: Call, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from embedcache.cache.blocks import commit
@@ -193,7 +199,7 @@ def test_a_full_disk_in_the_middle_is_one_message_and_can_be_gone_on_from(
     assert (code, said.split(",")[0]) == (0, "resuming: 2 blocks are there")
 
 
-def test_another_setting_is_refused_by_name(
+def test_a_changed_setting_is_refused_by_name(
     tmp_path: Path, corpus: Path, base: Path, call: Call
 ) -> None:
     flags = small_flags(corpus, base, tmp_path / "out")
@@ -203,7 +209,7 @@ def test_another_setting_is_refused_by_name(
     assert "codec was 'bf16', now 'int8'" in said
 
 
-def test_a_missing_option_is_typers_own_message(call: Call) -> None:
+def test_a_missing_option_is_a_usage_error(call: Call) -> None:
     code, _, said = call("extract", "somewhere")
     assert code == 2
     assert "--out" in said
