@@ -1,4 +1,4 @@
-"""Which device and precision to compute on."""
+"""Devices, dtypes, and the state of CUDA that several modules share."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from embedcache.errors import UsageError, nearest
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BFLOAT16_UNITS = ("amx_bf16", "avx512_bf16")
-"""What a CPU that multiplies bfloat16 faster than float32 is able to, as torch names it."""
+"""CPU capabilities, as torch names them, with which bfloat16 products are faster than float32."""
 
 
 def resolve_device(device: str) -> torch.device:
-    """Return the device named; ``auto`` is CUDA where there is one, else the CPU.
+    """Return the device named; ``auto`` is CUDA if there is a GPU, else the CPU.
 
-    Raises ``UsageError`` for an unknown device, or CUDA where torch sees none.
+    Raises:
+        UsageError: the device is unknown, or torch sees no CUDA device.
     """
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -30,11 +31,12 @@ def resolve_device(device: str) -> torch.device:
         target = torch.device(device)
     except RuntimeError as error:
         raise UsageError(
-            f"a device is auto, cpu, cuda or cuda:N; found '{device}'. Type: --device auto"
+            f"a device is auto, cpu, cuda or cuda:N; found '{device}'. Set `device=` to auto."
         ) from error
     if target.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(
-            f"the device {device} was asked for, and torch sees no CUDA device. Type: --device cpu"
+            f"expected a CUDA device for '{device}', and torch sees no CUDA device. "
+            "Set `device=` to cpu."
         )
     return target
 
@@ -42,7 +44,8 @@ def resolve_device(device: str) -> torch.device:
 def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     """Return the dtype named; ``auto`` is bfloat16 on CUDA, else float32.
 
-    Raises ``UsageError`` for an unknown dtype.
+    Raises:
+        UsageError: the dtype is unknown.
     """
     if dtype == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -54,11 +57,10 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
 
 
 def fast_dtype(device: torch.device) -> torch.dtype:
-    """Return the dtype of products where speed counts: bfloat16 where a device has units for it.
+    """Return the dtype of products in extraction and training: bfloat16 where it is fast.
 
-    Of CPUs, those with AMX or AVX512-BF16: on others bfloat16 is no faster than float32, or slower.
-    So it is for extraction and for training, whose weights, gradients and optimiser are float32
-    everywhere; figures that are reported are in `resolve_dtype`'s.
+    On a CPU without AMX or AVX512-BF16, bfloat16 is not faster than float32. Weights, gradients and
+    the optimiser's state are float32 on every device. Evaluation uses `resolve_dtype`.
     """
     if device.type == "cpu" and not any(map(torch.cpu.get_capabilities().get, BFLOAT16_UNITS)):
         return torch.float32
@@ -66,43 +68,43 @@ def fast_dtype(device: torch.device) -> torch.dtype:
 
 
 def free_memory(device: torch.device) -> int:
-    """Return the bytes of memory that a device has free; of the machine for the CPU.
+    """Return the free memory of a device in bytes; for the CPU, that of the machine.
 
-    What torch keeps of a GPU without using it is free, too.
+    Memory that torch's allocator holds and does not use counts as free.
     """
     if device.type == "cuda":
-        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + kept
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
     return int(psutil.virtual_memory().available)
 
 
 def wait_for(device: torch.device) -> None:
-    """Return when all is done that was launched on a device."""
+    """Wait until the device has finished all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 recording = threading.Lock()
-"""Held while a CUDA graph is recorded: the allocator gives nothing back meanwhile, so that others
-who take memory on the device wait."""
+"""Lock held while a CUDA graph is captured. Other threads must not allocate memory on the device
+during the capture, because the allocator cannot free any."""
 
 
 @cache
 def has_triton() -> bool:
-    """Say whether Triton is installed, which compiles kernels for a GPU."""
+    """Return whether Triton is installed."""
     return find_spec("triton") is not None
 
 
 def current(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a device the one that streams and recordings are of, where nobody names one."""
+    """Return a context in which ``device`` is CUDA's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @contextmanager
 def any_shape_attention() -> Iterator[None]:
-    """Compute attention with kernels that take any shape at once.
+    """A context without cuDNN's attention, which plans each new shape for about 0.1 s.
 
-    cuDNN's plans each new shape for about 0.1 s, and nearly every batch here is one.
+    Nearly every batch has a new shape; the other kernels need no plan.
     """
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)

@@ -1,8 +1,8 @@
-"""The errors that embedcache raises for what a user can mend.
+"""The errors that embedcache raises for problems that a user can fix.
 
-Each message says what was expected, what was found and what to type instead. A command turns
-one into a single line on stderr and its ``exit_code``; anything else is a bug and keeps its
-traceback.
+Each message says what was expected, what was found and how to fix it. A command prints the message
+as one line on stderr and exits with the error's ``exit_code``. Any other exception is a bug and
+keeps its traceback.
 """
 
 from __future__ import annotations
@@ -12,51 +12,51 @@ from collections.abc import Iterable
 
 
 class EmbedcacheError(Exception):
-    """Base of every error a user can mend."""
+    """Base class of the errors that a user can fix."""
 
     exit_code = 1
 
 
 class UsageError(EmbedcacheError):
-    """A wrong argument or setting, found before any work was done."""
+    """An argument or setting is wrong; no work was done."""
 
     exit_code = 2
 
 
 class CorpusError(EmbedcacheError):
-    """The corpus cannot be read as asked: a missing path, field or encoding, or nothing in it."""
+    """The corpus is empty or cannot be read: a path or field is missing, an encoding is wrong."""
 
 
 class BaseModelError(EmbedcacheError):
-    """The base cannot be used: not found, not a causal language model, no such tap."""
+    """The base is not found, is not a causal language model, or has no such tap."""
 
 
 class IdentityError(EmbedcacheError):
-    """Two artefacts that do not belong together, such as a carry-on and another base."""
+    """Two artefacts do not belong together, such as a carry-on and another base."""
 
 
 class CacheError(EmbedcacheError):
-    """A cache that is incomplete, damaged, of a newer schema or not a cache at all."""
+    """A cache is incomplete, damaged or of a newer schema, or the directory is no cache."""
 
 
 class OutputError(EmbedcacheError):
-    """The output cannot be written: the place holds something else, is locked or too small."""
+    """The output cannot be written: other files are there, it is locked, or the disk is full."""
 
 
 class NumericsError(EmbedcacheError):
-    """Numbers that cannot be trusted: not finite, or batched results unlike unbatched ones."""
+    """Values are not finite, or batched results differ from unbatched ones."""
 
 
 class DeviceMemoryError(EmbedcacheError):
-    """What is asked for does not fit into the device's memory, or into the budget given."""
+    """The work does not fit into the device's memory or into the given budget."""
 
 
 class CarryOnError(EmbedcacheError):
-    """A carry-on directory that is missing, unfinished, damaged or of a newer schema."""
+    """A carry-on directory is missing, incomplete, damaged or of a newer schema."""
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """Return ``" Did you mean 'x'?"`` for the nearest known word, or an empty string.
+    """Return ``" Did you mean 'x'?"`` for the most similar known word, or an empty string.
 
     >>> nearest("widht", ["width", "blocks"])
     " Did you mean 'width'?"

@@ -18,7 +18,7 @@ import torch
 
 from embedcache.base.head import Head
 from embedcache.base.identity import BaseIdentity
-from embedcache.base.load import tokenizer_at_hand
+from embedcache.base.load import local_tokenizer
 from embedcache.base.taps import FINAL
 from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import codec_name
@@ -171,7 +171,7 @@ class _Tokenizer:
         self._tokenizer: Any = None
         try:
             identity = BaseIdentity.from_dict(cache.attributes.base)
-            self._tokenizer = tokenizer_at_hand(identity, base)
+            self._tokenizer = local_tokenizer(identity, base)
         except (BaseModelError, IdentityError, UsageError) as error:
             if base is not None:  # a base that was named must be there
                 raise

@@ -1,4 +1,4 @@
-"""How long work tells its caller where it is. The library itself prints nothing."""
+"""Progress reports of long work to its caller. The library itself prints nothing."""
 
 from __future__ import annotations
 
@@ -7,27 +7,27 @@ from typing import Protocol
 
 
 class Bar(Protocol):
-    """One stage of work under way."""
+    """The progress of one stage of work."""
 
     def advance(self, amount: int, facts: str = "") -> None:
-        """Report ``amount`` more units done, and a few words on how it goes."""
+        """Report that ``amount`` more units are done, with a short text such as a speed."""
         ...
 
 
 class Progress(Protocol):
-    """Makes bars and passes on remarks."""
+    """Receives progress and remarks."""
 
     def bar(self, title: str, total: int | None, unit: str) -> AbstractContextManager[Bar]:
-        """Begin a stage of ``total`` units (None where it is not known)."""
+        """Start a stage of ``total`` units (None if unknown)."""
         ...
 
     def say(self, remark: str) -> None:
-        """Pass on one line worth a user's attention."""
+        """Show one line to the user."""
         ...
 
 
 class Silent:
-    """Progress that nobody watches."""
+    """Progress that is ignored."""
 
     def bar(self, title: str, total: int | None, unit: str) -> AbstractContextManager[Bar]:
         """Return a bar that does nothing."""

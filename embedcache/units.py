@@ -1,4 +1,4 @@
-"""Bytes and seconds in words, and round numbers."""
+"""Format and parse sizes in bytes, format seconds, and round numbers up."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from embedcache.errors import UsageError
 
 
 def size(count: float) -> str:
-    """Return bytes for a human.
+    """Format a number of bytes.
 
     >>> size(1536), size(2_500_000)
     ('1.5 kB', '2.5 MB')
@@ -21,7 +21,7 @@ def size(count: float) -> str:
 
 
 def rounded_up(count: int, multiple: int) -> int:
-    """Return a count, or the next multiple above it.
+    """Round a count up to a multiple.
 
     >>> rounded_up(5, 4), rounded_up(8, 4)
     (8, 8)
@@ -30,12 +30,10 @@ def rounded_up(count: int, multiple: int) -> int:
 
 
 def bytes_of(text: str) -> int:
-    """Return the bytes that a size such as ``1GB`` or ``0.95 GB`` stands for.
+    """Parse a size such as ``1GB`` or ``0.95 GB`` to bytes; raise ``UsageError`` if it is none.
 
     >>> bytes_of("1GB"), bytes_of("0.5 mb"), bytes_of("800000")
     (1000000000, 500000, 800000)
-
-    Raises ``UsageError`` for anything else.
     """
     units = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
     match = re.fullmatch(r"\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*", text.lower())
@@ -45,16 +43,17 @@ def bytes_of(text: str) -> int:
 
 
 def duration(seconds: float) -> str:
-    """Return a time for a human.
+    """Format a number of seconds.
 
-    >>> duration(0.2), duration(75), duration(4000), duration(9e5)
-    ('0.2 s', '75 s', '67 min', '10.4 days')
+    >>> duration(0.2), duration(75), duration(4000), duration(9000), duration(9e5)
+    ('0.2 s', '75 s', '67 min', '2.5 h', '10.4 days')
     """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
     if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    for unit, length, most in (("min", 60, 100), ("h", 3600, 48)):
-        if seconds / length < most:
-            return (
-                f"{seconds / length:.0f} {unit}" if unit == "min" else f"{seconds / length:.1f} h"
-            )
+        return f"{seconds:.0f} s"
+    if seconds < 6000:
+        return f"{seconds / 60:.0f} min"
+    if seconds < 48 * 3600:
+        return f"{seconds / 3600:.1f} h"
     return f"{seconds / 86400:.1f} days"

@@ -193,7 +193,7 @@ def test_the_command_prints_a_table_or_json(
     assert json.loads(capsys.readouterr().out)["complete"] is complete
     assert call_main(monkeypatch, "info", str(path)) == 0
     printed = capsys.readouterr().out
-    assert ("yes" if complete else "run the same extract again") in printed
+    assert ("yes" if complete else "again to resume") in printed
     assert "LlamaForCausalLM, 3 layers" in printed
     assert ("embeddings/final" in printed) == ("components, final" in printed) == complete
     assert call_main(monkeypatch, "info", str(tmp_path)) == 2
@@ -208,6 +208,6 @@ def test_the_calibration_of_the_codec_is_described(tmp_path: Path, capsys, monke
     assert found["bits"] == pytest.approx(1.5, abs=0.3)
     assert call_main(monkeypatch, "info", str(world.cache_path)) == 0
     printed = capsys.readouterr().out
-    assert "calibrated, final " in printed
-    assert f" {found['bits']:.2f} bits a value on held-out rows" in printed
+    assert "calibration, final" in printed
+    assert f" {found['bits']:.2f} bits per value on held-out tokens" in printed
     assert describe(make_world(tmp_path / "b").cache_path)["calibration"] is None

@@ -169,7 +169,7 @@ def test_the_hub_is_not_asked(world: World, monkeypatch: pytest.MonkeyPatch) -> 
 
     monkeypatch.setattr(socket, "getaddrinfo", refused)
     monkeypatch.setattr(socket.socket, "connect", refused)
-    with pytest.raises(BaseModelError, match=r"nor among what was fetched.*--base"):
+    with pytest.raises(BaseModelError, match=r"neither a directory here.*`base=`"):
         inspect_sequence(world.cache_path, 0, base="some/base")
 
 

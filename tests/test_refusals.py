@@ -13,7 +13,7 @@ import pytest
 from conftest import World, make_world, random_carryon
 from safetensors.torch import load_file, save_file
 
-from embedcache.base import hashes
+from embedcache.base import home
 from embedcache.base.load import load_base, load_identity
 from embedcache.cache.cache import Cache
 from embedcache.cache.format.layout import ATTRIBUTE, SCHEMA, ExtractSettings
@@ -110,7 +110,7 @@ def test_another_revision_of_the_base_is_refused_by_every_verb(
                 call()
             message = str(told.value)
             both_sides(message, place, mine, base.identity.fingerprint[:12])
-            way_out = "org/name@revision" if named == "the same" else "--base"
+            way_out = "org/name@revision" if named == "the same" else "`base=`"
             assert way_out in message, verb
     finally:
         if named == "the same":
@@ -189,7 +189,7 @@ def test_the_known_hash_of_a_large_base_is_used(
     def read(path: Path) -> str:
         raise AssertionError(f"{path} was read")
 
-    monkeypatch.setattr(hashes, "hash_file", read)
+    monkeypatch.setattr(home, "hash_file", read)
     finished_extraction(world, world.base_path, world.cache_path)
     carryon = tmp_path / "carryon"
     train(world.cache_path, out=carryon, config=TrainConfig(epochs=1), device="cpu")

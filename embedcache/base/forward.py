@@ -1,6 +1,7 @@
-"""Forward passes of the base over a block, batched by a token budget, without logits.
+"""Embeddings of a block of sequences: forward passes of the base without logits.
 
-Axes: B sequences of a batch, T time, N rows of a block, H hidden.
+Axes: B sequences of a batch, S sequences of a block, T time, N tokens of a block, H hidden. A
+``rows_S2`` holds the first token of each sequence in its block and the token past its last.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from embedcache.units import rounded_up
 Array = np.ndarray[Any, Any]
 
 CHECK_EVERY = 64
-"""Blocks between self-checks; the first block is always checked."""
+"""Blocks from one check of the padding to the next; the first block is always checked."""
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.08, torch.float16: 0.02}
-"""Largest relative difference (Frobenius, per sequence) between batched and unbatched embeddings.
+"""Largest relative difference (Frobenius norm of a sequence) of batched and unbatched embeddings.
 
-A mistake in padding or positions gives 0.3 and more; rounding gives about a tenth of these.
+A mistake in padding or positions gives 0.3 and more; rounding gives about a tenth of the tolerance.
 """
 
-WIDTHS = 32
-"""Batches are a multiple of this wide, where the base has as many positions: products of each new
-shape are planned anew, and their plans kept."""
+WIDTH_MULTIPLE = 32
+"""Pad batches to a multiple of this many positions, so that few shapes of products are planned."""
 
 
 def plan_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
-    """Group sequences of like length so that padded tokens stay within the budget.
+    """Group sequences of similar length into batches of at most ``batch_tokens`` padded tokens.
 
-    A pure function of the block's lengths, so that a block recomputed is the same block.
+    The batches depend on the lengths alone, so that a block computed again gives the same bytes.
+    A sequence longer than ``batch_tokens`` is a batch of its own.
 
     >>> plan_batches([3, 8, 8, 2], 16)
     [[1, 2], [0, 3]]
@@ -53,7 +54,14 @@ def plan_batches(lengths: list[int], batch_tokens: int) -> list[list[int]]:
 
 
 class BlockForward:
-    """Computes the embeddings of a block's sequences with the base."""
+    """Computes the embeddings of blocks of sequences.
+
+    Args:
+        base: the loaded base.
+        taps: the taps to record.
+        block_tokens: tokens of a block, N.
+        batch_tokens: largest number of tokens of a batch, padding included.
+    """
 
     def __init__(self, base: Base, taps: tuple[str, ...], *, block_tokens: int, batch_tokens: int):
         self._base = base
@@ -62,26 +70,26 @@ class BlockForward:
         self._batch_tokens = batch_tokens
 
     def batches(self, rows_S2: Array) -> list[list[int]]:
-        """Return the batches of a block: the sequences of each, the widest first."""
+        """Return the batches of a block, the widest first, as lists of sequence numbers."""
         widths = [self._width(length) for length in (rows_S2[:, 1] - rows_S2[:, 0]).tolist()]
         return plan_batches(widths, self._batch_tokens)
 
     def _width(self, length: int) -> int:
-        """Return the positions of a batch whose longest sequence is so long."""
+        """Return the padded width of a batch whose longest sequence has ``length`` tokens."""
         most = getattr(self._base.model.config, "max_position_embeddings", None) or length
-        return max(length, min(rounded_up(length, WIDTHS), most, self._batch_tokens))
+        return max(length, min(rounded_up(length, WIDTH_MULTIPLE), most, self._batch_tokens))
 
     def positions(self, rows_B2: Array) -> int:
-        """Return the tokens of a batch, padding included."""
+        """Return the number of tokens of a batch, padding included."""
         return len(rows_B2) * self._width(int((rows_B2[:, 1] - rows_B2[:, 0]).max()))
 
     @torch.no_grad()
     @any_shape_attention()
     def batch(self, ids_N: Array, rows_B2: Array) -> dict[str, torch.Tensor]:
-        """Return x_BTH by tap of some of a block's sequences on the device."""
+        """Return x_BTH by tap for one batch of sequences, on the base's device."""
         with TapRecorder(self._base.model, self._taps) as recorder:
-            # Padding is on the right and attention causal: no token sees any, so no mask is
-            # passed and the fast causal kernel is used. The self-check holds this to account.
+            # Padding is on the right and attention is causal, so no token sees padding. Without a
+            # mask, attention uses its fast causal kernel. `check` verifies this.
             width = self._width(int((rows_B2[:, 1] - rows_B2[:, 0]).max()))
             final_embeddings(self._base.model, self._padded(ids_N, rows_B2, width))
             return {tap: recorder.taps[tap] for tap in self._taps}
@@ -93,12 +101,15 @@ class BlockForward:
         rows_S2: Array,
         known: Mapping[int, dict[str, torch.Tensor]] = MappingProxyType({}),
     ) -> dict[str, torch.Tensor]:
-        """Return x_NH by tap, on the base's device and in its dtype; N is the rows of a block.
+        """Return the embeddings of a block.
 
         Args:
             ids_N: token ids of the block.
-            rows_S2: first row and row past the last of each sequence in the block.
-            known: what `batch` gave for some of the block's batches, by their number.
+            rows_S2: where each sequence starts and ends in the block.
+            known: results of `batch` for some of the block's batches, by number of the batch.
+
+        Returns:
+            x_NH by tap, on the base's device and in its dtype.
         """
         base = self._base
         x_NH = {
@@ -115,7 +126,7 @@ class BlockForward:
         return x_NH
 
     def _padded(self, ids_N: Array, rows_S2: Array, width: int) -> torch.Tensor:
-        """Return ids_BT of some sequences on the device, without waiting for it."""
+        """Return ids_BT, padded with 0, on the device; the copy is asynchronous."""
         ids_BT = torch.zeros(len(rows_S2), width, dtype=torch.long)
         for b, (first, stop) in enumerate(rows_S2.tolist()):
             ids_BT[b, : stop - first] = torch.from_numpy(ids_N[first:stop])
@@ -128,10 +139,15 @@ class BlockForward:
     def check(
         self, ids_N: Array, rows_S2: Array, x_NH: dict[str, torch.Tensor], sample: int
     ) -> float:
-        """Recompute the ``sample`` most padded sequences alone; return the largest difference.
+        """Compare the ``sample`` most padded sequences with an unbatched forward pass.
 
-        Raises ``NumericsError`` where it is beyond the tolerance. Sequences with values that are
-        not finite are passed over: they are quarantined elsewhere.
+        Sequences with values that are not finite are skipped, because `extract` quarantines them.
+
+        Returns:
+            The largest relative difference.
+
+        Raises:
+            NumericsError: a difference exceeds the tolerance.
         """
         base = self._base
         lengths = (rows_S2[:, 1] - rows_S2[:, 0]).tolist()
@@ -156,7 +172,7 @@ class BlockForward:
                             f"batched and unbatched embeddings of tap {tap} differ by "
                             f"{difference:.3g} (relative), expected at most "
                             f"{TOLERANCE[base.dtype]:.3g} in {base.dtype}: this base is not "
-                            "computed correctly in padded batches. Type --batch-tokens "
+                            "computed correctly in padded batches. Set `batch_tokens=` to "
                             f"{min(lengths)} to run each sequence alone."
                         )
                     worst = max(worst, difference)

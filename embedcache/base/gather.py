@@ -1,35 +1,29 @@
-"""Rows of pinned host memory, read by a GPU (Triton).
+"""Gather rows of a matrix that may lie in host memory, such as the base's head.
 
-Axes: V rows of the matrix, H hidden, N rows wanted.
+Axes: V rows of the matrix, H hidden, N rows gathered.
 """
 
 from __future__ import annotations
 
-import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
-BLOCK = 1024
-"""Values that a program reads at a time."""
+from embedcache.device import has_triton
 
 
-def gathered(matrix_VH: Tensor, index_N: Tensor) -> Tensor:
-    """Return ``matrix_VH[index_N]`` on the device of the index; the matrix is contiguous."""
-    N, H = len(index_N), matrix_VH.shape[1]
-    rows_NH = torch.empty(N, H, dtype=matrix_VH.dtype, device=index_N.device)
-    if N:
-        with torch.cuda.device_of(index_N):  # Triton launches on the current device
-            _gather[(N,)](matrix_VH, index_N, rows_NH, H, BLOCK=BLOCK, num_warps=4)
-    return rows_NH
+def gather_rows(matrix_VH: Tensor, index_N: Tensor) -> Tensor:
+    """Return ``matrix_VH[index_N]`` on the device of ``index_N``.
 
+    For a GPU index and a matrix in pinned host memory, a kernel reads the rows over the bus without
+    waiting for the host. From other host memory, the rows are gathered on the host and copied.
+    """
+    device = index_N.device
+    if matrix_VH.device == device:
+        return matrix_VH.index_select(0, index_N)
+    if device.type == "cuda" and matrix_VH.is_pinned() and has_triton():
+        from embedcache.base.gather_kernel import gather_pinned
 
-@triton.jit
-def _gather(matrix, index, rows, hidden, BLOCK: tl.constexpr):
-    row = tl.program_id(0).to(tl.int64)
-    place = tl.load(index + row).to(tl.int64)
-    for first in range(0, hidden, BLOCK):
-        column_B = first + tl.arange(0, BLOCK)
-        inside_B = column_B < hidden
-        value_B = tl.load(matrix + place * hidden + column_B, mask=inside_B)
-        tl.store(rows + row * hidden + column_B, value_B, mask=inside_B)
+        return gather_pinned(matrix_VH, index_N)
+    rows_NH = matrix_VH[index_N.to(matrix_VH.device)]
+    if device.type == "cuda":
+        rows_NH = rows_NH.pin_memory()
+    return rows_NH.to(device, non_blocking=True)

@@ -1,6 +1,6 @@
 """The head: the base's frozen linear map from a final embedding to the logits.
 
-Shapes: N tokens (any leading shape), H hidden, V vocabulary.
+Axes: H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from embedcache.errors import BaseModelError, nearest
 
 
 class Head(nn.Module):
-    """logits = softcap(scale · (x Wᵀ + b)), in the order of operations of transformers.
+    """logits = softcap(scale · (x Wᵀ + b)), in transformers' order of operations.
 
-    ``weight_VH`` and ``bias_V`` are buffers that share the model's storage and take no gradient.
-    ``logit_scale`` multiplies (Cohere); an architecture that divides instead (Granite) has its
-    divisor in ``logit_divisor``, so that the rounding is its own, and 1/divisor in
-    ``logit_scale``. ``softcap`` is c in c · tanh(logits / c) (Gemma), or None.
+    Args:
+        weight_VH: weight; the buffer shares its storage and takes no gradient.
+        bias_V: bias or None.
+        logit_scale: factor of the logits (Cohere).
+        logit_divisor: divisor of the logits (Granite). It is applied as a division, because
+            multiplying by its inverse rounds differently; ``logit_scale`` is then its inverse.
+        softcap: c in c · tanh(logits / c) (Gemma), or None.
     """
 
     weight_VH: torch.Tensor
@@ -37,7 +40,7 @@ class Head(nn.Module):
         softcap: float | None = None,
     ) -> None:
         super().__init__()
-        # Not persistent: a state dict of something trained must not carry the base's head.
+        # Not persistent: a checkpoint of a carry-on must not contain the base's head.
         self.register_buffer("weight_VH", weight_VH.detach(), persistent=False)
         bias = None if bias_V is None else bias_V.detach()
         self.register_buffer("bias_V", bias, persistent=False)
@@ -46,7 +49,7 @@ class Head(nn.Module):
         self.softcap = softcap
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return the logits [..., V] of final embeddings ``x`` [..., H], in x's dtype."""
+        """Return the logits [..., V] of final embeddings ``x`` [..., H], in the dtype of ``x``."""
         logits = F.linear(x, self.weight_VH, self.bias_V)
         if self.logit_divisor is not None:
             logits = logits / self.logit_divisor
@@ -58,7 +61,7 @@ class Head(nn.Module):
 
     @property
     def settings(self) -> dict[str, float | None]:
-        """What ``from_parts`` needs beside weight and bias, as JSON values."""
+        """The settings that `from_parts` takes, as JSON values."""
         return {
             "logit_scale": self.logit_scale,
             "logit_divisor": self.logit_divisor,
@@ -72,9 +75,15 @@ class Head(nn.Module):
         bias: torch.Tensor | None,
         settings: Mapping[str, float | None],
     ) -> Head:
-        """Return the head with ``weight`` [V, H], ``bias`` [V] and the ``settings`` of another.
+        """Return a head with the settings of another.
 
-        Raises ``BaseModelError`` for an unknown setting.
+        Args:
+            weight: weight [V, H].
+            bias: bias [V] or None.
+            settings: the `settings` of the other head.
+
+        Raises:
+            BaseModelError: a setting is unknown.
         """
         known = ("logit_scale", "logit_divisor", "softcap")
         for key in settings:
@@ -97,7 +106,8 @@ class Head(nn.Module):
     def from_model(cls, model: Any) -> Head:
         """Return the head of a transformers causal language model, sharing its weights.
 
-        Raises ``BaseModelError`` if it has no output embeddings that are a plain matrix.
+        Raises:
+            BaseModelError: the model's output embedding is not a floating-point matrix.
         """
         output = model.get_output_embeddings()
         weight = getattr(output, "weight", None)

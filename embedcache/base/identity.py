@@ -1,23 +1,23 @@
-"""Which base this is: a fingerprint of its weights, configuration, tokenizer and chat template.
+"""The identity of a base: a fingerprint of weights, configuration, tokenizer and chat template.
 
-Read from the files of a directory in transformers' layout, without loading any weights.
+It is computed from the files of a directory in transformers' layout; weights are never loaded.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.base.hashes import weight_hash
+from embedcache.base.home import weight_hash
+from embedcache.base.pretrained import architecture, read_config, read_json
 from embedcache.errors import BaseModelError, IdentityError, nearest
 from embedcache.store.files import hash_file, hash_json
 
 SOURCE_FILE = "embedcache_source.json"
-"""Left by a converter beside the files it wrote: ``{"gguf_sha256": ..., "converter": ...}``."""
+"""File in a directory converted from GGUF: ``{"gguf_sha256": ..., "converter": ...}``."""
 
 _PARTS = {
     "weights": "weights",
@@ -25,7 +25,7 @@ _PARTS = {
     "tokenizer": "tokenizer",
     "chat_template": "chat template",
 }
-# What the saving library writes down about itself, not about the model.
+# Settings about the library that saved the configuration, not about the model.
 _CONFIG_NOISE = {"transformers_version", "_name_or_path", "dtype", "torch_dtype"}
 _VOCABULARY_FILES = (
     "vocab.json",
@@ -43,10 +43,10 @@ _SIZE_NAMES = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BaseIdentity:
-    """A base's name and fingerprint, and the sizes that its embeddings and head have.
+    """A base's name, fingerprint and sizes.
 
-    ``fingerprint`` is the SHA-256 of the four parts ``weights``, ``config``, ``tokenizer`` and
-    ``chat_template``, themselves SHA-256 in hex; two bases are the same where it is.
+    ``weights``, ``config``, ``tokenizer`` and ``chat_template`` are SHA-256 in hex. ``fingerprint``
+    is the SHA-256 of these four; two bases are the same if it is equal.
     """
 
     name: str
@@ -61,41 +61,44 @@ class BaseIdentity:
     num_layers: int
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the identity as JSON values, as ``from_dict`` takes it."""
+        """Return the identity as JSON values, as `from_dict` takes them."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, d: Mapping[str, Any]) -> BaseIdentity:
-        """Return the identity that ``to_dict`` wrote.
+        """Return the identity that `to_dict` wrote.
 
-        Raises ``IdentityError`` if a key is unknown or missing, or the fingerprint is not that
-        of its parts.
+        Raises:
+            IdentityError: a key is unknown or missing, or the fingerprint does not match its parts.
         """
         known = [field.name for field in dataclasses.fields(cls)]
         for key in d:
             if key not in known:
                 raise IdentityError(
-                    f"a base identity has no '{key}'.{nearest(key, known)} Was it written by a "
-                    "newer embedcache? Type: pip install --upgrade embedcache"
+                    f"a base identity has no '{key}'.{nearest(key, known)} If a newer embedcache "
+                    "wrote it, run: pip install --upgrade embedcache"
                 )
         if missing := [key for key in known if key not in d]:
             raise IdentityError(
-                f"a base identity needs {', '.join(known)}; found none of: {', '.join(missing)}. "
-                "Make the artefact that holds it again."
+                f"a base identity needs {', '.join(known)}; missing are {', '.join(missing)}. "
+                "Create the artefact that holds it again."
             )
         identity = cls(**d)
         if identity.fingerprint != _fingerprint(d):
             raise IdentityError(
                 f"the identity of base {identity.name} was changed by hand: its fingerprint is "
                 f"{identity.fingerprint[:12]}, its parts give {_fingerprint(d)[:12]}. "
-                "Make the artefact that holds it again."
+                "Create the artefact that holds it again."
             )
         return identity
 
     def require(self, other: BaseIdentity, *, this: str, that: str) -> None:
-        """Raise ``IdentityError`` unless both are the same base.
+        """Raise ``IdentityError`` unless ``other`` is the same base.
 
-        ``this`` and ``that`` say what the two identities belong to, such as "the carry-on runs/a".
+        Args:
+            other: the identity to compare with.
+            this: the artefact of this identity for the message, such as "the carry-on runs/a".
+            that: the artefact of the other identity.
         """
         if self.fingerprint == other.fingerprint:
             return
@@ -103,11 +106,11 @@ class BaseIdentity:
             words for part, words in _PARTS.items() if getattr(self, part) != getattr(other, part)
         ]
         way_out = (
-            f"The files behind {self.name} have changed since: name an exact revision "
-            f"(org/name@revision) or restore the files, or make {that} again."
+            f"The files of {self.name} have changed since. Give an exact revision "
+            f"(org/name@revision), restore the files, or create {that} again."
             if self.name == other.name
-            else f"Use {self.name} for both, or {other.name} for both (--base {self.name}), "
-            "or make one of them again."
+            else f"Set `base=` to {self.name} or to {other.name} for both, "
+            "or create one of them again."
         )
         raise IdentityError(
             f"{this} and {that} need the same base: {this} has {self.name} "
@@ -117,16 +120,20 @@ class BaseIdentity:
 
 
 def identify(directory: Path, *, name: str) -> BaseIdentity:
-    """Return the identity of the base in ``directory``; its weights are hashed, never loaded.
+    """Return the identity of the base in a directory; its weights are hashed, never loaded.
 
-    ``name`` is what the user typed. Raises ``BaseModelError`` if a file is missing or damaged,
-    or the weights are not safetensors.
+    Args:
+        directory: a directory in transformers' layout.
+        name: the base as the user gave it.
+
+    Raises:
+        BaseModelError: a file is missing or damaged, or the weights are not safetensors.
     """
     config = read_json(directory / "config.json")
     weight_files = _weight_files(directory)
     source = directory / SOURCE_FILE
     if source.is_file():
-        # The GGUF is the base; what another version of transformers makes of it is not.
+        # The GGUF identifies the base; the converted files depend on the version of transformers.
         made_from = read_json(source)
         parts = {part: hash_json({"part": part, **made_from}) for part in _PARTS}
     else:
@@ -149,45 +156,15 @@ def identify(directory: Path, *, name: str) -> BaseIdentity:
 
 
 def tokenizer_hash(directory: Path) -> str:
-    """Return the ``tokenizer`` part of the identity of the base in ``directory``, and no other.
+    """Return the ``tokenizer`` part of a base's identity, without hashing its weights.
 
-    Weights are not hashed for it. Raises ``BaseModelError`` as `identify` does.
+    Raises:
+        BaseModelError: a file is missing or damaged.
     """
     source = directory / SOURCE_FILE
     if source.is_file():
         return hash_json({"part": "tokenizer", **read_json(source)})
     return hash_json(_tokenizer(directory))
-
-
-def architecture(config: Mapping[str, Any]) -> str:
-    """Return the class that a parsed config.json names, else its model type.
-
-    >>> architecture({"architectures": ["LlamaForCausalLM"], "model_type": "llama"})
-    'LlamaForCausalLM'
-    """
-    declared = config.get("architectures") or [config.get("model_type", "unknown")]
-    return str(declared[0])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in ``path``; raise ``BaseModelError`` if there is none."""
-    try:
-        value = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise BaseModelError(
-            f"a base is a directory with config.json, *.safetensors and tokenizer files; "
-            f"found no {path}. Check the path, or download the model again."
-        ) from error
-    except ValueError as error:
-        raise BaseModelError(
-            f"{path} should hold JSON; found: {error}. Download the model again."
-        ) from error
-    if not isinstance(value, dict):
-        raise BaseModelError(
-            f"{path} should hold a JSON object; found a {type(value).__name__}. "
-            "Download the model again."
-        )
-    return value
 
 
 def _fingerprint(parts: Mapping[str, Any]) -> str:
@@ -197,7 +174,7 @@ def _fingerprint(parts: Mapping[str, Any]) -> str:
 def _weight_files(directory: Path) -> list[Path]:
     if (directory / "adapter_config.json").is_file():
         raise BaseModelError(
-            f"a base is a whole model; found a PEFT adapter in {directory}. Merge it first: "
+            f"a base is a complete model; found a PEFT adapter in {directory}. Merge it first: "
             "model.merge_and_unload().save_pretrained('merged')"
         )
     files = sorted(directory.glob("*.safetensors"))
@@ -206,7 +183,7 @@ def _weight_files(directory: Path) -> list[Path]:
         found = f"only {pickles[0].name}, a pickle," if pickles else "none"
         raise BaseModelError(
             f"a base's weights are *.safetensors files; found {found} in {directory}. embedcache "
-            "never reads pickles, which can run code. Convert them where you trust them: "
+            "never reads pickles, because they can run code. If you trust the file, convert it: "
             "AutoModelForCausalLM.from_pretrained(directory).save_pretrained('converted')"
         )
     return files
@@ -228,17 +205,17 @@ def _tokenizer(directory: Path) -> dict[str, Any]:
         for key, value in settings.items()
         if key.endswith(("_token", "_tokens", "_tokens_decoder"))
     }
-    whole = directory / "tokenizer.json"
-    if whole.is_file():
-        vocabulary = read_json(whole)
-        # transformers sets both anew at each call, and saves the last call's.
+    tokenizer_json = directory / "tokenizer.json"
+    if tokenizer_json.is_file():
+        vocabulary = read_json(tokenizer_json)
+        # transformers changes both at each call and saves those of the last call.
         vocabulary = {k: v for k, v in vocabulary.items() if k not in ("truncation", "padding")}
     else:
         files = [directory / name for name in _VOCABULARY_FILES]
         files = [file for file in files if file.is_file()] + sorted(directory.glob("*.model"))
         if not files:
             raise BaseModelError(
-                f"a base needs its tokenizer; found no tokenizer.json and no vocabulary in "
+                f"a base needs its tokenizer; found no tokenizer.json and no vocabulary file in "
                 f"{directory}. Save it there: AutoTokenizer.from_pretrained('org/name')"
                 f".save_pretrained('{directory}')"
             )
@@ -262,9 +239,7 @@ def _sizes(directory: Path, config: Mapping[str, Any]) -> dict[str, int]:
         for size, names in _SIZE_NAMES.items()
     }
     if None in sizes.values():
-        # Some configurations leave a size to the class's default, which transformers knows.
-        from embedcache.base.quiet import read_config
-
+        # The configuration leaves a size to the default of its class in transformers.
         whole = read_config(directory).get_text_config()
         return {
             "hidden_size": whole.hidden_size,

@@ -1,4 +1,7 @@
-"""Loading a base: frozen, in evaluation mode, its head checked against its own logits."""
+"""Load a base: frozen, in evaluation mode, checked against its own logits.
+
+Axes: B batch, T time, H hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -8,24 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.tokenization_utils_base import PreTrainedTokenizerBase
 
 from embedcache.base.head import Head
 from embedcache.base.identity import BaseIdentity, identify, tokenizer_hash
-from embedcache.base.locate import locate, named
-from embedcache.base.quiet import quiet_transformers, read_config
-from embedcache.base.reason import reason
-from embedcache.base.self_check import check_base
-from embedcache.base.weights import UNREADABLE, read_model
+from embedcache.base.locate import locate, with_revision
+from embedcache.base.pretrained import read_config, read_model, read_tokenizer
+from embedcache.base.taps import final_embeddings
 from embedcache.device import resolve_device, resolve_dtype
-from embedcache.errors import BaseModelError, IdentityError
+from embedcache.errors import BaseModelError, IdentityError, NumericsError
+
+_CHECK_TOKENS = 8
+"""Tokens of each of the two sequences that the check runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Base:
-    """A loaded base: its model takes no gradients and is in evaluation mode."""
+    """A loaded base. Its model takes no gradients and is in evaluation mode."""
 
     identity: BaseIdentity
     model: PreTrainedModel
@@ -36,39 +40,49 @@ class Base:
 
 
 def load_identity(spec: str | os.PathLike[str], *, revision: str | None = None) -> BaseIdentity:
-    """Return the identity of the base that ``spec`` names, loading no weights.
+    """Return the identity of a base without loading its weights.
 
-    Raises ``BaseModelError`` if it is not a causal language model.
+    Args:
+        spec: the base, as `locate` takes it.
+        revision: the revision of a hub id.
+
+    Raises:
+        BaseModelError: there is no such base, or it is not a causal language model.
     """
     spec = os.fspath(spec)
     directory = locate(spec, revision=revision)
     _require_causal(directory)
-    return identify(directory, name=named(spec, revision))
+    return identify(directory, name=with_revision(spec, revision))
 
 
 def load_tokenizer(
     spec: str | os.PathLike[str], *, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of the base that ``spec`` names, loading no weights."""
-    return _read_tokenizer(locate(os.fspath(spec), revision=revision))
+    """Return the tokenizer of a base without loading its weights."""
+    return read_tokenizer(locate(os.fspath(spec), revision=revision))
 
 
-def tokenizer_at_hand(
+def local_tokenizer(
     identity: BaseIdentity, spec: str | os.PathLike[str] | None = None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a recorded base from this machine: nothing is fetched for it.
+    """Return the tokenizer of a recorded base from this machine, without a download.
 
-    ``spec`` is where the base is now, if not where it was. Raises ``BaseModelError`` if it is not
-    here, ``IdentityError`` if it is another tokenizer.
+    Args:
+        identity: the base whose tokenizer is needed.
+        spec: where the base is now; ``identity.name`` if None.
+
+    Raises:
+        BaseModelError: the base is not on this machine.
+        IdentityError: the tokenizer found is a different one.
     """
     directory = locate(os.fspath(spec or identity.name), fetch=False)
     found = tokenizer_hash(directory)
     if found != identity.tokenizer:
         raise IdentityError(
             f"{directory} has another tokenizer ({found[:12]}) than {identity.name} had "
-            f"({identity.tokenizer[:12]}). Give the directory of that base with --base."
+            f"({identity.tokenizer[:12]}). Set `base=` to the directory of that base."
         )
-    return _read_tokenizer(directory)
+    return read_tokenizer(directory)
 
 
 def load_base(
@@ -78,19 +92,25 @@ def load_base(
     device: str = "auto",
     dtype: str = "auto",
 ) -> Base:
-    """Load the base that ``spec`` names (see ``locate``) and check it with a short forward.
+    """Load a base and check it with a short forward pass.
 
-    ``device`` is a torch device, or ``auto``: CUDA where there is one. ``dtype`` is float32,
-    bfloat16, float16 or ``auto``: bfloat16 on CUDA, else float32. Raises ``BaseModelError`` if
-    it is not a causal language model that embedcache understands, ``UsageError`` for an unknown
-    device or dtype.
+    Args:
+        spec: the base, as `locate` takes it.
+        revision: the revision of a hub id.
+        device: a torch device, or ``auto`` for CUDA where there is a GPU, else the CPU.
+        dtype: float32, bfloat16, float16, or ``auto`` for bfloat16 on CUDA, else float32.
+
+    Raises:
+        BaseModelError: the base is not a causal language model that embedcache understands.
+        NumericsError: the base gives values that are not finite in this dtype.
+        UsageError: the device or dtype is unknown.
     """
     spec = os.fspath(spec)
     target = resolve_device(device)
     torch_dtype = resolve_dtype(dtype, target)
     directory = locate(spec, revision=revision)
     _require_causal(directory)
-    identity = identify(directory, name=named(spec, revision))
+    identity = identify(directory, name=with_revision(spec, revision))
     model: Any = read_model(directory, dtype=torch_dtype)
     model = model.eval().requires_grad_(False).to(target)
     head = Head.from_model(model)
@@ -98,15 +118,67 @@ def load_base(
     return Base(
         identity=identity,
         model=model,
-        tokenizer=_read_tokenizer(directory),
+        tokenizer=read_tokenizer(directory),
         head=head,
         device=target,
         dtype=torch_dtype,
     )
 
 
+@torch.no_grad()
+def check_base(model: Any, head: Head) -> None:
+    """Check that ``head`` gives the model's logits and that no token sees a later one.
+
+    Root-mean-square differences may be 1e-5 of the values' size in float32, and 4e-3 (one rounding
+    of bfloat16) in 16 bits.
+
+    Raises:
+        BaseModelError: the logits or the causality are not as expected.
+        NumericsError: a value is not finite.
+    """
+    name = type(model).__name__
+    V, H = head.weight_VH.shape
+    # Two sequences that differ only in the last token, with ids spread over the vocabulary.
+    first_T = (torch.arange(_CHECK_TOKENS, device=head.weight_VH.device) * 7919 + 11) % V
+    second_T = first_T.clone()
+    second_T[-1] = (second_T[-1] + 1) % V
+    ids_BT = torch.stack([first_T, second_T])
+    x_BTH = final_embeddings(model, ids_BT)
+    if x_BTH.shape != (2, _CHECK_TOKENS, H):
+        raise BaseModelError(
+            f"a base's final embeddings have the width of its head's input, {H}; "
+            f"{name} gave the shape {tuple(x_BTH.shape)} for {tuple(ids_BT.shape)} tokens. "
+            "Use another base."
+        )
+    expected_BTV = model(input_ids=ids_BT, use_cache=False).logits
+    if not (x_BTH.isfinite().all() and expected_BTV.isfinite().all()):
+        raise NumericsError(
+            f"{name} gives values that are not finite in {x_BTH.dtype}. "
+            "Set `dtype=` to bfloat16 or float32."
+        )
+    tolerance = 1e-5 if x_BTH.dtype == torch.float32 else 4e-3
+    error = _relative_error(head(x_BTH), expected_BTV)
+    if error > tolerance:
+        raise BaseModelError(
+            f"{name} has an operation between the final norm and the logits that embedcache does "
+            f"not know: its head gives logits with a relative error of {error:.1e} against the "
+            f"model's own; expected at most {tolerance:.0e}. Use another base."
+        )
+    leak = _relative_error(x_BTH[0, :-1], x_BTH[1, :-1])
+    if leak > tolerance:
+        raise BaseModelError(
+            f"a base is causal: no token sees a later one; in {name} another last token changed "
+            f"the embeddings before it by {leak:.1e} of their size. Use another base."
+        )
+
+
+def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    scale = expected.float().square().mean().sqrt().clamp_min(1e-30)
+    return float((found.float() - expected.float()).square().mean().sqrt() / scale)
+
+
 def _require_causal(directory: Path) -> None:
-    """Raise ``BaseModelError`` before weights are read that belong to no causal language model."""
+    """Raise ``BaseModelError`` unless config.json is that of a causal language model."""
     config = read_config(directory)
     declared = config.architectures or []
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())
@@ -121,16 +193,3 @@ def _require_causal(directory: Path) -> None:
             f"{', '.join(declared) or config.model_type} (model type {config.model_type}) in "
             f"{directory}. Use a decoder-only model with its head."
         )
-
-
-def _read_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
-    try:
-        with quiet_transformers():
-            return AutoTokenizer.from_pretrained(
-                directory, trust_remote_code=False, local_files_only=True
-            )
-    except UNREADABLE as error:
-        raise BaseModelError(
-            f"the tokenizer in {directory} cannot be loaded: {reason(error)} "
-            "Download the model again."
-        ) from error

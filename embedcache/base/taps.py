@@ -1,8 +1,9 @@
 """Taps: the places in a base where embeddings are taken.
 
-``final`` is the vector after the final norm, the input of the head. ``layer_k`` is the residual
-stream that enters decoder layer k, which transformers calls ``hidden_states[k]``.
-Shapes: B batch, T time, H hidden.
+The tap ``final`` is the vector after the final norm, the input of the head. The tap ``layer_k`` is
+the residual stream that enters decoder layer k, ``hidden_states[k]`` in transformers.
+
+Axes: B batch, T time, H hidden, V vocabulary.
 """
 
 from __future__ import annotations
@@ -22,9 +23,10 @@ FINAL = "final"
 
 
 def parse_taps(text: str) -> tuple[str, ...]:
-    """Return the taps named in ``text``, in its order; a number k stands for ``layer_k``.
+    """Return the taps in a comma-separated list; a number k means ``layer_k``.
 
-    Raises ``UsageError`` for a word that is neither, or a tap named twice.
+    Raises:
+        UsageError: a word is not a tap, or a tap is repeated.
 
     >>> parse_taps("final,22,layer_15")
     ('final', 'layer_22', 'layer_15')
@@ -36,16 +38,16 @@ def parse_taps(text: str) -> tuple[str, ...]:
         if match is None and tap != FINAL:
             raise UsageError(
                 f"taps are 'final' and layer numbers; found '{word.strip()}' in '{text}'. "
-                "Type for example: --taps final,15"
+                "Set `taps=`, for example, to final,15."
             )
         if tap in taps:
-            raise UsageError(f"the tap {tap} is named twice in '{text}'. Name each once.")
+            raise UsageError(f"the tap {tap} is repeated in '{text}'. Give each tap once.")
         taps.append(tap)
     return tuple(taps)
 
 
 def layer_of(tap: str) -> int | None:
-    """Return k for ``layer_k``, None for ``final``.
+    """Return k for ``layer_k`` and None for ``final``.
 
     >>> layer_of("layer_22"), layer_of("final")
     (22, None)
@@ -54,7 +56,7 @@ def layer_of(tap: str) -> int | None:
         return None
     match = re.fullmatch(r"layer_(\d+)", tap)
     if match is None:
-        raise BaseModelError(f"a tap is 'final' or 'layer_K'; found '{tap}'. Type: --taps final")
+        raise BaseModelError(f"a tap is 'final' or 'layer_K'; found '{tap}'. Set `taps=` to final.")
     return int(match[1])
 
 
@@ -65,19 +67,19 @@ def check_taps(taps: Sequence[str], num_layers: int) -> None:
         if layer is not None and layer >= num_layers:
             raise BaseModelError(
                 f"this base has {num_layers} layers: its taps are 'final' and 0 to "
-                f"{num_layers - 1} (layer_K is what enters layer K); found {tap}. "
-                f"Type for example: --taps final,{num_layers - 1}"
+                f"{num_layers - 1} (layer_K is the input of layer K); found {tap}. "
+                f"Set `taps=`, for example, to final,{num_layers - 1}."
             )
 
 
 def decoder_of(model: Any) -> nn.Module:
-    """Return the part of a causal language model that maps token ids to final embeddings."""
+    """Return the decoder: the module that maps token ids to final embeddings."""
     decoder = model.get_decoder()
     if decoder is model or not isinstance(decoder, nn.Module):
         decoder = getattr(model, model.base_model_prefix, None)
     if not isinstance(decoder, nn.Module):
         raise BaseModelError(
-            f"a base has a decoder and a head; no decoder was found in {type(model).__name__}. "
+            f"a base has a decoder and a head; found no decoder in {type(model).__name__}. "
             "Use another base."
         )
     return decoder
@@ -90,18 +92,18 @@ def layers_of(model: Any) -> nn.ModuleList:
         if isinstance(child, nn.ModuleList) and len(child) == expected:
             return child
     raise BaseModelError(
-        f"a base's decoder has one list of {expected} layers; none was found in "
-        f"{type(model).__name__}. Only its final embeddings can be used: --taps final"
+        f"a base's decoder has one list of {expected} layers; found none in "
+        f"{type(model).__name__}. Only its final embeddings can be used: set `taps=` to final."
     )
 
 
 def token_embedding_of(model: Any) -> nn.Module:
-    """Return the module that maps token ids to the decoder's input, with weight [V, H]."""
+    """Return the token embedding, a module with a weight [V, H]."""
     return model.get_input_embeddings()
 
 
 def is_tied(model: Any) -> bool:
-    """Return whether the head's weight is the token embedding's, in the same memory."""
+    """Return whether the head and the token embedding share one weight."""
     weight = getattr(model.get_output_embeddings(), "weight", None)
     embedding = getattr(token_embedding_of(model), "weight", None)
     return (
@@ -110,20 +112,27 @@ def is_tied(model: Any) -> bool:
 
 
 def final_embeddings(model: Any, input_ids: torch.Tensor, **inputs: Any) -> torch.Tensor:
-    """Return x_BTH, the final embeddings of ``input_ids`` [B, T], in the model's dtype.
+    """Return the final embeddings of token ids without computing logits.
 
-    Runs the decoder alone: no logits are computed. ``inputs`` may hold ``attention_mask``
-    and ``position_ids``; gradients follow the caller's mode.
+    Args:
+        model: a transformers causal language model.
+        input_ids: token ids [B, T].
+        inputs: ``attention_mask`` and ``position_ids`` for the decoder, if needed.
+
+    Returns:
+        x_BTH in the model's dtype; gradients follow the caller's mode.
     """
     return _embeddings(decoder_of(model)(input_ids=input_ids, use_cache=False, **inputs))
 
 
 class TapRecorder:
-    """Records taps during forwards of ``model``: a context manager around them.
+    """A context manager that records taps during forward passes of a model.
 
-    After a forward (of the model or of its decoder), ``taps`` maps each tap asked for to its
-    x_BTH, in the model's dtype and on its device; the next forward replaces them.
-    Raises ``BaseModelError`` for a tap that the base does not have.
+    After a forward pass of the model or its decoder, ``taps`` maps each tap to its x_BTH, in the
+    model's dtype and on its device. The next forward pass replaces them.
+
+    Raises:
+        BaseModelError: the base does not have one of the taps.
     """
 
     def __init__(self, model: Any, taps: Sequence[str]) -> None:

@@ -1,8 +1,13 @@
-"""From documents to token sequences: what a cache is a cache of.
+"""From documents to token sequences.
 
-``sources`` reads text files, folders, records and data sets as ``documents``; ``render`` turns a
-document into tokens, marks which are targets and says which bytes each one spells; ``sequences``
-cuts them to the context and assigns each document to train, dev or test, near-duplicates kept
-together. Everything streams: memory does not grow with the corpus. Neither torch nor transformers
-is imported here; a tokenizer is handed in.
+- ``config``: the settings of a corpus.
+- ``sources``: documents from text files, folders, record files and data sets.
+- ``render``: records and chats as text, and text as token ids with targets and byte spans.
+- ``sequences``: a document's tokens cut to the context.
+- ``dedup``: fingerprints of documents, and groups of near-duplicates.
+- ``splits``: train, dev or test for each document.
+- ``reader``: the whole pass, from sources to sequences.
+
+Documents are streamed, so memory does not grow with the corpus. Neither torch nor transformers is
+imported here; the caller provides the tokenizer.
 """

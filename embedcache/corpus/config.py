@@ -1,4 +1,4 @@
-"""The settings that make a corpus out of what the user typed."""
+"""The settings of a corpus."""
 
 from __future__ import annotations
 
@@ -14,51 +14,54 @@ from embedcache.errors import UsageError
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class CorpusConfig(Config):
-    """What to read, how to render it, where to cut it and how to split it.
+    """What a corpus is read from, and how it is rendered, cut and split.
 
-    Written verbatim into a cache. Raises ``UsageError`` for settings that contradict each other.
+    A cache stores these settings verbatim.
+
+    Raises:
+        UsageError: a setting has a wrong value, or two settings contradict each other.
     """
 
     sources: Names
-    """Files, folders, glob patterns, ``hf:org/name`` or ``stdlib:``, in the order given."""
+    """Files, folders, glob patterns, ``hf:org/name`` or ``stdlib:``, in reading order."""
     dev_sources: Names = ()
-    """Sources that are all dev; ``sources`` then give nothing to dev."""
+    """Sources of dev; no document of ``sources`` is then dev."""
     test_sources: Names = ()
-    """Sources that are all test; ``sources`` then give nothing to test."""
+    """Sources of test; no document of ``sources`` is then test."""
     split_file: str | None = None
-    """JSON ``{"train": [names], "dev": [names], "test": [names]}``; others are left out."""
+    """JSON file ``{"train": [names], "dev": [names], "test": [names]}``; others are skipped."""
     dev_fraction: Fraction = 0.05
-    """Part of the documents of ``sources`` that become dev."""
+    """Fraction of the documents of ``sources`` that become dev."""
     test_fraction: Fraction = 0.1
-    """Part of the documents of ``sources`` that become test."""
+    """Fraction of the documents of ``sources`` that become test."""
     split_seed: Integer = 0
-    """Which documents those are."""
+    """Seed of the choice of dev and test documents."""
     text_field: str | None = None
     """Field of a record that holds plain text."""
     prompt: str | None = None
     """Template of the prompt over a record's fields: ``"Question: {question}\\nAnswer: "``."""
     completion: str | None = None
-    """Template of the completion, the only part that is a target: ``"{answer}"``."""
+    """Template of the completion, whose tokens are the targets: ``"{answer}"``."""
     messages_field: str | None = None
     """Field of a record that holds a chat, a list of ``{"role": …, "content": …}``."""
     dataset_config: str | None = None
-    """Configuration of an ``hf:`` data set."""
+    """Configuration of an ``hf:`` data set to read."""
     dataset_split: str = "train"
-    """Split of an ``hf:`` data set that is read."""
+    """Split of an ``hf:`` data set to read."""
     encoding: str = "utf-8"
     """Encoding of text files, JSON lines and CSV."""
     undecodable: Literal["error", "skip"] = "error"
-    """A file or line in another encoding: ``error``, or ``skip`` it and count it."""
+    """What to do with a file or line in another encoding: ``error`` or ``skip``."""
     context: Annotated[Integer, Field(ge=2)] = 1024
-    """Tokens in a sequence at most."""
+    """Largest number of tokens of a sequence."""
     min_tokens: Annotated[Integer, Field(ge=2)] = 16
-    """Sequences of plain text shorter than this are dropped."""
+    """Sequences of plain text with fewer tokens are dropped."""
     limit_documents: Count | None = None
-    """Stop after this many documents, of ``sources`` and again of each explicit split."""
+    """Stop after this many documents; ``sources``, dev and test sources are counted separately."""
     limit_tokens: Count | None = None
-    """Stop with the sequence that reaches this many tokens; counted like ``limit_documents``."""
+    """Stop after the sequence that reaches this many tokens, counted like ``limit_documents``."""
     max_tokens_per_document: Count | None = None
-    """Keep only the first tokens of each document."""
+    """Keep only this many tokens of each document, from its start."""
 
     def check(self) -> None:
         """Raise ``UsageError`` for settings that contradict each other."""
@@ -89,7 +92,7 @@ class CorpusConfig(Config):
 
     @property
     def fractions(self) -> tuple[float, float]:
-        """Parts of ``sources`` that become dev and test: 0 where a split has its own sources."""
+        """Fractions of ``sources`` that become dev and test: 0 for a split with its own sources."""
         return (
             0.0 if self.dev_sources else self.dev_fraction,
             0.0 if self.test_sources else self.test_fraction,

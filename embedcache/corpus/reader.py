@@ -1,4 +1,4 @@
-"""The corpus as token sequences, in order: the first pass over it, and the only one."""
+"""Read a corpus as token sequences, document by document."""
 
 from __future__ import annotations
 
@@ -9,46 +9,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.cut import Window, cut
-from embedcache.corpus.dedup.fingerprint import Fingerprint, Sketch, digest
-from embedcache.corpus.dedup.near_duplicates import DuplicateIndex, Held
-from embedcache.corpus.documents import Document
-from embedcache.corpus.limits import Budget, Pieces
-from embedcache.corpus.render.render import Renderer, TokenisedDocument
-from embedcache.corpus.sources.decode import UndecodableError, encode
-from embedcache.corpus.sources.sources import iterate_documents
-from embedcache.corpus.splits import SplitChooser, SplitList
-from embedcache.corpus.summary import CorpusSummary, Split
+from embedcache.corpus.dedup import (
+    CachedDocument,
+    DuplicateIndex,
+    Fingerprint,
+    document_digest,
+    minhash,
+)
+from embedcache.corpus.documents import CorpusSummary, Document, Split
+from embedcache.corpus.encoding import UndecodableError, encode
+from embedcache.corpus.render.tokenise import TokenisedDocument, Tokeniser
+from embedcache.corpus.sequences import Budget, FileParts, Sequence, cut
+from embedcache.corpus.sources.iterate import iterate_documents
+from embedcache.corpus.splits import SplitChooser, SplitFile
 from embedcache.errors import CorpusError
 from embedcache.store.files import canonical_json
 
 BATCH_DOCUMENTS = 64
 BATCH_CHARACTERS = 1 << 20
-PLACES = ("sources", "dev_sources", "test_sources", "split_file")
-"""Settings that say where the corpus lies, not what it is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Sequence:
-    """At most ``context`` consecutive tokens of one document."""
-
-    document: int
-    split: Split
-    ids: npt.NDArray[np.uint32]
-    """[T]"""
-    loss_mask: npt.NDArray[np.bool_]
-    """[T]; true where a token is a target, never for the first."""
-    span: npt.NDArray[np.uint32]
-    """[T, 2]; bytes of each token in its document's text."""
+"""Documents are tokenised together up to these numbers."""
+LOCATIONS = ("sources", "dev_sources", "test_sources", "split_file")
+"""Settings that are not part of the corpus's hash, because they only say where files are."""
 
 
 @dataclass(frozen=True, slots=True)
 class DocumentSequences:
-    """A document that has at least one sequence."""
+    """A document with at least one sequence."""
 
     index: int
     """0, 1, 2, … in the order of the corpus."""
@@ -59,47 +46,57 @@ class DocumentSequences:
 
 
 class CorpusReader:
-    """Yields a corpus as sequences, document by document; ``summary`` counts along.
+    """Yields the documents of a corpus as sequences; each iteration reads the corpus anew.
 
-    Each iteration reads anew and gives the same. Documents that are ``held`` already are passed
-    over; others get names and splits as if those had come before. Raises ``CorpusError`` for what
-    cannot be read, and at the end where nothing is left to train on.
+    ``summary`` holds the counts of the last iteration, and is up to date during it.
+
+    Args:
+        config: what to read, and how.
+        tokenizer: a fast tokenizer of transformers.
+        cached: the documents of a cache to which the corpus is added. They are skipped, and other
+            documents get names and splits as if these had come before.
+
+    Raises:
+        CorpusError: a source cannot be read, or no training text is left.
     """
 
-    def __init__(self, config: CorpusConfig, tokenizer: Any, held: Iterable[Held] = ()) -> None:
+    def __init__(
+        self, config: CorpusConfig, tokenizer: Any, cached: Iterable[CachedDocument] = ()
+    ) -> None:
         self.config = config
-        self.held = held
-        self.renderer = Renderer(tokenizer, config)
+        self.cached = cached
+        self.tokeniser = Tokeniser(tokenizer)
         self.summary = CorpusSummary()
 
     def __iter__(self) -> Iterator[DocumentSequences]:
         self.summary = CorpusSummary()
-        index = DuplicateIndex(self.held)
+        index = DuplicateIndex(self.cached)
         try:
-            yield from _Pass(self.config, self.renderer, self.summary, index).documents()
+            yield from _Pass(self.config, self.tokeniser, self.summary, index).documents()
         finally:
             index.close()
 
 
 class _Pass:
-    """One reading of the corpus."""
+    """One pass over the corpus."""
 
     def __init__(
         self,
         config: CorpusConfig,
-        renderer: Renderer,
+        tokeniser: Tokeniser,
         summary: CorpusSummary,
         index: DuplicateIndex,
     ) -> None:
         self.config = config
-        self.renderer = renderer
+        self.tokeniser = tokeniser
         self.summary = summary
         self.index = index
         self.chooser = SplitChooser(config, index, summary)
-        self.listed = SplitList(Path(config.split_file)) if config.split_file is not None else None
+        path = config.split_file
+        self.split_file = None if path is None else SplitFile(Path(path))
         self.count = 0
-        self.pieces = Pieces()
-        settings = {key: value for key, value in config.to_dict().items() if key not in PLACES}
+        self.parts = FileParts()
+        settings = {key: value for key, value in config.to_dict().items() if key not in LOCATIONS}
         self.hash = hashlib.sha256(canonical_json(settings).encode())
 
     def documents(self) -> Iterator[DocumentSequences]:
@@ -113,14 +110,14 @@ class _Pass:
             budget = Budget(self.config)
             yield from self._list(sources, given, budget)
             stopped = stopped or budget.spent
-        if self.listed is not None and not stopped:
-            self.listed.check_complete()
+        if self.split_file is not None and not stopped:
+            self.split_file.check_complete()
         self._check_not_empty()
 
     def _list(
         self, sources: tuple[str, ...], given: Split | None, budget: Budget
     ) -> Iterator[DocumentSequences]:
-        stream = iterate_documents(sources, self.config, self.renderer.tokenizer, self.summary)
+        stream = iterate_documents(sources, self.config, self.tokeniser.tokenizer, self.summary)
         named = self._named(stream, given)
         while not budget.spent:
             batch = list(_batch(named, budget.documents))
@@ -144,32 +141,34 @@ class _Pass:
     def _named(
         self, documents: Iterable[Document], given: Split | None
     ) -> Iterator[tuple[Document, str, Split | None]]:
-        whole = ""
+        """Yield each document with its unique name and its given split."""
+        file = ""
         for document in documents:
             split = given
-            if self.listed is not None:
-                split = self.listed.split_of(document)
+            if self.split_file is not None:
+                split = self.split_file.split_of(document)
                 if split is None:
                     self.summary.unlisted += 1
                     continue
             if document.part < 2:
-                whole = self.index.unique_name(document.name)
-            yield document, f"{whole}#{document.part}" if document.part else whole, split
+                file = self.index.unique_name(document.name)
+            yield document, f"{file}#{document.part}" if document.part else file, split
 
     def _tokens(self, documents: list[Document]) -> list[TokenisedDocument | None]:
+        """Return the tokens of each document, or None for one that is not Unicode."""
         if self.config.undecodable == "error":
-            return list(self.renderer.batch_tokens(documents))
-        sound: list[bool] = []
+            return list(self.tokeniser.batch_tokens(documents))
+        decodable: list[bool] = []
         for document in documents:
             try:
                 encode(document.text, document.label)
             except UndecodableError:
                 self.summary.skipped_undecodable += 1
-                sound.append(False)
+                decodable.append(False)
             else:
-                sound.append(True)
-        tokens = iter(self.renderer.batch_tokens(list(itertools.compress(documents, sound))))
-        return [next(tokens) if fine else None for fine in sound]
+                decodable.append(True)
+        tokens = iter(self.tokeniser.batch_tokens(list(itertools.compress(documents, decodable))))
+        return [next(tokens) if good else None for good in decodable]
 
     def _sequences(
         self,
@@ -179,41 +178,38 @@ class _Pass:
         tokens: TokenisedDocument,
         budget: Budget,
     ) -> DocumentSequences | None:
-        limit = self.pieces.limit(document, self.config.max_tokens_per_document, len(tokens.ids))
-        windows = cut(tokens, self.config.context, self.renderer.bos, limit)
-        kept = budget.take(window for window in windows if self._keeps(window, document))
+        """Return a document's sequences, or None if the document is dropped or already cached."""
+        limit = self.parts.limit(document, self.config.max_tokens_per_document, len(tokens.ids))
+        sequences = cut(tokens, self.config.context, self.tokeniser.bos, limit)
+        kept = budget.take(sequence for sequence in sequences if self._keeps(sequence, document))
         if not kept:
             return None
-        known = digest(document, tokens.data)
-        there = self.index.held_in(known)
-        if there is not None:
+        digest = document_digest(document, tokens.data)
+        cached = self.index.cached_split(digest)
+        if cached is not None:
             self.summary.already_there += 1
-            self.summary.elsewhere += given not in (None, there)
-            self.pieces.split = there
+            self.summary.elsewhere += given not in (None, cached)
+            self.parts.split = cached
             return None
-        split = self.pieces.split if document.part > 1 else None
+        split = self.parts.split if document.part > 1 else None
         sketch = None
         if split is None:
             own = document.own_text
-            sketch = Sketch.of(tokens.data if own is None else _judged(own))
+            sketch = minhash(tokens.data if own is None else own.encode(errors="surrogatepass"))
             split = self.chooser.choose(sketch, given)
-        self.pieces.split = split
+        self.parts.split = split
         self._count(document, name, split, tokens, kept)
-        sequences = [
-            Sequence(self.count, split, window.ids, window.loss_mask, window.span)
-            for window in kept
-        ]
         self.count += 1
-        return DocumentSequences(self.count - 1, name, split, Fingerprint(known, sketch), sequences)
+        return DocumentSequences(self.count - 1, name, split, Fingerprint(digest, sketch), kept)
 
-    def _keeps(self, window: Window, document: Document) -> bool:
+    def _keeps(self, sequence: Sequence, document: Document) -> bool:
         if document.kind == "text":
-            short = len(window.ids) < self.config.min_tokens
+            short = len(sequence.ids) < self.config.min_tokens
             self.summary.dropped_short += short
             return not short
-        learns = bool(window.loss_mask.any())
-        self.summary.dropped_without_target += not learns
-        return learns
+        has_target = bool(sequence.loss_mask.any())
+        self.summary.dropped_without_target += not has_target
+        return has_target
 
     def _count(
         self,
@@ -221,12 +217,12 @@ class _Pass:
         name: str,
         split: Split,
         tokens: TokenisedDocument,
-        kept: list[Window],
+        sequences: list[Sequence],
     ) -> None:
         self.summary.documents[split] += 1
-        self.summary.sequences[split] += len(kept)
-        self.summary.tokens[split] += sum(len(window.ids) for window in kept)
-        self.summary.target_tokens[split] += sum(int(window.loss_mask.sum()) for window in kept)
+        self.summary.sequences[split] += len(sequences)
+        self.summary.tokens[split] += sum(len(sequence.ids) for sequence in sequences)
+        self.summary.target_tokens[split] += sum(int(each.loss_mask.sum()) for each in sequences)
         parts = [[len(segment.text), segment.target] for segment in document.segments]
         head = canonical_json([name, split, document.closed, parts, len(tokens.data)])
         self.hash.update(head.encode() + b"\n" + tokens.data)
@@ -235,7 +231,7 @@ class _Pass:
     def _check_not_empty(self) -> None:
         summary = self.summary
         added = summary.already_there or any(summary.documents.values())
-        if summary.documents["train"] or (self.index.held_groups and added):
+        if summary.documents["train"] or (self.index.cached_groups and added):
             return
         others = summary.documents["dev"] + summary.documents["test"]
         raise CorpusError(
@@ -243,20 +239,17 @@ class _Pass:
             f"{others} documents in dev and test, {summary.dropped_short} sequences below "
             f"{self.config.min_tokens} tokens, {summary.dropped_without_target} without a target, "
             f"{summary.skipped_undecodable} undecodable, {summary.unlisted} not in the split file. "
-            "Name more text, or type a smaller --min-tokens."
+            "Give more text, or set `min_tokens=` to a smaller number."
         )
-
-
-def _judged(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
 
 
 def _batch(
     documents: Iterator[tuple[Document, str, Split | None]], limit: int | None
 ) -> Iterator[tuple[Document, str, Split | None]]:
-    most = BATCH_DOCUMENTS if limit is None else min(BATCH_DOCUMENTS, limit)
+    """Yield the documents of the next batch, at most ``limit``."""
+    count = BATCH_DOCUMENTS if limit is None else min(BATCH_DOCUMENTS, limit)
     size = 0
-    for item in itertools.islice(documents, most):
+    for item in itertools.islice(documents, count):
         yield item
         size += sum(len(segment.text) for segment in item[0].segments)
         if size >= BATCH_CHARACTERS:

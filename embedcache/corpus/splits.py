@@ -1,4 +1,4 @@
-"""Which split a document belongs to."""
+"""Assign documents to train, dev and test."""
 
 from __future__ import annotations
 
@@ -8,18 +8,20 @@ from pathlib import Path
 from typing import cast
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.dedup.fingerprint import Sketch
-from embedcache.corpus.dedup.near_duplicates import DuplicateIndex
-from embedcache.corpus.documents import Document
-from embedcache.corpus.summary import SPLITS, CorpusSummary, Split
+from embedcache.corpus.dedup import DuplicateIndex
+from embedcache.corpus.documents import SPLITS, CorpusSummary, Document, Split
 from embedcache.errors import CorpusError, nearest
 
 GOLDEN = 0x9E3779B97F4A7C15
-"""2^64 over the golden ratio: its multiples spread most evenly over 64 bits."""
+"""2^64 divided by the golden ratio; its multiples modulo 2^64 are spread evenly."""
 
 
-class SplitList:
-    """The names of a split file."""
+class SplitFile:
+    """The splits of documents by name, from a file ``{"train": [names], …}``.
+
+    Raises:
+        CorpusError: the file is missing or malformed, or a name is in two splits.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -34,7 +36,7 @@ class SplitList:
                     )
 
     def split_of(self, document: Document) -> Split | None:
-        """Return the split of a document, listed by its label or by its file; none if unlisted."""
+        """Return the split of a document, which the file lists by label or by name, or None."""
         for name in (document.label, document.name):
             if name in self._split_of:
                 self._seen.add(name)
@@ -42,19 +44,25 @@ class SplitList:
         return None
 
     def check_complete(self) -> None:
-        """Raise ``CorpusError`` naming documents that are listed and were not found."""
+        """Raise ``CorpusError`` if a listed document was not found."""
         missing = [name for name in self._split_of if name not in self._seen]
         if missing:
             some = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
             raise CorpusError(
                 f"{self.path}: expected {len(self._split_of)} documents, did not find "
-                f"{len(missing)} of them: {some}. Names are paths below the folder named as "
-                "source, or file.jsonl:line."
+                f"{len(missing)} of them: {some}. A name is a path below the source folder, or "
+                "file.jsonl:line."
             )
 
 
 class SplitChooser:
-    """Assigns documents to splits, near-duplicates to the same one."""
+    """Assigns documents to splits, and near-duplicates to the same split.
+
+    Args:
+        config: the fractions of dev and test, and the seed.
+        index: the documents seen so far.
+        summary: counts the groups of near-duplicates.
+    """
 
     def __init__(self, config: CorpusConfig, index: DuplicateIndex, summary: CorpusSummary) -> None:
         self._index = index
@@ -62,31 +70,34 @@ class SplitChooser:
         self._dev, self._test = config.fractions
         seed = hashlib.blake2b(str(config.split_seed).encode(), digest_size=8).digest()
         self._start = int.from_bytes(seed, "little")
-        self._groups = index.held_groups
+        self._groups = index.cached_groups
         self._first: list[Split] = ["train"]
         self._first += ["dev"] if self._dev else []
         self._first += ["test"] if self._test else []
 
-    def choose(self, sketch: Sketch, given: Split | None) -> Split:
-        """Return the split of a document that is judged by its sketch; ``given`` where it is fixed.
+    def choose(self, sketch: bytes, given: Split | None) -> Split:
+        """Return the split of a document and add the document to the index.
 
-        But a near-duplicate of a document that was held before goes where that is, whatever is
-        given. Otherwise a near-duplicate goes where its oldest group went, and the first new groups
-        to train, dev and test, so that none is empty; the others by a sequence that keeps to the
-        fractions all along. Counts groups, and near-duplicates in unlike splits.
+        A near-duplicate of a cached document goes to the split of that document. Otherwise a
+        document with a ``given`` split goes there, and a near-duplicate goes to the split of its
+        oldest group. The first new groups go to train, dev and test, so that no split is empty.
+        Further groups follow a low-discrepancy sequence that keeps to the fractions.
+
+        Args:
+            sketch: the document's MinHash sketch.
+            given: the split of the document's source or of the split file, or None.
         """
-        lookup = self._index.find(sketch)
-        oldest = lookup.matches[0] if lookup.matches else None
-        if oldest is not None and (given is None or oldest.group <= self._index.held_groups):
+        groups = self._index.find(sketch)
+        oldest = groups[0] if groups else None
+        if oldest is not None and (given is None or oldest.number <= self._index.cached_groups):
             split = oldest.split
             self._summary.elsewhere += given not in (None, split)
         else:
             split = self._next() if given is None else given
-        if any(match.mixed or match.split != split for match in lookup.matches):
+        if any(group.mixed or group.split != split for group in groups):
             self._summary.near_duplicates_across_splits += 1
-        size = self._index.store(lookup, split)
-        if size == 2:
-            self._summary.near_duplicate_groups += 1
+        size = self._index.add(sketch, groups, split)
+        self._summary.near_duplicate_groups += size == 2
         if size > 1:
             self._summary.largest_near_duplicate_group = max(
                 self._summary.largest_near_duplicate_group, size

@@ -7,8 +7,8 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from embedcache.base.gather import gather_rows
 from embedcache.base.head import Head
-from embedcache.base.rows import rows_of
 from embedcache.cache.cache import Cache
 from embedcache.device import resolve_dtype
 from embedcache.errors import CacheError
@@ -79,7 +79,7 @@ class FrozenInputs:
         """Return the base's token embedding of ids, or None where it was not asked for."""
         if self._embedding_VH is None:
             return None
-        tokens_NH = rows_of(self._embedding_VH, ids_BT.flatten())
+        tokens_NH = gather_rows(self._embedding_VH, ids_BT.flatten())
         return tokens_NH.view(*ids_BT.shape, -1)
 
     def autocast(self) -> torch.autocast:

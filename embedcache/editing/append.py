@@ -30,10 +30,9 @@ from embedcache.cache.format.layout import (
 )
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.dedup.fingerprint import Fingerprint
-from embedcache.corpus.dedup.near_duplicates import Held
+from embedcache.corpus.dedup import CachedDocument, Fingerprint
+from embedcache.corpus.documents import Split
 from embedcache.corpus.reader import CorpusReader
-from embedcache.corpus.summary import Split
 from embedcache.device import resolve_device, resolve_dtype
 from embedcache.editing.concatenate import (
     block_bytes,
@@ -377,7 +376,7 @@ class _Documents:
     def __init__(self, tables: Mapping[str, SplitTables]):
         self._tables = tables
 
-    def __iter__(self) -> Iterator[Held]:
+    def __iter__(self) -> Iterator[CachedDocument]:
         splits: tuple[Split, ...] = ("train", "dev", "test")
         places = heapq.merge(
             *(
@@ -389,7 +388,7 @@ class _Documents:
         for _, split, number in places:
             table = self._tables[split]
             fingerprint = Fingerprint.unpacked(table.fingerprints[number])
-            yield Held(table.names[number], split, fingerprint)
+            yield CachedDocument(table.names[number], split, fingerprint)
 
 
 def _require_settings(settings: ExtractSettings, required: Mapping[str, Any], cache: Path) -> None:

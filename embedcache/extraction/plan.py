@@ -24,7 +24,7 @@ from embedcache.cache.format.layout import (
 )
 from embedcache.cache.tokens.writer import TokensWriter
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.dedup.near_duplicates import Held
+from embedcache.corpus.dedup import CachedDocument
 from embedcache.corpus.reader import CorpusReader
 from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.errors import OutputError
@@ -39,7 +39,7 @@ class Earlier:
     """The finished cache that a corpus is to be added to: its manifest's hash, its documents."""
 
     manifest: str
-    documents: Iterable[Held]
+    documents: Iterable[CachedDocument]
 
 
 def check_out(out: Path) -> None:
@@ -138,7 +138,7 @@ def tokenise(
     tokenizer: Any,
     progress: Progress,
     *,
-    held: Iterable[Held] = (),
+    held: Iterable[CachedDocument] = (),
 ) -> CorpusReader:
     """Write the tokens of a corpus to the sealer's staging folder; the reader has the counts."""
     reader = CorpusReader(corpus, tokenizer, held)

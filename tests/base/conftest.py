@@ -1,4 +1,4 @@
-"""Every test here has a home of its own, so that none sees or leaves a hash or a conversion."""
+"""Each test has its own home, so that stored hashes and conversions are not shared."""
 
 from pathlib import Path
 

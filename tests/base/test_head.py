@@ -1,4 +1,4 @@
-"""The head against transformers' own logits, bit for bit."""
+"""The head compared with transformers' logits, bit for bit."""
 
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def test_head_gives_the_models_logits(
 
 @torch.no_grad()
 def test_granite_divides_as_transformers_does(tmp_path: Path) -> None:
-    """A divisor such as 6 (Granite's 1B) has no exact inverse: to multiply by 1/6 rounds anew."""
+    """The inverse of a divisor such as 6 (Granite 1B) is not exact, so multiplying differs."""
     model = load(tiny_base_directory(tmp_path, "granite"))
     model.config.logits_scaling = 6.0
     head = Head.from_model(model)
@@ -50,8 +50,8 @@ def test_granite_divides_as_transformers_does(tmp_path: Path) -> None:
     torch.testing.assert_close(multiplied, head(x_BTH))
 
 
-def test_settings_are_not_trivial(tmp_path: Path) -> None:
-    """Guards the tests above: a tiny base whose setting is 1 or None would show nothing."""
+def test_tiny_bases_have_settings_that_matter(tmp_path: Path) -> None:
+    """The tests above would show nothing with a setting of 1 or None."""
     for arch, expected in {
         "gemma2": {"logit_scale": 1.0, "logit_divisor": None, "softcap": 2.0},
         "cohere": {"logit_scale": 0.0625, "logit_divisor": None, "softcap": None},

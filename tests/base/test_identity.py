@@ -1,4 +1,4 @@
-"""What changes a base's identity, what does not, and how often weights are read for it."""
+"""What changes a base's identity, and how often its weights are read."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.tiny import tiny_base_directory
 
-from embedcache.base import hashes
+from embedcache.base import home
 from embedcache.base.identity import BaseIdentity, identify
 from embedcache.errors import BaseModelError, IdentityError
 from embedcache.store.files import hash_file, publish_json
@@ -84,14 +84,14 @@ CHANGES: dict[str, tuple[Callable[[Path], object], list[str]]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_what_changes_the_identity(base: Path, change: str) -> None:
+def test_a_change_of_a_file_changes_its_part_of_the_identity(base: Path, change: str) -> None:
     make, expected = CHANGES[change]
     before = identify(base, name="a")
     make(base)
     assert differing(before, identify(base, name="a")) == expected
 
 
-def test_identity_says_what_the_base_is(base: Path, tmp_path: Path) -> None:
+def test_identity_has_name_architecture_and_sizes(base: Path, tmp_path: Path) -> None:
     identity = identify(base, name="mine")
     assert identity.name == "mine"
     assert identity.architecture == "LlamaForCausalLM"
@@ -102,13 +102,13 @@ def test_identity_says_what_the_base_is(base: Path, tmp_path: Path) -> None:
     assert (gpt2.hidden_size, gpt2.vocab_size, gpt2.num_layers) == (32, 384, 3)
 
 
-def test_sizes_left_to_the_class_are_asked_of_transformers(base: Path) -> None:
+def test_sizes_missing_from_the_config_come_from_transformers(base: Path) -> None:
     edit_json(base / "config.json", lambda c: c.pop("vocab_size"))
     assert identify(base, name="a").vocab_size == 32000
 
 
 def test_template_inside_the_tokenizer_config(base: Path) -> None:
-    """Older directories keep the template there; both places give the same identity."""
+    """Older directories store the template there; both places give the same identity."""
     template = base / "chat_template.jinja"
     before = identify(base, name="a")
     text = template.read_text()
@@ -129,14 +129,14 @@ def test_vocabulary_files_without_a_tokenizer_json(base: Path) -> None:
 
 @pytest.fixture
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """The files whose bytes are read, in order."""
+    """The files that are hashed, in order."""
     read: list[Path] = []
 
     def record(path: Path) -> str:
         read.append(path)
         return hash_file(path)
 
-    monkeypatch.setattr(hashes, "hash_file", record)
+    monkeypatch.setattr(home, "hash_file", record)
     return read
 
 
@@ -166,7 +166,7 @@ def test_weights_are_read_once(base: Path, hashed: list[Path], own_home: Path) -
     assert len(hashed) == 3
 
 
-def test_a_damaged_entry_is_not_believed(base: Path, own_home: Path) -> None:
+def test_a_damaged_stored_hash_is_ignored(base: Path, own_home: Path) -> None:
     settle(base / "model.safetensors")
     first = identify(base, name="a")
     store = own_home / "hashes.json"
@@ -180,8 +180,8 @@ def test_a_damaged_entry_is_not_believed(base: Path, own_home: Path) -> None:
     assert identify(base, name="a") == first
 
 
-def test_a_file_just_written_is_hashed_afresh(base: Path, hashed: list[Path]) -> None:
-    """Two writes within one tick of the file system's clock look alike."""
+def test_the_hash_of_a_new_file_is_not_stored(base: Path, hashed: list[Path]) -> None:
+    """Two writes within one tick of the clock give the same size and time."""
     weights = base / "model.safetensors"
     before = weights.stat()
     first = identify(base, name="a")
@@ -190,7 +190,7 @@ def test_a_file_just_written_is_hashed_afresh(base: Path, hashed: list[Path]) ->
     assert differing(first, identify(base, name="a")) == ["weights"]
 
 
-def test_hub_snapshots_are_named_by_their_hash(base: Path, hashed: list[Path]) -> None:
+def test_weights_in_the_hubs_cache_are_not_read(base: Path, hashed: list[Path]) -> None:
     before = identify(base, name="a")
     weights = base / "model.safetensors"
     blob = base.parent / "blobs" / hash_file(weights)
@@ -200,7 +200,7 @@ def test_hub_snapshots_are_named_by_their_hash(base: Path, hashed: list[Path]) -
     hashed.clear()
     assert identify(base, name="a") == before
     assert hashed == []
-    # A link elsewhere, or to a name that is no hash, is read.
+    # A link to a file that is not named by its hash is read.
     elsewhere = blob.rename(base.parent / "blobs" / "weights")
     weights.unlink()
     weights.symlink_to(elsewhere)
@@ -208,7 +208,7 @@ def test_hub_snapshots_are_named_by_their_hash(base: Path, hashed: list[Path]) -
     assert hashed == [elsewhere.resolve()]
 
 
-def test_dict_and_back(base: Path) -> None:
+def test_to_dict_and_from_dict(base: Path) -> None:
     identity = identify(base, name="org/name@v1")
     d = json.loads(json.dumps(identity.to_dict()))
     assert BaseIdentity.from_dict(d) == identity
@@ -217,22 +217,27 @@ def test_dict_and_back(base: Path) -> None:
     with pytest.raises(IdentityError, match="changed by hand"):
         BaseIdentity.from_dict({**d, "weights": "0" * 64})
     del d["name"]
-    with pytest.raises(IdentityError, match="none of: name"):
+    with pytest.raises(IdentityError, match="missing are name"):
         BaseIdentity.from_dict(d)
 
 
-def test_require_names_both_sides_and_the_parts(base: Path, tmp_path: Path) -> None:
+def test_require_names_both_bases_and_the_differing_parts(base: Path, tmp_path: Path) -> None:
     one = identify(base, name="one")
     one.require(identify(base, name="another name"), this="the cache c", that="the base b")
     other = identify(tiny_base_directory(tmp_path / "b", seed=1), name="two")
     with pytest.raises(IdentityError) as caught:
         one.require(other, this="the cache c", that="the base b")
     message = str(caught.value)
-    for words in ("the cache c has one", "the base b has two", "differ in: weights.", "--base one"):
+    for words in (
+        "the cache c has one",
+        "the base b has two",
+        "differ in: weights.",
+        "`base=` to one",
+    ):
         assert words in message
     assert other.fingerprint[:12] in message
     flip_last_byte(base / "chat_template.jinja")
-    with pytest.raises(IdentityError, match=r"chat template\. The files behind one have changed"):
+    with pytest.raises(IdentityError, match=r"chat template\. The files of one have changed"):
         one.require(identify(base, name="one"), this="the cache c", that="the base b")
 
 
@@ -261,7 +266,7 @@ def test_damaged_json_is_an_error(base: Path) -> None:
 
 
 def test_imports_stay_light() -> None:
-    modules = ["", ".identity", ".locate", ".home", ".hashes", ".builtin", ".convert"]
+    modules = ["", ".identity", ".locate", ".home", ".gguf", ".pretrained"]
     code = "".join(f"import embedcache.base{name}\n" for name in modules)
     code += "import sys; print({'torch', 'transformers', 'huggingface_hub'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

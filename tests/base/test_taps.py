@@ -1,4 +1,4 @@
-"""Taps against transformers' own hidden states."""
+"""Taps compared with transformers' hidden states."""
 
 from pathlib import Path
 
@@ -29,7 +29,7 @@ def test_taps_are_transformers_hidden_states(tmp_path: Path, arch: str) -> None:
     mask = torch.ones_like(IDS_BT)
     mask[1, 15:] = 0
     inputs = {"attention_mask": mask, "position_ids": torch.arange(20).expand(2, 20)}
-    # hidden_states holds what enters each layer, then the final embedding.
+    # hidden_states holds the input of each layer, then the final embedding.
     expected = model(IDS_BT, output_hidden_states=True, **inputs).hidden_states
     with TapRecorder(model, ALL) as recorder:
         x_BTH = final_embeddings(model, IDS_BT, **inputs)
@@ -42,7 +42,7 @@ def test_taps_are_transformers_hidden_states(tmp_path: Path, arch: str) -> None:
 
 
 @torch.no_grad()
-def test_recorder_sees_a_forward_of_the_whole_model_and_leaves_no_hook(tmp_path: Path) -> None:
+def test_recorder_records_a_whole_forward_and_removes_its_hooks(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_base_directory(tmp_path)).eval()
     with TapRecorder(model, ("final", "layer_1")) as recorder:
         model(IDS_BT)
@@ -55,7 +55,7 @@ def test_recorder_sees_a_forward_of_the_whole_model_and_leaves_no_hook(tmp_path:
     assert recorder.taps["final"].shape == (2, 5, 32)
 
 
-def test_final_embeddings_never_compute_logits(tmp_path: Path) -> None:
+def test_final_embeddings_compute_no_logits(tmp_path: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_base_directory(tmp_path)).eval()
 
     def refuse(*args: object) -> None:
@@ -78,14 +78,14 @@ def test_parse_taps() -> None:
     for text, message in {
         "final,,2": "found ''",
         "finale": "found 'finale'",
-        "3,layer_3": "layer_3 is named twice",
+        "3,layer_3": "layer_3 is repeated",
         "-1": "found '-1'",
     }.items():
         with pytest.raises(UsageError, match=message):
             parse_taps(text)
 
 
-def test_check_taps_names_the_range() -> None:
+def test_check_taps_names_the_valid_range() -> None:
     check_taps(("final", "layer_0", "layer_29"), 30)
     with pytest.raises(BaseModelError, match=r"30 layers.*0 to 29.*found layer_30"):
         check_taps(("final", "layer_30"), 30)

@@ -21,7 +21,7 @@ import torch
 
 from embedcache.base.load import load_base
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources.stdlib import library_files
+from embedcache.corpus.sources.folders import library_files
 from embedcache.extraction.extract import extract
 from embedcache.training.config import TrainConfig
 from embedcache.training.train import sweep, train

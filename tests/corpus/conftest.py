@@ -1,4 +1,4 @@
-"""A real tokenizer, with and without a token that starts every sequence."""
+"""Tokenizers with and without a beginning-of-sequence token, and a writer of corpus files."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="session")
 def bos_tokenizer() -> Any:
-    """The tiny tokenizer, that starts each text with ``<|im_start|>``."""
+    """The tiny tokenizer, set to start each text with ``<|im_start|>``."""
     made = tiny_tokenizer()
     bos = "<|im_start|>"
     made.bos_token = bos

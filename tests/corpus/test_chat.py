@@ -1,4 +1,4 @@
-"""Chats: what is a target, compared with masks that the template itself marks."""
+"""Targets of chats, compared with the assistant masks of transformers."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
 from embedcache.corpus.render.chat import chat_segments
-from embedcache.corpus.render.render import Renderer
+from embedcache.corpus.render.tokenise import Tokeniser
 from embedcache.errors import CorpusError
 
-CONFIG = CorpusConfig(sources=("a",))
 MARKED = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
     "{% if message['role'] == 'assistant' %}{% generation %}"
     "{{ message['content'] }}<|im_end|>\n{% endgeneration %}"
     "{% else %}{{ message['content'] }}<|im_end|>\n{% endif %}{% endfor %}"
 )
-# A letter first: a space would join the line end before it in the oracle's tokens, which are of the
-# whole text; ours begin where generation does.
+# A letter comes first. The reference tokenises the whole text, where a space would join the line
+# end before it; targets here are tokenised from where generation starts.
 CONTENT = st.text("ab é日😀.\n", max_size=12).map("x{}".format)
 TURNS = st.lists(st.tuples(CONTENT, CONTENT), min_size=1, max_size=4)
 
@@ -39,15 +37,15 @@ def chat(turns: list[tuple[str, str]]) -> list[dict[str, str]]:
 
 @settings(max_examples=50, deadline=None)
 @given(turns=TURNS)
-def test_targets_are_what_the_template_marks_as_generated(
+def test_targets_are_the_messages_that_the_template_marks_as_generated(
     tokenizer: Any, turns: list[tuple[str, str]]
 ) -> None:
     messages = chat(turns)
     segments = chat_segments(messages, tokenizer, "a:1")
     document = Document("a:1", segments, closed=False, kind="chat")
-    tokens = Renderer(tokenizer, CONFIG).tokens(document)
+    tokens = Tokeniser(tokenizer).tokens(document)
 
-    # Characters that transformers' own marks say were generated; bytes of ours that are targets.
+    # Compare the characters that transformers marks as generated with the bytes of the targets.
     oracle = tokenizer.apply_chat_template(
         messages,
         chat_template=MARKED,
@@ -72,7 +70,7 @@ def test_special_tokens_of_the_template_are_single_tokens(tokenizer: Any) -> Non
     document = Document(
         "a:1", chat_segments(chat([("hi", "yo")]), tokenizer, "a:1"), closed=False, kind="chat"
     )
-    ids = Renderer(tokenizer, CONFIG).tokens(document).ids.tolist()
+    ids = Tokeniser(tokenizer).tokens(document).ids.tolist()
     end = tokenizer.convert_tokens_to_ids("<|im_end|>")
     assert ids.count(end) == 2
     assert ids[-1] != tokenizer.eos_token_id
@@ -83,7 +81,7 @@ def test_a_chat_without_an_answer_has_no_target(tokenizer: Any) -> None:
     assert not segment.target
 
 
-def test_what_follows_the_last_answer_is_left_out(tokenizer: Any) -> None:
+def test_messages_after_the_last_answer_are_left_out(tokenizer: Any) -> None:
     messages = chat([("hi", "yo")])
     longer = [*messages, {"role": "user", "content": "bye"}]
     assert chat_segments(longer, tokenizer, "a") == chat_segments(messages, tokenizer, "a")
@@ -96,7 +94,7 @@ def with_template(tokenizer: Any, template: str | None) -> Any:
 
 
 def test_no_template(tokenizer: Any) -> None:
-    with pytest.raises(CorpusError, match=r"a:1: .*chat template.*--prompt"):
+    with pytest.raises(CorpusError, match=r"a:1: .*chat template.*`prompt=`"):
         chat_segments(chat([("hi", "yo")]), with_template(tokenizer, None), "a:1")
 
 

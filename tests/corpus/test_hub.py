@@ -1,4 +1,4 @@
-"""Data sets, saved and local; nothing here needs a network."""
+"""Saved and local data sets; no test needs a network."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources.sources import iterate_documents
+from embedcache.corpus.sources.iterate import iterate_documents
 from embedcache.errors import CorpusError
 
 datasets = pytest.importorskip("datasets")
@@ -56,7 +56,7 @@ def test_a_local_folder_of_data_files(write: Any, tmp_path: Path) -> None:
     assert read(f"hf:{tmp_path / 'data'}") == expected
 
 
-def test_what_is_no_data_set(tmp_path: Path) -> None:
+def test_a_missing_data_set(tmp_path: Path) -> None:
     (tmp_path / "none").mkdir()
     with pytest.raises(CorpusError, match=r"hf:.*expected a data set with the split 'train'"):
         read(f"hf:{tmp_path / 'none'}")

@@ -1,4 +1,4 @@
-"""Which documents become train, dev and test."""
+"""The assignment of documents to train, dev and test."""
 
 from __future__ import annotations
 
@@ -13,11 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.dedup.fingerprint import Sketch
-from embedcache.corpus.dedup.near_duplicates import DuplicateIndex
-from embedcache.corpus.documents import Document, Segment
-from embedcache.corpus.splits import SplitChooser, SplitList
-from embedcache.corpus.summary import CorpusSummary
+from embedcache.corpus.dedup import DuplicateIndex, minhash
+from embedcache.corpus.documents import CorpusSummary, Document, Segment
+from embedcache.corpus.splits import SplitChooser, SplitFile
 from embedcache.errors import CorpusError
 
 
@@ -25,7 +23,7 @@ def splits(data: list[bytes], **settings: Any) -> tuple[list[str], CorpusSummary
     summary = CorpusSummary()
     index = DuplicateIndex()
     chooser = SplitChooser(CorpusConfig(sources=("a",), **settings), index, summary)
-    found = [chooser.choose(Sketch.of(item), None) for item in data]
+    found = [chooser.choose(minhash(item), None) for item in data]
     index.close()
     return [str(split) for split in found], summary
 
@@ -37,22 +35,24 @@ def texts(count: int, seed: int = 0) -> list[bytes]:
 
 @settings(max_examples=25, deadline=None)
 @given(
-    count=st.integers(1, 400),
+    count=st.integers(1, 200),
     dev=st.floats(0, 0.45),
     test=st.floats(0, 0.45),
     seed=st.integers(),
 )
-def test_fractions_hold_all_along(count: int, dev: float, test: float, seed: int) -> None:
+def test_fractions_hold_at_any_number_of_documents(
+    count: int, dev: float, test: float, seed: int
+) -> None:
     found, _ = splits(texts(count), dev_fraction=dev, test_fraction=test, split_seed=seed)
     counts = Counter(found)
-    # Five times the discrepancy of multiples of the golden ratio, and the three given first.
+    # The discrepancy of multiples of the golden ratio, and the three first groups.
     tolerance = 3 + 5
     assert counts["dev"] == pytest.approx(dev * count, abs=tolerance)
     assert counts["test"] == pytest.approx(test * count, abs=tolerance)
     assert splits(texts(count), dev_fraction=dev, test_fraction=test, split_seed=seed)[0] == found
 
 
-def test_the_first_three_leave_no_split_empty() -> None:
+def test_the_first_groups_leave_no_split_empty() -> None:
     assert splits(texts(3))[0] == ["train", "dev", "test"]
     assert splits(texts(2), dev_fraction=0.0)[0] == ["train", "test"]
     assert set(splits(texts(50), dev_fraction=0.0, test_fraction=0.0)[0]) == {"train"}
@@ -64,11 +64,11 @@ def test_the_split_is_the_same_on_every_machine() -> None:
     assert [place for place, split in enumerate(found) if split == "dev"][:5] == [1, 9, 30, 43, 64]
 
 
-def test_another_seed_is_another_split() -> None:
+def test_another_seed_gives_another_split() -> None:
     assert splits(texts(200))[0] != splits(texts(200), split_seed=1)[0]
 
 
-def test_near_duplicates_stay_together() -> None:
+def test_near_duplicates_are_in_one_split() -> None:
     originals = [random.Random(seed).randbytes(2000) for seed in range(100)]
     edited = [data[:1900] + b"edited" for data in originals]
     found, summary = splits(originals + edited)
@@ -82,7 +82,7 @@ def test_near_duplicates_across_given_splits_are_counted() -> None:
     summary = CorpusSummary()
     index = DuplicateIndex()
     chooser = SplitChooser(CorpusConfig(sources=("a",)), index, summary)
-    data = Sketch.of(random.Random(1).randbytes(2000))
+    data = minhash(random.Random(1).randbytes(2000))
     assert chooser.choose(data, "train") == "train"
     assert chooser.choose(data, "test") == "test"
     assert chooser.choose(data, None) == "train"
@@ -95,8 +95,8 @@ def named(name: str, part: int = 0) -> Document:
     return Document(name, (Segment("text", target=True),), part=part)
 
 
-def listed(write: Any, value: object) -> SplitList:
-    return SplitList(Path(write("split.json", json.dumps(value))))
+def listed(write: Any, value: object) -> SplitFile:
+    return SplitFile(Path(write("split.json", json.dumps(value))))
 
 
 def test_a_split_file(write: Any) -> None:
@@ -108,7 +108,7 @@ def test_a_split_file(write: Any) -> None:
     names.check_complete()
 
 
-def test_a_split_file_that_lists_what_is_not_there(write: Any) -> None:
+def test_a_split_file_with_a_missing_document(write: Any) -> None:
     names = listed(write, {"train": ["a", "gone.py"]})
     names.split_of(named("a"))
     with pytest.raises(CorpusError, match=r"expected 2 documents.*gone\.py"):
@@ -124,13 +124,13 @@ def test_a_split_file_that_lists_what_is_not_there(write: Any) -> None:
         (["a"], "another shape"),
     ],
 )
-def test_split_files_that_are_wrong(write: Any, value: object, message: str) -> None:
+def test_malformed_split_files_are_refused(write: Any, value: object, message: str) -> None:
     with pytest.raises(CorpusError, match=message):
         listed(write, value)
 
 
-def test_split_files_that_cannot_be_read(write: Any, tmp_path: Path) -> None:
+def test_unreadable_split_files_are_refused(write: Any, tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="nothing there"):
-        SplitList(tmp_path / "none.json")
+        SplitFile(tmp_path / "none.json")
     with pytest.raises(CorpusError, match="in JSON"):
-        SplitList(write("split.json", "{"))
+        SplitFile(write("split.json", "{"))

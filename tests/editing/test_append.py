@@ -181,8 +181,8 @@ def test_splits_are_given_as_for_an_extraction(old: Path, more: Path, tmp_path: 
 def test_the_new_lines_of_a_log_go_to_its_split(
     old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("embedcache.corpus.sources.text.WHOLE_BYTES", 400)
-    monkeypatch.setattr("embedcache.corpus.sources.text.PIECE_CHARACTERS", 200)
+    monkeypatch.setattr("embedcache.corpus.sources.text_files.WHOLE_BYTES", 400)
+    monkeypatch.setattr("embedcache.corpus.sources.text_files.PART_CHARACTERS", 200)
     log = tmp_path / "log.txt"
     lines = [f"line {number} says the quick brown fox jumps {number**3}\n" for number in range(40)]
     log.write_text("".join(lines[:20]))

@@ -169,7 +169,7 @@ def test_a_base_that_is_wrong_under_padding_is_caught(
         return ids_BT
 
     monkeypatch.setattr(BlockForward, "_padded", left)
-    with pytest.raises(NumericsError, match=r"not computed correctly in padded.*--batch-tokens"):
+    with pytest.raises(NumericsError, match=r"not computed correctly in padded.*`batch_tokens=`"):
         run(corpus, base, tmp_path / "cache")
     assert not (tmp_path / "cache" / "manifest.json").exists()
 

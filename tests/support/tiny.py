@@ -1,7 +1,7 @@
-"""Tiny random bases in transformers' own layout, for tests that need a real model and no download.
+"""Tiny random bases in transformers' layout, for tests that need a real model and no download.
 
-Each has three layers of width 32 and a byte-level BPE tokenizer trained in this process, with
-a chat template, so that text of any script can be tokenised, run and decoded.
+Each has three layers of width 32, a byte-level BPE tokenizer trained in this process, which
+tokenises text of any script, and a chat template.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from embedcache.base.quiet import quiet_transformers
+from embedcache.base.pretrained import quiet_transformers
 
 EOS = "<|endoftext|>"
 SPECIAL_TOKENS = [EOS, "<|im_start|>", "<|im_end|>"]
@@ -53,7 +53,7 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen2": _COMMON,
     "qwen3": {**_COMMON, "head_dim": 8},
 }
-"""Settings of each tiny architecture, by transformers' ``model_type``; phi's head has a bias."""
+"""Settings of each architecture, by transformers' ``model_type``; the head of phi has a bias."""
 
 
 @functools.cache
@@ -72,7 +72,7 @@ def _bpe(vocab_size: int) -> str:
 
 
 def tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
-    """Return a byte-level BPE of at most ``vocab_size`` tokens with a chat template."""
+    """Return a byte-level BPE tokenizer of at most ``vocab_size`` tokens with a chat template."""
     return PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(_bpe(vocab_size)),
         eos_token=EOS,
@@ -84,9 +84,9 @@ def tiny_tokenizer(vocab_size: int = 384) -> PreTrainedTokenizerFast:
 def tiny_base_directory(
     path: Path, arch: str = "llama", tied: bool = True, vocab_size: int = 384, seed: int = 0
 ) -> Path:
-    """Save a random three-layer base of ``arch`` and its tokenizer to ``path`` and return it.
+    """Save a random three-layer base and its tokenizer to ``path``, and return ``path``.
 
-    Weights are float32 and a function of ``seed`` only; torch's own random state is untouched.
+    The weights are float32 and depend on ``seed`` only; torch's global random state is unchanged.
     """
     tokenizer = tiny_tokenizer(vocab_size)
     config = AutoConfig.for_model(
@@ -104,7 +104,7 @@ def tiny_base_directory(
         generator = torch.Generator().manual_seed(seed)
         with torch.no_grad():
             for parameter in model.parameters():
-                # Wider than transformers' 0.02, so that soft-caps, biases and norms all matter.
+                # Larger than transformers' 0.02, so that soft-caps, biases and norms matter.
                 parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
     path.mkdir(parents=True, exist_ok=True)
     with quiet_transformers():

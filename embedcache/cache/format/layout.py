@@ -8,7 +8,7 @@ zarr.json                          root group; its attributes are a `CacheAttrib
 <split>/tokens/document                   [sequences]        index into documents
 <split>/tokens/blocks                     [blocks + 1]       first sequence of each block
 <split>/documents/{index,name_bytes,name_offsets}            corpus index and UTF-8 name
-<split>/documents/fingerprint             [documents, bytes] see `corpus.dedup.fingerprint`
+<split>/documents/fingerprint             [documents, bytes] see `corpus.dedup`
 <split>/embeddings/<tap>                  [blocks * R, hidden]  one shard a block
 <split>/scale/<tap>                       [blocks * R]       (int8 only)
 <split>/head/top_ids                      [blocks * R, top_ids]  (optional) see `LIKELY`
@@ -56,7 +56,7 @@ TOKENS_DIGESTS = "tokens.json"
 DEFAULT_BITS = 1.5
 TABLE_CHUNK = 16384
 """Rows of a chunk of the per-sequence and per-document tables."""
-FINGERPRINT_BYTES = 272
+FINGERPRINT_BYTES = 144
 """Bytes of a document's fingerprint, by which `append` recognises the document."""
 TABLES: dict[str, tuple[str, tuple[int, ...]]] = {
     "tokens/offsets": ("uint64", (2,)),

@@ -1,1 +1,1 @@
-"""Records and chats rendered as text, and text as token ids with a loss mask."""
+"""Records and chats rendered as text, and text tokenised with targets and byte spans."""

@@ -1,4 +1,4 @@
-"""Chats as text, through the tokenizer's own chat template."""
+"""Render chats as text with the tokenizer's chat template."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Message = Mapping[str, Any]
 
 
 def check_messages(value: object, field: str, where: str) -> list[Message]:
-    """Return ``value`` as messages. Raises ``CorpusError`` where it is not a list of them."""
+    """Return ``value`` as messages; raise ``CorpusError`` if it is not a list of messages."""
     if not isinstance(value, list) or not value:
         raise CorpusError(
             f"{where}: expected a list of messages in the field '{field}', "
@@ -33,33 +33,42 @@ def check_messages(value: object, field: str, where: str) -> list[Message]:
 def chat_segments(
     messages: Sequence[Message], tokenizer: Any, where: str, first_target: int = 0
 ) -> tuple[Segment, ...]:
-    """Return a chat's text in segments; each assistant message from ``first_target`` is a target.
+    """Return the text of a chat as segments, with the assistant's messages as targets.
 
-    A target runs from where generation would start to the end of the message, its closing
-    included; what follows the last target is left out. Raises ``CorpusError`` where there is no
-    template, or where it writes a message otherwise once more messages follow.
+    A target starts where generation would start, and ends after the tokens that close the message.
+    Messages after the last target are left out.
+
+    Args:
+        messages: the chat.
+        tokenizer: a tokenizer with a chat template.
+        where: the record, for errors.
+        first_target: index of the first message that may be a target.
+
+    Raises:
+        CorpusError: there is no chat template, the template refuses the chat, or it renders a
+            message differently when further messages follow.
     """
     if getattr(tokenizer, "chat_template", None) is None:
         raise CorpusError(
-            f"{where}: a chat needs a tokenizer with a chat template, this one has none: use an "
-            'instruction-tuned base, or type --prompt "{field}" --completion "{field}".'
+            f"{where}: a chat needs a tokenizer with a chat template, and this one has none. Use "
+            "an instruction-tuned base, or set `prompt=` and `completion=` to templates of fields."
         )
     segments: list[Segment] = []
-    done = ""
+    rendered = ""
     for index, message in enumerate(messages):
         if message["role"] != "assistant" or index < first_target:
             continue
         prefix = _render(messages[:index], tokenizer, where, prompted=True)
         full = _render(messages[: index + 1], tokenizer, where, prompted=False)
-        if not (prefix.startswith(done) and full.startswith(prefix)):
+        if not (prefix.startswith(rendered) and full.startswith(prefix)):
             raise CorpusError(
-                f"{where}: expected a chat template that only appends, found one that writes "
-                f"message {index + 1} or those before it otherwise when more follows: "
-                "split this chat into records of one answer each."
+                f"{where}: expected a chat template that only appends, found one that renders "
+                f"message {index + 1} or earlier ones differently when further messages follow. "
+                "Split this chat into records of one answer each."
             )
-        segments.append(Segment(prefix[len(done) :], target=False))
+        segments.append(Segment(prefix[len(rendered) :], target=False))
         segments.append(Segment(full[len(prefix) :], target=True))
-        done = full
+        rendered = full
     if not segments:
         return (Segment(_render(messages, tokenizer, where, prompted=False), target=False),)
     return tuple(segments)
@@ -75,6 +84,6 @@ def _render(messages: Sequence[Message], tokenizer: Any, where: str, *, prompted
     except (jinja2.TemplateError, ValueError, TypeError, LookupError) as error:
         raise CorpusError(
             f"{where}: the chat template refused the first {len(messages)} messages of this chat "
-            f"({error}): roles found are {', '.join(message['role'] for message in messages)}."
+            f"({error}). Its roles are {', '.join(message['role'] for message in messages)}."
         ) from error
     return text

@@ -1,4 +1,4 @@
-"""Prompt and completion templates: ``{field}`` and nothing else of Python's format language."""
+"""Prompt and completion templates: text with ``{field}`` in it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from embedcache.errors import CorpusError, UsageError, nearest
 
 
 def template_fields(template: str, what: str) -> list[str]:
-    """Return the fields a template names, in order. Raises ``UsageError`` where it is malformed.
+    """Return the fields of a template, in order; raise ``UsageError`` if it is malformed.
 
     >>> template_fields("Q: {question} of {{10}}", "prompt")
     ['question']
@@ -21,7 +21,8 @@ def template_fields(template: str, what: str) -> list[str]:
 def fill_template(template: str, record: Mapping[str, Any], what: str, where: str) -> str:
     """Return the template with each ``{field}`` replaced by the record's value.
 
-    Raises ``CorpusError`` where the record has no such field or it holds no text or number.
+    Raises:
+        CorpusError: the record lacks a field, or the field is neither text nor a number.
 
     >>> fill_template("Q: {q}", {"q": 7}, "prompt", "a.jsonl:1")
     'Q: 7'
@@ -39,14 +40,14 @@ def _parse(template: str, what: str) -> list[tuple[str, str | None]]:
         parsed = list(string.Formatter().parse(template))
     except (ValueError, TypeError) as error:
         raise UsageError(
-            f"Expected a {what} template such as '{{question}}', found {template!r} ({error}): "
-            "type {{ and }} for braces that are meant as such."
+            f"Expected a {what} template such as '{{question}}', found {template!r} ({error}). "
+            "Write {{ and }} for literal braces."
         ) from error
     for _, field, specification, conversion in parsed:
         if field is not None and (not field.strip() or specification or conversion):
             raise UsageError(
                 f"Expected plain fields such as {{question}} in the {what} template, "
-                f"found {template!r}: type {{{{ and }}}} for braces that are meant as such."
+                f"found {template!r}. Write {{{{ and }}}} for literal braces."
             )
     return [(literal, field) for literal, field, _, _ in parsed]
 
@@ -54,13 +55,13 @@ def _parse(template: str, what: str) -> list[tuple[str, str | None]]:
 def _value(record: Mapping[str, Any], field: str, what: str, where: str) -> str:
     if field not in record:
         raise CorpusError(
-            f"{where}: the {what} template names the field '{field}', the record has "
+            f"{where}: the {what} template has the field '{field}', the record has "
             f"{', '.join(map(str, record))}.{nearest(field, map(str, record))}"
         )
     value = record[field]
     if not isinstance(value, (str, int, float)):
         raise CorpusError(
-            f"{where}: expected text or a number in the field '{field}' that the {what} template "
-            f"names, found {type(value).__name__}."
+            f"{where}: expected text or a number in the field '{field}' of the {what} template, "
+            f"found {type(value).__name__}."
         )
     return str(value)

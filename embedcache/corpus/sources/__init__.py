@@ -1,1 +1,1 @@
-"""Where documents come from: files, folders, tables, data sets, the standard library."""
+"""Where documents come from: text files, record files, folders, data sets, the standard library."""

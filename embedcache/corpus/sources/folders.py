@@ -1,8 +1,10 @@
-"""Which files of a folder are read, and what they are called."""
+"""The files of a folder, and of Python's standard library, and the names of their documents."""
 
 from __future__ import annotations
 
+import hashlib
 import os
+import sysconfig
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,22 +29,29 @@ TEXT_SUFFIXES = frozenset([
 ])
 # fmt: on
 TEXT_NAMES = frozenset({"README", "LICENSE", "COPYING", "Makefile", "Dockerfile", "CHANGELOG"})
+# fmt: off
+LEFT_OUT = frozenset([
+    "site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib", "lib2to3",
+    "encodings", "turtledemo", "pydoc_data",
+])
+# fmt: on
+"""Folders of the standard library that are not read: tests, tables and third-party packages."""
 
 
 def is_records(path: Path) -> bool:
-    """Tell whether a file holds records rather than one text."""
+    """Return whether a file holds records rather than one text."""
     return path.suffix.lower() in RECORD_SUFFIXES
 
 
 def is_known(path: Path) -> bool:
-    """Tell whether a file met in a folder is read: text, code or records by its suffix."""
+    """Return whether a file in a folder is read: text, code or records by its suffix."""
     return is_records(path) or path.suffix.lower() in TEXT_SUFFIXES or path.name in TEXT_NAMES
 
 
 def walk(folder: Path) -> Iterator[Path]:
-    """Yield every file under ``folder``, each folder's entries in order of name.
+    """Yield every file under ``folder``, the entries of each folder sorted by name.
 
-    Hidden files and folders are passed over; linked folders are not followed.
+    Hidden files and folders are skipped, and links to folders are not followed.
     """
     with os.scandir(folder) as scan:
         entries = sorted((entry.name, entry.is_dir(follow_symlinks=False)) for entry in scan)
@@ -57,7 +66,7 @@ def walk(folder: Path) -> Iterator[Path]:
 
 
 def folder_files(folder: Path) -> Iterator[Path]:
-    """Yield the files of a folder that are read. Raises ``CorpusError`` where there are none."""
+    """Yield the files of a folder that are read; raise ``CorpusError`` if there are none."""
     found = False
     others: Counter[str] = Counter()
     for path in walk(folder):
@@ -70,15 +79,42 @@ def folder_files(folder: Path) -> Iterator[Path]:
         seen = ", ".join(f"{suffix} ({count})" for suffix, count in others.most_common(8))
         raise CorpusError(
             f"{folder}: expected text, code, .jsonl, .csv or .parquet files, found "
-            f"{seen or 'no files'}: name a file itself to have it read as text whatever its suffix."
+            f"{seen or 'no files'}. Give a file itself to read it as text whatever its suffix."
         )
 
 
 def name_under(path: Path, root: Path) -> str:
-    """Return the document's name: the path below ``root`` with forward slashes, always valid text.
+    """Return the name of a document: its path below ``root`` with forward slashes, as valid text.
 
     >>> name_under(Path("/data/a/b.txt"), Path("/data"))
     'a/b.txt'
     """
     raw = path.relative_to(root).as_posix()
     return raw.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def library_files() -> Iterator[tuple[Path, str]]:
+    """Yield the modules of Python's standard library, each with its name below the library.
+
+    The order is by SHA-256 of the name, so that a limit takes from all parts of the library.
+
+    Raises:
+        CorpusError: this Python has no standard library on disk.
+    """
+    folder = Path(sysconfig.get_path("stdlib"))
+    named = [(path, name_under(path, folder)) for path in _modules(folder)]
+    if not named:
+        raise CorpusError(
+            f"stdlib: expected Python's standard library as .py files in {folder}, found none. "
+            "Give a folder of code instead."
+        )
+    yield from sorted(named, key=lambda item: hashlib.sha256(item[1].encode()).digest())
+
+
+def _modules(folder: Path) -> Iterator[Path]:
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name not in LEFT_OUT]
+        for name in files:
+            path = Path(place) / name
+            if path.suffix == ".py" and path.is_file():
+                yield path

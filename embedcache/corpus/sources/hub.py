@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, and those that ``save_to_disk`` wrote."""
+"""Data sets of the Hugging Face hub, and data sets written by ``save_to_disk``."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources.tables import Record
-from embedcache.corpus.summary import CorpusSummary
+from embedcache.corpus.documents import CorpusSummary
+from embedcache.corpus.sources.record_files import Record
 from embedcache.errors import CorpusError, nearest
 
 
 def is_saved_dataset(path: Path) -> bool:
-    """Tell whether a folder is what ``save_to_disk`` writes of a data set or of several splits."""
+    """Return whether ``save_to_disk`` of datasets wrote the folder."""
     return (path / "dataset_dict.json").is_file() or (
         (path / "dataset_info.json").is_file() and (path / "state.json").is_file()
     )
@@ -22,9 +22,12 @@ def is_saved_dataset(path: Path) -> bool:
 def saved_records(
     path: Path, config: CorpusConfig, summary: CorpusSummary
 ) -> Iterator[tuple[int, Record]]:
-    """Yield the records of a saved data set, counted from 1; of ``dataset_split`` if it has splits.
+    """Yield the records of a saved data set, numbered from 1.
 
-    Raises ``CorpusError`` for a split it lacks, or where ``datasets`` is not installed.
+    If the data set has splits, only ``dataset_split`` is read.
+
+    Raises:
+        CorpusError: the data set has no such split, or datasets is not installed.
     """
     datasets = _import_datasets(str(path))
     summary.files += 1
@@ -36,8 +39,8 @@ def saved_records(
         if config.dataset_split not in loaded:
             raise CorpusError(
                 f"{path}: expected the split '{config.dataset_split}', found "
-                f"{', '.join(loaded)}: type --dataset-split {next(iter(loaded), 'train')}."
-                f"{nearest(config.dataset_split, loaded)}"
+                f"{', '.join(loaded)}.{nearest(config.dataset_split, loaded)} "
+                f"Set `dataset_split=`, for example, to {next(iter(loaded), 'train')}."
             )
         loaded = loaded[config.dataset_split]
     yield from enumerate(loaded, 1)
@@ -46,9 +49,10 @@ def saved_records(
 def hub_records(
     name: str, config: CorpusConfig, summary: CorpusSummary
 ) -> Iterator[tuple[int, Record]]:
-    """Yield the records of a hub data set or a local folder of data files, streamed, from 1.
+    """Yield the records of a hub data set or a local folder of data files, numbered from 1.
 
-    Raises ``CorpusError`` where it cannot be opened or ``datasets`` is not installed.
+    Raises:
+        CorpusError: the data set cannot be opened, or datasets is not installed.
     """
     datasets = _import_datasets(f"hf:{name}")
     summary.files += 1
@@ -59,7 +63,7 @@ def hub_records(
     except (OSError, ValueError) as error:
         raise CorpusError(
             f"hf:{name}: expected a data set with the split '{config.dataset_split}', found: "
-            f"{str(error).strip()} Type --dataset-config or --dataset-split if it has others."
+            f"{str(error).strip()} If it has others, set `dataset_config=` or `dataset_split=`."
         ) from error
     yield from enumerate(loaded, 1)
 
@@ -69,6 +73,6 @@ def _import_datasets(where: str) -> Any:
         import datasets
     except ImportError as error:
         raise CorpusError(
-            f"{where}: reading this data set needs datasets: pip install 'embedcache[data]'."
+            f"{where}: reading this data set needs datasets. Run: pip install 'embedcache[data]'"
         ) from error
     return datasets

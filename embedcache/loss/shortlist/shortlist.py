@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from embedcache.base.gather import gather_rows
 from embedcache.base.head import Head
-from embedcache.base.rows import rows_of
 from embedcache.loss.chunks import plan_chunks
 from embedcache.loss.linear_cross_entropy import frozen_head_loss
 from embedcache.loss.vocab_subset import VocabSubset
@@ -151,8 +151,8 @@ class ShortlistSampler:
         )
         log_weight_C = F.pad(log_weight_C, (0, padding), value=-torch.inf)
         chosen = F.pad(chosen, (0, padding))
-        bias = None if head.bias_V is None else rows_of(head.bias_V[:, None], chosen)[:, 0]
-        return VocabSubset(rows_of(head.weight_VH, chosen), bias, log_weight_C), held
+        bias = None if head.bias_V is None else gather_rows(head.bias_V[:, None], chosen)[:, 0]
+        return VocabSubset(gather_rows(head.weight_VH, chosen), bias, log_weight_C), held
 
 
 def distinct(ids_N: Tensor, V: int) -> Tensor:

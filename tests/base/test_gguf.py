@@ -1,4 +1,4 @@
-"""GGUF files: a tiny one made here, and the two real ones that come as packages."""
+"""Conversion of GGUF files: a tiny one made here, and those of the builtin bases."""
 
 import json
 import logging
@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.tiny import tiny_base_directory
 
-from embedcache.base import convert
-from embedcache.base.builtin import builtin_gguf
-from embedcache.base.convert import CONVERTER, converted_gguf
+from embedcache.base import gguf as base_gguf
+from embedcache.base.gguf import CONVERTER, converted_gguf
 from embedcache.base.load import load_base, load_identity
-from embedcache.base.locate import locate
+from embedcache.base.locate import builtin_gguf, locate
 from embedcache.errors import BaseModelError
 from embedcache.store.files import hash_file
 
@@ -24,12 +23,12 @@ USERS_HOME = os.environ.get("EMBEDCACHE_HOME", str(Path.home() / ".cache" / "emb
 
 
 def permuted(weight: np.ndarray, heads: int) -> np.ndarray:
-    """llama.cpp interleaves the two halves of each head of the query and key weights."""
+    """Interleave the halves of each head of a query or key weight, as llama.cpp does."""
     return weight.reshape(heads, 2, -1, weight.shape[1]).swapaxes(1, 2).reshape(weight.shape)
 
 
 def write_gguf(path: Path, base: Path) -> Path:
-    """Write the tiny tied llama in ``base`` as llama.cpp's converter does, in float32."""
+    """Write a tiny tied llama as a float32 GGUF, as llama.cpp's converter does."""
     config = json.loads((base / "config.json").read_text())
     model = json.loads((base / "tokenizer.json").read_text())["model"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -68,7 +67,7 @@ def tiny_gguf(tmp_path: Path) -> Path:
     return write_gguf(tmp_path / "tiny.gguf", tiny_base_directory(tmp_path / "base"))
 
 
-def test_a_converted_base_is_the_base(
+def test_a_converted_base_has_the_weights_and_tokenizer_of_the_original(
     tiny_gguf: Path,
     own_home: Path,
     capfd: pytest.CaptureFixture[str],
@@ -101,19 +100,19 @@ def test_a_converted_base_is_the_base(
 
 def test_conversion_happens_once(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     directory = converted_gguf(tiny_gguf)
-    monkeypatch.setattr(convert, "_write_base", None)
+    monkeypatch.setattr(base_gguf, "_write_base", None)
     assert converted_gguf(tiny_gguf) == directory
 
 
-def test_two_processes_may_race(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_base = convert._write_base
+def test_two_processes_convert_at_once(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_base = base_gguf._write_base
 
     def slow(gguf_path: Path, directory: Path) -> None:
-        monkeypatch.setattr(convert, "_write_base", write_base)
+        monkeypatch.setattr(base_gguf, "_write_base", write_base)
         converted_gguf(gguf_path)
         write_base(gguf_path, directory)
 
-    monkeypatch.setattr(convert, "_write_base", slow)
+    monkeypatch.setattr(base_gguf, "_write_base", slow)
     directory = converted_gguf(tiny_gguf)
     assert [path.name for path in directory.parent.iterdir()] == [directory.name]
 
@@ -141,13 +140,13 @@ def test_a_gguf_without_a_tensor_is_refused(tmp_path: Path, own_home: Path) -> N
 
 
 def test_missing_libraries_are_named(tiny_gguf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(convert.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(base_gguf.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(BaseModelError, match=r"pip install 'embedcache\[gguf\]'"):
         converted_gguf(tiny_gguf)
 
 
-def test_identity_is_the_ggufs(tiny_gguf: Path) -> None:
-    """What another version of transformers would write differently does not count."""
+def test_identity_is_that_of_the_gguf(tiny_gguf: Path) -> None:
+    """Converted files depend on the version of transformers; the identity does not."""
     before = load_identity(str(tiny_gguf))
     directory = locate(str(tiny_gguf))
     config = json.loads((directory / "config.json").read_text())
@@ -180,7 +179,7 @@ def _users_conversion(spec: str) -> bool:
     ],
 )
 def test_real_weights_are_gguf_dequantised(spec: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle is gguf's own dequantisation, rounded to bfloat16."""
+    """The reference is gguf's dequantisation, rounded to bfloat16."""
     monkeypatch.setenv("EMBEDCACHE_HOME", USERS_HOME)
     try:
         source = builtin_gguf(spec)

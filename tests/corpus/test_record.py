@@ -1,4 +1,4 @@
-"""Which fields of a record make its document."""
+"""The fields of a record that make its document."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.render.records import record_document
+from embedcache.corpus.render.record import record_document
 from embedcache.errors import CorpusError
 
 
@@ -73,15 +73,15 @@ def test_lists_of_messages_as_prompt_and_completion(tokenizer: Any) -> None:
         (
             {"question": "q", "answer": "a"},
             {},
-            r'dir/a\.jsonl:7: .*found question, answer.*--prompt "\{question\}" '
-            r'--completion "\{answer\}"',
+            r'dir/a\.jsonl:7: .*found question, answer.*`prompt=` to "\{question\}" and '
+            r'`completion=` to "\{answer\}"',
         ),
-        ({"txt": "t"}, {}, "Did you mean 'txt'.*--text-field txt"),
+        ({"txt": "t"}, {}, "Did you mean 'txt'.*`text_field=` to txt"),
         ({}, {}, "found none"),
         ({"text": None}, {}, "found text"),
         ({"body": "t"}, {"text_field": "bdy"}, "the field 'bdy', found body. Did you mean 'body'"),
         ({"body": 3}, {"text_field": "body"}, "expected text in the field 'body', found int"),
-        ({"a": "t"}, {"messages_field": "b"}, "--messages-field"),
+        ({"a": "t"}, {"messages_field": "b"}, "`messages_field=`"),
         (
             {"question": "q"},
             {"prompt": "{qestion}", "completion": "{question}"},
@@ -93,10 +93,10 @@ def test_lists_of_messages_as_prompt_and_completion(tokenizer: Any) -> None:
         ({"messages": "hi"}, {}, "list of messages"),
         ({"messages": []}, {}, "an empty list"),
         ({"messages": [{"from": "me", "value": "x"}]}, {}, "message 1: from, value"),
-        ({"messages": [{"role": "user", "content": "x"}]}, {}, "with a tokenizer"),
+        ({"messages": [{"role": "user", "content": "x"}]}, {}, "needs a tokenizer"),
     ],
 )
-def test_errors_name_the_record_and_what_to_type(
+def test_errors_name_the_record_and_the_remedy(
     record: dict[str, Any], settings: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(CorpusError, match=message) as raised:

@@ -12,9 +12,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.documents import Document
-from embedcache.corpus.sources.sources import iterate_documents
-from embedcache.corpus.summary import CorpusSummary
+from embedcache.corpus.documents import CorpusSummary, Document
+from embedcache.corpus.sources.iterate import iterate_documents
 from embedcache.errors import CorpusError
 
 
@@ -49,7 +48,7 @@ def test_an_undecodable_line(write: Any) -> None:
 
 
 def test_records_in_utf_16_are_refused(write: Any) -> None:
-    with pytest.raises(CorpusError, match="convert the file"):
+    with pytest.raises(CorpusError, match="Convert the file"):
         read(write("a.jsonl", b""), encoding="utf-16")
 
 
@@ -60,9 +59,7 @@ CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\x
     max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
 )
 @given(rows=st.lists(st.tuples(CELL, CELL), min_size=1, max_size=8))
-def test_csv_is_read_as_pythons_writer_wrote_it(
-    tmp_path: Path, rows: list[tuple[str, str]]
-) -> None:
+def test_csv_written_by_python_is_read(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
     path = tmp_path / "a.csv"
     with path.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
@@ -72,7 +69,7 @@ def test_csv_is_read_as_pythons_writer_wrote_it(
     assert found == rows
 
 
-def test_csv_is_named_by_the_line_a_record_starts_on(write: Any) -> None:
+def test_csv_records_are_named_by_their_first_line(write: Any) -> None:
     path = write("a.csv", 'text,n\n"two\nlines",1\nshort,2\n')
     assert [(d.label, d.text) for d in read(path)] == [
         ("a.csv:2", "two\nlines"),
@@ -85,7 +82,7 @@ def test_csv_with_a_long_field(write: Any) -> None:
     assert len(document.text) == 200_000
 
 
-def test_csv_that_is_broken(write: Any) -> None:
+def test_malformed_csv_is_refused(write: Any) -> None:
     with pytest.raises(CorpusError, match=r"a\.csv:3: expected 2 columns \(text, n\), found 3"):
         read(write("a.csv", "text,n\nx,1\nx,y,2\n"))
     with pytest.raises(CorpusError, match=r"a\.csv:2: expected comma-separated"):
@@ -103,7 +100,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert found[599].label == "a.parquet:600"
 
 
-def test_parquet_that_is_none(write: Any) -> None:
+def test_malformed_parquet_is_refused(write: Any) -> None:
     with pytest.raises(CorpusError, match="expected a Parquet file"):
         read(write("a.parquet", b"PAR1 no"))
 

@@ -1,4 +1,4 @@
-"""A GGUF file, once: dequantised into a directory that loads in a second and identifies itself."""
+"""Convert a GGUF file, once, to a directory in transformers' layout."""
 
 from __future__ import annotations
 
@@ -11,26 +11,27 @@ import time
 import uuid
 from pathlib import Path
 
-from embedcache.base.hashes import weight_hash
-from embedcache.base.home import home
+from embedcache.base.home import home, weight_hash
 from embedcache.base.identity import SOURCE_FILE
-from embedcache.base.reason import reason
+from embedcache.base.pretrained import UNREADABLE, first_line, quiet_transformers, read_model
 from embedcache.errors import BaseModelError
 from embedcache.store.files import fsync_path, publish_json
 
 CONVERTER = 1
-"""Raise it when the files that ``_write_base`` makes of a GGUF file change in meaning."""
+"""Version of the conversion. Raise it when ``_write_base`` writes different files."""
 
 _log = logging.getLogger("embedcache")
 
 
 def converted_gguf(gguf: Path) -> Path:
-    """Return a directory in transformers' layout with what ``gguf`` holds, converting it once.
+    """Return a directory in transformers' layout with the model of a GGUF file.
 
-    The directory is ``home()/bases/<16 hex of the GGUF's SHA-256>-v<converter>``: weights
-    dequantised and rounded to bfloat16, tied weights stored once, tokenizer and chat template.
-    Raises ``BaseModelError`` if the file is not a GGUF that transformers reads, or gguf or
-    accelerate is not installed.
+    The directory is ``home()/bases/<16 hex of the GGUF's SHA-256>-v<converter>``. It holds the
+    weights, dequantised and rounded to bfloat16, with tied weights stored once, the tokenizer and
+    the chat template.
+
+    Raises:
+        BaseModelError: transformers cannot read the file, or gguf or accelerate is not installed.
     """
     with gguf.open("rb") as file:
         magic = file.read(4)
@@ -47,7 +48,7 @@ def converted_gguf(gguf: Path) -> Path:
         if importlib.util.find_spec(library) is None:
             raise BaseModelError(
                 f"reading {gguf.name} needs the library {library}, which is not installed. "
-                "Type: pip install 'embedcache[gguf]'"
+                "Run: pip install 'embedcache[gguf]'"
             )
     _log.info("converting %s to %s, once; this takes a minute", gguf, directory)
     started = time.monotonic()
@@ -61,7 +62,7 @@ def converted_gguf(gguf: Path) -> Path:
         try:
             partial.rename(directory)
         except OSError:
-            # Another process published the same directory first; ours says the same.
+            # Another process may have published the same directory first.
             if not (directory / SOURCE_FILE).is_file():
                 raise
     finally:
@@ -76,20 +77,17 @@ def _write_base(gguf: Path, directory: Path) -> None:
     from safetensors.torch import save_file
     from transformers import AutoTokenizer
 
-    from embedcache.base.quiet import quiet_transformers
-    from embedcache.base.weights import UNREADABLE, read_model
-
-    # transformers draws the bar of a dequantisation whatever its settings say.
-    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()) as said:
+    # transformers shows the progress bar of a dequantisation whatever its settings are.
+    with quiet_transformers(), contextlib.redirect_stderr(io.StringIO()) as printed:
         try:
             tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
         except UNREADABLE as error:
             raise BaseModelError(
-                f"transformers cannot read {gguf}: {reason(error)} "
+                f"transformers cannot read {gguf}: {first_line(error)} "
                 "Use the model's safetensors instead: give its hub id or a directory."
             ) from error
         model = read_model(gguf.parent, dtype=torch.bfloat16, gguf_file=gguf.name)
-        # The model stays marked as quantised, and transformers then refuses to save it.
+        # transformers refuses to save a model that is still marked as quantised.
         config = model.config
         if hasattr(config, "quantization_config"):
             del config.quantization_config
@@ -98,7 +96,7 @@ def _write_base(gguf: Path, directory: Path) -> None:
         if model.generation_config is not None:
             model.generation_config.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    _log.debug("transformers said while converting: %s", said.getvalue())
+    _log.debug("transformers printed while converting: %s", printed.getvalue())
     weights: dict[str, torch.Tensor] = {}
     stored: set[int] = set()
     for name, tensor in model.state_dict().items():
@@ -106,5 +104,5 @@ def _write_base(gguf: Path, directory: Path) -> None:
             stored.add(tensor.data_ptr())
             weights[name] = tensor.contiguous()
     save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
-    # safetensors writes for its owner alone; a shared home is for everyone who may read it.
+    # safetensors lets only the owner read its file; give it the mode of the others.
     (directory / "model.safetensors").chmod((directory / "config.json").stat().st_mode)

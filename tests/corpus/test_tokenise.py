@@ -1,4 +1,4 @@
-"""Tokens, targets and the bytes they spell."""
+"""Token ids, targets and byte spans of documents."""
 
 from __future__ import annotations
 
@@ -11,12 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.tiny import tiny_tokenizer
 
-from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document, Kind, Segment
-from embedcache.corpus.render.render import Renderer
+from embedcache.corpus.render.tokenise import Tokeniser
 from embedcache.errors import CorpusError
 
-CONFIG = CorpusConfig(sources=("a",))
 TEXT = st.text(st.characters(exclude_categories=["Cs"]) | st.sampled_from("aé日本😀👩\u200d🚀 \n"))
 
 
@@ -27,12 +25,12 @@ def made(*parts: tuple[str, bool], kind: Kind = "text", closed: bool = True) -> 
 @settings(max_examples=100, deadline=None)
 @given(first=TEXT, second=TEXT)
 def test_spans_are_the_characters_of_each_token(tokenizer: Any, first: str, second: str) -> None:
-    tokens = Renderer(tokenizer, CONFIG).tokens(
+    tokens = Tokeniser(tokenizer).tokens(
         made((first, False), (second, True), kind="pair", closed=False)
     )
     assert tokens.data == (first + second).encode()
     assert tokens.span.dtype == tokens.ids.dtype == np.uint32
-    # The tokenizer's own characters of each token are the oracle.
+    # The reference is the tokenizer's own offsets.
     expected = [
         part[start:end]
         for part in (first, second)
@@ -51,7 +49,7 @@ def test_spans_are_the_characters_of_each_token(tokenizer: Any, first: str, seco
 @settings(max_examples=50, deadline=None)
 @given(first=TEXT, second=TEXT)
 def test_segments_are_tokenised_on_their_own(tokenizer: Any, first: str, second: str) -> None:
-    tokens = Renderer(tokenizer, CONFIG).tokens(made((first, False), (second, True), kind="pair"))
+    tokens = Tokeniser(tokenizer).tokens(made((first, False), (second, True), kind="pair"))
     prompt = tokenizer(first, add_special_tokens=False).input_ids
     completion = tokenizer(second, add_special_tokens=False).input_ids
     assert tokens.ids.tolist() == [*prompt, *completion, tokenizer.eos_token_id]
@@ -59,26 +57,26 @@ def test_segments_are_tokenised_on_their_own(tokenizer: Any, first: str, second:
     assert tokens.span[-1].tolist() == [len(tokens.data)] * 2
 
 
-def test_a_batch_is_what_its_documents_are(tokenizer: Any) -> None:
+def test_a_batch_equals_its_documents(tokenizer: Any) -> None:
     documents = [made(("one 😀", True)), made(("", True)), made(("p", False), ("c", True))]
-    renderer = Renderer(tokenizer, CONFIG)
+    tokeniser = Tokeniser(tokenizer)
     for one, other in zip(
-        renderer.batch_tokens(documents), map(renderer.tokens, documents), strict=True
+        tokeniser.batch_tokens(documents), map(tokeniser.tokens, documents), strict=True
     ):
         assert one.ids.tolist() == other.ids.tolist()
         assert one.span.tolist() == other.span.tolist()
-    assert renderer.batch_tokens([]) == []
+    assert tokeniser.batch_tokens([]) == []
 
 
-def test_the_end_is_not_written_twice(tokenizer: Any) -> None:
-    renderer = Renderer(tokenizer, CONFIG)
+def test_the_end_of_sequence_token_is_not_repeated(tokenizer: Any) -> None:
+    tokeniser = Tokeniser(tokenizer)
     end = tokenizer.eos_token_id
-    assert renderer.tokens(made(("hi<|endoftext|>", True))).ids.tolist().count(end) == 1
-    assert end not in renderer.tokens(made(("hi", True), closed=False)).ids
+    assert tokeniser.tokens(made(("hi<|endoftext|>", True))).ids.tolist().count(end) == 1
+    assert end not in tokeniser.tokens(made(("hi", True), closed=False)).ids
 
 
 class _Stub:
-    """A tokenizer's surface with one thing changed."""
+    """A tokenizer with changed attributes."""
 
     def __init__(self, tokenizer: Any, **changes: Any) -> None:
         self._tokenizer = tokenizer
@@ -92,35 +90,35 @@ class _Stub:
 
 
 def test_no_end_of_sequence_token(tokenizer: Any) -> None:
-    renderer = Renderer(_Stub(tokenizer, eos_token_id=None), CONFIG)
+    tokeniser = Tokeniser(_Stub(tokenizer, eos_token_id=None))
     expected = tokenizer("hi", add_special_tokens=False).input_ids
-    assert renderer.tokens(made(("hi", True))).ids.tolist() == expected
+    assert tokeniser.tokens(made(("hi", True))).ids.tolist() == expected
     with pytest.raises(CorpusError, match="eos_token"):
-        renderer.tokens(made(("p", False), ("c", True), kind="pair"))
+        tokeniser.tokens(made(("p", False), ("c", True), kind="pair"))
 
 
 def test_a_slow_tokenizer_is_refused(tokenizer: Any) -> None:
     with pytest.raises(CorpusError, match=r"tokenizer\.json"):
-        Renderer(_Stub(tokenizer, is_fast=False), CONFIG)
+        Tokeniser(_Stub(tokenizer, is_fast=False))
 
 
 def test_half_a_surrogate_pair(tokenizer: Any) -> None:
     with pytest.raises(CorpusError, match=r"a: .*U\+D83D.*character 2"):
-        Renderer(tokenizer, CONFIG).tokens(made(("ab\ud83d", True)))
+        Tokeniser(tokenizer).tokens(made(("ab\ud83d", True)))
 
 
 def test_long_documents_do_not_warn(caplog: pytest.LogCaptureFixture) -> None:
-    tokenizer = tiny_tokenizer()  # a fresh one: it warns once
+    tokenizer = tiny_tokenizer()  # a new one, because it warns only once
     tokenizer.model_max_length = 4
     logger = logging.getLogger("transformers")
     logger.addHandler(caplog.handler)
     try:
-        Renderer(tokenizer, CONFIG).tokens(made(("many words and more of them", True)))
+        Tokeniser(tokenizer).tokens(made(("many words and more of them", True)))
     finally:
         logger.removeHandler(caplog.handler)
     assert not caplog.records
 
 
 def test_beginning_of_sequence(tokenizer: Any, bos_tokenizer: Any) -> None:
-    assert Renderer(tokenizer, CONFIG).bos is None
-    assert Renderer(bos_tokenizer, CONFIG).bos == bos_tokenizer.bos_token_id
+    assert Tokeniser(tokenizer).bos is None
+    assert Tokeniser(bos_tokenizer).bos == bos_tokenizer.bos_token_id

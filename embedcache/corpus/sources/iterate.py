@@ -1,4 +1,4 @@
-"""What the user typed, as a stream of documents."""
+"""Iterate over the documents of sources: files, folders, patterns, data sets, ``stdlib:``."""
 
 from __future__ import annotations
 
@@ -8,14 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.documents import Document
-from embedcache.corpus.render.records import record_document
-from embedcache.corpus.sources.folders import folder_files, is_records, name_under
+from embedcache.corpus.documents import CorpusSummary, Document
+from embedcache.corpus.render.record import record_document
+from embedcache.corpus.sources.folders import folder_files, is_records, library_files, name_under
 from embedcache.corpus.sources.hub import hub_records, is_saved_dataset, saved_records
-from embedcache.corpus.sources.stdlib import library_files
-from embedcache.corpus.sources.tables import Record, file_records
-from embedcache.corpus.sources.text import text_documents
-from embedcache.corpus.summary import CorpusSummary
+from embedcache.corpus.sources.record_files import Record, file_records
+from embedcache.corpus.sources.text_files import text_documents
 from embedcache.errors import CorpusError, nearest
 
 COMPRESSED = frozenset({".gz", ".bz2", ".xz", ".zst", ".zip", ".tar", ".tgz", ".7z"})
@@ -27,11 +25,19 @@ def iterate_documents(
     tokenizer: Any = None,
     summary: CorpusSummary | None = None,
 ) -> Iterator[Document]:
-    """Yield the documents of each source in turn, in an order that is the same on every machine.
+    """Yield the documents of each source, in an order that is the same on every machine.
 
-    A source is a file, a folder (searched through, in order of name), a glob pattern, a folder
-    that ``save_to_disk`` wrote, ``hf:org/name``, ``hf:/folder`` or ``stdlib:``. Names are unique
-    within a source. ``summary`` counts files and what is skipped. Raises ``CorpusError``.
+    Names are unique within a source.
+
+    Args:
+        sources: a file, a folder (read recursively, sorted by name), a glob pattern, a folder that
+            ``save_to_disk`` wrote, ``hf:org/name``, ``hf:/folder`` or ``stdlib:``.
+        config: how files and records are read.
+        tokenizer: the tokenizer whose chat template renders chats; None if there are no chats.
+        summary: counts the files that are read and the documents that are skipped.
+
+    Raises:
+        CorpusError: a source does not exist or cannot be read.
     """
     counts = CorpusSummary() if summary is None else summary
     reader = _SourceReader(config, tokenizer, counts)
@@ -79,8 +85,8 @@ class _SourceReader:
         )
         if not files:
             raise CorpusError(
-                f"{pattern}: expected files that match this pattern, found none in {root}: "
-                "type ** to search through folders, and quotes around the pattern."
+                f"{pattern}: expected files that match this pattern, found none in {root}. "
+                "Use ** to search subfolders, and quote the pattern in a shell."
             )
         for path in files:
             yield from self._file(path, name_under(path, root))
@@ -91,7 +97,7 @@ class _SourceReader:
             yield from self._records(records, name, str(path))
         elif path.suffix.lower() in COMPRESSED:
             raise CorpusError(
-                f"{path}: expected text or records, found a compressed file: unpack it first."
+                f"{path}: expected text or records, found a compressed file. Unpack it first."
             )
         else:
             yield from text_documents(path, name, self.config, self.summary)
@@ -99,7 +105,9 @@ class _SourceReader:
     def _hub(self, name: str) -> Iterator[Document]:
         path = Path(name).expanduser()
         if not name:
-            raise CorpusError("hf: expected a data set, found none: type for example hf:org/name.")
+            raise CorpusError(
+                "hf: expected a data set, found none. Give, for example, hf:org/name."
+            )
         if is_saved_dataset(path):
             records = saved_records(path, self.config, self.summary)
         else:
@@ -131,5 +139,5 @@ def _missing(source: str, path: Path) -> str:
         folder = folder.parent
     siblings = [entry.name for entry in folder.iterdir()]
     close = nearest(path.name, siblings)
-    hint = f" Type hf:{source} for a data set of the hub." if source.count("/") == 1 else ""
+    hint = f" For a data set of the hub, give hf:{source}." if source.count("/") == 1 else ""
     return f"{source}: expected a file, folder or pattern, found nothing there.{close}{hint}"

@@ -1,4 +1,4 @@
-"""Files of records: JSON lines, CSV and Parquet, one record at a time."""
+"""Read files of records one record at a time: JSON lines, CSV and Parquet."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.sources.decode import UndecodableError, decode
-from embedcache.corpus.summary import CorpusSummary
+from embedcache.corpus.documents import CorpusSummary
+from embedcache.corpus.encoding import UndecodableError, decode
 from embedcache.errors import CorpusError
 
 Record = Mapping[str, Any]
@@ -21,9 +21,10 @@ FIELD_CHARACTERS = 1 << 30
 def file_records(
     path: Path, config: CorpusConfig, summary: CorpusSummary
 ) -> Iterator[tuple[int, Record]]:
-    """Yield the records of a file, each with its line (Parquet: its row), counted from 1.
+    """Yield the records of a file, each with its line number (Parquet: row number) from 1.
 
-    Raises ``CorpusError`` naming file and line for what is not a record.
+    Raises:
+        CorpusError: a line is not a record. The message names the file and the line.
     """
     summary.files += 1
     if path.suffix.lower() == ".parquet":
@@ -38,7 +39,7 @@ def _lines(path: Path, config: CorpusConfig, summary: CorpusSummary) -> Iterator
     if "\n".encode(config.encoding) != b"\n":
         raise CorpusError(
             f"{path}: expected records in an encoding whose line end is one byte, found "
-            f"{config.encoding}: convert the file to UTF-8 (iconv -t utf-8)."
+            f"{config.encoding}. Convert the file to UTF-8 (iconv -t utf-8)."
         )
     position = 0
     with path.open("rb") as file:
@@ -63,7 +64,7 @@ def _json_records(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tupl
         except ValueError as error:
             raise CorpusError(
                 f"{path}:{number}: expected a JSON object on each line, found malformed JSON "
-                f"({error}): mend or remove line {number}."
+                f"({error}). Correct or remove line {number}."
             ) from error
         if not isinstance(record, dict):
             raise CorpusError(
@@ -74,7 +75,7 @@ def _json_records(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tupl
 
 
 def _csv_records(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple[int, Record]]:
-    # Python's limit of 128 KiB a field is smaller than many texts, and it is one for the process.
+    # Python's limit of 128 KiB a field is smaller than many texts. It is global to the process.
     csv.field_size_limit(max(csv.field_size_limit(), FIELD_CHARACTERS))
     reader = csv.reader((line for _, line in lines), strict=True)
     number = 1
@@ -92,13 +93,13 @@ def _csv_records(path: Path, lines: Iterator[tuple[int, str]]) -> Iterator[tuple
             if len(row) != len(header):
                 raise CorpusError(
                     f"{path}:{number}: expected {len(header)} columns ({', '.join(header)}), "
-                    f"found {len(row)}: quote fields that hold commas or line ends."
+                    f"found {len(row)}. Quote fields that hold commas or line ends."
                 )
             yield number, dict(zip(header, row, strict=True))
     except csv.Error as error:
         raise CorpusError(
-            f"{path}:{number}: expected comma-separated values, found what cannot be read as such "
-            f"({error}): mend the quotes on line {number}."
+            f"{path}:{number}: expected comma-separated values, found a malformed row "
+            f"({error}). Correct the quotes on line {number}."
         ) from error
 
 
@@ -107,7 +108,7 @@ def _parquet_records(path: Path) -> Iterator[tuple[int, Record]]:
         from pyarrow import lib, parquet
     except ImportError as error:
         raise CorpusError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'embedcache[data]'."
+            f"{path}: reading Parquet needs pyarrow. Run: pip install 'embedcache[data]'"
         ) from error
     try:
         open_file: Any = parquet.ParquetFile  # pyarrow has no types

@@ -1,4 +1,4 @@
-"""One record, a row of fields, as a document."""
+"""Render a record, a row of fields, as a document."""
 
 from __future__ import annotations
 
@@ -17,16 +17,26 @@ KNOWN_FIELDS = ("messages", "prompt", "completion", "text")
 def record_document(
     record: Mapping[str, Any], name: str, where: str, config: CorpusConfig, tokenizer: Any
 ) -> Document:
-    """Return the document of a record: as the settings say, else by the fields it has.
+    """Return the document of a record.
 
-    Without settings: ``messages`` is a chat, ``prompt`` and ``completion`` a pair (both texts, or
-    both lists of messages), ``text`` plain text, looked for in that order. Raises ``CorpusError``
-    naming ``where`` for a record that lacks what is asked.
+    If ``config`` sets no fields, the record's own fields decide, in this order: ``messages`` is a
+    chat, ``prompt`` and ``completion`` are a pair (two texts or two lists of messages), and
+    ``text`` is plain text.
+
+    Args:
+        record: the fields and their values.
+        name: name of the document.
+        where: file and line, for errors.
+        config: the settings that name fields or templates.
+        tokenizer: the tokenizer whose chat template renders chats.
+
+    Raises:
+        CorpusError: the record lacks a field, or a field has the wrong type.
     """
     if config.text_field is not None:
-        return _plain(_text(record, config.text_field, where, "text-field"), name)
+        return _plain(_text(record, config.text_field, where, "text_field"), name)
     if config.messages_field is not None:
-        value = _field(record, config.messages_field, where, "messages-field")
+        value = _field(record, config.messages_field, where, "messages_field")
         return _chat(check_messages(value, config.messages_field, where), name, where, tokenizer)
     if config.prompt is not None and config.completion is not None:
         return _templated(record, name, where, config.prompt, config.completion)
@@ -35,8 +45,8 @@ def record_document(
     if record.get("prompt") is not None and record.get("completion") is not None:
         return _prompt_completion(record, name, where, tokenizer)
     if record.get("text") is not None:
-        return _plain(_text(record, "text", where, "text-field"), name)
-    raise CorpusError(_what_to_type(record, where))
+        return _plain(_text(record, "text", where, "text_field"), name)
+    raise CorpusError(_missing_fields(record, where))
 
 
 def _plain(text: str, name: str) -> Document:
@@ -67,9 +77,9 @@ def _prompt_completion(
     if isinstance(prompt, str) and isinstance(completion, str):
         return _pair(prompt, completion, name)
     if isinstance(prompt, list) and isinstance(completion, list):
-        asked = check_messages(prompt, "prompt", where)
-        answered = check_messages(completion, "completion", where)
-        return _chat(asked + answered, name, where, tokenizer, first_target=len(asked))
+        question = check_messages(prompt, "prompt", where)
+        answer = check_messages(completion, "completion", where)
+        return _chat(question + answer, name, where, tokenizer, first_target=len(question))
     raise CorpusError(
         f"{where}: expected 'prompt' and 'completion' both as text or both as lists of messages, "
         f"found {type(prompt).__name__} and {type(completion).__name__}."
@@ -80,25 +90,25 @@ def _chat(
     messages: list[Mapping[str, Any]], name: str, where: str, tokenizer: Any, first_target: int = 0
 ) -> Document:
     if tokenizer is None:
-        raise CorpusError(f"{where}: a chat can only be read with a tokenizer: hand one in.")
+        raise CorpusError(f"{where}: a chat needs a tokenizer. Pass one.")
     own_text = "\n".join(m["content"] for m in messages if m["role"] != "system")
     segments = chat_segments(messages, tokenizer, where, first_target)
     return Document(name, segments, closed=False, kind="chat", own_text=own_text)
 
 
-def _field(record: Mapping[str, Any], field: str, where: str, option: str) -> Any:
+def _field(record: Mapping[str, Any], field: str, where: str, setting: str) -> Any:
     if field not in record:
         found = [str(key) for key in record]
         close = nearest(field, found)
         raise CorpusError(
             f"{where}: expected the field '{field}', found {', '.join(found) or 'none'}.{close} "
-            f"Type --{option} with one of those."
+            f"Set `{setting}=` to one of those."
         )
     return record[field]
 
 
-def _text(record: Mapping[str, Any], field: str, where: str, option: str) -> str:
-    value = _field(record, field, where, option)
+def _text(record: Mapping[str, Any], field: str, where: str, setting: str) -> str:
+    value = _field(record, field, where, setting)
     if not isinstance(value, str):
         raise CorpusError(
             f"{where}: expected text in the field '{field}', found {type(value).__name__}."
@@ -106,19 +116,19 @@ def _text(record: Mapping[str, Any], field: str, where: str, option: str) -> str
     return value
 
 
-def _what_to_type(record: Mapping[str, Any], where: str) -> str:
+def _missing_fields(record: Mapping[str, Any], where: str) -> str:
     found = [str(key) for key in record]
     texts = [key for key in found if isinstance(record[key], str)]
     close = next((hint for known in KNOWN_FIELDS if (hint := nearest(known, found))), "")
-    advice = "type --text-field NAME."
+    advice = "set `text_field=` to the field with the text."
     if len(texts) >= 2:
         advice = (
-            f'type --prompt "{{{texts[0]}}}" --completion "{{{texts[1]}}}", '
-            f"or --text-field {texts[0]}."
+            f'set `prompt=` to "{{{texts[0]}}}" and `completion=` to "{{{texts[1]}}}", '
+            f"or `text_field=` to {texts[0]}."
         )
     elif texts:
-        advice = f"type --text-field {texts[0]}."
+        advice = f"set `text_field=` to {texts[0]}."
     return (
         f"{where}: expected the field 'messages', 'text', or 'prompt' and 'completion', found "
-        f"{', '.join(found) or 'none'}.{close} To say which to read, {advice}"
+        f"{', '.join(found) or 'none'}.{close} To choose fields, {advice}"
     )

@@ -1,7 +1,9 @@
-"""Documents to tokens: ids, which are targets, and the bytes each one spells.
+"""Tokenise documents: token ids, which of them are targets, and the byte span of each.
 
-Segments are tokenised one by one and joined, so that a prompt becomes the same tokens here as
-alone at inference. Special tokens written in a text are read as such.
+Each segment is tokenised on its own, so that a prompt has the same tokens here as at inference.
+Special tokens that are written in a text are read as special tokens.
+
+Axes: T time.
 """
 
 from __future__ import annotations
@@ -13,51 +15,57 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from embedcache.corpus.config import CorpusConfig
 from embedcache.corpus.documents import Document
-from embedcache.corpus.sources.decode import encode
+from embedcache.corpus.encoding import encode
 from embedcache.errors import CorpusError
 
 
 @dataclass(frozen=True, slots=True)
 class TokenisedDocument:
-    """The tokens of one document, uncut."""
+    """The tokens of one document, before it is cut."""
 
     ids: npt.NDArray[np.uint32]
-    """[T]"""
+    """Token ids [T]."""
     target: npt.NDArray[np.bool_]
-    """[T]"""
+    """Which tokens are targets [T]."""
     span: npt.NDArray[np.uint32]
-    """[T, 2]: first byte and end of each token in the document's UTF-8 text; empty for a token
-    that was added. Tokens that share a character all have the bytes of that character."""
+    """First byte and end of each token in the document's UTF-8 text [T, 2]. The span of an added
+    token is empty. Tokens that share a character each have the span of that character."""
     data: bytes
-    """The document's text."""
+    """The document's text in UTF-8."""
 
 
-class Renderer:
-    """Tokenises documents with a fast tokenizer. Raises ``CorpusError`` for a slow one."""
+class Tokeniser:
+    """Tokenises documents.
 
-    def __init__(self, tokenizer: Any, config: CorpusConfig) -> None:
+    Args:
+        tokenizer: a fast tokenizer of transformers.
+
+    Raises:
+        CorpusError: the tokenizer is a slow one, which gives no offsets.
+    """
+
+    def __init__(self, tokenizer: Any) -> None:
         if not getattr(tokenizer, "is_fast", False):
             raise CorpusError(
-                "Expected a fast tokenizer, that says where each token stands in the text, found "
-                f"{type(tokenizer).__name__}: save the base with its tokenizer.json."
+                "Expected a fast tokenizer, which gives the offsets of tokens in the text, found "
+                f"{type(tokenizer).__name__}. Save the base with its tokenizer.json."
             )
         self.tokenizer = tokenizer
-        self.config = config
         self.eos: int | None = tokenizer.eos_token_id
         self.bos: int | None = _prepended_bos(tokenizer)
-        """The id that starts every sequence, or none."""
+        """Token id that starts every sequence, or None."""
 
     def tokens(self, document: Document) -> TokenisedDocument:
-        """Return the tokens of one document, its end-of-sequence token included where closed."""
+        """Return the tokens of one document, with its end-of-sequence token if it is closed."""
         return self.batch_tokens([document])[0]
 
     def batch_tokens(self, documents: Sequence[Document]) -> list[TokenisedDocument]:
         """Return the tokens of several documents, tokenised together for speed.
 
-        Raises ``UndecodableError`` for text that is not Unicode, and ``CorpusError`` where a pair
-        should end and the tokenizer has no end-of-sequence token.
+        Raises:
+            UndecodableError: a text is not Unicode.
+            CorpusError: a pair needs an end-of-sequence token and the tokenizer has none.
         """
         bytes_of = [
             [encode(segment.text, document.label) for segment in document.segments]
@@ -66,7 +74,7 @@ class Renderer:
         texts = [segment.text for document in documents for segment in document.segments]
         if not texts:
             return []
-        # verbose=False: a document is cut to the context after this, so its length is no mistake.
+        # verbose=False: no warning about long texts; documents are cut to the context later.
         encoded = self.tokenizer(
             texts,
             add_special_tokens=False,
@@ -94,7 +102,7 @@ class Renderer:
             targets.append(np.full(len(row), segment.target))
             spans.append(byte_spans(encoded, offsets) + np.uint32(start))
             start += len(encoded)
-        if document.closed and self._ends_open(document, ids):
+        if document.closed and self._needs_eos(document, ids):
             ids.append(np.asarray([self.eos], np.uint32))
             targets.append(np.ones(1, np.bool_))
             spans.append(np.full((1, 2), start, np.uint32))
@@ -102,12 +110,12 @@ class Renderer:
             np.concatenate(ids), np.concatenate(targets), np.concatenate(spans), b"".join(data)
         )
 
-    def _ends_open(self, document: Document, ids: list[npt.NDArray[np.uint32]]) -> bool:
+    def _needs_eos(self, document: Document, ids: list[npt.NDArray[np.uint32]]) -> bool:
         if self.eos is None:
             if document.kind == "pair":
                 raise CorpusError(
-                    f"{document.label}: a completion ends in an end-of-sequence token, this "
-                    "tokenizer has none: name its eos_token in tokenizer_config.json."
+                    f"{document.label}: a completion ends with an end-of-sequence token, and this "
+                    "tokenizer has none. Set eos_token in its tokenizer_config.json."
                 )
             return False
         last = next((row[-1] for row in reversed(ids) if len(row)), None)
@@ -115,7 +123,7 @@ class Renderer:
 
 
 def byte_spans(data: bytes, offsets: Sequence[tuple[int, int]]) -> npt.NDArray[np.uint32]:
-    """Return the spans in ``data`` (UTF-8) of spans counted in characters, as uint32 [T, 2].
+    """Return the byte spans in UTF-8 ``data`` of spans in characters, as uint32 [T, 2].
 
     >>> byte_spans("a😀b".encode(), [(0, 1), (1, 2), (2, 3)]).tolist()
     [[0, 1], [1, 5], [5, 6]]
@@ -124,7 +132,7 @@ def byte_spans(data: bytes, offsets: Sequence[tuple[int, int]]) -> npt.NDArray[n
     if data.isascii():
         return span
     values = np.frombuffer(data, np.uint8)
-    # A character starts at every byte that is not 0b10xxxxxx.
+    # Every byte but 0b10xxxxxx starts a character.
     starts = np.flatnonzero((values & 0xC0) != 0x80)
     return np.append(starts, len(data)).astype(np.uint32)[span]
 

@@ -1,4 +1,4 @@
-"""Text files: encodings, and large files in pieces."""
+"""Text files: encodings, and large files in parts."""
 
 from __future__ import annotations
 
@@ -10,10 +10,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedcache.corpus.config import CorpusConfig
-from embedcache.corpus.documents import Document
-from embedcache.corpus.sources import text as text_module
-from embedcache.corpus.sources.sources import iterate_documents
-from embedcache.corpus.summary import CorpusSummary
+from embedcache.corpus.documents import CorpusSummary, Document
+from embedcache.corpus.sources import text_files
+from embedcache.corpus.sources.iterate import iterate_documents
 from embedcache.errors import CorpusError
 
 BAD = "ein Käfer".encode("latin-1")
@@ -29,7 +28,7 @@ def test_a_file_is_a_document_with_its_bytes_as_they_are(write: Any) -> None:
     assert all(segment.target for segment in document.segments)
 
 
-def test_a_byte_order_mark_is_no_text(write: Any) -> None:
+def test_a_byte_order_mark_is_removed(write: Any) -> None:
     [document] = read(write("a.txt", b"\xef\xbb\xbfhello"))
     assert document.text == "hello"
 
@@ -38,8 +37,8 @@ def test_another_encoding(write: Any) -> None:
     assert read(write("a.txt", BAD), encoding="latin-1")[0].text == "ein Käfer"
 
 
-def test_undecodable_names_file_byte_and_option(write: Any) -> None:
-    with pytest.raises(CorpusError, match=r"a\.txt: .*byte 5.*--encoding latin-1.*skip"):
+def test_undecodable_bytes_are_named_with_the_settings(write: Any) -> None:
+    with pytest.raises(CorpusError, match=r"a\.txt: .*byte 5.*`encoding=`.*latin-1.*skip"):
         read(write("a.txt", BAD))
 
 
@@ -57,42 +56,42 @@ def test_undecodable_files_can_be_skipped_and_are_counted(write: Any, tmp_path: 
     max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None
 )
 @given(lines=st.lists(st.text("aé日😀 ", max_size=30), max_size=30), size=st.integers(5, 60))
-def test_pieces_join_to_the_file(
+def test_parts_join_to_the_file(
     write: Any, monkeypatch: pytest.MonkeyPatch, lines: list[str], size: int
 ) -> None:
-    monkeypatch.setattr(text_module, "WHOLE_BYTES", size)
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", size)
+    monkeypatch.setattr(text_files, "WHOLE_BYTES", size)
+    monkeypatch.setattr(text_files, "PART_CHARACTERS", size)
     content = "\n".join(lines)
-    pieces = read(write("big.txt", content))
-    assert "".join(piece.text for piece in pieces) == content
-    assert all(len(piece.text) <= size for piece in pieces)
-    assert [piece.closed for piece in pieces] == [False] * (len(pieces) - 1) + [True]
+    parts = read(write("big.txt", content))
+    assert "".join(part.text for part in parts) == content
+    assert all(len(part.text) <= size for part in parts)
+    assert [part.closed for part in parts] == [False] * (len(parts) - 1) + [True]
     if len(content.encode()) > size:
-        names = [f"big.txt#{number}" for number in range(1, len(pieces) + 1)]
-        assert [piece.label for piece in pieces] == names
-    for piece in pieces[:-1]:
-        assert piece.text.endswith("\n") or ("\n" not in piece.text and len(piece.text) == size)
+        names = [f"big.txt#{number}" for number in range(1, len(parts) + 1)]
+        assert [part.label for part in parts] == names
+    for part in parts[:-1]:
+        assert part.text.endswith("\n") or ("\n" not in part.text and len(part.text) == size)
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "gb18030", "utf-16"])
 def test_blocks_do_not_break_characters(
     write: Any, monkeypatch: pytest.MonkeyPatch, encoding: str
 ) -> None:
-    monkeypatch.setattr("embedcache.corpus.sources.decode.BLOCK_BYTES", 7)
-    monkeypatch.setattr(text_module, "WHOLE_BYTES", 20)
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr("embedcache.corpus.encoding.BLOCK_BYTES", 7)
+    monkeypatch.setattr(text_files, "WHOLE_BYTES", 20)
+    monkeypatch.setattr(text_files, "PART_CHARACTERS", 20)
     content = "日本語 text\n😀 and more\n" * 10
-    pieces = read(write("big.txt", content.encode(encoding)), encoding=encoding)
-    assert len(pieces) > 1
-    assert "".join(piece.text for piece in pieces) == content
+    parts = read(write("big.txt", content.encode(encoding)), encoding=encoding)
+    assert len(parts) > 1
+    assert "".join(part.text for part in parts) == content
 
 
 def test_a_bad_byte_far_into_a_large_file(write: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("embedcache.corpus.sources.decode.BLOCK_BYTES", 7)
-    monkeypatch.setattr(text_module, "WHOLE_BYTES", 20)
-    monkeypatch.setattr(text_module, "PIECE_CHARACTERS", 20)
+    monkeypatch.setattr("embedcache.corpus.encoding.BLOCK_BYTES", 7)
+    monkeypatch.setattr(text_files, "WHOLE_BYTES", 20)
+    monkeypatch.setattr(text_files, "PART_CHARACTERS", 20)
     start = ("日" * 40 + "\n").encode()
     path = write("big.txt", start + b"\xff rest")
-    with pytest.raises(CorpusError, match=f"byte {len(start)}:"):
+    with pytest.raises(CorpusError, match=rf"byte {len(start)}\."):
         read(path)
     assert read(path, undecodable="skip") == []

@@ -1,1 +1,0 @@
-"""Near-duplicate documents: fingerprints, and the groups that they form."""
