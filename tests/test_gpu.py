@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 import threading
@@ -99,27 +98,26 @@ def test_batches_of_several_epochs_are_those_of_a_cpu(world, part_tokens):
     }
     found = []
     for device in ("cpu", "cuda"):
-        drawn = itertools.count()
         loader = BatchLoader(split, device=torch.device(device), **settings)
-        batches = loader.epochs(range(1, 4), skip=3, draw=lambda _, drawn=drawn: [[next(drawn)]])
+        batches = loader.epochs(range(1, 4), skip=3)
         found.append([])
         for batch in batches:
             found[-1].append(None)
             if batch is not None:
                 tensors = [tensor.cpu() for tensor in batch.tensors()]
-                found[-1][-1] = (batch.sequences, batch.drawn, batch.last, tensors)
+                found[-1][-1] = (batch.sequences, batch.last_part, tensors)
     assert [one is None for one in found[0]].count(True) == 3
     for one, other in zip(*found, strict=True):
         assert (one is None) == (other is None)
         if one is not None:
-            assert one[:3] == other[:3]
-            assert all(torch.equal(a, b) for a, b in zip(one[3], other[3], strict=True))
+            assert one[:2] == other[:2]
+            assert all(torch.equal(a, b) for a, b in zip(one[2], other[2], strict=True))
     assert set(threading.enumerate()) == before
 
 
 @pytest.mark.parametrize(("part_tokens", "made"), [(None, 2), (80, 0)])
 def test_the_next_epoch_waits_on_the_device_unless_memory_is_short(world, part_tokens, made):
-    drawn = []
+    prepared = []
     loader = BatchLoader(
         world.cache().split("train"),
         batch_tokens=200,
@@ -127,13 +125,13 @@ def test_the_next_epoch_waits_on_the_device_unless_memory_is_short(world, part_t
         device=torch.device("cuda"),
         part_tokens=part_tokens,
     )
-    batches = loader.epochs(range(2), draw=lambda batch: drawn.append(batch) or ())
+    batches = loader.epochs(range(2), prepare=lambda batch: prepared.append(batch) or batch)
     count = sum(1 for _ in iter(partial(next, batches), None))
     stop = time.perf_counter() + 5
-    while len(drawn) < count + made and time.perf_counter() < stop:
+    while len(prepared) < count + made and time.perf_counter() < stop:
         time.sleep(0.01)
     time.sleep(0.2)
-    assert len(drawn) == count + made
+    assert len(prepared) == count + made
     batches.close()
 
 

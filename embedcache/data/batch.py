@@ -1,24 +1,21 @@
-"""What a trainer sees at a time.
+"""A batch: sequences packed into rows, with the targets of the loss.
 
-Axes: B rows, T time, H hidden, N wanted positions, M starts of sequences.
+Axes: B rows, T time, H hidden, N predicted positions, M boundaries of sequences, J top ids.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
 Array = np.ndarray[Any, Any]
-Drawn = Sequence[Sequence[object]]
 
 
 class Counts(NamedTuple):
-    """Tokens, padding left out, and the targets among them."""
+    """Numbers of tokens, without padding, and of targets among them."""
 
     tokens: int
     targets: int
@@ -26,23 +23,33 @@ class Counts(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Sequences packed into rows; a row holds one or more whole sequences, then padding.
+    """A batch, or one part of a batch that is computed in several parts.
 
-    On the loader's device: ``x_BTH``, bfloat16 by tap, zero on padding; ``ids_BT``;
-    ``positions_BT`` (from 0 in each sequence); ``segments_BT`` (-1 on padding; attention never
-    crosses a segment); ``predict_N``, the flat positions, in [0, B*T), whose next token is a target;
-    ``targets_N``, those tokens. On the host, of the same N: ``documents_N`` and ``places_N2``, the
-    wanted position's sequence in the split and position in it. ``sequences``: numbers of the
-    sequences in the split. ``tokens``: tokens, padding left out. ``packed``: whether any row holds
-    more than one sequence; else plain causal attention crosses none. ``cu_seqlens_M``: of a batch that
-    is one row, int32, where its sequences begin and pieces of its padding, none longer than the
-    longest sequence, then its length, over and over; else None.
+    A row holds one or more whole sequences, then padding. Tensors are on the loader's device,
+    arrays on the host.
 
-    A batch may be given in parts: ``whole`` counts the tokens and targets of all of them, and
-    ``last`` says that none is to come. ``drawn``: what the loader was asked to make of it.
-    ``counts_N``: float32, of one whose N was filled up to some number, 1 where a position counts.
-    ``top_ids_NK``: int32, of wanted positions, where they were asked for; see
-    `embedcache.cache.format.layout.LIKELY`.
+    Attributes:
+        x_BTH: embeddings by tap, bfloat16; zero on padding.
+        ids_BT: token ids.
+        positions_BT: positions, from 0 in each sequence.
+        segments_BT: the number of the token's sequence in this batch, -1 on padding. Attention
+            never crosses segments.
+        predict_N: flat indices, in [0, B·T), of the positions whose next token is a target.
+        targets_N: these next tokens.
+        documents_N: the document of each predicted position.
+        source_N2: the sequence of each predicted position, numbered as in the split, and the
+            position in that sequence.
+        sequences: the sequences of the batch, numbered as in the split.
+        tokens: number of tokens, without padding.
+        packed: whether any row holds more than one sequence. If none does, causal attention needs
+            no mask.
+        cu_seqlens_M: int32, for a batch of one row: where each sequence starts, where each piece of
+            padding starts (none is longer than the longest sequence), and the row's length,
+            repeated. None for a batch of several rows.
+        total: the counts of the whole batch, all parts together.
+        last_part: whether no part of the batch follows.
+        top_ids_NJ: int32, the base's top ids at predicted positions, if the loader was asked for
+            them; see `embedcache.cache.format.layout.LIKELY`.
     """
 
     x_BTH: dict[str, torch.Tensor]
@@ -52,50 +59,44 @@ class Batch:
     predict_N: torch.Tensor
     targets_N: torch.Tensor
     documents_N: Array
-    places_N2: Array
+    source_N2: Array
     sequences: tuple[int, ...]
     tokens: int
     packed: bool
     cu_seqlens_M: torch.Tensor | None
-    whole: Counts
-    last: bool
-    drawn: Drawn = ()
-    counts_N: torch.Tensor | None = None
-    top_ids_NK: torch.Tensor | None = None
+    total: Counts
+    last_part: bool
+    top_ids_NJ: torch.Tensor | None = None
 
     def tensors(self) -> list[torch.Tensor]:
-        """Return all that lies on the device."""
-        names = (
-            *("ids_BT", "positions_BT", "segments_BT"),
-            *("predict_N", "targets_N", "top_ids_NK", "cu_seqlens_M"),
+        """Return all tensors on the loader's device."""
+        tensors = (
+            *(*self.x_BTH.values(), self.ids_BT, self.positions_BT, self.segments_BT),
+            *(self.predict_N, self.targets_N, self.top_ids_NJ, self.cu_seqlens_M),
         )
-        own = [*self.x_BTH.values(), *(getattr(self, name) for name in names)]
-        return [
-            tensor for tensor in (*own, *chain(*self.drawn)) if isinstance(tensor, torch.Tensor)
-        ]
+        return [tensor for tensor in tensors if tensor is not None]
 
     def without_tokens(self) -> Batch:
-        """Return a batch of padding alone, for one that has no more parts beside one that has."""
-        nothing = self.predict_N[:0].clone()
+        """Return a batch of padding alone, in the place of a part that this batch does not have."""
+        empty_N = self.predict_N[:0].clone()
         return replace(
             self,
             x_BTH={tap: torch.zeros_like(x[:1, :1]) for tap, x in self.x_BTH.items()},
-            ids_BT=self.ids_BT[:1, :1].clone(),  # a view would keep all of it
+            ids_BT=self.ids_BT[:1, :1].clone(),  # a view would keep the whole tensor
             positions_BT=torch.zeros_like(self.positions_BT[:1, :1]),
             segments_BT=torch.full_like(self.segments_BT[:1, :1], -1),
-            predict_N=nothing,
-            targets_N=nothing,
+            predict_N=empty_N,
+            targets_N=empty_N,
             documents_N=self.documents_N[:0],
-            places_N2=self.places_N2[:0],
+            source_N2=self.source_N2[:0],
             sequences=(),
             tokens=0,
             packed=False,
             cu_seqlens_M=None if self.cu_seqlens_M is None else self.cu_seqlens_M[:2].clamp_max(1),
-            last=True,
-            drawn=(),
-            top_ids_NK=None,
+            last_part=True,
+            top_ids_NJ=None,
         )
 
     def at_predicted(self, value_BTH: torch.Tensor) -> torch.Tensor:
-        """Return the rows [N, H] of a [B, T, H] tensor whose next token is a target."""
+        """Return value_NH: a [B, T, H] tensor at the positions whose next token is a target."""
         return value_BTH.flatten(0, 1).index_select(0, self.predict_N)

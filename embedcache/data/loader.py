@@ -1,64 +1,69 @@
-"""Training batches in a deterministic order (see `embedcache.data.order`).
+"""Loads batches in a deterministic order; see `embedcache.data.order`.
 
-Blocks are read and decoded on threads, ahead of the trainer: those of two windows are in memory,
-and from one epoch to the next those that there is room for.
+Blocks are read and decompressed on threads, ahead of the trainer: at most the blocks of two windows
+are in memory, and, from one epoch to the next, as many as there is room for.
 """
 
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager, suppress
-from dataclasses import replace
-from functools import cache, partial
+from contextlib import closing, contextmanager
+from functools import partial
 from itertools import chain, islice, starmap
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 
 from embedcache.cache.split_reader import SplitReader, StoredBlock
-from embedcache.data.batch import Batch, Drawn
+from embedcache.data.batch import Batch
 from embedcache.data.order import WINDOW, BatchOrder
-from embedcache.data.packing import Cut, Packed, cut_batch, pack
-from embedcache.data.prefetch import look_ahead, prefetch
+from embedcache.data.packing import BatchPart, Packed, pack, split_batch
+from embedcache.data.prefetch import look_ahead
 from embedcache.data.subset import Subset
-from embedcache.device import free_memory, recording
+from embedcache.data.to_device import Prepared, ToDevice
+from embedcache.device import free_memory
 
 Array = np.ndarray[Any, Any]
 Blocks = dict[int, Future[StoredBlock]]
 Window = tuple[list[Array | None], Blocks]
-"""The batches of a window, None where an epoch ends, and its blocks, of which reading has begun."""
+"""The batches of a window, None where an epoch ends, and its blocks, which are being read."""
 
-PACKERS = {"cuda": 2}
-"""Threads that pack batches, by device: one does not keep up with a GPU. Else the caller does."""
+PACKING_THREADS = {"cuda": 2}
+"""Threads that pack batches, by device: one does not keep up with a GPU. On other devices the
+calling thread packs."""
 
 KEPT_BYTES = 1 << 30
-"""Of blocks that a run keeps from one epoch to the next, at most, in all its loaders."""
-
-PATIENCE, PAUSE_SECONDS = 5, 0.02
-"""How often, and how long, making a part waits for the memory of the one that is being used."""
+"""Most bytes of blocks that all loaders of a run keep from one epoch to the next."""
 
 
 class BatchLoader:
-    """Iterates over one split, or a subset of it, in batches of at most ``batch_tokens`` tokens.
+    """Iterates over one split, or a subset of it, in batches.
 
-    Over several epochs, the first blocks are kept, integers as they were read, as many as
-    ``kept_bytes`` hold; see `room_to_keep`.
+    With ``ranks``, one loader for each ``rank`` of a data-parallel trainer: in turn, they yield
+    exactly the batches of a single loader, and each reads only the blocks that its own batches
+    need. If the order is shuffled, for training, all ranks have the same number of batches: up to
+    ``ranks`` - 1 batches at the end of an epoch are left out. If it is not, for scoring, nothing is
+    left out, and the ranks' numbers of batches may differ by one.
 
-    With ``ranks``, one loader for each ``rank`` of a data-parallel trainer: batch by batch in turn,
-    they yield the very batches of a single one. Each reads the blocks that its own batches need.
-    Where the order is shuffled, for training, all ranks have the same number of batches, so that
-    none waits for another's gradient: up to ``ranks`` - 1 at the end of an epoch are left out (the
-    next epoch's are others). Without shuffling, for scoring, nothing is left out, and ranks may
-    differ by one.
-
-    ``one_row`` puts a batch's sequences one behind the other, in a row of fixed length.
-    With ``top_ids``, those of wanted positions come along; the split must store them.
-    ``part_tokens`` cuts batches into parts of at most so many tokens, of whole sequences, where the
-    device's memory is short; what lies there then is of one epoch at a time.
+    Args:
+        split: the split to read.
+        batch_tokens: most tokens of a batch; a longer sequence is a batch of its own.
+        taps: taps whose embeddings are read.
+        seed: seed of the order.
+        shuffle: whether blocks, and the sequences in a window of blocks, are shuffled.
+        device: where batches are put; by default the CPU.
+        subset: the documents to read; by default all.
+        rank: the number of this process, from 0.
+        ranks: the number of processes.
+        one_row: put the sequences of a batch one behind the other, in a row of fixed length.
+        part_tokens: yield each batch in parts of whole sequences and of at most this many tokens,
+            for a device with little memory. Batches of the next epoch are then not made ahead.
+        ahead: number of batches, or parts, that are made on CUDA before they are asked for.
+        kept_bytes: bytes of blocks, as stored, that are kept from one epoch to the next.
+        top_ids: whether to read the base's top ids, which the split must store.
     """
 
     def __init__(
@@ -79,7 +84,6 @@ class BatchLoader:
         kept_bytes: int = 0,
         top_ids: bool = False,
     ):
-        """Open it; ``ahead`` batches, or parts, are made before they are asked for."""
         self._split = split
         self._in_parts = part_tokens is not None
         self._part_tokens = part_tokens or batch_tokens
@@ -99,92 +103,105 @@ class BatchLoader:
         self._taps = taps
         self._device = device or torch.device("cpu")
 
-    def epoch(
-        self, epoch: int, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None
-    ) -> Generator[Batch]:
+    def epoch(self, epoch: int, *, skip: int = 0) -> Generator[Batch]:
         """Yield this rank's batches of one epoch; see `epochs`."""
-        with closing(self.epochs(range(epoch, epoch + 1), skip=skip, draw=draw)) as batches:
+        with closing(self.epochs(range(epoch, epoch + 1), skip=skip)) as batches:
             yield from filter(None, batches)
 
+    @overload
+    def epochs(self, epochs: range, *, skip: int = 0) -> Generator[Batch | None]: ...
+    @overload
     def epochs(
-        self, epochs: range, *, skip: int = 0, draw: Callable[[Batch], Drawn] | None = None
-    ) -> Generator[Batch | None]:
-        """Yield this rank's batches of some epochs, and None at the end of each.
+        self, epochs: range, *, skip: int = 0, prepare: Callable[[Batch], Prepared]
+    ) -> Generator[Prepared | None]: ...
+    def epochs(
+        self, epochs: range, *, skip: int = 0, prepare: Callable[[Batch], Any] | None = None
+    ) -> Generator[Any]:
+        """Yield this rank's batches of several epochs, and None at the end of each epoch.
 
-        Reading begins at once. They are one stream: while an epoch's last batches are used, and
-        until more are asked for after its end, the next one's first are read and made.
+        Reading begins at once. The epochs are one stream: the first batches of an epoch are read
+        and made while the last batches of the epoch before are in use. On CUDA, batches are packed
+        on threads, and copied and decoded on another thread and a stream of its own. An error is
+        raised in the place of the batch that it belongs to.
 
-        It begins at the first epoch's batch number ``skip``, which counts those of all ranks
-        together, so a run goes on with another number of them. Skipped batches are never read: only
-        their lengths are. On CUDA batches are packed on threads, and on another copied and decoded,
-        on a stream of their own. ``draw`` is called there with each; what it returns comes along as
-        ``drawn``. An error is raised where its batch is due.
+        Args:
+            epochs: the numbers of the epochs.
+            skip: number of batches of the first epoch to leave out, counted over all ranks, so that
+                a run can go on with another number of ranks. Skipped batches are not read.
+            prepare: called with each batch on the loader's thread and stream; what it returns is
+                yielded in the place of the batch. By default batches are yielded as they are.
         """
-        batches = self._stream(epochs, skip, draw or _nothing)
+        batches = self._epochs(epochs, skip, prepare or _unchanged)
         next(batches)
         return batches
 
-    def _stream(
-        self, epochs: range, skip: int, draw: Callable[[Batch], Drawn]
-    ) -> Generator[Batch | None]:
+    def _epochs(
+        self, epochs: range, skip: int, prepare: Callable[[Batch], Prepared]
+    ) -> Generator[Prepared | None]:
         """Yield None once reading has begun, then what `epochs` yields."""
         with _threads(min(WINDOW, os.cpu_count() or 1)) as readers:
             windows = self._windows(epochs, skip, readers)
-            begun = iter([*islice(windows, 1)])  # the list would keep a window all the time
+            begun = iter([*islice(windows, 1)])  # the list would keep the first window
             yield None
-            yield from self._batches(chain(begun, windows), len(epochs), draw)
+            yield from self._batches(chain(begun, windows), len(epochs), prepare)
 
     def _batches(
-        self, windows: Iterator[Window], epochs: int, draw: Callable[[Batch], Drawn]
-    ) -> Generator[Batch | None]:
-        """Yield the batches of windows that are some epochs, as `epochs` does."""
-        with self._packed(self._cut(windows)) as packed:
+        self, windows: Iterator[Window], epochs: int, prepare: Callable[[Batch], Prepared]
+    ) -> Generator[Prepared | None]:
+        """Yield the prepared batches of the windows of some epochs."""
+        to_device = ToDevice(self._split.codecs, self._device, prepare, retry=self._in_parts)
+        with self._packed(self._split_parts(windows)) as packed:
             if self._device.type != "cuda":
-                # Not on a thread: torch's products on the caller's threads slow down by a third
-                # once another thread has begun a team of its own. Blocks are read ahead in any
-                # case.
+                # On the calling thread: a second thread that computes with torch slows down the
+                # products of the first by a third. Blocks are read ahead in any case.
                 for part in packed:
-                    yield None if part is None else self._made(part, draw)
+                    yield None if part is None else to_device.make(part)
                 return
-            # What shortlists are drawn by is made on the caller's stream.
-            _stream(self._device).wait_stream(torch.cuda.current_stream(self._device))
-            for run in self._runs(packed, epochs):
-                with closing(prefetch(self._copied(run, draw), self._ahead)) as made:
-                    yield from map(self._arrived, made)  # a name would keep a batch too long
-
-    def _cut(self, windows: Iterator[Window]) -> Iterator[Cut | None]:
-        """Cut the batches out of windows; the next one's blocks are read meanwhile."""
-        return chain.from_iterable(starmap(self._cuts, look_ahead(windows, 1)))
+            if not self._in_parts:
+                yield from to_device.make_ahead(packed, self._ahead)
+                return
+            for _ in range(epochs):
+                epoch = chain(iter(partial(next, packed), None), [None])
+                yield from to_device.make_ahead(epoch, self._ahead)
 
     @contextmanager
-    def _packed(self, cuts: Iterator[Cut | None]) -> Iterator[Iterator[Packed | None]]:
-        """Pack the cuts in order, by the caller, or ahead of it by so many threads."""
-        packers = PACKERS.get(self._device.type, 0)
-        if not packers:
-            yield map(self._pack, cuts)
+    def _packed(self, parts: Iterator[BatchPart | None]) -> Iterator[Iterator[Packed | None]]:
+        """Pack the parts in order, on the calling thread or on threads ahead of it."""
+        threads = PACKING_THREADS.get(self._device.type, 0)
+        if not threads:
+            yield map(self._pack, parts)
             return
-        with _threads(packers) as pool:
-            jobs = (pool.submit(self._pack, cut) for cut in cuts)
-            yield map(Future.result, look_ahead(jobs, packers))
+        with _threads(threads) as pool:
+            futures = (pool.submit(self._pack, part) for part in parts)
+            yield map(Future.result, look_ahead(futures, threads))
 
-    def _runs(
-        self, packed: Iterator[Packed | None], epochs: int
-    ) -> Iterator[Iterator[Packed | None]]:
-        """Yield what is copied in one go: all, or, in parts, an epoch up to its end."""
-        if not self._in_parts:
-            yield packed
-            return
-        for _ in range(epochs):
-            yield chain(iter(partial(next, packed), None), [None])
+    def _pack(self, part: BatchPart | None) -> Packed | None:
+        if part is None:
+            return None
+        return pack(part, self._taps, self._split.specs, self._device, row_tokens=self._row_tokens)
+
+    def _split_parts(self, windows: Iterator[Window]) -> Iterator[BatchPart | None]:
+        """Yield the parts of each window's batches; the next window's blocks are read meanwhile."""
+        return chain.from_iterable(starmap(self._window_parts, look_ahead(windows, 1)))
+
+    def _window_parts(
+        self, batches: list[Array | None], blocks: Blocks
+    ) -> Iterator[BatchPart | None]:
+        for items_S3 in batches:
+            if items_S3 is None:
+                yield None
+            else:
+                items = [(blocks[block].result(), index) for block, index, _ in items_S3.tolist()]
+                yield from split_batch(items, self._part_tokens)
 
     def _windows(self, epochs: range, skip: int, readers: Executor) -> Iterator[Window]:
-        """Yield the windows of some epochs."""
+        """Yield the windows of some epochs; reading of a window's blocks begins with its yield."""
         blocks: Blocks = {}
         kept: Blocks = {}
-        size = self._split.block_bytes(self._taps, top_ids=self._top_ids)
-        most = self._kept_bytes // size if len(epochs) > 1 else 0
+        block_bytes = self._split.block_bytes(self._taps, top_ids=self._top_ids)
+        most = self._kept_bytes // block_bytes if len(epochs) > 1 else 0
         for batches in self._order.windows(epochs, skip):
-            numbers = [items[:, 0].tolist() for items in batches if items is not None]
+            numbers = [items_S3[:, 0].tolist() for items_S3 in batches if items_S3 is not None]
             blocks = {
                 block: blocks.get(block)
                 or kept.get(block)
@@ -195,112 +212,22 @@ class BatchLoader:
             kept |= islice(others, most - len(kept))
             yield batches, blocks
 
-    def _cuts(self, batches: list[Array | None], blocks: Blocks) -> Iterator[Cut | None]:
-        for items in batches:
-            if items is None:
-                yield None
-            else:
-                places = [(blocks[block].result(), place) for block, place, _ in items.tolist()]
-                yield from cut_batch(places, self._part_tokens)
 
-    def _pack(self, cut: Cut | None) -> Packed | None:
-        if cut is None:
-            return None
-        return pack(cut, self._taps, self._split.specs, self._device, row_tokens=self._row_tokens)
+def kept_bytes_per_loader(loaders: int) -> int:
+    """Return the bytes of blocks that each of a run's loaders may keep between epochs.
 
-    def _made(self, packed: Packed, draw: Callable[[Batch], Drawn]) -> Batch:
-        batch = self._decoded(packed)
-        return replace(batch, drawn=draw(batch))
-
-    def _copied(
-        self, packed: Iterable[Packed | None], draw: Callable[[Batch], Drawn]
-    ) -> Iterator[tuple[Batch, torch.cuda.Event] | None]:
-        """Make batches on a stream of their own, each with the event of when it is there."""
-        for one in packed:
-            yield None if one is None else self._copy(one, draw)
-
-    def _copy(
-        self, packed: Packed, draw: Callable[[Batch], Drawn]
-    ) -> tuple[Batch, torch.cuda.Event]:
-        """Make a batch; where memory is short, once the one before has gone."""
-        for _ in range(PATIENCE if self._in_parts else 0):
-            with suppress(torch.OutOfMemoryError):
-                return self._copy_now(packed, draw)
-            time.sleep(PAUSE_SECONDS)
-        return self._copy_now(packed, draw)
-
-    def _copy_now(
-        self, packed: Packed, draw: Callable[[Batch], Drawn]
-    ) -> tuple[Batch, torch.cuda.Event]:
-        # Not across a yield: another thread may close it.
-        with recording, torch.cuda.stream(_stream(self._device)):
-            batch, copied = self._made(packed, draw), torch.cuda.Event()
-            copied.record()
-        return batch, copied
-
-    def _arrived(self, made: tuple[Batch, torch.cuda.Event] | None) -> Batch | None:
-        if made is None:
-            return None
-        batch, copied = made
-        here = torch.cuda.current_stream(self._device)
-        here.wait_event(copied)
-        by_memory = {tensor.untyped_storage().data_ptr(): tensor for tensor in batch.tensors()}
-        for tensor in by_memory.values():
-            tensor.record_stream(here)
-        return batch
-
-    def _decoded(self, packed: Packed) -> Batch:
-        """Copy a batch, or a part of one, to the device and decode its embeddings there."""
-        moved = partial(torch.Tensor.to, device=self._device, non_blocking=True)
-        ids_BT, positions_BT, segments_BT = moved(packed.rows_3BT)
-        predict_N, targets_N = moved(packed.predict_2N)
-        full = packed.tokens == segments_BT.numel()
-        padding_BT1 = None if full else (segments_BT < 0)[..., None]
-        x_BTH = {}
-        for tap, arrays in packed.arrays.items():
-            stored = {name: moved(integers) for name, integers in arrays.items()}
-            x = self._split.codecs[tap].decode(stored, packed.rows_3BT[0].numpy())
-            x_BTH[tap] = x if padding_BT1 is None else x.masked_fill_(padding_BT1, 0)
-        return Batch(
-            x_BTH,
-            ids_BT,
-            positions_BT,
-            segments_BT,
-            predict_N,
-            targets_N,
-            packed.documents_N,
-            packed.places_N2,
-            packed.sequences,
-            packed.tokens,
-            packed.packed,
-            None if packed.cu_seqlens_M is None else moved(packed.cu_seqlens_M),
-            packed.whole,
-            packed.last,
-            top_ids_NK=None if packed.top_ids_NK is None else moved(packed.top_ids_NK),
-        )
-
-
-def room_to_keep(loaders: int) -> int:
-    """Return the bytes of blocks that each of so many loaders of a run may keep.
-
-    Together they keep `KEPT_BYTES`, and no more than an eighth of the memory that is free.
+    All together keep `KEPT_BYTES`, or an eighth of the free memory if that is less.
     """
     return min(KEPT_BYTES, free_memory(torch.device("cpu")) // 8) // loaders
 
 
-def _nothing(batch: Batch) -> Drawn:
-    return ()
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the stream that batches for a device are made on: libraries keep memory for each."""
-    return torch.cuda.Stream(device)
+def _unchanged(batch: Batch) -> Batch:
+    return batch
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[Executor]:
-    """Have threads that end with the block; what they have not begun by then is left undone."""
+    """Provide threads until the block ends; work that no thread has begun by then is cancelled."""
     pool = ThreadPoolExecutor(count)
     try:
         yield pool

@@ -1,13 +1,13 @@
-"""Sequences packed into the rows of a batch, on the host.
+"""Packs sequences into the rows of a batch, on the host.
 
-Axes: B rows, T time, H hidden, N wanted positions, M starts of sequences, S sequences, L tokens
-that are no padding.
+Axes: B rows, T time, H hidden, N predicted positions, M boundaries of sequences, S sequences, J top
+ids.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -22,61 +22,70 @@ from embedcache.units import rounded_up
 
 Array = np.ndarray[Any, Any]
 
-COLUMNS = 64
-"""Of how many positions rows have a multiple, so that few shapes are about: products of each new
-one are planned anew."""
-STARTS = 64
-"""Of how many sequence starts a batch of one row has a multiple, so that few shapes are about; or,
-of less, a power of two: attention's gradient takes memory of 128 positions for each of them."""
+ROW_MULTIPLE = 64
+"""Rows are padded to a multiple of this, so that few shapes occur: the first product of each shape
+is slow."""
+CU_SEQLENS_MULTIPLE = 64
+"""The cu_seqlens of a batch of one row are padded to a multiple of this, or below it to a power of
+two, so that few shapes occur. Not more: the backward pass of attention allocates memory for 128
+positions for each entry."""
 
 
-class Cut(NamedTuple):
-    """Sequences of a batch, or of a part of one: (block, place in the block); see `Batch`."""
+class BatchPart(NamedTuple):
+    """The sequences of a batch or of a part of one, each as (block, index in the block).
+
+    ``total`` and ``last_part`` are those of `embedcache.data.batch.Batch`.
+    """
 
     items: list[tuple[StoredBlock, int]]
-    whole: Counts
-    last: bool
+    total: Counts
+    last_part: bool
 
 
-def cut_batch(items: list[tuple[StoredBlock, int]], most: int) -> Iterator[Cut]:
-    """Cut a batch into parts of at most ``most`` tokens, of whole sequences; a longer one alone."""
-    rows = [block.rows_S2[place].tolist() for block, place in items]
+def split_batch(items: list[tuple[StoredBlock, int]], max_tokens: int) -> Iterator[BatchPart]:
+    """Split a batch into parts of whole sequences; see `group_by_tokens`."""
+    spans = [block.rows_S2[index].tolist() for block, index in items]
     targets = sum(
         int(np.count_nonzero(block.loss_mask_N[first + 1 : stop]))
-        for (block, _), (first, stop) in zip(items, rows, strict=True)
+        for (block, _), (first, stop) in zip(items, spans, strict=True)
     )
-    lengths = [stop - first for first, stop in rows]
-    whole, parts = Counts(sum(lengths), targets), cut_parts(lengths, most)
+    lengths = [stop - first for first, stop in spans]
+    total, parts = Counts(sum(lengths), targets), group_by_tokens(lengths, max_tokens)
     for part in parts:
-        yield Cut([items[index] for index in part], whole, part is parts[-1])
+        yield BatchPart([items[index] for index in part], total, part is parts[-1])
 
 
-def cut_parts(lengths: list[int], most: int, *, ahead: int = 0) -> list[list[int]]:
-    """Cut sequences into runs of at most ``most`` tokens; a longer one is alone.
+def group_by_tokens(lengths: list[int], max_tokens: int, *, look_ahead: int = 0) -> list[list[int]]:
+    """Group sequences into groups of at most ``max_tokens`` tokens; return indices.
 
-    In order; but a run passes over up to ``ahead`` sequences that do not fit, for such behind them
-    that do. Of no sequences, there is one run without any.
+    Groups are filled in order. A group skips up to ``look_ahead`` sequences that do not fit, in
+    favour of later ones that do. A sequence longer than ``max_tokens`` is a group of its own. There
+    is at least one group, which is empty if there are no sequences.
 
-    >>> cut_parts([5, 3, 2, 4], 8), cut_parts([3, 9, 2, 1], 5), cut_parts([3, 9, 2, 1], 5, ahead=1)
-    ([[0, 1], [2, 3]], [[0], [1], [2, 3]], [[0, 2], [1], [3]])
+    >>> group_by_tokens([5, 3, 2, 4], 8), group_by_tokens([3, 9, 2, 1], 5)
+    ([[0, 1], [2, 3]], [[0], [1], [2, 3]])
+    >>> group_by_tokens([3, 9, 2, 1], 5, look_ahead=1)
+    [[0, 2], [1], [3]]
     """
-    waiting, parts = deque(range(len(lengths))), list[list[int]]()
-    while waiting or not parts:
-        room, taken, passed = most, list[int](), list[int]()
-        while waiting and room > 0 and len(passed) <= ahead:
+    waiting, groups = deque(range(len(lengths))), list[list[int]]()
+    while waiting or not groups:
+        room, group, skipped = max_tokens, list[int](), list[int]()
+        while waiting and room > 0 and len(skipped) <= look_ahead:
             index = waiting.popleft()
-            if lengths[index] <= room or not (taken or passed):
-                taken.append(index)
+            if lengths[index] <= room or not (group or skipped):
+                group.append(index)
                 room -= lengths[index]
             else:
-                passed.append(index)
-        waiting.extendleft(reversed(passed))
-        parts.append(taken)
-    return parts
+                skipped.append(index)
+        waiting.extendleft(reversed(skipped))
+        groups.append(group)
+    return groups
 
 
 def pack_rows(lengths: list[int], width: int) -> list[list[int]]:
-    """Pack sequences into rows of at most ``width`` tokens (first fit, longest first).
+    """Pack sequences into rows of at most ``width`` tokens; return the indices of each row.
+
+    First fit, longest first.
 
     >>> pack_rows([5, 3, 2, 4], 5)
     [[0], [3], [1, 2]]
@@ -96,59 +105,60 @@ def pack_rows(lengths: list[int], width: int) -> list[list[int]]:
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """A batch on the host, its embeddings still integers, undefined on padding; see `Batch`.
+    """A batch on the host, its embeddings still encoded, with undefined values on padding.
 
-    What is copied to the device together is one tensor: ``rows_3BT`` are ids_BT, positions_BT and
-    segments_BT, ``predict_2N`` predict_N and targets_N. ``top_ids_NK`` are those of wanted positions.
+    ``rows_3BT`` holds ids_BT, positions_BT and segments_BT, ``predict_2N`` predict_N and targets_N:
+    each pair or triple is copied to the device as one tensor. All else is as in
+    `embedcache.data.batch.Batch`.
     """
 
     arrays: dict[str, dict[str, torch.Tensor]]
     rows_3BT: torch.Tensor
     predict_2N: torch.Tensor
-    top_ids_NK: torch.Tensor | None
+    top_ids_NJ: torch.Tensor | None
     documents_N: Array
-    places_N2: Array
+    source_N2: Array
     sequences: tuple[int, ...]
     tokens: int
     packed: bool
     cu_seqlens_M: torch.Tensor | None
-    whole: Counts
-    last: bool
+    total: Counts
+    last_part: bool
 
 
 def pack(
-    cut: Cut,
+    part: BatchPart,
     taps: tuple[str, ...],
     specs: tuple[ArraySpec, ...],
     device: torch.device,
     *,
     row_tokens: int | None = None,
 ) -> Packed:
-    """Pack sequences into rows; what goes to the device into pinned memory for CUDA.
+    """Pack sequences into rows, in pinned memory if ``device`` is CUDA.
 
-    With ``row_tokens`` into one row of that length, or of theirs if they are longer.
+    Args:
+        part: the sequences.
+        taps: taps whose embeddings are packed.
+        specs: the arrays that store a tap.
+        device: where the batch will be copied.
+        row_tokens: pack all sequences into one row of this length, or of their total length if
+            that is larger. By default the rows are as long as the longest sequence needs.
     """
-    items = cut.items
-    spans = [block.rows_S2[place].tolist() for block, place in items]
+    items = part.items
+    spans = [block.rows_S2[index].tolist() for block, index in items]
     lengths = [stop - first for first, stop in spans]
-    made = partial(torch.empty, pin_memory=device.type == "cuda")
+    new = partial(torch.empty, pin_memory=device.type == "cuda")
     cu_seqlens_M = None
     if row_tokens is None:
-        T = rounded_up(max(lengths), COLUMNS)
+        T = rounded_up(max(lengths), ROW_MULTIPLE)
         rows = pack_rows(lengths, T)
     else:
-        rows, T = [list(range(len(items)))], max(row_tokens, sum(lengths))
-        # The padding in pieces: attention over spans takes time for what the longest might hold.
-        padding = range(sum(lengths) + max(lengths), T, max(lengths))
-        begin = [*np.cumsum([0, *lengths]).tolist(), *padding]
-        few = 1 << len(begin).bit_length()
-        size = rounded_up(len(begin) + 1, min(few, STARTS))
-        cu_seqlens_M = made(size, dtype=torch.int32).fill_(T)
-        cu_seqlens_M.numpy()[: len(begin)] = begin
+        T = max(row_tokens, sum(lengths))
+        rows, cu_seqlens_M = [list(range(len(items)))], _cu_seqlens(lengths, T, new)
     B = len(rows)
     arrays = {
         tap: {
-            spec.group: made(
+            spec.group: new(
                 (B, T, *items[0][0].arrays[tap][spec.group].shape[1:]),
                 dtype=getattr(torch, spec.dtype),
             )
@@ -159,7 +169,7 @@ def pack(
     views = [
         (tap, group, a.flatten(0, 1).numpy()) for tap in taps for group, a in arrays[tap].items()
     ]
-    at, ids, masks, tops = [], [], [], []
+    starts, ids, masks, top_ids = [], [], [], []
     for b, row in enumerate(rows):
         start = b * T
         for index in row:
@@ -169,41 +179,57 @@ def pack(
             ids.append(block.ids_N[first:stop])
             masks.append(block.loss_mask_N[first:stop])
             if block.top_ids_NJ is not None:
-                tops.append(block.top_ids_NJ[first:stop])
-            at.append(start)
+                top_ids.append(block.top_ids_NJ[first:stop])
+            starts.append(start)
             start += stop - first
     order_S = np.concatenate(rows)
     length_S = np.array(lengths)[order_S]
-    segment_L, ids_L = np.repeat(order_S, length_S), np.concatenate(ids)
-    position_L = np.arange(len(ids_L)) - np.repeat(np.cumsum(length_S) - length_S, length_S)
-    flat_L = np.repeat(at, length_S) + position_L
-    rows_3BT = made((3, B, T), dtype=torch.int64)
-    for values, values_L, unused in zip(
-        rows_3BT.flatten(1).numpy(), (ids_L, position_L, segment_L), (0, 0, -1), strict=True
+    # One value for each token, without padding.
+    segments, all_ids = np.repeat(order_S, length_S), np.concatenate(ids)
+    positions = np.arange(len(all_ids)) - np.repeat(np.cumsum(length_S) - length_S, length_S)
+    flat = np.repeat(starts, length_S) + positions
+    rows_3BT = new((3, B, T), dtype=torch.int64)
+    for row_values, values, padding in zip(
+        rows_3BT.flatten(1).numpy(), (all_ids, positions, segments), (0, 0, -1), strict=True
     ):
-        values.fill(unused)
-        values[flat_L] = values_L
-    target_N = np.flatnonzero(np.concatenate(masks) & (position_L > 0))
-    predict_2N = made((2, len(target_N)), dtype=torch.int64)
-    predict_2N.numpy()[:] = flat_L[target_N] - 1, ids_L[target_N]
-    top_ids_NK = None
-    if tops:
-        top_ids_NK = made((len(target_N), tops[0].shape[1]), dtype=torch.int32)
-        top_ids_NK.numpy()[:] = np.concatenate(tops)[target_N - 1]
-    segment_N, place_N = segment_L[target_N], position_L[target_N] - 1
-    document_S = np.array([block.document_S[place] for block, place in items])
-    sequence_S = np.array([block.sequence_S[place] for block, place in items])
+        row_values.fill(padding)
+        row_values[flat] = values
+    target_N = np.flatnonzero(np.concatenate(masks) & (positions > 0))
+    predict_2N = new((2, len(target_N)), dtype=torch.int64)
+    predict_2N.numpy()[:] = flat[target_N] - 1, all_ids[target_N]
+    top_ids_NJ = None
+    if top_ids:
+        top_ids_NJ = new((len(target_N), top_ids[0].shape[1]), dtype=torch.int32)
+        top_ids_NJ.numpy()[:] = np.concatenate(top_ids)[target_N - 1]
+    segment_N = segments[target_N]
+    document_S = np.array([block.document_S[index] for block, index in items])
+    sequence_S = np.array([block.sequence_S[index] for block, index in items])
     return Packed(
-        arrays,
-        rows_3BT,
-        predict_2N,
-        top_ids_NK,
-        document_S[segment_N],
-        np.stack([sequence_S[segment_N], place_N], axis=1),
-        tuple(sequence_S.tolist()),
-        len(ids_L),
-        any(len(row) > 1 for row in rows),
-        cu_seqlens_M,
-        cut.whole,
-        cut.last,
+        arrays=arrays,
+        rows_3BT=rows_3BT,
+        predict_2N=predict_2N,
+        top_ids_NJ=top_ids_NJ,
+        documents_N=document_S[segment_N],
+        source_N2=np.stack([sequence_S[segment_N], positions[target_N] - 1], axis=1),
+        sequences=tuple(sequence_S.tolist()),
+        tokens=len(all_ids),
+        packed=any(len(row) > 1 for row in rows),
+        cu_seqlens_M=cu_seqlens_M,
+        total=part.total,
+        last_part=part.last_part,
     )
+
+
+def _cu_seqlens(lengths: list[int], T: int, new: Callable[..., torch.Tensor]) -> torch.Tensor:
+    """Return cu_seqlens_M of one row of T tokens; see `embedcache.data.batch.Batch`.
+
+    Padding is cut into pieces: attention over variable lengths takes the time that sequences as
+    long as the longest one would.
+    """
+    used, longest = sum(lengths), max(lengths)
+    starts = [*np.cumsum([0, *lengths]).tolist(), *range(used + longest, T, longest)]
+    power_of_two = 1 << len(starts).bit_length()
+    size = rounded_up(len(starts) + 1, min(power_of_two, CU_SEQLENS_MULTIPLE))
+    cu_seqlens_M = new(size, dtype=torch.int32).fill_(T)
+    cu_seqlens_M.numpy()[: len(starts)] = starts
+    return cu_seqlens_M

@@ -1,4 +1,4 @@
-"""Running an iterator ahead: on a thread, or by the caller, of what is only begun."""
+"""Iterators that run ahead of their consumer."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ Item = TypeVar("Item")
 
 
 def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item]:
-    """Yield the items in order, at most ``depth`` of them there or being made ahead of the last.
+    """Yield the items in order, made on a thread, at most ``depth`` ahead of the last one yielded.
 
-    What was yielded is not kept here. An error is raised in its item's place. Closing the generator
-    early stops the thread after the item that it is at.
+    A yielded item is not kept here. An error is raised in the place of its item. Closing the
+    generator stops the thread after the item that it is making.
 
     >>> list(prefetch(range(4)))
     [0, 1, 2, 3]
@@ -28,7 +28,7 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item]:
         try:
             for item in items:
                 ready.put([item])
-                del item  # whoever takes it has it alone
+                del item  # the consumer alone holds it
                 room.acquire()
                 if closed.is_set():
                     return
@@ -54,9 +54,10 @@ def prefetch(items: Iterable[Item], depth: int = 2) -> Generator[Item]:
 
 
 def look_ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
-    """Yield the items in order, each after ``depth`` more are there; an error is in its place.
+    """Yield the items in order, each once ``depth`` further items were taken from the source.
 
-    For items that are only begun when they are made, such as futures.
+    Meant for items such as futures, whose work begins when they are made. An error is raised in the
+    place of its item.
 
     >>> made = []
     >>> next(look_ahead((made.append(number) or number for number in range(9)), 2)), made
@@ -70,7 +71,7 @@ def look_ahead(items: Iterable[Item], depth: int) -> Iterator[Item]:
             if len(waiting) > depth:
                 yield waiting.popleft()
     except Exception as error:  # noqa: BLE001
-        failure = error  # raised behind what was there before it
+        failure = error  # raised after the items before it
     yield from waiting
     if failure is not None:
         raise failure

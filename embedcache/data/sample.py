@@ -1,4 +1,7 @@
-"""A sample of a split's embeddings, to calibrate on."""
+"""A sample of a split's embeddings.
+
+Axes: N tokens, H hidden, S sequences.
+"""
 
 from __future__ import annotations
 
@@ -9,21 +12,24 @@ import torch
 from embedcache.cache.split_reader import SplitReader
 from embedcache.errors import NumericsError
 
-SAMPLED = 4
-"""Blocks that are read."""
+BLOCKS = 4
+"""Number of blocks that are read."""
 
 
 def sample_embeddings(split: SplitReader, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
-    """Return the embeddings of up to four blocks spread over the split, by tap.
+    """Return x_NH by tap: the embeddings of up to `BLOCKS` blocks, spread evenly over the split.
 
-    Blocks that nothing can be read of are passed over.
+    A block without readable sequences is replaced by the next block that has some.
+
+    Raises:
+        NumericsError: if there is no readable sequence or a value is not finite.
     """
+    edges = pairwise(split.manifest.blocks * i // BLOCKS for i in range(BLOCKS + 1))
     numbers = [
-        found
-        for first, stop in pairwise(
-            split.manifest.blocks * i // SAMPLED for i in range(SAMPLED + 1)
-        )
-        if (found := next((b for b in range(first, stop) if len(split.sequences(b)[0])), -1)) >= 0
+        readable
+        for first, stop in edges
+        if (readable := next((b for b in range(first, stop) if len(split.sequences(b)[0])), -1))
+        >= 0
     ]
     blocks = [split.block(number, taps) for number in numbers or [0]]
     sample = {
@@ -36,8 +42,8 @@ def sample_embeddings(split: SplitReader, taps: tuple[str, ...]) -> dict[str, to
     for tap, x_NH in sample.items():
         if not len(x_NH) or not x_NH.isfinite().all():
             raise NumericsError(
-                f"the sampled train embeddings of tap {tap} hold values that are not finite, or no "
-                "readable sequence: this cache cannot be trained on. Extract it again, with "
-                "--dtype float32 if the base overflows."
+                f"expected finite embeddings of tap {tap} in the {split.name} split, found values "
+                "that are not finite, or no readable sequence: nothing can be trained on this "
+                "cache. Extract it again, with `dtype=` float32 if the base overflows."
             )
     return sample

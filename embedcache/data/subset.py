@@ -1,7 +1,4 @@
-"""Some of a split's documents, chosen by name, and where they lie.
-
-Axes: E pairs of a block and a document in it.
-"""
+"""Selects documents of a split by name, and finds the blocks that hold them."""
 
 from __future__ import annotations
 
@@ -21,7 +18,13 @@ Array = np.ndarray[Any, Any]
 
 @dataclass(frozen=True, slots=True)
 class Subset:
-    """Documents by number, the blocks that hold any of them, both ascending, and their tokens."""
+    """Some documents of a split.
+
+    Attributes:
+        documents: numbers of the documents, ascending.
+        blocks: numbers of the blocks that hold any of them, ascending.
+        tokens: number of their tokens.
+    """
 
     documents: Array
     blocks: Array
@@ -29,40 +32,45 @@ class Subset:
 
 
 class Documents:
-    """Which documents lie in which blocks of a split, from its tables alone."""
+    """An index of the documents in each block of a split, from the split's tables alone."""
 
     def __init__(self, split: SplitReader):
         self._split = split
-        block_E, document_E, tokens_E = [], [], []
-        for block in range(split.manifest.blocks):
-            _, rows_S2, document_S = split.sequences(block)
+        # One entry for each pair of a block and a document in it.
+        block, document, tokens = [], [], []
+        for number in range(split.manifest.blocks):
+            _, rows_S2, document_S = split.sequences(number)
             found, inverse = np.unique(document_S, return_inverse=True)
-            tokens = np.bincount(inverse, rows_S2[:, 1] - rows_S2[:, 0], minlength=len(found))
-            block_E.append(np.full(len(found), block))
-            document_E.append(found)
-            tokens_E.append(tokens)
-        self._block_E, self._document_E = np.concatenate(block_E), np.concatenate(document_E)
-        self._tokens_E = np.concatenate(tokens_E).astype(np.int64)
+            lengths_S = rows_S2[:, 1] - rows_S2[:, 0]
+            block.append(np.full(len(found), number))
+            document.append(found)
+            tokens.append(np.bincount(inverse, lengths_S, minlength=len(found)))
+        self._block, self._document = np.concatenate(block), np.concatenate(document)
+        self._tokens = np.concatenate(tokens).astype(np.int64)
 
     def matching(self, patterns: Sequence[str]) -> Subset:
-        """Return the documents whose name matches any pattern, as a shell matches names.
-
-        They may be none; a split need not hold every subset.
-        """
+        """Return the documents whose name matches any shell pattern; there may be none."""
         match = re.compile("|".join(translate(pattern) for pattern in patterns)).match
         names = self._split.documents
-        chosen = np.array([i for i, name in enumerate(names) if match(name)], np.int64)
-        here_E = np.isin(self._document_E, chosen)
-        return Subset(chosen, np.unique(self._block_E[here_E]), int(self._tokens_E[here_E].sum()))
+        documents = np.array([i for i, name in enumerate(names) if match(name)], np.int64)
+        selected = np.isin(self._document, documents)
+        return Subset(
+            documents, np.unique(self._block[selected]), int(self._tokens[selected].sum())
+        )
 
     def require(self, patterns: Sequence[str]) -> Subset:
-        """Return the documents that match; raise ``UsageError`` where no token is theirs."""
-        found = self.matching(patterns)
-        if not found.tokens:
+        """Return the documents whose name matches any shell pattern.
+
+        Raises:
+            UsageError: if the matching documents hold no token of this split.
+        """
+        subset = self.matching(patterns)
+        if not subset.tokens:
             names = self._split.documents
             raise UsageError(
-                f"no document of the {self._split.name} split matches {', '.join(patterns)}."
-                f"{nearest(patterns[0], names)} It holds {len(names):,}, such as '{names[0]}'. "
-                "Patterns are a shell's: 'alice/*'."
+                f"expected a pattern that matches documents of the {self._split.name} split, found "
+                f"{', '.join(patterns)}.{nearest(patterns[0], names)} The split holds "
+                f"{len(names):,} documents, such as '{names[0]}'. Patterns are those of a shell, "
+                "for example 'alice/*'."
             )
-        return found
+        return subset

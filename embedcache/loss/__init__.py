@@ -1,36 +1,46 @@
-"""Cross-entropy through a frozen head, for training carry-ons and for evaluating them.
+"""Linear cross-entropy: the loss of embeddings through a frozen head, without all the logits.
 
-The gradient of an embedding is its softmax-weighted mean of the head's rows, less its label's row:
-attention over the head. So it is computed as attention is, tile by tile with a running
-log-sum-exp, in the forward pass, from one buffer of logits that is reused: nothing is recomputed
-(4·N·V·H FLOPs), the head takes no gradient and all logits never exist.
+Before, N × V logits exist, once for the loss and once more for their gradient::
 
-`exact` runs over the whole vocabulary, `shortlist` over the tokens that matter to a batch; both
-call `frozen`, which walks the `tiles` of a head (on the device, or streamed from host memory) in
-`chunks` of rows, and adds each to the `running` softmax by `absorb` (PyTorch) or `kernels`
-(Triton).
+    logits_NV = x_NH @ head.weight_VH.T
+    loss_N = torch.nn.functional.cross_entropy(logits_NV, targets_N, reduction="none")
+
+After, a few megabytes of logits exist at a time, and the head takes no gradient::
+
+    from embedcache.loss import linear_cross_entropy
+
+    loss_N = linear_cross_entropy(x_NH, head, targets_N)
+
+The gradient of an embedding is the mean of the head's rows, weighted by the softmax, minus the
+label's row: attention over the head. It is computed as in FlashAttention, tile by tile with an
+online softmax, and in the forward pass, so that no product is computed twice (4·N·V·H FLOPs).
+
+`linear_cross_entropy` walks over the `tiles` of the head, on the device or streamed from host
+memory, in `chunks` of positions, and adds each to the `online_softmax`, in PyTorch or by the
+kernels in `triton`. On a CPU a softmax of a single tile is computed by `one_tile`. `shortlist`
+holds the estimate over the labels and a sampled tail.
 """
 
 from embedcache.loss.chunks import Chunks, plan_chunks, split_rows
-from embedcache.loss.exact import linear_cross_entropy
+from embedcache.loss.linear_cross_entropy import linear_cross_entropy
+from embedcache.loss.shortlist.sampler import ShortlistSampler
 from embedcache.loss.shortlist.shortlist import (
     Shortlist,
-    ShortlistSampler,
-    cut_shortlists,
     shortlist_cross_entropy,
-    tail_proposal,
+    slice_shortlists,
 )
-from embedcache.loss.vocab_subset import VocabSubset
+from embedcache.loss.shortlist.tail_proposal import tail_proposal
+from embedcache.loss.tiles import VocabSubset
 
 __all__ = [
     "Chunks",
     "Shortlist",
     "ShortlistSampler",
     "VocabSubset",
-    "cut_shortlists",
     "linear_cross_entropy",
     "plan_chunks",
     "shortlist_cross_entropy",
+    "slice_shortlists",
     "split_rows",
     "tail_proposal",
 ]

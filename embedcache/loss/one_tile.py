@@ -1,6 +1,6 @@
-"""The softmax of a tile that is all of it, on a CPU: a few passes over what its caches hold.
+"""A softmax of a single tile, on a CPU: a few passes over what its caches hold.
 
-Axes: R positions, C columns of the tile, B positions of a block, H hidden.
+Axes: N positions, n positions of a chunk or block, C columns, H hidden.
 """
 
 from __future__ import annotations
@@ -10,59 +10,77 @@ import math
 import torch
 from torch import Tensor
 
-from embedcache.loss.vocab_subset import VocabSubset
+from embedcache.loss.chunks import Chunks
+from embedcache.loss.tiles import VocabSubset
 
 BLOCK_BYTES = 2 << 20
 """Bytes of a block's logits in float32."""
-LEAST = 1e-30
-"""A label's probability below which its logarithm is computed otherwise: it has few digits left."""
+LEAST_PROBABILITY = 1e-30
+"""A label's probability below which its logarithm is computed from logits: fewer digits are left
+in the probability."""
 
 
-def whole(
-    x_RH: Tensor,
-    columns: VocabSubset,
-    targets_R: Tensor,
+def one_tile_cross_entropy(
+    x_NH: Tensor,
+    subset: VocabSubset,
+    targets_N: Tensor,
+    chunks: Chunks,
     *,
-    out: Tensor,
-    scale: float,
     needs_gradient: bool,
-) -> Tensor:
-    """Return the loss of each position, [R], and put its slopes into ``out``, [R, C].
+) -> tuple[Tensor, Tensor | None]:
+    """Return loss_N, and its gradient_NH if needed, for chunks that hold all columns.
 
-    Slopes are d(loss) / d(product of embedding and head row): their product with the head's rows is
-    the gradient. Without ``needs_gradient`` what is in ``out`` is lost.
+    The arguments are those of `embedcache.loss.linear_cross_entropy`; there is no soft-cap.
     """
-    torch.mm(x_RH, columns.weight_CH.T, out=out)
-    wide = torch.promote_types(out.dtype, torch.float32)
-    rows = max(1, BLOCK_BYTES // (wide.itemsize * out.shape[1]))
-    place_R1 = targets_R.clamp(0, out.shape[1] - 1)[:, None]
+    buffer = x_NH.new_empty(min(len(x_NH), chunks.rows), len(subset))
+    gradient_NH = torch.empty_like(x_NH) if needs_gradient else None
+    loss_N = x_NH.new_empty(len(x_NH), dtype=torch.promote_types(x_NH.dtype, torch.float32))
+    for chunk in chunks.of_rows(len(x_NH)):
+        dlogits_nC = buffer[: chunk.stop - chunk.start]
+        torch.mm(x_NH[chunk], subset.weight_CH.T, out=dlogits_nC)
+        loss_N[chunk] = _softmax(dlogits_nC, subset, targets_N[chunk], needs_gradient)
+        if gradient_NH is not None:
+            torch.mm(dlogits_nC, subset.weight_CH, out=gradient_NH[chunk])
+    return loss_N, gradient_NH
+
+
+def _softmax(
+    product_NC: Tensor, subset: VocabSubset, targets_N: Tensor, needs_gradient: bool
+) -> Tensor:
+    """Return the loss of each position; replace products by dlogits if ``needs_gradient``.
+
+    Here dlogits are the derivatives of the loss by the products.
+    """
+    dtype = torch.promote_types(product_NC.dtype, torch.float32)
+    block = max(1, BLOCK_BYTES // (dtype.itemsize * product_NC.shape[1]))
+    label_N1 = targets_N.clamp(0, product_NC.shape[1] - 1)[:, None]
     losses = []
-    for logits_BC, place_B1 in zip(out.split(rows), place_R1.split(rows), strict=True):
-        chance_BC = _logits(logits_BC.to(wide, copy=True), columns, scale)
-        torch.softmax(chance_BC, dim=1, out=chance_BC)
-        log_B1 = chance_BC.gather(1, place_B1).log_()
-        if log_B1.min() < math.log(LEAST):
-            few_B = log_B1[:, 0] < math.log(LEAST)
-            few_BC = _logits(logits_BC[few_B].to(wide), columns, scale)
-            label_B1 = few_BC.gather(1, place_B1[few_B])
-            log_B1[few_B] = label_B1 - few_BC.logsumexp(dim=1, keepdim=True)
-        losses.append(log_B1[:, 0])
+    for product_nC, label_n1 in zip(product_NC.split(block), label_N1.split(block), strict=True):
+        probability_nC = _logits(product_nC.to(dtype, copy=True), subset)
+        torch.softmax(probability_nC, dim=1, out=probability_nC)
+        log_n1 = probability_nC.gather(1, label_n1).log_()
+        if log_n1.min() < math.log(LEAST_PROBABILITY):
+            small_n = log_n1[:, 0] < math.log(LEAST_PROBABILITY)
+            logits_nC = _logits(product_nC[small_n].to(dtype), subset)
+            logit_n1 = logits_nC.gather(1, label_n1[small_n])
+            log_n1[small_n] = logit_n1 - logits_nC.logsumexp(dim=1, keepdim=True)
+        losses.append(log_n1[:, 0])
         if needs_gradient:
-            # p - 1 has all its digits so, also where the model is right.
-            chance_BC.scatter_(1, place_B1, log_B1.expm1())
-            if scale != 1.0:
-                chance_BC.mul_(scale)
-            logits_BC.copy_(chance_BC)
-    loss_R = torch.cat(losses).neg_()
-    return loss_R.masked_fill_(targets_R != place_R1[:, 0], torch.nan)
+            # expm1 keeps all digits of p - 1, also where the model is right.
+            probability_nC.scatter_(1, label_n1, log_n1.expm1())
+            if subset.scale != 1.0:
+                probability_nC.mul_(subset.scale)
+            product_nC.copy_(probability_nC)
+    loss_N = torch.cat(losses).neg_()
+    return loss_N.masked_fill_(targets_N != label_N1[:, 0], torch.nan)
 
 
-def _logits(product_BC: Tensor, columns: VocabSubset, scale: float) -> Tensor:
-    """Make logits of products with the head's rows, in place."""
-    if columns.bias_C is not None:
-        product_BC.add_(columns.bias_C)
-    if scale != 1.0:
-        product_BC.mul_(scale)
-    if columns.log_weight_C is not None:
-        product_BC.add_(columns.log_weight_C)
-    return product_BC
+def _logits(product_nC: Tensor, subset: VocabSubset) -> Tensor:
+    """Turn products of embeddings with the head's rows into logits, in place."""
+    if subset.bias_C is not None:
+        product_nC.add_(subset.bias_C)
+    if subset.scale != 1.0:
+        product_nC.mul_(subset.scale)
+    if subset.log_weight_C is not None:
+        product_nC.add_(subset.log_weight_C)
+    return product_nC

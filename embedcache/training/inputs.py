@@ -16,7 +16,7 @@ from embedcache.data.subset import Documents, Subset
 from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.evaluation.scores import EVAL_TOKENS
 from embedcache.loss import ShortlistSampler, tail_proposal
-from embedcache.loss.shortlist.shortlist import DRAWS, DRAWS_BESIDE_TOP_IDS
+from embedcache.loss.shortlist.sampler import DRAWS, DRAWS_BESIDE_TOP_IDS
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import Ranks
 from embedcache.training.step.settings import Recipe

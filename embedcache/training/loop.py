@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embedcache.carryon.protocol import CarryOn, stack_of
-from embedcache.data.batch import Batch, Counts
+from embedcache.data.batch import Counts
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
 from embedcache.store.files import translate_write_errors
@@ -21,6 +21,7 @@ from embedcache.training.scoring import DevLoss
 from embedcache.training.step.batch_stream import Feed
 from embedcache.training.step.cuda_graph import Captured, recordable
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 from embedcache.training.step.timestamps import Mark
 
 
@@ -114,7 +115,7 @@ class Loop:
 
     def _step(self) -> None:
         """Begin a step, and take note of the one before while the device works on it."""
-        here = [batch.whole for batch in self._batches()]
+        here = [inputs.batch.total for inputs in self._due()]
         due = any(member.save_due for _, member in self._rows())
         everywhere, due = self._ranks.agree(here, due)
         values = self._take(everywhere)
@@ -182,8 +183,8 @@ class Loop:
             feed.let_go()
         return differentiate()
 
-    def _batches(self) -> list[Batch]:
-        return [feed.batch for feed in self._feeds if feed.batch is not None]
+    def _due(self) -> list[StepInputs]:
+        return [feed.due for feed in self._feeds if feed.due is not None]
 
     def _work(self, everywhere: Sequence[Counts]) -> list[Work]:
         """Return what each member does with the batch, or the part, that is due."""
@@ -191,11 +192,11 @@ class Loop:
         unread = {} if taken is None else dict(zip(taken.members, taken.counts, strict=True))
         return [
             Work(
-                batch=batch,
+                inputs=inputs,
                 targets=counts.targets,
                 rate=member.rate(counts.tokens + (unread[member].tokens if unread else 0)),
             )
-            for feed, batch, counts in zip(self._feeds, self._batches(), everywhere, strict=True)
+            for feed, inputs, counts in zip(self._feeds, self._due(), everywhere, strict=True)
             for member in feed.members
         ]
 

@@ -58,7 +58,7 @@ def dev_losses(
             exact_K[k] += loss_N.double().sum().cpu()
         if shortlist is not None:
             generator = shortlist.generator(step)
-            listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NK)
+            listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NJ)
             loss_KN = shortlist_cross_entropy(
                 y_KNH, listed, inputs.head, logit_bytes=recipe.logit_bytes
             )

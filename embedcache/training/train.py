@@ -14,7 +14,7 @@ from embedcache.carryon.registry import build
 from embedcache.carryon.saving import CONFIG_FILE, read_record
 from embedcache.device import resolve_device
 from embedcache.errors import EmbedcacheError
-from embedcache.loss.shortlist.shortlist import DRAWS
+from embedcache.loss.shortlist.sampler import DRAWS
 from embedcache.progress import SILENT, Progress
 from embedcache.store.files import LOCK, translate_write_errors, writer_lock
 from embedcache.training.budget.allocator import spare_reserves

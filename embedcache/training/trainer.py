@@ -12,7 +12,7 @@ import torch
 from embedcache.cache.cache import Cache
 from embedcache.carryon.protocol import CarryOn
 from embedcache.carryon.registry import build
-from embedcache.data.loader import room_to_keep
+from embedcache.data.loader import kept_bytes_per_loader
 from embedcache.device import current, free_memory
 from embedcache.errors import DeviceMemoryError
 from embedcache.progress import Progress
@@ -118,7 +118,7 @@ class Trainer:
         with ExitStack() as reading:
             feeds = []
             groups = [[member for member, _ in of] for _, of in groupby(begun, key=self._place)]
-            room = room_to_keep(len(groups) * self._ranks.count)
+            room = kept_bytes_per_loader(len(groups) * self._ranks.count)
             for members in groups:
                 feeds.append(self._feed(members, recipe, room))
                 reading.callback(feeds[-1].close)

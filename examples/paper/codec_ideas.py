@@ -1,12 +1,12 @@
-"""What else was tried for the ``transform`` codec, each idea against the codec as it is.
+"""Alternatives to the ``transform`` codec, each compared with the codec as it is.
 
-Every idea is calibrated on the same sample to the same coded bits a value. Carry-ons are trained on
-train embeddings that went through it and back, a batch at a time, from one lossless cache, and are
-scored on the lossless test split: so an idea needs neither a format nor a second cache.
+Every idea is calibrated on the same sample to the same bits a value. Carry-ons are trained from one
+lossless cache whose train embeddings are encoded and decoded by the idea, batch by batch, and
+scored on the lossless test split. An idea therefore needs neither a file format nor a second cache.
 
     python examples/paper/codec_ideas.py CACHE --out runs/ideas --bits 1.0
 
-Axes: N rows, or B and T of a batch; H hidden; C what an embedding is predicted from.
+Axes: N rows, or B and T of a batch; H hidden; C features that predict an embedding.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import STATELESS
 from embedcache.cache.codecs.transform import unit_rows
 from embedcache.carryon.branch.config import BranchConfig
-from embedcache.data.frozen import FrozenInputs, evaluate
+from embedcache.data.frozen import FrozenInputs
 from embedcache.device import resolve_device
+from embedcache.evaluation.evaluate import evaluate
 from embedcache.extraction import calibrate
 from embedcache.extraction.calibrate import Sample, coded_bits
 from embedcache.loss import linear_cross_entropy
@@ -44,19 +45,19 @@ PLACES = 16
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Idea:
-    """How embeddings become integers, and values again. The defaults are the codec as it is.
+    """A way to quantise embeddings and to read them back. The defaults are the codec as it is.
 
     Attributes:
-        known: what an embedding is predicted from: "token", "token before", "state before". The
-            state before is taken exactly: a decoder would know it with its error, one token after
-            the other, so that idea is an upper bound.
-        metric: of the error: "fisher", the head's "gram", or "plain".
-        isotropic: share of plain error in it.
-        dead: how far from the middle between two integers rounding goes to the smaller one.
-        rebuilt: where in its step a value is put back: "middle", "centroid" (the mean of such
-            values), "spread" (scaled to the component's variance), "noise" (zeros drawn from what
-            becomes zero), "drawn" (the others, too, anywhere in their step).
-        noise: share of that noise's deviation.
+        known: the features that predict an embedding: "token", "token before", "state before". The
+            state before is used without error. A decoder has it only with error, so this idea is
+            an upper bound.
+        metric: the metric of the error: "fisher", "gram" (of the head), or "plain".
+        isotropic: the weight of the plain error in the metric.
+        dead: the shift of the rounding threshold towards the larger magnitude, in steps.
+        rebuilt: the value that a decoder gives within a step: "middle", "centroid" (the mean of the
+            values in that step), "spread" (scaled to the component's variance), "noise" (random for
+            zeros), or "drawn" (random for all).
+        noise: the standard deviation of the noise, relative to the values that round to zero.
     """
 
     known: tuple[str, ...] = ("token",)
@@ -89,7 +90,7 @@ IDEAS = {
 
 
 class Tried:
-    """An idea that was fitted on a sample: values there and back."""
+    """An idea fitted on a sample."""
 
     def __init__(self, idea: Idea, sample: Sample, embedding_VH: torch.Tensor, head: Head):
         self._idea, self._embedding_VH = idea, embedding_VH
@@ -120,7 +121,7 @@ class Tried:
             return calibrate._metric(sample, head)
 
     def _context(self, x_NH: torch.Tensor, ids_N: Array) -> torch.Tensor:
-        """Return what is known beforehand of each row, along the last axis but one."""
+        """Return the features [..., C] that predict each row."""
         e_NH = unit_rows(self._embedding_VH[torch.from_numpy(ids_N).to(x_NH.device)])
         e_NH = (
             e_NH
@@ -136,17 +137,17 @@ class Tried:
         return torch.cat(parts, dim=-1)
 
     def coefficients(self, x_NH: torch.Tensor, ids_N: Array) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return y, and what was predicted."""
+        """Return the coefficients and the predicted embeddings."""
         predicted_NH = self._mean_H + self._context(x_NH, ids_N) @ self._predictor_CH
         return (x_NH.float() - predicted_NH) @ self._forward_HH, predicted_NH
 
     def rounded(self, y_NH: torch.Tensor) -> torch.Tensor:
-        """Return y in whole steps, as numbers."""
+        """Return the coefficients rounded to whole steps."""
         scaled_NH = y_NH / self.step
         return scaled_NH.sign() * (scaled_NH.abs() + 0.5 - self._idea.dead).floor()
 
     def calibrated(self, fit: Sample, held: Sample, bits: float) -> float:
-        """Find the step that takes so many bits a value; return those it takes."""
+        """Find the step that takes ``bits`` bits a value; return the bits that it takes."""
         y_NH, _ = self.coefficients(held.x_NH, held.ids_N)
         low, high = -10.0, 10.0
         for _ in range(14):
@@ -157,7 +158,7 @@ class Tried:
         return coded_bits(self.rounded(y_NH), 1.0)
 
     def _learn(self, y_NH: torch.Tensor) -> None:
-        """Take note of how values lie in their steps."""
+        """Measure how coefficients are distributed within their steps."""
         q_NH = self.rounded(y_NH)
         size_NH = (y_NH / self.step).abs() - q_NH.abs()
         self._shift_2H = torch.stack(
@@ -175,7 +176,7 @@ class Tried:
         self._noise_H = (square_NH.sum(0) / zero_NH.sum(0).clamp_min(1)).sqrt()
 
     def there_and_back(self, x_NH: torch.Tensor, ids_N: Array) -> torch.Tensor:
-        """Return embeddings as a trainer would read them."""
+        """Return the embeddings after encoding and decoding."""
         y_NH, predicted_NH = self.coefficients(x_NH, ids_N)
         q_NH = self.rounded(y_NH)
         if self._idea.rebuilt == "centroid":
@@ -193,7 +194,7 @@ class Tried:
 
 
 class Decoder:
-    """Reads a lossless block or batch as if it had been stored by an idea."""
+    """A codec that reads lossless embeddings as if an idea had stored them."""
 
     def __init__(self, change: Callable[[torch.Tensor, Array], torch.Tensor]):
         self._change = change
@@ -205,7 +206,7 @@ class Decoder:
 
 @contextmanager
 def read_through(change: Callable[[torch.Tensor, Array], torch.Tensor]) -> Iterator[None]:
-    """Let train be read as if it had been stored by an idea."""
+    """Read the train split as if an idea had stored it."""
     opened = reader.open_codecs
 
     def codecs(cache: Path, split: str, settings: Any) -> Any:
@@ -216,7 +217,7 @@ def read_through(change: Callable[[torch.Tensor, Array], torch.Tensor]) -> Itera
 
 
 def sampled(cache: Cache, device: torch.device) -> Sample:
-    """Return rows of places all over train."""
+    """Return rows from ``PLACES`` blocks of train."""
     split = cache.split("train")
     rows = []
     for number in np.unique(np.linspace(0, split.manifest.blocks - 1, PLACES).astype(int)).tolist():
@@ -230,7 +231,7 @@ def sampled(cache: Cache, device: torch.device) -> Sample:
 
 
 def base_rise(tried: Tried, held: Sample, head: Head) -> float:
-    """Return by how much the base's cross-entropy rises, read from decoded rows, in per cent."""
+    """Return the rise of the base's cross-entropy on decoded rows, in per cent."""
     some = held.rows(held.targets_N >= 0)
     targets_N = torch.from_numpy(some.targets_N).to(some.x_NH.device)
     decoded_NH = tried.there_and_back(held.x_NH, held.ids_N)
@@ -242,7 +243,7 @@ def base_rise(tried: Tried, held: Sample, head: Head) -> float:
 
 
 def trained(cache: Path, out: Path, config: TrainConfig, seeds: int) -> list[float]:
-    """Train with each seed, stacked; return the losses on test."""
+    """Train with each seed; return the losses on test."""
     runs = {out / str(s): replace(config, seed=s, order_seed=0) for s in range(seeds)}
     for result in sweep(cache, runs=runs):
         if result.failure is not None:
@@ -252,7 +253,7 @@ def trained(cache: Path, out: Path, config: TrainConfig, seeds: int) -> list[flo
 
 
 def main() -> None:
-    """Try every idea; ``results.json`` grows row by row."""
+    """Measure every idea; append each row to ``results.json``."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("cache", type=Path, help="a lossless cache (bf16)")
     parser.add_argument("--out", type=Path, required=True)

@@ -1,8 +1,8 @@
-"""What the codec costs: carry-ons trained on coded embeddings against the same on exact ones.
+"""Cost of the codec: carry-ons trained on coded embeddings against carry-ons trained on exact ones.
 
-Each corpus is extracted losslessly and by each lossy codec; on each cache the same carry-on (r=256)
-is trained with several seeds, and scored on the lossless test split. Differences are paired by
-seed; bits count all files of the train embeddings (indexes, checksums, scales, the calibration).
+Each corpus is extracted losslessly and with each lossy codec. The same carry-on (r=256) is trained
+on each cache with several seeds and scored on the lossless test split. Differences are paired by
+seed. Bits count all files of the train embeddings: indexes, checksums, scales, and the calibration.
 
     python examples/paper/codec_quality.py --out runs/codec \\
         --stdlib FOLDER --split-file split.json --gsm8k-train train.jsonl --gsm8k-test test.jsonl
@@ -29,7 +29,7 @@ CODECS = {
     "transform, 1.47 bits": ["--codec", "transform", "--bits", "1.47"],
     "transform, 0.98 bits": ["--codec", "transform", "--bits", "0.98"],
 }
-"""Budgets a little under 3, 1.5 and 1 bits: the calibration itself is counted, too."""
+"""Rates slightly below 3, 1.5 and 1 bits, because the calibration is counted, too."""
 
 TRAIN = [
     "--width",
@@ -48,7 +48,7 @@ T_95 = {1: 12.706, 2: 4.303, 3: 3.182, 4: 2.776, 5: 2.571, 6: 2.447, 7: 2.365, 8
 
 
 def bits_a_value(cache: Path) -> float:
-    """Return the bits on disk a value of the train embeddings, all their files counted."""
+    """Return the bits a value of all files of the train embeddings."""
     size = sum(
         path.stat().st_size
         for part in ("train/embeddings", "train/scale", "codec")
@@ -60,7 +60,7 @@ def bits_a_value(cache: Path) -> float:
 
 
 def scores(cache: Path, lossless: Path, out: Path, seeds: range, lr: str) -> list[float]:
-    """Train on a cache with each seed, stacked; return the losses on the lossless one's test."""
+    """Train on a cache with each seed; return the losses on the test split of ``lossless``."""
     out.mkdir(parents=True, exist_ok=True)
     sweep = out / "seeds.toml"
     sweep.write_text(f"[grid]\nseed = {list(seeds)}\n")
@@ -71,7 +71,7 @@ def scores(cache: Path, lossless: Path, out: Path, seeds: range, lr: str) -> lis
 
 
 def rise(coded: list[float], exact: list[float]) -> dict[str, Any]:
-    """Return the mean paired rise in per cent, and its 95 % interval over seeds."""
+    """Return the mean paired rise in per cent and its 95 % interval over seeds."""
     rises = [100 * (a / b - 1) for a, b in zip(coded, exact, strict=True)]
     mean = statistics.fmean(rises)
     row: dict[str, Any] = {"rise_percent": round(mean, 3), "seeds": len(rises)}
@@ -82,7 +82,7 @@ def rise(coded: list[float], exact: list[float]) -> dict[str, Any]:
 
 
 def measure(name: str, source: str, flags: list[str], lr: str, options: argparse.Namespace) -> None:
-    """Run one corpus through every codec; ``results.json`` grows row by row."""
+    """Measure every codec on one corpus; append each row to ``results.json``."""
     out: Path = options.out
     results = out / "results.json"
     rows = json.loads(results.read_text()) if results.is_file() else []
@@ -107,7 +107,7 @@ def measure(name: str, source: str, flags: list[str], lr: str, options: argparse
 
 
 def main() -> None:
-    """Run both corpora."""
+    """Measure both corpora."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="builtin:smollm2-135m")

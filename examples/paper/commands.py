@@ -1,4 +1,4 @@
-"""What the scripts of this folder share: the product's commands, run in this process."""
+"""The commands of ``embedcache`` as functions, for the scripts of this folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from embedcache_cli.app import app
 
 
 def embedcache(*arguments: str) -> dict[str, Any]:
-    """Run one command with ``--json`` and return what it printed.
+    """Run one command with ``--json`` in this process and return its output.
 
-    In this process: a process each would load torch and start CUDA twenty times.
+    A process for each command would load torch and start CUDA twenty times.
     """
     done = CliRunner().invoke(app, [*arguments, "--json"], catch_exceptions=False)
     if done.exit_code:
@@ -25,7 +25,7 @@ def embedcache(*arguments: str) -> dict[str, Any]:
 
 
 def extract(source: str, cache: Path, *, base: str, flags: list[str]) -> dict[str, Any]:
-    """Extract one corpus; a cache that is complete already is left as it is."""
+    """Extract one corpus. A complete cache is left unchanged."""
     summary = embedcache("extract", source, "--base", base, "--out", str(cache), *flags)
     summary.pop("corpus")
     print(json.dumps(summary), flush=True)
@@ -33,14 +33,15 @@ def extract(source: str, cache: Path, *, base: str, flags: list[str]) -> dict[st
 
 
 def gsm8k_files(train: Path, test: Path, out: Path) -> tuple[str, list[str]]:
-    """Write the first 7,000 training problems to train on, the rest for dev.
+    """Write the first 7,000 training problems as train and the rest as dev.
 
-    Returns the corpus and the flags of ``embedcache extract``: one problem a sequence, the loss on
-    its answer only.
+    Returns the corpus and the flags of ``embedcache extract``. Each problem is one sequence, with
+    the loss on its answer only. The space belongs to the answer: a prompt that ends in a space is
+    tokenised in a way that no text has.
     """
     with train.open(encoding="utf-8") as file:
         (out / "train.jsonl").write_text("".join(itertools.islice(file, 7000)), "utf-8")
         (out / "dev.jsonl").write_text("".join(file), "utf-8")
     flags = ["--dev", str(out / "dev.jsonl"), "--test", str(test)]
-    flags += ["--prompt", "Question: {question}\\nAnswer: ", "--completion", "{answer}"]
+    flags += ["--prompt", "Question: {question}\\nAnswer:", "--completion", " {answer}"]
     return str(out / "train.jsonl"), flags

@@ -1,10 +1,10 @@
-"""What stored embeddings cost by format: bits a value against the base's own cross-entropy.
+"""Storage formats: bits a value against the rise of the base's cross-entropy.
 
-A lossless cache's test embeddings go through each format and back; the base's frozen head then
-reads them, over every target. Formats: bfloat16 as stored here, and as it is; float8 (e4m3, a scale
-a token); int8 (a scale a token) as stored here, and as it is; int4 (a scale for each 32 values);
-and ``transform``, calibrated on the cache's train split, at several budgets. Bits are those of the
-test rows, scales included, the transform itself apart (0.01 bits a value over 1.8 M tokens).
+The test embeddings of a lossless cache are stored in each format and read back. The base's frozen
+head then predicts every target from them. The formats are bfloat16, float8 (e4m3, one scale a
+token), int8 (one scale a token), int4 (one scale for 32 values), the project's own codings of
+bfloat16 and int8, and ``transform`` at several rates, calibrated on the cache's train split. Bits
+include scales and exclude the transform's matrices (0.01 bits a value over 1.8 M tokens).
 
     python examples/paper/rate_quality.py CACHE [--out examples/paper/results]
 """
@@ -38,11 +38,11 @@ GROUP = 32
 
 Row = dict[str, Any]
 Format = Callable[[Sample], tuple[Tensor, float]]
-"""Gives embeddings read back, and the bits a value that they took."""
+"""Maps a sample to its embeddings as read back and the bits a value."""
 
 
 def read(cache: Cache, split: str, rows: int) -> Sample:
-    """Return about so many rows of a split's blocks, spread over it."""
+    """Return about ``rows`` rows, spread evenly over a split."""
     reader = cache.split(split)
     parts: list[tuple[Tensor, Any, Any]] = []
     for number in range(reader.manifest.blocks):
@@ -61,32 +61,32 @@ def read(cache: Cache, split: str, rows: int) -> Sample:
 
 
 def scaled(x_NH: Tensor, dtype_max: float) -> tuple[Tensor, Tensor]:
-    """Return rows scaled to a format's range, and their scales."""
+    """Return the rows scaled to a format's range, and the scales."""
     scale_N1 = x_NH.float().abs().amax(dim=-1, keepdim=True).clamp_min(1e-12) / dtype_max
     return x_NH.float() / scale_N1, scale_N1
 
 
 def float8(test: Sample) -> tuple[Tensor, float]:
-    """E4m3 with a 16-bit scale a token."""
+    """Store as e4m3 with a 16-bit scale a token."""
     values, scale = scaled(test.x_NH, torch.finfo(torch.float8_e4m3fn).max)
     return values.to(torch.float8_e4m3fn).float() * scale, 8 + 16 / test.x_NH.shape[1]
 
 
 def int8(test: Sample) -> tuple[Tensor, float]:
-    """Symmetric int8 with a 16-bit scale a token, not entropy-coded."""
+    """Store as symmetric int8 with a 16-bit scale a token, without entropy coding."""
     values, scale = scaled(test.x_NH, 127)
     return values.round() * scale, 8 + 16 / test.x_NH.shape[1]
 
 
 def int4(test: Sample) -> tuple[Tensor, float]:
-    """Symmetric int4 with a 16-bit scale for each group."""
+    """Store as symmetric int4 with a 16-bit scale for each group of values."""
     grouped = test.x_NH.unflatten(-1, (-1, GROUP))
     values, scale = scaled(grouped, 7)
     return (values.round() * scale).flatten(-2), 4 + 16 / GROUP
 
 
 def stored(codec: Codec, name: str) -> Format:
-    """A codec of this project, coded as its shards are."""
+    """Return a codec of this project, with the coding of its shards, as a format."""
 
     def through(test: Sample) -> tuple[Tensor, float]:
         integers = codec.encode(test.x_NH, test.ids_N)
@@ -100,7 +100,7 @@ def stored(codec: Codec, name: str) -> Format:
 
 
 def formats(cache: Cache, head: Head, rows: int) -> Iterator[tuple[str, Format]]:
-    """Yield each format by name."""
+    """Yield the name and the function of each format."""
     yield "bf16, as it is", lambda test: (test.x_NH, 16.0)
     yield "bf16, here", stored(STATELESS["bf16"], "bf16")
     yield "float8", float8
@@ -116,7 +116,7 @@ def formats(cache: Cache, head: Head, rows: int) -> Iterator[tuple[str, Format]]
 
 
 def base_loss(x_NH: Tensor, test: Sample, head: Head) -> float:
-    """Return the base's mean cross-entropy over the rows that have a target."""
+    """Return the base's mean cross-entropy over the rows with a target."""
     wanted = torch.from_numpy(np.flatnonzero(test.targets_N >= 0)).to(x_NH.device)
     targets_N = torch.from_numpy(test.targets_N).to(x_NH.device)[wanted]
     return float(
@@ -125,7 +125,7 @@ def base_loss(x_NH: Tensor, test: Sample, head: Head) -> float:
 
 
 def picture(rows: list[Row]) -> Figure:
-    """Draw rise against rate; what is lossless stands at the foot."""
+    """Plot the rise against the rate; lossless formats are drawn at the bottom."""
     figure = Figure(figsize=(7, 4.2), dpi=150, layout="constrained")
     axes = figure.subplots()
     foot = 3e-4

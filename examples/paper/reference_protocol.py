@@ -1,12 +1,10 @@
-"""Reproduce the reference protocol through the product's own commands, on one GPU.
+"""The reference protocol: held-out cross-entropy of base and carry-ons on two corpora, on one GPU.
 
-Two corpora, held-out cross-entropy of base and carry-ons:
+- The Python standard library is split by file and cut into windows of at most 1,024 tokens.
+- GSM8K has one problem a sequence and the loss on the answer only. The first 7,000 training
+  problems are train, the rest are dev, and the test file is test.
 
-- the Python standard library, split by file, windows of at most 1,024 tokens;
-- GSM8K, one problem a sequence, loss on the answer only; the first 7,000 training problems train,
-  the rest are dev, the test file is test.
-
-Dev picks the learning rate (of two) and the epoch; test is only reported. Run with:
+Dev chooses the learning rate (of two) and the epoch. Test is only reported.
 
     python examples/paper/reference_protocol.py --out runs/reference \\
         --stdlib FOLDER --split-file split.json --gsm8k-train train.jsonl --gsm8k-test test.jsonl
@@ -34,7 +32,7 @@ TRAIN = ["--epochs", "4", "--batch-tokens", "16384", "--patience", "4"]
 
 
 def train(cache: Path, folder: Path, flags: list[str]) -> dict[str, Any]:
-    """Train at each rate; return the summary of the run that is best on dev, with its rate."""
+    """Train at each learning rate; return the summary of the run with the best dev loss."""
     runs = []
     for rate in RATES:
         out = f"{folder}-lr={rate}"
@@ -44,7 +42,7 @@ def train(cache: Path, folder: Path, flags: list[str]) -> dict[str, Any]:
 
 
 def evaluate_variants(name: str, cache: Path, out: Path, report: dict[str, Any]) -> None:
-    """Train every variant on a cache, score it on test, and write each row as it comes."""
+    """Train every variant on a cache and score it on test; append each row to ``results.json``."""
     for label, flags in VARIANTS.items():
         started = time.perf_counter()
         folder = out / f"{name}-{label.replace(', ', '-').replace(' ', '_')}"
@@ -73,7 +71,7 @@ def evaluate_variants(name: str, cache: Path, out: Path, report: dict[str, Any])
 
 
 def main() -> None:
-    """Run both corpora; ``results.json`` grows row by row."""
+    """Measure both corpora."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--base", default="builtin:smollm2-135m")

@@ -1,9 +1,9 @@
-"""What calibrating the ``transform`` codec takes, at the shapes of real bases.
+"""Time and memory of calibrating the ``transform`` codec, at the shapes of real bases.
 
-Random rows, head and token embedding of the real shape: neither time nor memory depends on values.
-The peer is the forward pass over the very same rows, which a run needs anyhow, by its
-floating-point operations (two for each parameter and token) at this device's own rate of a large
-product, in the dtype that it extracts in. Memory is the allocator's on a GPU, else the process's.
+Rows, head and token embedding are random: neither time nor memory depends on their values. The peer
+is the base's forward pass over the same rows. Its time is computed from two floating-point
+operations for each parameter and token, at this device's measured rate for a large matrix product
+in the dtype of extraction. Memory is the allocator's on a GPU, and the process's on a CPU.
 
     python tests/benchmarks/bench_calibrate.py [--shapes SmolLM2 32B]
 """
@@ -39,13 +39,13 @@ def sync() -> None:
 
 
 def resident(what: str) -> int:
-    """Return the bytes of this process that are in memory (``VmRSS``), or were at most."""
+    """Return this process's resident bytes: now (``VmRSS``) or at their peak (``VmHWM``)."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return 1024 * int(next(line for line in lines if line.startswith(what)).split()[1])
 
 
 def product_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Return FLOP/s of a large matrix product."""
+    """Return the FLOP/s of a large matrix product."""
     size = 8192 if device.type == "cuda" else 2048
     a = torch.randn(size, size, device=device, dtype=dtype)
     for _ in range(2):
@@ -93,7 +93,7 @@ def main() -> None:
         seconds = time.perf_counter() - started
         forward = 2 * parameters * N / rate
         command = f"python tests/benchmarks/bench_calibrate.py --shapes {name}"
-        peer = "the forward over its rows, at the rate of a large product"
+        peer = "forward pass over the same rows, at the rate of a large product"
         rows.append(
             row(
                 f"calibrating transform, {name}",
@@ -107,7 +107,7 @@ def main() -> None:
         peak = torch.cuda.max_memory_allocated() if cuda else resident("VmHWM")
         rows.append(
             row(
-                f"its peak memory above base and sample, {name}",
+                f"calibrating transform, {name}: peak memory above base and sample",
                 (peak - held) / 1e9,
                 "GB",
                 peer="the sample in float32",

@@ -1,9 +1,9 @@
-"""Training spread over the GPUs of one machine, against one of them.
+"""Training on all GPUs of one machine, against one GPU.
 
-One script, one cache: a carry-on of r=256, with a step's tokens shared out, and with as many on
-each GPU; one of r=1,728 (74 M parameters); and a sweep of 128 of r=64, dealt out. Every run is the
-product's own, under ``torchrun`` in processes of its own, and the second one of its kind there, so
-that kernels are compiled; speeds have the optimiser in them and no evaluation.
+Four cases share a cache: a carry-on of r=256 with the same tokens a step in total; the same with
+as many tokens a step on each GPU; a carry-on of r=1,728 (74 M parameters); and a sweep of 128
+carry-ons of r=64. Each case runs under ``torchrun``. The second run is measured, so that kernels
+are compiled. Speeds include the optimiser and exclude evaluation.
 
     python tests/benchmarks/bench_devices_gpu.py [--tokens 2000000] [--gpus 2]
 """
@@ -58,9 +58,9 @@ if is_leader():
 
 
 def rate(gpus: int, cache: Path, settings: dict[str, Any], swept: int) -> float:
-    """Return the tokens a second of carry-ons on so many GPUs, of a second run of their kind.
+    """Return the tokens a second of training on ``gpus`` GPUs.
 
-    Those of a sweep are dealt out; stacks on one GPU take turns.
+    ``swept`` is the number of carry-ons of a sweep, or 0. Stacks on one GPU run one after another.
     """
     command = [
         *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
@@ -97,7 +97,7 @@ def main() -> None:
     one = settings | {"epochs": options.epochs, "carryon": {"width": 256, "gate": False}}
     large = settings | {"epochs": 4, "lr": 5e-4, "carryon": {"width": 1728}}
     cases: dict[str, tuple[dict[str, Any], dict[str, Any], int]] = {
-        # on one GPU, on all, and how many are swept
+        # settings on one GPU, settings on all GPUs, number of carry-ons of a sweep
         "one carry-on, r=256, 16,384 tokens a step": (one, one, 0),
         "the same, 16,384 tokens a step and GPU": (one, one | {"batch_tokens": 16_384 * gpus}, 0),
         "one carry-on, r=1,728, 16,384 tokens a step": (large, large, 0),
@@ -106,7 +106,7 @@ def main() -> None:
     rows = []
     for name, (alone, shared, swept) in cases.items():
         peer, found = rate(1, cache, alone, swept), rate(gpus, cache, shared, swept)
-        what = {"peer": "one of them", "peer_value": peer, "command": command.strip()}
+        what = {"peer": "one GPU", "peer_value": peer, "command": command.strip()}
         rows.append(row(f"{name}, {gpus} GPUs", found, "tokens/s", **what))
         record("devices_gpu", rows, options.results)
 

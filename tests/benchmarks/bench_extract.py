@@ -1,12 +1,12 @@
-"""Extraction against the bare transformers forward over the same batches.
+"""Extraction against the bare forward pass of transformers over the same batches.
 
-Both run over the same blocks of real text in many short rounds, who begins changing by turns, so
-that slow moments of the machine fall on both alike; the rates are of all rounds together. Ours is
-everything a run does but loading the base: forward, gathering, encoding, checksums, fsync, commit,
-and the self-check, which recomputes two sequences alone once in 64 blocks: 3 % of 24,000 tokens,
-less of more. The peer is ``model.get_decoder()(input_ids)`` on the same padded batches, no logits.
+Both run over the same blocks of real text in several rounds. They take turns at going first, so
+that a slow moment of the machine affects both. The rates are those of all rounds together.
+Extraction includes everything except loading the base: forward pass, encoding, checksums, fsync,
+commit, and the self-check. The peer is ``model.get_decoder()(input_ids)`` on the same padded
+batches, without logits.
 
-    python tests/benchmarks/bench_extract.py [--tokens 24000] [--rounds 12]
+    python tests/benchmarks/bench_extract.py [--tokens 100000] [--rounds 3]
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from record import record, row
 
 
 def bare_forward(base: Base, tokens: SplitTokens, blocks: range, batch_tokens: int) -> float:
-    """Return seconds of the plain forward over the blocks' batches."""
+    """Return the seconds of the bare forward pass over the batches of some blocks."""
     decoder = decoder_of(base.model)
     started = time.perf_counter()
     with torch.no_grad():
@@ -70,7 +70,7 @@ def main() -> None:
         test_fraction=0.0,
     )
     dtype = str(fast_dtype(resolve_device("auto"))).removeprefix("torch.")
-    base = load_base(options.base, dtype=dtype)  # that of extraction
+    base = load_base(options.base, dtype=dtype)  # as extraction does
     with tempfile.TemporaryDirectory() as folder:
 
         def ours(name: str) -> float:
@@ -104,7 +104,7 @@ def main() -> None:
         "extraction, SmolLM2-135M, final tap, bf16",
         rates[0],
         "tokens/s",
-        peer="bare transformers forward, same batches",
+        peer="bare forward pass of transformers, same batches",
         peer_value=rates[1],
         command=command.strip(),
     )

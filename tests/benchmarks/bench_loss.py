@@ -1,9 +1,10 @@
-"""Cross-entropy through a frozen head, forward and backward, against whatever else computes it.
+"""Cross-entropy through a frozen head, forward and backward, against other implementations.
 
-Every peer has the same bfloat16 inputs (float32 on a CPU), a head that takes no gradient, a mean
-over positions, and its own defaults. On a GPU memory is the peak above inputs, and a gradient's
-error is of 64 positions against float64. Cut-cross-entropy and Liger are measured where they can be
-imported, torch's own where this version has it.
+Each implementation gets the same bfloat16 inputs (float32 on a CPU), a head without gradient, a
+mean over positions, and its own defaults. Memory, on a GPU, is the peak above the inputs. The
+error of the gradient is measured on 64 positions against float64. Cut-cross-entropy and Liger are
+measured if they are installed, ``torch.nn.functional.linear_cross_entropy`` if this version of
+torch has it.
 
     python tests/benchmarks/bench_loss.py [--budget-mib 512 1024]
 """
@@ -35,11 +36,11 @@ SHAPES = {
     "cpu": {"SmolLM2, 1,024 positions": (1024, 49_152, 576)},
 }
 CHECKED = 64
-"""Positions whose gradient is compared with float64's."""
+"""Number of positions whose gradient is compared with float64."""
 
 
 class Measured(NamedTuple):
-    """Of one forward and backward: milliseconds, GB above inputs, share of the gradient's norm."""
+    """One forward and backward pass: time, memory above inputs, relative error of the gradient."""
 
     milliseconds: float
     gigabytes: float
@@ -51,7 +52,7 @@ def ours(x: Tensor, weight: Tensor, targets: Tensor, *, impl: str, chunks: Chunk
 
 
 def products_alone(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Compute nothing but the two matrix products, in chunks of rows like ours: the floor."""
+    """Compute only the two matrix products, in the same chunks: the lower bound of the time."""
     rows = plan_chunks(len(x), len(weight), x.dtype, x.device).of_rows(len(x))
     with torch.no_grad():
         gradient = torch.cat([(x[chunk] @ weight.T) @ weight for chunk in rows])
@@ -63,7 +64,7 @@ def naive(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def peers(device: str) -> dict[str, Loss]:
-    """Return what can be imported here."""
+    """Return the implementations that are installed."""
     found: dict[str, Loss] = {"naive torch": naive}
     if device == "cuda":
         found["torch.compile of naive"] = torch.compile(naive)
@@ -81,7 +82,7 @@ def peers(device: str) -> dict[str, Loss]:
 
 
 def module(name: str) -> Any:
-    """Import a peer, or say why not."""
+    """Import a module, or print why that failed and return None."""
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -92,7 +93,7 @@ def module(name: str) -> Any:
 def measure(
     loss: Loss, x: Tensor, weight: Tensor, targets: Tensor, expected: Tensor, seconds: float
 ) -> Measured:
-    """Run a loss over and over for about ``seconds`` after two rounds; return the median."""
+    """Run a loss for about ``seconds`` after two warm-up rounds; return the median."""
     cuda = x.device.type == "cuda"
 
     def once() -> float:
@@ -128,7 +129,7 @@ def reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
 
 
 def evaluation(x: Tensor, weight: Tensor, targets: Tensor, command: str) -> dict[str, Any]:
-    """Measure the loss alone, as evaluation needs it, against its product alone."""
+    """Measure the loss without gradient, as in evaluation, against its matrix product alone."""
     rows = plan_chunks(len(x), len(weight), x.dtype, x.device).rows
     logits = x.new_empty(rows, len(weight))
     rates = []
@@ -147,7 +148,7 @@ def evaluation(x: Tensor, weight: Tensor, targets: Tensor, command: str) -> dict
                 taken.append(time.perf_counter() - started)
             rates.append(min(taken))
     return row(
-        "loss alone, SmolLM2",
+        "loss without gradient, SmolLM2",
         len(x) / rates[0],
         "tokens/s",
         peer="the product alone",
@@ -159,8 +160,10 @@ def evaluation(x: Tensor, weight: Tensor, targets: Tensor, command: str) -> dict
 def main() -> None:
     """Measure and record."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--budget-mib", type=int, nargs="+", help="budgets of logits; else ours")
-    parser.add_argument("--seconds", type=float, default=1.0, help="about how long each is run")
+    parser.add_argument(
+        "--budget-mib", type=int, nargs="+", help="bytes of logits, in MiB, instead of the default"
+    )
+    parser.add_argument("--seconds", type=float, default=1.0, help="time for each implementation")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     command = " ".join(["python tests/benchmarks/bench_loss.py", *sys.argv[1:]])
@@ -170,7 +173,7 @@ def main() -> None:
     for shape, (N, V, H) in SHAPES[device.type].items():
         torch.manual_seed(0)
         x = torch.randn(N, H, device=device, dtype=dtype).requires_grad_()
-        # Logits of standard deviation 3: some tokens likely, as of a language model.
+        # Logits have standard deviation 3, so that some tokens are likely, as in a language model.
         weight = torch.randn(V, H, device=device, dtype=dtype).mul_(3 * H**-0.5)
         targets = torch.randint(V, (N,), device=device)
         expected = reference(x, weight, targets)
@@ -187,7 +190,7 @@ def main() -> None:
         for name, loss in each.items():
             try:
                 measured[name] = measure(loss, x, weight, targets, expected, options.seconds)
-            except (RuntimeError, ValueError) as error:  # a peer that has no room, or refuses
+            except (RuntimeError, ValueError) as error:  # a peer may run out of memory
                 print(f"{name}: not measured: {str(error).splitlines()[0][:100]}")
             else:
                 found = measured[name]

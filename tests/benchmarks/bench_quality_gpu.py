@@ -1,9 +1,8 @@
-"""What carry-ons and LoRA gain of the same tokens, and how long each trains for it.
+"""Gain and training time of carry-ons and of LoRA on the same tokens.
 
-One script, one cache: carry-ons of two widths by the product's own training, and LoRA (PEFT, r=16,
-all linear layers, bfloat16) on the live base, in batches of as many tokens, with the same loss
-code, schedule, clipping and isolation of sequences. Each has its rate, of three, and its epoch by
-dev; both are scored on test.
+Carry-ons of two widths are trained from one cache. LoRA (PEFT, r=16, all linear layers, bfloat16)
+is trained on the live base with the same batch size, loss code, schedule, clipping and isolation of
+sequences. Dev chooses the learning rate (of three) and the epoch. Test is reported.
 
     pip install peft
     python tests/benchmarks/bench_quality_gpu.py [--tokens 2000000]
@@ -52,7 +51,7 @@ CARRY_ONS = {
 
 @dataclass(frozen=True, kw_only=True)
 class Found:
-    """The best of several runs by dev: cross-entropies in nats, and the seconds that it trained."""
+    """One run: learning rate, cross-entropies in nats, and seconds of training."""
 
     rate: float
     dev: float
@@ -61,7 +60,7 @@ class Found:
 
 
 class Lora:
-    """A base with LoRA on all of its linear layers, in training."""
+    """A base that is trained with LoRA on all linear layers."""
 
     def __init__(self, base: Base, cache: Cache):
         from peft import LoraConfig, get_peft_model
@@ -76,7 +75,7 @@ class Lora:
         self.weights = [one for one in self._model.parameters() if one.requires_grad]
 
     def batches(self, split: str, tokens: int, epoch: int) -> Iterator[Batch]:
-        """Yield the batches of a split; train's in the order of an epoch."""
+        """Yield the batches of a split; train is shuffled by the epoch."""
         loader = BatchLoader(
             self._cache.split(split),
             batch_tokens=tokens,
@@ -87,7 +86,7 @@ class Lora:
         return loader.epoch(epoch)
 
     def losses(self, batch: Batch) -> torch.Tensor:
-        """Return the loss of each target, [N]; attention crosses no sequence."""
+        """Return the loss of each target, [N]. Attention stays within a sequence."""
         hidden_BTH = self._decoder(
             input_ids=batch.ids_BT,
             position_ids=batch.positions_BT,
@@ -106,7 +105,7 @@ class Lora:
         return total / count
 
     def epoch(self, optimizer: torch.optim.Optimizer, tokens: int, epoch: int, rate: Any) -> float:
-        """Train one; ``rate`` is asked by tokens done in it. Return the seconds that took."""
+        """Train one epoch and return its seconds. ``rate`` maps tokens seen to a learning rate."""
         wait_for(self.device)
         began, done = time.perf_counter(), 0
         for batch in self.batches("train", tokens, epoch):
@@ -122,7 +121,7 @@ class Lora:
 
 
 def lora(name: str, cache: Cache, peak: float, epochs: int, tokens: int) -> Found:
-    """Train LoRA at a peak rate; the epoch that dev likes best counts."""
+    """Train LoRA at a peak learning rate; return the epoch with the best dev loss."""
     peer = Lora(load_base(name, dtype="bfloat16"), cache)
     optimizer = torch.optim.AdamW(peer.weights, lr=peak, betas=(0.9, 0.99), weight_decay=0.01)
     epoch_tokens = cache.split("train").manifest.tokens
@@ -141,7 +140,7 @@ def lora(name: str, cache: Cache, peak: float, epochs: int, tokens: int) -> Foun
 
 
 def carryon(shape: BranchConfig, path: Path, peak: float, epochs: int, tokens: int) -> Found:
-    """Train a carry-on at a peak rate."""
+    """Train a carry-on at a peak learning rate."""
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
         out = Path(folder) / "c"
         config = TrainConfig(carryon=shape, lr=peak, epochs=epochs, batch_tokens=tokens)

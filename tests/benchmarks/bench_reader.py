@@ -1,8 +1,8 @@
-"""Reading blocks back, against zarr-python and tensorstore reading the very same files.
+"""Reading blocks, against zarr-python and tensorstore on the same files.
 
-Real embeddings, stored by each codec, read from the page cache: decoded bytes a second on one core
-and on two (the process is pinned to them, peers too). For ``transform`` the entropy decoder is
-measured alone, and the product that makes embeddings of coefficients beside it.
+Real embeddings are stored by each codec and read from the page cache. The rates are decoded bytes a
+second on one core and on two; the process is pinned to these cores. For ``transform`` the entropy
+decoder is measured alone, and the matrix products of its inverse are measured apart.
 
     python tests/benchmarks/bench_reader.py [--blocks 4]
 """
@@ -41,7 +41,7 @@ TAP = "final"
 
 
 def store(folder: Path, name: str, codec: Codec, x_NH: torch.Tensor, ids_N: Array, R: int) -> Path:
-    """Write one codec's arrays of all rows in blocks of R; return the folder."""
+    """Write all rows with one codec, in blocks of R rows; return the folder."""
     blocks, hidden = len(x_NH) // R, x_NH.shape[1]
     group = zarr.create_group(folder / name, zarr_format=3)
     specs = ARRAYS[name]
@@ -57,7 +57,7 @@ def store(folder: Path, name: str, codec: Codec, x_NH: torch.Tensor, ids_N: Arra
 
 
 def read_ours(folder: Path, name: str, block: int, hidden: int, R: int) -> None:
-    """Read every array of a block as the reader does."""
+    """Read every array of a block as the library does."""
     for spec in ARRAYS[name]:
         read_shard(
             folder / shard_name(f"{spec.group}/{TAP}", block, 1 + spec.wide),
@@ -71,7 +71,7 @@ def read_ours(folder: Path, name: str, block: int, hidden: int, R: int) -> None:
 
 
 def best(work: Callable[[], object], rounds: int = 5) -> float:
-    """Return the shortest seconds of some rounds."""
+    """Return the shortest time of several rounds, in seconds."""
     seconds = []
     for _ in range(rounds):
         started = time.perf_counter()
@@ -81,7 +81,7 @@ def best(work: Callable[[], object], rounds: int = 5) -> float:
 
 
 def by_tensorstore(folder: Path, name: str) -> Callable[[], object]:
-    """Return a function that reads a codec's arrays whole."""
+    """Return a function that reads all arrays of a codec with tensorstore."""
     stores = [
         tensorstore.open(
             {
@@ -162,7 +162,7 @@ def main() -> None:
                         f"reading {name}, one core",
                         rates[0],
                         unit,
-                        peer=f"{peer}, the same files and core",
+                        peer=f"{peer}, same files and core",
                         peer_value=amount / best(work),
                         command=command.strip(),
                     )
@@ -185,7 +185,7 @@ def main() -> None:
         os.sched_setaffinity(0, cores)
         entries.append(
             row(
-                "transform: embeddings from coefficients (two products), one core",
+                "inverse of transform (two matrix products), one core",
                 R * hidden / 1e6 / seconds,
                 "M values/s",
                 peer="entropy decoding, one core",

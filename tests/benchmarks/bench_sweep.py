@@ -1,8 +1,8 @@
-"""A hundred carry-ons, each on documents of its own, in one pass over one cache.
+"""A sweep of a hundred carry-ons, each on its own documents, in one pass over one cache.
 
-Against as many processes of ``embedcache train``, and as many calls of `train` in one process: both
-peers are timed on the first few, and multiplied. The base is the builtin one, cut to two layers:
-what a carry-on costs depends on widths alone. No dev split: that of so few documents is empty.
+The peers are a hundred processes of ``embedcache train`` and a hundred calls of `train` in one
+process. Both are timed on the first few runs and multiplied. The base is cut to two layers, because
+the cost of a carry-on depends only on widths. There is no dev split.
 
     python tests/benchmarks/bench_sweep.py [--carry-ons 100] [--tokens-each 5000]
 """
@@ -35,7 +35,7 @@ LAYERS = 2
 
 
 def write_users(folder: Path, users: int, tokens_each: int) -> None:
-    """Cut the standard library's text into documents, so many for each user."""
+    """Cut the text of the standard library into ``DOCUMENTS`` documents for each user."""
     size = int(tokens_each * BYTES_PER_TOKEN / DOCUMENTS)
     text = "".join(path.read_text(errors="replace") for path, _ in library_files())
     for number in range(users * DOCUMENTS):
@@ -45,7 +45,7 @@ def write_users(folder: Path, users: int, tokens_each: int) -> None:
 
 
 def cut_base(name: str, folder: Path) -> None:
-    """Save the base with its first layers only."""
+    """Save the base with only its first ``LAYERS`` layers."""
     base = load_base(name, device="cpu", dtype="float32")
     whole: Any = base.model
     whole.config.num_hidden_layers = LAYERS
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("--carry-ons", type=int, default=100)
     parser.add_argument("--tokens-each", type=int, default=5000)
     parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--peers", type=int, default=4, help="runs of each peer that are timed")
+    parser.add_argument("--peers", type=int, default=4, help="timed runs of each peer")
     parser.add_argument("--results", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
     users: int = options.carry_ons

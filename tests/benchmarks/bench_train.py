@@ -1,10 +1,9 @@
-"""Training a carry-on from a cache, against LoRA on the live base and against the exact head.
+"""Training a carry-on from a cache, against LoRA on the live base and against the exact loss.
 
-One script, one corpus (the standard library): LoRA (PEFT, r=16, all linear layers) steps on the
-base itself with the same loss code, on a CPU in float32 and in bfloat16, of which the faster one
-counts; ours reads the cache. Both speeds have the optimiser in them, neither has evaluation;
-extraction, once for any number of carry-ons, has a row of its own, and the totals for 1 to 1,000
-carry-ons count it.
+The corpus is the standard library. The carry-on is trained from the cache. LoRA (PEFT, r=16, all
+linear layers) is trained on the base with the same loss code; on a CPU it runs in float32 and in
+bfloat16, and the faster one counts. Both speeds include the optimiser and exclude evaluation. The
+totals for 1 to 1,000 carry-ons include one extraction.
 
     pip install peft
     python tests/benchmarks/bench_train.py [--tokens 60000] [--batch-tokens 4096]
@@ -40,7 +39,7 @@ LORA_TOKENS = 1024
 CARRY_ONS = (1, 10, 100, 1000)
 TOP_IDS = 8
 RUNS = 5
-"""Trainings of each kind, of which the median counts."""
+"""Number of trainings of each kind. The median is reported."""
 
 
 def lora_tokens_per_second(
@@ -52,7 +51,7 @@ def lora_tokens_per_second(
     batch_tokens: int = LORA_TOKENS,
     compiled: bool = False,
 ) -> float:
-    """Step LoRA on the base over the cache's own train batches; the first ones are not counted."""
+    """Return the speed of LoRA on the base over the cache's train batches, after a warm-up."""
     from peft import LoraConfig, get_peft_model
 
     base = load_base(name, dtype=dtype)
@@ -77,7 +76,7 @@ def lora_tokens_per_second(
             tokens, started = 0, time.perf_counter()
         if step == warm + steps:
             break
-        # A row here is one sequence, or several, which LoRA may see as one text: speed is alike.
+        # Rows may hold several sequences. Attention crosses them here, which costs no more time.
         hidden = decoder(
             input_ids=batch.ids_BT, position_ids=batch.positions_BT, use_cache=False
         ).last_hidden_state
@@ -126,7 +125,7 @@ def main() -> None:
             extracted = extract(corpus, base=options.base, out=path, settings=settings)
             seconds[top_ids] = extracted.seconds
             print(f"extraction with {top_ids}: {extracted.tokens_per_second:,.0f} tokens/s")
-        # By turns: what others do on the machine changes from minute to minute.
+        # Kinds take turns, because the load of the machine changes from minute to minute.
         for _ in range(RUNS):
             for top_ids, loss in ((TOP_IDS, "shortlist"), (0, "exact"), (0, "shortlist")):
                 trained(top_ids, loss)
@@ -147,7 +146,7 @@ def main() -> None:
     steps = "" if options.batch_tokens is None else f", steps of {options.batch_tokens:,} tokens"
     lora = max(loras.values())
     lora_peer = {"peer": "PEFT LoRA r=16, all linear layers, on the base", "peer_value": lora}
-    exact_peer, told = "the same with the exact head", {"command": command.strip()}
+    exact_peer, told = "the same with the exact loss", {"command": command.strip()}
     rows = []
     for top_ids, one in ours.items():
         beside = (", cache with top ids" if top_ids else "") + steps
@@ -163,7 +162,7 @@ def main() -> None:
                 **told,
             ),
             row(
-                f"its dev cross-entropy after the same steps{beside}",
+                f"dev cross-entropy of one carry-on, r=64, shortlist{beside}",
                 one.best_dev,
                 "nats",
                 peer=exact_peer,
@@ -174,10 +173,10 @@ def main() -> None:
     peer = seconds[0]
     rows.append(
         row(
-            "extraction with top ids",
+            "extraction with top ids (8)",
             seconds[TOP_IDS],
             "s",
-            peer="without",
+            peer="extraction without top ids",
             peer_value=peer,
             **told,
         )
@@ -186,7 +185,9 @@ def main() -> None:
         tokens = count * options.epochs * train_tokens
         taken = {k: seconds[k] + tokens / one.tokens_per_second for k, one in ours.items()}
         best = min(taken, key=taken.__getitem__)
-        name = f"{count:,} carry-ons of {options.epochs} epochs, extraction included"
+        name = (
+            f"{count:,} carry-on{'s' * (count > 1)} of {options.epochs} epochs, extraction included"
+        )
         name += (", with top ids" if best else "") + steps
         lora_peer["peer_value"] = tokens / lora
         rows.append(row(name, taken[best], "s, by these speeds", **lora_peer, **told))

@@ -1,11 +1,11 @@
 """Training on a GPU: one carry-on, and many stacked, against LoRA on the live base.
 
-One script, one corpus: a carry-on of r=256 alone, 64 of r=64 in one pass, each with the exact loss
-and with shortlists, and LoRA (PEFT, r=16, all linear layers, bfloat16, with ``--compile-lora`` also
-by torch.compile, of which the faster one counts) on batches of as many tokens with the same loss
-code. All speeds have the optimiser in them, none has evaluation; one carry-on's are of a second run
-of its kind, so that kernels are compiled. Of those stacked, some are trained alone
-with the exact loss, too, and both are scored on test.
+One carry-on of r=256, and 64 stacked ones of r=64, are trained with the exact loss and with
+shortlists. LoRA (PEFT, r=16, all linear layers, bfloat16) is trained with the same batch size and
+loss code; with ``--compile-lora`` also with torch.compile, and the faster one counts. Speeds
+include the optimiser and exclude evaluation. The second run of each kind is measured, so that
+kernels are compiled. Some of the stacked carry-ons are also trained alone, and both are scored on
+test.
 
     pip install peft
     python tests/benchmarks/bench_train_gpu.py [--tokens 2000000]
@@ -36,7 +36,7 @@ from embedcache.training.train import sweep, train
 
 STEP = 16_384
 EPOCHS = 4
-"""Of each carry-on in the totals, and of those stacked unless the command says otherwise."""
+"""Epochs of each carry-on in the totals, and the default for stacked carry-ons."""
 WIDE, NARROW = BranchConfig(width=256, gate=False), BranchConfig(width=64)
 
 
@@ -89,14 +89,14 @@ def main() -> None:
                 compiled=compiled,
             )
         except Exception as error:  # noqa: BLE001
-            print(f"LoRA, compiled {compiled}: {error!r}"[:500], flush=True)  # not our failure
+            print(f"LoRA, compiled {compiled}: {error!r}"[:500], flush=True)  # the peer may fail
     print({f"compiled {key}": f"{rate:,.0f} tokens/s" for key, rate in loras.items()}, flush=True)
     lora = max(loras.values(), default=float("nan"))
     narrow = replace(config, carryon=NARROW, order_seed=0, epochs=options.stacked_epochs)
     configs = [replace(narrow, seed=seed) for seed in range(options.stacked)]
     few = (cache.split("train").documents[0],)
     for loss in ("shortlist", "exact"):
-        first = {  # kernels are compiled
+        first = {  # compiles the kernels
             folder / f"{loss}-{number}-first": replace(one, loss=loss, epochs=1, documents=few)
             for number, one in enumerate(configs)
         }
@@ -135,18 +135,20 @@ def main() -> None:
         for loss in ("shortlist", "exact")
     ]
     for loss, share in waits.items():
-        name = f"waits for data of the one carry-on, {loss} loss"
-        rows.append(row(name, share, "of its time", peer="its time", peer_value=1, **shared))
+        name = f"waits for data of one carry-on, r=256, {loss} loss"
+        rows.append(
+            row(name, share, "of the time", peer="time of training", peer_value=1, **shared)
+        )
     for loss, off in worst.items():
-        name = f"test cross-entropy of those stacked, {loss} loss, the farthest off"
-        alone = "each alone with the exact loss"
+        name = f"test cross-entropy of stacked carry-ons, {loss} loss, largest difference"
+        alone = "the same carry-on alone, exact loss"
         rows.append(row(name, 1 + off, "of alone", peer=alone, peer_value=1, **shared))
     tokens = cache.split("train").manifest.tokens
     for count in CARRY_ONS:
         epochs = count * EPOCHS * tokens
-        # One is trained alone, more are stacked.
+        # One carry-on is trained alone; several are stacked.
         rate = rates["shortlist"] if count == 1 else rates["stacked shortlist"]
-        what = f"{count:,} carry-ons of {EPOCHS} epochs, extraction included"
+        what = f"{count:,} carry-on{'s' * (count > 1)} of {EPOCHS} epochs, extraction included"
         total = extracted.seconds + epochs / rate
         peer["peer_value"] = epochs / lora
         rows.append(row(what, total, "s, by these speeds", **peer, **shared))
@@ -155,5 +157,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     if not torch.cuda.is_available():
-        raise SystemExit("expected a CUDA device, found none; on a CPU type: bench_train.py")
+        raise SystemExit("expected a CUDA device, found none; use bench_train.py on a CPU")
     main()

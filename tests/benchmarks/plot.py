@@ -1,4 +1,4 @@
-"""Draws what the benchmarks found: how many times as fast as its peer each thing is.
+"""Plot all speeds and times of ``results/*.json`` relative to their peers.
 
 python tests/benchmarks/plot.py
 """
@@ -16,17 +16,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from record import RESULTS
 
 FASTER_IS_MORE = {"tokens/s": True, "GB/s": True, "M values/s": True, "ms": False, "s": False}
-"""Units of speed and of time."""
+"""Whether a larger value is faster, by unit."""
 
 
 def speedup(row: dict[str, Any]) -> float | None:
-    """Return how many times as fast as its peer a row's thing is; None of another kind of row."""
+    """Return the speed relative to the peer, or None for a row that is no speed or time."""
     more = FASTER_IS_MORE.get(row["unit"].partition(",")[0])
     return None if more is None else row["ratio"] if more else 1 / row["ratio"]
 
 
 def draw(results: Path) -> Figure:
-    """Return a picture of all rows of speed or time, a colour for each benchmark."""
+    """Return a bar chart of all speeds and times, with one colour for each file of results."""
     bars = [
         (file.stem, f"{row['name']}   against   {row['peer']}", found)
         for file in sorted(results.glob("*.json"))
@@ -39,7 +39,7 @@ def draw(results: Path) -> Figure:
     for benchmark in dict.fromkeys(name for name, _, _ in bars):
         places = [place for place, (name, _, _) in enumerate(bars) if name == benchmark]
         values = [bars[place][2] for place in places]
-        # From 1 on: what is slower than its peer goes to the left.
+        # Bars start at 1: a value slower than its peer extends to the left.
         axes.barh(places, [value - 1 for value in values], left=1, label=benchmark)
         for place, value in zip(places, values, strict=True):
             side = "left" if value >= 1 else "right"

@@ -1,4 +1,4 @@
-"""What a carry-on is calibrated on must be finite."""
+"""The sample of embeddings that a carry-on is calibrated on."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embedcache.training.config import TrainConfig
 from embedcache.training.train import train
 
 
-def test_embeddings_that_are_not_finite_are_not_calibrated_on(world, tmp_path, monkeypatch):
+def test_embeddings_that_are_not_finite_are_refused(world, tmp_path, monkeypatch):
     whole = SplitReader.block
 
     def poisoned(self, number, taps=None):
@@ -29,8 +29,8 @@ def test_embeddings_that_are_not_finite_are_not_calibrated_on(world, tmp_path, m
     assert not (tmp_path / "out").exists()
 
 
-def test_blocks_of_which_nothing_can_be_read_are_passed_over(world, monkeypatch):
-    """They are the very ones that would have been drawn, and are not even opened."""
+def test_blocks_without_readable_sequences_are_replaced(world, monkeypatch):
+    """The blocks that would have been sampled are quarantined, and not opened."""
     whole, read = SplitReader.block, []
     split = world.cache().split("train")
     blocks = split.manifest.blocks
@@ -56,7 +56,7 @@ def test_blocks_of_which_nothing_can_be_read_are_passed_over(world, monkeypatch)
     )
 
 
-def test_a_split_of_which_nothing_can_be_read_is_refused(world, monkeypatch):
+def test_a_split_without_readable_sequences_is_refused(world, monkeypatch):
     monkeypatch.setattr(
         SplitReader, "sequences", lambda self, number: tuple(np.empty((0, 2), int) for _ in "abc")
     )

@@ -225,9 +225,9 @@ def test_a_batch_has_those_of_its_wanted_positions(place: Path, one_row: bool) -
     loader = BatchLoader(split, batch_tokens=300, taps=("final",), one_row=one_row, top_ids=True)
     count = 0
     for batch in loader.epoch(0):
-        expected = [stored[sequence][place] for sequence, place in batch.places_N2.tolist()]
-        assert torch.equal(batch.top_ids_NK, torch.stack(expected))
-        assert any(tensor is batch.top_ids_NK for tensor in batch.tensors())
+        expected = [stored[sequence][place] for sequence, place in batch.source_N2.tolist()]
+        assert torch.equal(batch.top_ids_NJ, torch.stack(expected))
+        assert any(tensor is batch.top_ids_NJ for tensor in batch.tensors())
         count += len(expected)
     assert count == split.manifest.targets
 

@@ -12,10 +12,10 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("N", [1, 300, 1025, 16_384])
-@pytest.mark.parametrize("V", [3, 50_257, 248_320])
-@pytest.mark.parametrize("budget", [8 * MIB, 64 * MIB, 1024 * MIB])
-@pytest.mark.parametrize("hidden", [0, 576, 5120])
+@pytest.mark.parametrize("N", [1, 1025, 16_384])
+@pytest.mark.parametrize("V", [3, 50_257])
+@pytest.mark.parametrize("budget", [8 * MIB, 1024 * MIB])
+@pytest.mark.parametrize("hidden", [0, 5120])
 def test_chunks_cover_all_within_the_budget(N, V, budget, hidden):
     plan = plan_chunks(
         N, V, torch.bfloat16, CUDA, budget=budget, streamed_hidden=min(hidden, budget >> 14)
@@ -47,8 +47,8 @@ def test_few_positions_get_wide_tiles():
     assert plan_chunks(10, 49_152, torch.float32, CPU).columns == 49_152
 
 
-def test_a_budget_that_holds_nothing_is_refused():
-    with pytest.raises(UsageError, match=r"at least 524\.3 kB; found 500\.0 kB"):
+def test_a_budget_that_is_too_small_is_refused():
+    with pytest.raises(UsageError, match=r"at least 524\.3 kB.*found 500\.0 kB"):
         plan_chunks(16_384, 49_152, torch.float32, CPU, budget=500_000)
     assert plan_chunks(16_384, 49_152, torch.float32, CPU, budget=524_288).columns == 128
 
@@ -58,7 +58,7 @@ def test_a_gpu_nearly_full_gets_a_smaller_budget():
     from embedcache.loss.chunks import FREE_SHARE, LOGIT_BYTES, default_budget
 
     device = torch.device("cuda")
-    torch.cuda.empty_cache()  # what tests before this one left counts as free
+    torch.cuda.empty_cache()  # memory that earlier tests left counts as free
     assert default_budget(device) == LOGIT_BYTES["cuda"]
     free = torch.cuda.mem_get_info()[0]
     held = torch.empty(free - LOGIT_BYTES["cuda"], dtype=torch.uint8, device=device)

@@ -12,13 +12,18 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from embedcache.base.head import Head
 from embedcache.errors import UsageError
-from embedcache.loss import Chunks, ShortlistSampler, linear_cross_entropy, tail_proposal
-from embedcache.loss import tile_update as absorb
+from embedcache.loss import (
+    Chunks,
+    ShortlistSampler,
+    linear_cross_entropy,
+    online_softmax,
+    tail_proposal,
+)
 
 ALL = 10_000
-CUTS = [(1, 9), (5, 40), (5, ALL), (ALL, 2), (ALL, ALL)]  # rows and columns at a time
-# Of a loss, in nats; of a gradient, the error's norm over the gradient's. A bfloat16 logit has
-# 8 bits: near 16 it is off by up to 1/32, and a probability by as much in relation.
+CHUNKS = [(1, 9), (5, 40), (ALL, 2), (ALL, ALL)]  # rows and columns at a time
+# Error of a loss in nats, and relative error of a gradient. A bfloat16 logit has 8 bits: near 16 it
+# is off by up to 1/32, and so is a probability, relatively.
 TOLERANCES = {
     torch.float64: (1e-12, 1e-12),
     torch.float32: (2e-5, 1e-5),
@@ -32,12 +37,12 @@ def weights(N: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("kind", HEADS)
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("cuts", CUTS)
+@pytest.mark.parametrize("chunks", CHUNKS)
 @pytest.mark.parametrize("dtype", TOLERANCES)
-def test_values_and_gradients(kind, shape, cuts, dtype):
+def test_values_and_gradients(kind, shape, chunks, dtype):
     x, head, targets = problem(kind, *shape, dtype)
     upstream = weights(shape[0])
-    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=chunks[0], columns=chunks[1]))
     (found * upstream).sum().backward()
     expected, gradient = reference(x, head, targets, upstream)
     nats, share = TOLERANCES[dtype]
@@ -62,7 +67,7 @@ def test_blocks_of_copies_give_the_same_bits(dtype, monkeypatch):
     x, head, targets = problem("all", 64, 101, 16, dtype)
     results = []
     for rows in (100, 7):
-        monkeypatch.setitem(absorb.BLOCK_BYTES, "cpu", rows * 4 * 30)
+        monkeypatch.setitem(online_softmax.BLOCK_BYTES, "cpu", rows * 4 * 30)
         loss = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=ALL, columns=30))
         results.append((loss, *torch.autograd.grad(loss.sum(), x)))
     assert torch.equal(results[0][0], results[1][0])
@@ -77,12 +82,12 @@ def test_finite_differences():
     )
 
 
-@pytest.mark.parametrize("cuts", [(ALL, ALL), (3, 30)])
-def test_bfloat16_gradients_of_confident_positions(cuts):
-    # p is 0.998 and more: p - 1 rounded beside the other slopes would have an error of its own size
+@pytest.mark.parametrize("chunks", [(ALL, ALL), (3, 30)])
+def test_bfloat16_gradients_of_confident_positions(chunks):
+    # p is 0.998 and more: p - 1 rounded beside the other terms would have an error of its own size
     _, head, targets = problem("plain", 64, 101, 64, torch.bfloat16)
     x = (head.weight_VH[targets] / 5).requires_grad_()
-    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=chunks[0], columns=chunks[1]))
     found.sum().backward()
     expected, gradient = reference(x, head, targets, torch.ones(64))
     assert expected.median() < 0.002
@@ -103,9 +108,9 @@ def test_many_tiles_add_no_rounding_to_bfloat16_gradients():
 @pytest.mark.parametrize("kind", HEADS)
 def test_the_head_never_takes_a_gradient(kind):
     x, head, targets = problem(kind, 7, 33, 5)
-    for frozen in (head.weight_VH, head.bias_V):
-        if frozen is not None:
-            frozen.requires_grad_()
+    for parameter in (head.weight_VH, head.bias_V):
+        if parameter is not None:
+            parameter.requires_grad_()
     shortlist = ShortlistSampler(head, tail_proposal(x.detach(), head), samples=5)
     (
         linear_cross_entropy(x, head, targets).sum()
@@ -128,7 +133,7 @@ def test_a_tied_embedding_learns_from_its_inputs_only():
     torch.testing.assert_close(embedding.weight.grad, untied.weight.grad)
 
 
-def test_no_rows_is_no_loss():
+def test_without_positions_there_is_no_loss():
     x, head, targets = problem("plain", 7, 33, 5)
     found = linear_cross_entropy(x[:0], head, targets[:0])
     assert found.shape == (0,)
@@ -143,8 +148,8 @@ def test_backward_twice_gives_the_same_twice():
     assert torch.equal(first, second)
 
 
-class Made(TorchDispatchMode):
-    """Notes the operations, and the most elements of any tensor made, and of any in float32."""
+class Recorder(TorchDispatchMode):
+    """Records the operations, and the elements of the largest tensor, of any dtype and float32."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -161,19 +166,19 @@ class Made(TorchDispatchMode):
         return result
 
 
-def test_no_gradient_is_computed_for_nobody():
+def test_without_grad_mode_no_gradient_is_computed():
     x, head, targets = problem("plain", 7, 33, 5)
-    with Made() as wanted:
+    with Recorder() as with_gradient:
         linear_cross_entropy(x, head, targets)
-    with torch.no_grad(), Made() as unwanted:
+    with torch.no_grad(), Recorder() as without:
         linear_cross_entropy(x, head, targets)
-    assert wanted.operations - unwanted.operations >= {"expm1", "scatter_"}
+    assert with_gradient.operations - without.operations >= {"expm1", "scatter_"}
 
 
 def test_neither_all_logits_nor_a_float32_head_ever_exist():
     N, V, H = 60, 501, 64
     x, head, targets = problem("all", N, V, H, torch.bfloat16)
-    with Made() as made:
+    with Recorder() as made:
         linear_cross_entropy(x, head, targets, chunks=Chunks(rows=10, columns=100)).sum().backward()
     assert 0 < made.elements <= N * H < V * H
     assert made.wide <= N * H
@@ -195,12 +200,12 @@ def test_autocast_changes_nothing(head_dtype, autocast):
 
 @pytest.mark.parametrize("kind", ["plain", "all"])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("cuts", CUTS)
-def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(kind, bad, cuts):
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_an_embedding_that_is_not_finite_has_a_loss_of_nan(kind, bad, chunks):
     x, head, targets = problem(kind, 7, 33, 5)
     with torch.no_grad():
         x[3, 2] = bad
-    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=chunks[0], columns=chunks[1]))
     assert found.isnan().tolist() == [row == 3 for row in range(7)]
 
 
@@ -212,12 +217,12 @@ def test_a_target_outside_the_vocabulary_has_a_loss_of_nan(target):
     assert found.isnan().tolist() == [row == 4 for row in range(7)]
 
 
-@pytest.mark.parametrize("cuts", CUTS)
-def test_tokens_that_a_bias_forbids(cuts):
+@pytest.mark.parametrize("chunks", CHUNKS)
+def test_tokens_that_a_bias_forbids(chunks):
     x, head, targets = problem("bias", 7, 33, 5)
     head.bias_V[:10] = -torch.inf  # whole tiles of them, and the first
     targets.clamp_(min=10)
-    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=cuts[0], columns=cuts[1]))
+    found = linear_cross_entropy(x, head, targets, chunks=Chunks(rows=chunks[0], columns=chunks[1]))
     found.sum().backward()
     expected, gradient = reference(x, head, targets, torch.ones(7))
     torch.testing.assert_close(found.double(), expected, rtol=0, atol=2e-5)
@@ -232,5 +237,5 @@ def test_an_unknown_implementation_is_refused():
 
 def test_triton_is_refused_where_it_cannot_run():
     x, head, targets = problem("plain", 7, 33, 5, torch.float64)
-    with pytest.raises(UsageError, match=r"float64 on cpu.*impl='auto'"):
+    with pytest.raises(UsageError, match=r"float64 on cpu.*`impl=` 'auto'"):
         linear_cross_entropy(x, head, targets, impl="triton")

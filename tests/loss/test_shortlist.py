@@ -1,4 +1,4 @@
-"""The shortlist's loss against the sums that it stands for, in float64."""
+"""The shortlist's loss against the sums that it estimates, in float64."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from support.loss_problems import HEADS, problem, reference_logits
 
 from embedcache.base.head import Head
 from embedcache.loss import ShortlistSampler, chunks, linear_cross_entropy, tail_proposal
-from embedcache.loss.shortlist import shortlist as shortlist_module
-from embedcache.loss.shortlist.shortlist import distinct
+from embedcache.loss.shortlist import sampler
+from embedcache.loss.shortlist.sampler import distinct
+from embedcache.loss.shortlist.tail_proposal import POWER, POWER_BESIDE_TOP_IDS
 
 
 def proposal(V: int) -> torch.Tensor:
-    """A proposal that knows nothing of a problem, so that tests hold for any."""
+    """A random proposal, independent of the problem: tests hold for any proposal."""
     q_V = torch.rand(V, generator=torch.Generator().manual_seed(8)) + 0.1
     return q_V / q_V.sum()
 
@@ -33,14 +34,14 @@ def test_a_shortlist_of_everything_is_exact(kind):
 
 @pytest.mark.parametrize("kind", HEADS)
 def test_shortlist_values_and_gradients(kind, monkeypatch):
-    """Of three carry-ons that see the same positions, in lists of four positions."""
+    """For three carry-ons that share a batch, in shortlists of four positions."""
     for name, value in {
         "FULL_ROWS": 3,
         "ALIGNMENT": 1,
         "default_budget": lambda device: 3 * 4 * 8,
     }.items():
         monkeypatch.setattr(chunks, name, value)
-    monkeypatch.setitem(shortlist_module.SHORTLIST_ROWS, "cpu", 4)
+    monkeypatch.setitem(sampler.POSITIONS, "cpu", 4)
     N, V, samples = 7, 101, 10
     x, head, targets = problem(kind, N, V, 16)
     x_GNH = torch.stack([x.detach() * scale for scale in (1, 0.5, -1)]).requires_grad_()
@@ -54,23 +55,23 @@ def test_shortlist_values_and_gradients(kind, monkeypatch):
     expected = []
     for rows in (slice(0, 4), slice(4, 7)):
         columns, ids = shortlist.columns(targets[rows], draw)
-        # Which tokens they are is read from their rows of the head: all differ.
+        # Rows of the head all differ: they tell which tokens were chosen.
         chosen = (columns.weight_CH[:, None] == head.weight_VH).all(-1).float().argmax(dim=1)
         real = columns.log_weight_C.isfinite()
-        assert len(chosen) % shortlist_module.COLUMNS["cpu"] == 0
+        assert len(chosen) % sampler.COLUMN_MULTIPLE["cpu"] == 0
         assert not real[chosen.new_tensor(range(int(real.sum()), len(chosen)))].any()
         chosen = chosen[real]
         labels = set(targets[rows].tolist())
         assert ids.tolist() == sorted(labels) == chosen[: len(ids)].tolist()
         rest = 1 - float(q_V[list(labels)].sum())
-        chance = [
+        inclusion = [
             1.0 if token in labels else min(1.0, samples * float(q_V[token]) / rest)
             for token in chosen.tolist()
         ]
         logits = torch.stack([reference_logits(part[rows], head) for part in other])
-        total = (logits[..., chosen].exp() / torch.tensor(chance).double()).sum(dim=-1)
-        wanted = logits.gather(2, targets[rows].expand(3, -1)[..., None])[..., 0]
-        expected.append(total.log() - wanted)
+        total = (logits[..., chosen].exp() / torch.tensor(inclusion).double()).sum(dim=-1)
+        label = logits.gather(2, targets[rows].expand(3, -1)[..., None])[..., 0]
+        expected.append(total.log() - label)
     expected = torch.cat(expected, dim=1)
     expected.sum().backward()
     torch.testing.assert_close(found.double(), expected.detach(), rtol=1e-5, atol=1e-5)
@@ -78,10 +79,10 @@ def test_shortlist_values_and_gradients(kind, monkeypatch):
 
 
 def estimates(x: torch.Tensor, head: Head, targets: torch.Tensor, q_V: torch.Tensor):
-    """The sums that losses are logarithms of, over many draws, and the exact ones."""
+    """The exponentials of estimated losses, over many draws, and of the exact losses."""
     shortlist = ShortlistSampler(head, q_V, samples=10)
     draws = torch.stack(
-        [shortlist.cross_entropy(x[None], targets, step=s)[0].double().exp() for s in range(800)]
+        [shortlist.cross_entropy(x[None], targets, step=s)[0].double().exp() for s in range(400)]
     )
     return draws, linear_cross_entropy(x, head, targets).double().exp()
 
@@ -95,7 +96,7 @@ def test_the_estimated_sum_is_unbiased():
     assert (draws.std(dim=0) / exact).min() > 0.01  # there was something to average out
 
 
-def test_a_proposal_of_the_head_s_own_varies_less():
+def test_the_tail_proposal_has_less_variance_than_a_uniform_one():
     x, plain, targets = problem("plain", 64, 101, 16)
     x = x.detach() / 4
     bias = torch.linspace(0, -8, 101)[
@@ -104,31 +105,29 @@ def test_a_proposal_of_the_head_s_own_varies_less():
     head = Head(plain.weight_VH.detach(), bias)
     q_V = tail_proposal(x, head)
     square_V = torch.softmax(reference_logits(x, head), dim=1).square().mean(dim=0)
-    steered_V = square_V**shortlist_module.FLATTENED
-    expected = 0.9 * steered_V / steered_V.sum() + 0.1 / 101
+    weight_V = square_V**POWER
+    expected = 0.9 * weight_V / weight_V.sum() + 0.1 / 101
     torch.testing.assert_close(q_V.double(), expected, rtol=1e-5, atol=1e-9)
-    (steered, exact), (flat, _) = (
+    (proposed, exact), (uniform, _) = (
         estimates(x[:5], head, targets[:5], q) for q in (q_V, torch.full((101,), 1 / 101))
     )
-    assert (steered / exact).std(dim=0).mean() < 0.6 * (flat / exact).std(dim=0).mean()
+    assert (proposed / exact).std(dim=0).mean() < 0.6 * (uniform / exact).std(dim=0).mean()
 
 
-def test_a_proposal_beside_what_is_held_is_of_the_others():
-    """Also where probabilities are computed some at a time."""
+def test_beside_top_ids_the_proposal_is_made_of_smaller_probabilities():
     x, head, _ = problem("plain", 64, 101, 16)
     x = x.detach()
-    chance_NV = torch.softmax(reference_logits(x, head), dim=1)
-    mean_V = torch.where(chance_NV < 0.05, chance_NV, 0).mean(dim=0)
+    probability_NV = torch.softmax(reference_logits(x, head), dim=1)
+    mean_V = torch.where(probability_NV < 0.05, probability_NV, 0).mean(dim=0)
     assert 0.05 < float(mean_V.sum()) < 0.95
-    steered_V = mean_V**shortlist_module.FLATTENED_BESIDE_TOP_IDS
-    expected = 0.9 * steered_V / steered_V.sum() + 0.1 / 101
+    weight_V = mean_V**POWER_BESIDE_TOP_IDS
+    expected = 0.9 * weight_V / weight_V.sum() + 0.1 / 101
     found = tail_proposal(x, head, held=0.05)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-9)
 
 
 @pytest.mark.parametrize("held", [[0], [100], [0, 1, 2, 50, 99, 100], [*range(0, 101, 2)]])
-def test_draws_are_those_of_a_line_made_anew_without_what_is_held(held):
-    """Whose pieces lie one behind the other, those of held tokens empty."""
+def test_draws_are_those_of_a_line_without_the_held_intervals(held):
     _, head, _ = problem("plain", 7, 101, 16)
     q_V = proposal(101)
     shortlist = ShortlistSampler(head, q_V, samples=10)
@@ -147,13 +146,13 @@ def test_draws_are_those_of_a_line_made_anew_without_what_is_held(held):
 
 
 @pytest.mark.parametrize("ids", [[5], [0, 7, 7, 0], [7, 3, 3, 1]])
-def test_distinct_ids_are_those_that_there_are(ids):
+def test_distinct_ids_are_ascending(ids):
     ids = torch.tensor(ids)
     assert torch.equal(distinct(ids, 8), torch.unique(ids))
 
 
-def test_a_point_at_the_very_end_draws_nothing_twice(monkeypatch):
-    """As one may lie where sums are rounded."""
+def test_a_point_at_the_end_of_the_line_draws_no_token_twice(monkeypatch):
+    """Rounded sums may put a point there."""
     _, head, _ = problem("plain", 7, 101, 16)
     ones = torch.ones(1, dtype=torch.float64)
     monkeypatch.setattr(torch, "rand", lambda *given, **more: ones)

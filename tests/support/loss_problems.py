@@ -1,4 +1,4 @@
-"""Heads, embeddings and targets of ragged shapes, and their loss in float64 from all logits."""
+"""Heads, embeddings and targets of odd shapes, and their loss in float64 from all logits."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "softcap": {"softcap": 2.0},
     "all": {"bias": True, "logit_scale": 1.7, "softcap": 3.0},
 }
-SHAPES = [(1, 3, 2), (7, 33, 5), (64, 101, 16)]  # N, V, H
+SHAPES = [(1, 3, 2), (64, 101, 16)]  # N, V, H
 
 
 def problem(
@@ -54,5 +54,5 @@ def reference(
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the error's norm over the expected one's."""
+    """Return the relative error, by norms."""
     return ((found.double() - expected).norm() / expected.norm()).item()

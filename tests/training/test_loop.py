@@ -174,7 +174,7 @@ def test_batches_are_let_go_of_before_they_are_differentiated(world, tmp_path, m
 
     def checked(self, work):
         differentiate = prepared(self, work)
-        return lambda: seen.append([feed.batch for feed in feeds]) or differentiate()
+        return lambda: seen.append([feed.due for feed in feeds]) or differentiate()
 
     monkeypatch.setattr(Feed, "__init__", kept)
     monkeypatch.setattr(Stack, "prepared", checked)

@@ -1,9 +1,10 @@
 """What a carry-on computes between its products: norms, rotations and gates.
 
-On CUDA, where Triton is installed, each is one kernel a direction (`kernels`); elsewhere PyTorch's.
+On CUDA, if Triton is installed, each is one kernel forward and one backward (`kernels`). Otherwise
+PyTorch computes it.
 
-Axes: K stacked carry-ons, B batch, T time, H hidden of the base, R width, N heads, D head width.
-(K) stands for an axis that only a stack has.
+Axes: K stacked carry-ons, B rows of a batch, T time, H hidden of the base, R width, E heads, F
+width of a head. (K) stands for an axis that only a stack has.
 """
 
 from __future__ import annotations
@@ -19,34 +20,37 @@ from embedcache.device import has_triton
 
 
 def fused(x: Tensor) -> bool:
-    """Say whether what is computed of ``x`` is left to Triton's kernels."""
+    """Return whether the Triton kernels compute on ``x``."""
     return x.is_cuda and x.dtype != torch.float64 and x.numel() > 0 and has_triton()
 
 
 def product_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a product takes ``x`` in: autocast's, or its own."""
+    """Return the dtype of a product of ``x``: autocast's, or else the dtype of ``x``."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def wide_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that sums over ``x``, and rotations of it, are computed in."""
+    """Return the dtype of sums over ``x`` and of its rotation: at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
 def one_over_rms(x_BTH: Tensor, eps: float) -> Tensor:
-    """Return one over each token's root mean square, _BT1, at least float32."""
-    # By its norm: a CPU's squares would be a tensor of their own.
-    length_BT1 = torch.linalg.vector_norm(x_BTH, dim=-1, keepdim=True)
-    return (length_BT1.to(wide_dtype(x_BTH)).square() / x_BTH.shape[-1] + eps).rsqrt()
+    """Return the reciprocal of each token's root mean square, [B, T, 1], at least float32."""
+    # By a vector norm: a CPU would write all squares to memory.
+    norm_BT1 = torch.linalg.vector_norm(x_BTH, dim=-1, keepdim=True)
+    return (norm_BT1.to(wide_dtype(x_BTH)).square() / x_BTH.shape[-1] + eps).rsqrt()
 
 
 def residual_norm(
     h_BTR: Tensor, more_BTR: Tensor | None, weight_R: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return h + more, and its root-mean-square norm times weight_(K)R, both (K)BTR.
+    """Return h + more, and its root-mean-square norm times the weight, both (K)BTR.
 
-    The norm comes in the dtype that a product takes.
+    Args:
+        h_BTR: the residual stream, with K as the first axis of a stack.
+        more_BTR: what is added to it, or None.
+        weight_R: the norm's weight, (K)R. The normed result has the dtype of products.
     """
     if fused(h_BTR):
         from embedcache.carryon.nn import kernels
@@ -59,7 +63,7 @@ def residual_norm(
 
 
 class _Norm(torch.autograd.Function):
-    """A root-mean-square norm, or K of them, in fewer passes than autograd makes of PyTorch's."""
+    """A root-mean-square norm, or K of them, in fewer passes than PyTorch's takes with autograd."""
 
     @staticmethod
     def forward(ctx: Any, h_BTR: Tensor, weight_R: Tensor, dtype: torch.dtype) -> Tensor:
@@ -72,18 +76,18 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         h_BTR, weight_R, scale_BT1 = ctx.saved_tensors
-        back_BTR = gradients[0].to(scale_BT1.dtype, copy=True)
+        grad_BTR = gradients[0].to(scale_BT1.dtype, copy=True)
         unit_BTR = h_BTR * scale_BT1
-        of_weight_BTR = back_BTR * unit_BTR
-        back_BTR.mul_(weight_R)
-        along_BT1 = (of_weight_BTR * weight_R).mean(dim=-1, keepdim=True)
-        back_BTR.addcmul_(unit_BTR, along_BT1, value=-1).mul_(scale_BT1)
-        of_weight = of_weight_BTR.sum(dim=(-3, -2)).to(weight_R.dtype)
-        return back_BTR.to(h_BTR.dtype), of_weight, None
+        grad_weight_BTR = grad_BTR * unit_BTR
+        grad_BTR.mul_(weight_R)
+        projection_BT1 = (grad_weight_BTR * weight_R).mean(dim=-1, keepdim=True)
+        grad_BTR.addcmul_(unit_BTR, projection_BT1, value=-1).mul_(scale_BT1)
+        grad_weight_R = grad_weight_BTR.sum(dim=(-3, -2)).to(weight_R.dtype)
+        return grad_BTR.to(h_BTR.dtype), grad_weight_R, None
 
 
 def gated(h_BTR: Tensor, branch: nn.Linear, gate: nn.Linear) -> Tensor:
-    """Return branch(h) · σ(gate(h)), (K)BTH; the layers can leave their biases to others."""
+    """Return branch(h) · σ(gate(h)), (K)BTH."""
     if fused(h_BTR):
         from embedcache.carryon.nn import kernels
 
@@ -93,76 +97,48 @@ def gated(h_BTR: Tensor, branch: nn.Linear, gate: nn.Linear) -> Tensor:
 
 
 def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each [(K,) B, T, 1, D/2], of the rotary embedding (RoFormer, 2104.09864).
+    """Return (cos, sin), each [(K,) B, T, 1, F/2], of the rotary embedding (arXiv 2104.09864).
 
     ``positions_BT`` may have K as its first axis.
     """
     if positions_BT.device.type == "cpu":
-        # One position above the last: what is cached is of few lengths.
-        known = _angles(1 << int(positions_BT.max()).bit_length(), head_width)
-        cos, sin = (part_TD[positions_BT].unsqueeze(-2) for part_TD in known)
+        # A power of two above the last position: the cache holds few lengths.
+        table = _angles(1 << int(positions_BT.max()).bit_length(), head_width)
+        cos, sin = (part[positions_BT].unsqueeze(-2) for part in table)
         return cos, sin
-    # Made there: a copy would wait for the device, and cannot be captured.
+    # Computed on the device: a copy would wait for it, and a CUDA graph could not record it.
     steps = torch.arange(0, head_width, 2, dtype=torch.float64, device=positions_BT.device)
     frequency = 10000.0 ** -(steps / head_width)
-    on_device = positions_BT[..., None, None] * frequency
-    return on_device.cos().float(), on_device.sin().float()
+    angle = positions_BT[..., None, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 
 @lru_cache(maxsize=8)
 def _angles(positions: int, head_width: int) -> tuple[Tensor, Tensor]:
-    """Return (cos, sin), each [positions, D/2], float32.
+    """Return (cos, sin), each [positions, F/2], float32.
 
-    By numpy: torch's first cosine in a process now and then comes out less accurate, which would
-    make two runs differ.
+    By NumPy: the first cosine that torch computes in a process is sometimes less accurate, which
+    would make two runs differ.
     """
     exponent = np.arange(0, head_width, 2) / head_width
-    angle_TD = np.arange(positions)[:, None] * 10000.0**-exponent
-    cos_TD, sin_TD = np.cos(angle_TD), np.sin(angle_TD)
-    return torch.from_numpy(cos_TD).float(), torch.from_numpy(sin_TD).float()
+    angle = np.arange(positions)[:, None] * 10000.0**-exponent
+    return torch.from_numpy(np.cos(angle)).float(), torch.from_numpy(np.sin(angle)).float()
 
 
-def rotated(qkv_BTPND: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries and keys, rotated, and values, each (K)BTND, of [(K,) B, T, 3, N, D]."""
-    if fused(qkv_BTPND):
+def rotated(qkv_BT3EF: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return rotated queries, rotated keys and values, each (K)BTEF."""
+    if fused(qkv_BT3EF):
         from embedcache.carryon.nn import kernels
 
-        return kernels.rotated(qkv_BTPND, *rotary)
-    apply: Any = _Rotated.apply  # torch leaves it untyped
-    qk_BTPND, v_BTND = apply(qkv_BTPND, *rotary)
-    q_BTND, k_BTND = qk_BTPND.unbind(-3)
-    return q_BTND, k_BTND, v_BTND
+        return kernels.rotated(qkv_BT3EF, *rotary)
+    q_BTEF, k_BTEF, v_BTEF = qkv_BT3EF.unbind(-3)
+    return rotate(q_BTEF, rotary), rotate(k_BTEF, rotary), v_BTEF
 
 
-def rotate(x_BTND: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+def rotate(x_BTEF: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
     """Rotate pairs (first half, second half) of each head by the angles of its position."""
-    return _turned(x_BTND, *_signed(x_BTND, *rotary))
-
-
-def _signed(x: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    """Return cosines and sines of both halves, [..., D], the first half's sines negative."""
-    cos, sin = cos.to(wide_dtype(x)), sin.to(wide_dtype(x))
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
-def _turned(x_BTND: Tensor, cos: Tensor, sin: Tensor, *, back: bool = False) -> Tensor:
-    """Rotate by what `_signed` returns; or rotate back."""
-    x = x_BTND.to(cos.dtype)
+    x = x_BTEF.to(wide_dtype(x_BTEF))
+    cos, sin = (part.to(x.dtype) for part in rotary)
+    cos, sin = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
-    return (x * cos).addcmul_(swapped, sin, value=-1 if back else 1).to(x_BTND.dtype)
-
-
-class _Rotated(torch.autograd.Function):
-    """Queries and keys in one, rotated, and values; their gradient is that rotated back."""
-
-    @staticmethod
-    def forward(ctx: Any, qkv_BTPND: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        signed = _signed(qkv_BTPND, cos.unsqueeze(-3), sin.unsqueeze(-3))
-        ctx.save_for_backward(*signed)
-        return _turned(qkv_BTPND[..., :2, :, :], *signed), qkv_BTPND[..., 2, :, :].clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        qk_BTPND, v_BTND = gradients
-        back_BTPND = _turned(qk_BTPND, *ctx.saved_tensors, back=True)
-        return torch.cat([back_BTPND, v_BTND.unsqueeze(-3)], dim=-3), None, None
+    return (x * cos).addcmul_(swapped, sin).to(x_BTEF.dtype)

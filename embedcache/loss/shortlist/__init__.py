@@ -1,1 +1,5 @@
-"""The softmax over a subset of the vocabulary with a sampled tail."""
+"""The shortlist: a softmax over the labels of some positions and a sampled tail.
+
+`shortlist` is the estimated loss, `sampler` draws the tokens, and `tail_proposal` says with which
+probability.
+"""

@@ -1,10 +1,11 @@
-"""What `absorb` does, its oracle, each in one Triton kernel.
+"""`update` and `combine` of `embedcache.loss.online_softmax`, their oracle, as Triton kernels.
 
-One program has one position, whose logits it reads once: each block's are turned into slopes as
-soon as they are there. They are relative to the highest logit of the first block, which is near the
-highest of all; where a later one is too far above that for exp, what was written is scaled down.
+A program of `update` reads the logits of one position once, and turns each block of them into
+dlogits at once. These are relative to the largest logit of the first block, which is near the
+largest of all; if a later logit is too far above it for exp, the dlogits written so far are scaled
+down.
 
-Axes: R positions, C columns of a tile, B columns of a block.
+Axes: N positions, C columns of a tile, H hidden; lower case: a block of the axis.
 """
 
 from __future__ import annotations
@@ -14,66 +15,64 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from embedcache.loss.online_softmax import Running
+from embedcache.loss.online_softmax import OnlineSoftmax
 from embedcache.loss.tiles import Tile
 from embedcache.units import rounded_up
 
 BLOCK = 4096
-"""VocabSubset at a time."""
-LANES = 16
-"""VocabSubset a thread: two 16-byte loads of bfloat16."""
-FAR = 60.0
-"""Nats by which a logit may be above the one that all are relative to: float32 and bfloat16 hold
-e^88, and sums of many e^60. In float16, whose largest is e^11, none is."""
+"""Columns that a program computes at a time."""
+COLUMNS_PER_THREAD = 16
+"""Two 16-byte loads of bfloat16."""
+MAX_ABOVE_PEAK = 60.0
+"""Nats by which a logit may be above the peak: float32 and bfloat16 hold e^88, and sums of many
+e^60. In float16, whose largest value is e^11, no logit may be."""
 
 
-def absorb_by_triton(
-    logits_RC: Tensor,
+def update(
+    logits_NC: Tensor,
     tile: Tile,
-    targets_R: Tensor,
-    running: Running,
+    targets_N: Tensor,
+    softmax: OnlineSoftmax,
     *,
-    scale: float,
-    softcap: float | None,
     needs_gradient: bool,
 ) -> Tensor:
-    """Do what `absorb` does.
+    """Add the logits of a tile to the softmax; see `embedcache.loss.online_softmax.update`.
 
-    What lies between rows of ``logits_RC`` is lost: up to 15 values a row are read and written.
+    Up to 15 elements after each row of ``logits_NC`` are read and overwritten.
     """
-    rows, columns = logits_RC.shape
-    shrink_R = torch.empty_like(running.peak_R)
+    rows, columns = logits_NC.shape
+    subset, rescale_N = tile.subset, torch.empty_like(softmax.peak_N)
     if not rows:
-        return shrink_R
-    # Of few columns there is little to read at a time: smaller programs hide each other's waits.
+        return rescale_N
+    # With few columns a program loads little at a time: smaller programs hide each other's waits.
     block = min(BLOCK if columns > 4 * BLOCK else BLOCK // 2, triton.next_power_of_2(columns))
-    with torch.cuda.device_of(logits_RC):  # Triton launches on the current device
-        _absorb[(rows,)](
-            logits_RC,
-            logits_RC.stride(0),
-            targets_R,
+    with torch.cuda.device_of(logits_NC):  # Triton launches on the current device
+        _update[(rows,)](
+            logits_NC,
+            logits_NC.stride(0),
+            targets_N,
             tile.start,
-            running.peak_R,
-            running.total_R,
-            running.label_R,
-            shrink_R,
-            tile.columns.bias_C,
-            tile.columns.log_weight_C,
+            softmax.peak_N,
+            softmax.total_N,
+            softmax.label_N,
+            rescale_N,
+            subset.bias_C,
+            subset.log_weight_C,
             columns,
-            min(logits_RC.stride(0), rounded_up(columns, 16)),
-            scale,
-            1.0 if softcap is None else softcap,
-            HAS_SOFTCAP=softcap is not None,
+            min(logits_NC.stride(0), rounded_up(columns, 16)),
+            subset.scale,
+            1.0 if subset.softcap is None else subset.softcap,
+            HAS_SOFTCAP=subset.softcap is not None,
             NEEDS_GRADIENT=needs_gradient,
-            FAR=0.0 if logits_RC.dtype == torch.float16 else FAR,
+            MAX_ABOVE_PEAK=0.0 if logits_NC.dtype == torch.float16 else MAX_ABOVE_PEAK,
             BLOCK=block,
-            num_warps=max(1, block // (32 * LANES)),
+            num_warps=max(1, block // (32 * COLUMNS_PER_THREAD)),
         )
-    return shrink_R
+    return rescale_N
 
 
 @triton.jit
-def _absorb(
+def _update(
     logits,
     stride,
     targets,
@@ -81,7 +80,7 @@ def _absorb(
     peaks,
     totals,
     labels,
-    shrinks,
+    rescales,
     bias,
     log_weight,
     columns,
@@ -90,7 +89,7 @@ def _absorb(
     softcap,
     HAS_SOFTCAP: tl.constexpr,
     NEEDS_GRADIENT: tl.constexpr,
-    FAR: tl.constexpr,
+    MAX_ABOVE_PEAK: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -106,58 +105,61 @@ def _absorb(
 
     before = tl.load(peaks + row)
     peak = before
-    total_B = tl.zeros([BLOCK], tl.float32)
+    total_c = tl.zeros([BLOCK], tl.float32)
     for first in range(0, padded, BLOCK):
-        place_B = first + tl.arange(0, BLOCK)
-        # The padding is read, too: a mask of 16 columns keeps loads wide whatever C is.
-        raw_B = tl.load(logits + place_B, mask=place_B < padded, other=0.0)
-        value_B, slope_B = logits_of(
-            raw_B, place_B, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP
+        place_c = first + tl.arange(0, BLOCK)
+        # Padding is read as well: a mask in steps of 16 columns keeps loads wide for any C.
+        product_c = tl.load(logits + place_c, mask=place_c < padded, other=0.0)
+        value_c, slope_c = logits_of(
+            product_c, place_c, bias, log_weight, columns, scale, softcap, HAS_SOFTCAP
         )
-        highest = tl.max(value_B, axis=0)
-        if (highest > peak + FAR) | ((first == 0) & (highest > peak)):
-            lower = tl.exp(peak - highest)
-            total_B *= lower
+        highest = tl.max(value_c, axis=0)
+        if (highest > peak + MAX_ABOVE_PEAK) | ((first == 0) & (highest > peak)):
+            factor = tl.exp(peak - highest)
+            total_c *= factor
             if NEEDS_GRADIENT:
                 tl.debug_barrier()
                 for earlier in range(0, first, BLOCK):
                     written = logits + earlier + tl.arange(0, BLOCK)
-                    slopes_B = tl.load(written).to(tl.float32) * lower
-                    tl.store(written, slopes_B.to(raw_B.dtype))
+                    dlogit_c = tl.load(written).to(tl.float32) * factor
+                    tl.store(written, dlogit_c.to(product_c.dtype))
             peak = highest
-        share_B = tl.exp(value_B - peak)
-        total_B += share_B
+        exp_c = tl.exp(value_c - peak)
+        total_c += exp_c
         if NEEDS_GRADIENT:
-            slope_B = tl.where(place_B == label, 0.0, slope_B * share_B)
-            tl.store(logits + place_B, slope_B.to(raw_B.dtype), mask=place_B < padded)
+            dlogit_c = tl.where(place_c == label, 0.0, slope_c * exp_c)
+            tl.store(logits + place_c, dlogit_c.to(product_c.dtype), mask=place_c < padded)
 
-    shrink = tl.exp(before - peak)
+    rescale = tl.exp(before - peak)
     tl.store(peaks + row, peak)
-    tl.store(totals + row, tl.load(totals + row) * shrink + tl.sum(total_B, axis=0))
-    tl.store(shrinks + row, shrink)
+    tl.store(totals + row, tl.load(totals + row) * rescale + tl.sum(total_c, axis=0))
+    tl.store(rescales + row, rescale)
 
 
-def combine_by_triton(
-    sum_RH: Tensor,
-    factor_R: Tensor,
+def combine(
+    sum_NH: Tensor,
+    factor_N: Tensor,
     label: tuple[Tensor, Tensor, Tensor] | None = None,
     *,
     out: Tensor,
 ) -> None:
-    """Do what `combine` does; all matrices' rows are contiguous, factors need not be."""
-    rows, hidden = sum_RH.shape
+    """Write factor · sum and a label term; see `embedcache.loss.online_softmax.combine`.
+
+    The rows of matrices are contiguous; factors need not be.
+    """
+    rows, hidden = sum_NH.shape
     if not rows:
         return
-    weight_CH, place_R, label_R = label or (None, None, None)
-    with torch.cuda.device_of(sum_RH):
+    weight_CH, index_N, label_N = label or (None, None, None)
+    with torch.cuda.device_of(sum_NH):
         _combine[(rows,)](
-            sum_RH,
-            factor_R,
-            factor_R.stride(0),
+            sum_NH,
+            factor_N,
+            factor_N.stride(0),
             weight_CH,
             0 if weight_CH is None else weight_CH.stride(0),
-            place_R,
-            label_R,
+            index_N,
+            label_N,
             out,
             hidden,
             BLOCK=min(1024, triton.next_power_of_2(hidden)),
@@ -171,7 +173,7 @@ def _combine(
     factor_stride,
     weight,
     weight_stride,
-    places,
+    indices,
     labels,
     out,
     hidden,
@@ -181,20 +183,20 @@ def _combine(
     factor = tl.load(factors + row * factor_stride)
     if weight is not None:
         label = tl.load(labels + row)
-        weight += tl.load(places + row).to(tl.int64) * weight_stride
+        weight += tl.load(indices + row).to(tl.int64) * weight_stride
     for first in range(0, hidden, BLOCK):
-        place_B = first + tl.arange(0, BLOCK)
-        inside_B = place_B < hidden
-        sum_B = tl.load(sums + row * hidden + place_B, mask=inside_B).to(tl.float32)
-        value_B = sum_B * factor
+        place_h = first + tl.arange(0, BLOCK)
+        inside_h = place_h < hidden
+        sum_h = tl.load(sums + row * hidden + place_h, mask=inside_h).to(tl.float32)
+        value_h = sum_h * factor
         if weight is not None:
-            value_B += tl.load(weight + place_B, mask=inside_B).to(tl.float32) * label
-        tl.store(out + row * hidden + place_B, value_B.to(out.dtype.element_ty), mask=inside_B)
+            value_h += tl.load(weight + place_h, mask=inside_h).to(tl.float32) * label
+        tl.store(out + row * hidden + place_h, value_h.to(out.dtype.element_ty), mask=inside_h)
 
 
 @triton.jit
 def logits_of(
-    raw,
+    product,
     place,
     bias,
     log_weight,
@@ -202,32 +204,32 @@ def logits_of(
     scale,
     softcap,
     HAS_SOFTCAP: tl.constexpr,
-    OF_ROWS: tl.constexpr = False,
+    HAS_ROWS: tl.constexpr = False,
 ):
-    """Return the logits of products ``raw``, and their slopes but for the scale.
+    """Return the logits of products, and d(logit) / d(scaled product).
 
-    ``place`` are their columns; ``raw`` is a row of those, or ``OF_ROWS``.
+    ``place`` are the columns; ``product`` has one value for each, or rows of them if ``HAS_ROWS``.
     """
-    value = raw.to(tl.float32)
+    value = product.to(tl.float32)
     inside = place < columns
     if bias is not None:
-        value += _across(tl.load(bias + place, mask=inside, other=0.0).to(tl.float32), OF_ROWS)
+        value += _broadcast(tl.load(bias + place, mask=inside, other=0.0).to(tl.float32), HAS_ROWS)
     value *= scale
-    slope = tl.where(_across(inside, OF_ROWS), 1.0, 0.0)
+    slope = tl.where(_broadcast(inside, HAS_ROWS), 1.0, 0.0)
     if HAS_SOFTCAP:
         tanh = 1.0 - 2.0 / (tl.exp(2.0 * value / softcap) + 1.0)
         slope *= 1.0 - tanh * tanh
         value = tanh * softcap
     if log_weight is not None:
-        value += _across(tl.load(log_weight + place, mask=inside, other=0.0), OF_ROWS)
-    inside = _across(inside, OF_ROWS)
+        value += _broadcast(tl.load(log_weight + place, mask=inside, other=0.0), HAS_ROWS)
+    inside = _broadcast(inside, HAS_ROWS)
     return tl.where(inside, value, float("-inf")), tl.where(inside, slope, 0.0)
 
 
 @triton.jit
-def _across(values, OF_ROWS: tl.constexpr):
-    """Return columns' values as a row, where they are for several rows."""
-    if OF_ROWS:
+def _broadcast(values, HAS_ROWS: tl.constexpr):
+    """Return the values of columns in a shape that broadcasts over rows, if ``HAS_ROWS``."""
+    if HAS_ROWS:
         return values[None, :]
     else:  # noqa: RET505 - Triton compiles what follows a return
         return values

@@ -27,6 +27,7 @@ from embedcache.training.inputs import Materials
 from embedcache.training.step.cuda_graph import MOST, Captured
 from embedcache.training.step.settings import Recipe
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 
 TRIED = 512
 """Tokens of the smaller of two parts that are tried: less are lost in what is rounded up."""
@@ -163,18 +164,18 @@ class _Trials:
             }
             loaders.callback(wait_for, device)  # what is recorded goes when nothing of it runs
             for _ in range(2 * PARTS if whole else PARTS):
-                batches = {order: next(parts, None) for order, parts in feeds.items()}
+                due = {order: next(parts, None) for order, parts in feeds.items()}
                 work = [
-                    Work(batch=batch, targets=batch.whole.targets, rate=0.0)
-                    for batch in (batches[materials.order(config)] for config in configs)
-                    if batch is not None
+                    Work(inputs=part, targets=part.batch.total.targets, rate=0.0)
+                    for part in (due[materials.order(config)] for config in configs)
+                    if part is not None
                 ]
                 if len(work) < len(configs):
                     break
-                work.sort(key=lambda one: id(one.batch))
-                given = max(given, *(_size(one.batch) for one in work))
+                work.sort(key=lambda one: id(one.inputs))
+                given = max(given, *(_size(one.inputs.batch) for one in work))
                 differentiate = taker.prepared(work)
-                del batches, work  # their memory is the next ones'
+                del due, work  # their memory is the next ones'
                 loss_K = differentiate()
                 if captured is not None and not captured.room:
                     raise torch.OutOfMemoryError
@@ -184,16 +185,17 @@ class _Trials:
                 del differentiate
         return given, peak[0]
 
-    def _parts(self, config: TrainConfig, recipe: Recipe) -> Generator[Batch]:
+    def _parts(self, config: TrainConfig, recipe: Recipe) -> Generator[StepInputs | None]:
         materials = self._materials
         shortlist = materials.shortlist(config, recipe) if self._loss == "shortlist" else None
 
-        def draw(batch: Batch) -> Sequence[Sequence[object]]:
+        def prepare(batch: Batch) -> StepInputs:
             if shortlist is None:
-                return ()
-            return shortlist.draw(batch.targets_N, shortlist.generator(0), batch.top_ids_NK)
+                return StepInputs(batch)
+            generator = shortlist.generator(0)
+            return StepInputs(batch, shortlist.draw(batch.targets_N, generator, batch.top_ids_NJ))
 
-        return materials.train_loader(config, recipe).epoch(0, draw=draw)
+        return materials.train_loader(config, recipe).epochs(range(1), prepare=prepare)
 
 
 def _size(batch: Batch) -> int:

@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from embedcache.carryon.nn.linear import LOW, SUM
+from embedcache.carryon.nn.linear import GRADIENT_BUFFER, LOW_PRECISION_COPY
 from embedcache.carryon.protocol import CarryOn
 from embedcache.errors import CarryOnError
 from embedcache.training.config import TrainConfig
@@ -55,9 +55,9 @@ class FlatAdamW:
             value = nn.Parameter(self.values_KP[:, part].view(parameter.shape))
             gradient = self.gradient_KP[:, part].view(parameter.shape)
             value.register_post_accumulate_grad_hook(partial(_move, gradient))
-            setattr(value, SUM, gradient)
+            setattr(value, GRADIENT_BUFFER, gradient)
             if self._low_KP is not None:
-                setattr(value, LOW, self._low_KP[:, part].view(parameter.shape))
+                setattr(value, LOW_PRECISION_COPY, self._low_KP[:, part].view(parameter.shape))
             layer, _, attribute = name.rpartition(".")
             setattr(stack.get_submodule(layer), attribute, value)
             start += size

@@ -8,16 +8,16 @@ import torch
 
 from embedcache.data.batch import Batch
 from embedcache.data.loader import BatchLoader
-from embedcache.loss import Shortlist, ShortlistSampler
+from embedcache.loss import ShortlistSampler
 from embedcache.training.run.run import Member
+from embedcache.training.step.step_inputs import StepInputs
 
 
 class Feed:
     """One order of batches, and the members that are at the same place in it.
 
-    ``batch`` is the one that is due, or the part of it that is; None before `advance`, and once it
-    was let go of. ``ended``: whether that was the batch's last part. With a shortlist, its columns
-    come along.
+    ``due`` holds the batch that is due, or the part of it that is, with its shortlists; None before
+    `advance`, and once it was let go of. ``ended``: whether that was the batch's last part.
     """
 
     def __init__(
@@ -25,21 +25,21 @@ class Feed:
     ):
         self.members = members
         self.shortlist = shortlist
-        self.batch: Batch | None = None
+        self.due: StepInputs | None = None
         self.ended = False
-        self._nothing: Batch | None = None
+        self._nothing: StepInputs | None = None
         state = members[0].state
         self._batches = loader.epochs(
             range(state.epoch, max(member.config.epochs for member in members)),
             skip=state.position,
-            draw=self._drawing(state.step),
+            prepare=self._preparing(state.step),
         )
 
     def advance(self) -> bool:
         """Have a batch due; False at the end of an epoch, once, after which the next one begins."""
-        if self.batch is None:
-            self.batch = next(self._batches)
-        return self.batch is not None
+        if self.due is None:
+            self.due = next(self._batches)
+        return self.due is not None
 
     def close(self) -> None:
         """End the reading of batches."""
@@ -47,33 +47,33 @@ class Feed:
 
     def let_go(self) -> None:
         """Let go of what is due, which is used: its memory is that of the next."""
-        assert self.batch is not None
-        self.ended = self.batch.last
-        self._nothing = self._nothing or self.batch.without_tokens()
-        self.batch = None
+        assert self.due is not None
+        self.ended = self.due.batch.last_part
+        self._nothing = self._nothing or self.due.without_tokens()
+        self.due = None
 
     def next_part(self) -> None:
         """Have the next part of the batch due; one without tokens where there is none."""
-        self.batch = self._nothing if self.ended else next(self._batches)
+        self.due = self._nothing if self.ended else next(self._batches)
 
-    def _drawing(self, step: int) -> Callable[[Batch], list[Shortlist]] | None:
-        """Return what draws the shortlists of batches from a step on, part by part."""
+    def _preparing(self, step: int) -> Callable[[Batch], StepInputs]:
+        """Return a function that draws the shortlists of batches from a step on, part by part."""
         shortlist = self.shortlist
         if shortlist is None:
-            return None
+            return StepInputs
         generator: torch.Generator | None = None
 
-        def draw(batch: Batch) -> list[Shortlist]:
+        def prepare(batch: Batch) -> StepInputs:
             nonlocal generator, step
             generator = generator or shortlist.generator(step)
             before = generator.get_state()
             try:
-                listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NK)
+                listed = shortlist.draw(batch.targets_N, generator, batch.top_ids_NJ)
             except torch.OutOfMemoryError:
                 generator.set_state(before)  # the same once more, if it is tried again
                 raise
-            if batch.last:
+            if batch.last_part:
                 generator, step = None, step + 1
-            return listed
+            return StepInputs(batch, listed)
 
-        return draw
+        return prepare

@@ -22,11 +22,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from embedcache.data.batch import Batch
 from embedcache.device import recording, wait_for
-from embedcache.training.step.padding import Inputs, Shape, filled_up, shape_of
+from embedcache.training.step.padding import Buffers, Shape, filled_up, shape_of
 from embedcache.training.step.settings import Recipe
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 
 SHAPES = 12
 """Shapes that are recorded; parts of further ones are computed kernel by kernel."""
@@ -49,7 +49,7 @@ def recordable(recipe: Recipe, carryons: int) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Recorded:
-    """A graph, and the losses that come out of it. What goes in are the `Inputs`."""
+    """A graph, and the losses that come out of it. What goes in are the `Buffers`."""
 
     loss_K: Tensor
     graph: Any
@@ -75,7 +75,7 @@ class Captured:
     def __init__(self, stack: Stack, device: torch.device):
         self._stack, self._device = stack, device
         self._recorded: dict[Shape, Recorded] = {}
-        self._inputs: Inputs = {}
+        self._buffers: Buffers = {}
         self._seen: Counter[Shape] = Counter()
         self._pool: Any = None
         self._tight = stack.recipe.part_tokens is not None
@@ -91,15 +91,15 @@ class Captured:
 
         A batch that is recorded, or will be, is copied now: nobody needs it after that.
         """
-        batch, filled = work[0].batch, None
-        if self.room and all(one.batch is batch for one in work) and self._fits(batch):
-            shape = self._shape(batch)
+        inputs, filled = work[0].inputs, None
+        if self.room and all(one.inputs is inputs for one in work) and self._fits(inputs):
+            shape = self._shape(inputs)
             if shape in self._recorded or len(self._recorded) < SHAPES:
                 with self._recording():
-                    filled = filled_up(batch, shape, self._inputs)
+                    filled = filled_up(inputs, shape, self._buffers)
         if filled is None:
             return self._stack.prepared(work)
-        return partial(self._take, shape, [replace(one, batch=filled) for one in work])
+        return partial(self._take, shape, [replace(one, inputs=filled) for one in work])
 
     def _take(self, shape: Shape, work: Sequence[Work]) -> Tensor:
         """Replay the parts of a shape, recorded now if it is new and there is room."""
@@ -110,7 +110,7 @@ class Captured:
             return self._stack.differentiate(work)
         recorded = self._recorded[shape]
         recorded.graph.replay()
-        if not work[0].batch.last:
+        if not work[0].inputs.batch.last_part:
             self._keep_up()
         return recorded.loss_K
 
@@ -130,13 +130,13 @@ class Captured:
             if before is not None:
                 before.synchronize()
 
-    def _fits(self, batch: Batch) -> bool:
-        one_row = batch.cu_seqlens_M is not None and len(batch.drawn) <= 1
-        return one_row and not self._stack.streams(batch)
+    def _fits(self, inputs: StepInputs) -> bool:
+        one_row = inputs.batch.cu_seqlens_M is not None and len(inputs.shortlists) <= 1
+        return one_row and not self._stack.streams(inputs)
 
-    def _shape(self, batch: Batch) -> Shape:
+    def _shape(self, inputs: StepInputs) -> Shape:
         """Return the shape to take a batch in."""
-        shape = shape_of(batch, whole=self._tight)
+        shape = shape_of(inputs, whole=self._tight)
         if self._tight:  # a second recording would want a part's memory again: one for all
             for other in self._recorded:
                 if other.takes(shape):
@@ -156,7 +156,7 @@ class Captured:
         """Let all recordings go, once the device is done with them."""
         wait_for(self._device)
         self._recorded.clear()
-        self._inputs.clear()
+        self._buffers.clear()
         self._pool = None
 
     @contextmanager

@@ -5,16 +5,15 @@ Axes: N wanted positions, C columns of a shortlist, M starts of sequences.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from embedcache.data.batch import Batch
 from embedcache.loss import Shortlist
 from embedcache.training.step.stack import WANTED
+from embedcache.training.step.step_inputs import StepInputs
 from embedcache.units import rounded_up
 
 PIECES, COLUMNS = 4, 1024
@@ -24,7 +23,7 @@ multiple, so that shapes recur."""
 STARTS = 16
 """Starts that a part has at least where memory is short: one of more would be recorded anew."""
 
-Inputs = dict[tuple[object, ...], Tensor]
+Buffers = dict[tuple[object, ...], Tensor]
 """What batches are copied into, by name and shape: those of like shapes share it."""
 
 
@@ -54,16 +53,17 @@ class Shape(NamedTuple):
         return Shape(*map(max, zip(self, other, strict=True)))
 
 
-def shape_of(batch: Batch, *, whole: bool) -> Shape:
+def shape_of(inputs: StepInputs, *, whole: bool) -> Shape:
     """Return the shape that a batch is filled up to.
 
     Wanted positions to a quarter of the row, or more, or, where ``whole``, to all of it, and starts
     to more than most parts have.
     """
+    batch = inputs.batch
     assert batch.cu_seqlens_M is not None
     row = batch.ids_BT.shape[1]
     piece = rounded_up(row if whole else -(-row // PIECES), WANTED)
-    columns = [len(one.weight_CH) for one in cast("Sequence[Shortlist]", batch.drawn)]
+    columns = [len(one.weight_CH) for one in inputs.shortlists]
     return Shape(
         row=row,
         starts=max(len(batch.cu_seqlens_M), STARTS if whole else 0),
@@ -72,35 +72,34 @@ def shape_of(batch: Batch, *, whole: bool) -> Shape:
     )
 
 
-def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
+def filled_up(inputs: StepInputs, shape: Shape, buffers: Buffers) -> StepInputs:
     """Return a copy of a batch of one row, filled up to a shape with what counts nothing.
 
-    It is made of tensors of ``inputs``, which grow by those that are missing.
+    It is made of tensors of ``buffers``, which grow by those that are missing.
     """
-    N, C = shape.positions, shape.columns
+    batch, N, C = inputs.batch, shape.positions, shape.columns
 
     def shared(name: str, like: Tensor, *sizes: int, dtype: torch.dtype | None = None) -> Tensor:
         key = (name, sizes, dtype or like.dtype)
-        if key not in inputs:
-            inputs[key] = like.new_zeros(sizes, dtype=dtype)
-        return inputs[key]
+        if key not in buffers:
+            buffers[key] = like.new_zeros(sizes, dtype=dtype)
+        return buffers[key]
 
     def same(name: str, like: Tensor) -> Tensor:
         return shared(name, like, *like.shape)
 
     assert batch.cu_seqlens_M is not None
 
-    drawn = []
-    for one in cast("Sequence[Shortlist]", batch.drawn):
-        drawn.append(
-            Shortlist(
-                shared("weight_CH", one.weight_CH, C, one.weight_CH.shape[1]),
-                None if one.bias_C is None else shared("bias_C", one.bias_C, C),
-                shared("log_weight_C", one.log_weight_C, C),
-                shared("index_N", one.index_N, N),
-            )
+    shortlists = [
+        Shortlist(
+            shared("weight_CH", one.weight_CH, C, one.weight_CH.shape[1]),
+            None if one.bias_C is None else shared("bias_C", one.bias_C, C),
+            shared("log_weight_C", one.log_weight_C, C),
+            shared("index_N", one.index_N, N),
         )
-    made = replace(
+        for one in inputs.shortlists
+    ]
+    filled = replace(
         batch,
         x_BTH={tap: same(f"x_BTH {tap}", x) for tap, x in batch.x_BTH.items()},
         ids_BT=same("ids_BT", batch.ids_BT),
@@ -109,24 +108,23 @@ def filled_up(batch: Batch, shape: Shape, inputs: Inputs) -> Batch:
         cu_seqlens_M=shared("cu_seqlens_M", batch.cu_seqlens_M, shape.starts),
         predict_N=shared("predict_N", batch.predict_N, N),
         targets_N=shared("targets_N", batch.targets_N, N),
-        counts_N=shared("counts_N", batch.targets_N, N, dtype=torch.float32),
-        drawn=drawn,
-        top_ids_NK=None,
+        top_ids_NJ=None,
     )
-    _copy(batch, made)
+    weight_N = shared("weight_N", batch.targets_N, N, dtype=torch.float32)
+    made = StepInputs(filled, shortlists, weight_N)
+    _copy(inputs, made)
     return made
 
 
-def _copy(batch: Batch, made: Batch) -> None:
+def _copy(given: StepInputs, filled: StepInputs) -> None:
     """Copy a batch into one that is as large or larger, and fill that up.
 
     By few calls: each lets go of the interpreter's lock, which the loader's threads are after.
     """
-    assert (
-        made.cu_seqlens_M is not None
-        and batch.cu_seqlens_M is not None
-        and made.counts_N is not None
-    )
+    batch, made, weight_N = given.batch, filled.batch, filled.weight_N
+    assert made.cu_seqlens_M is not None
+    assert batch.cu_seqlens_M is not None
+    assert weight_N is not None
     M, N = len(batch.cu_seqlens_M), len(batch.targets_N)
     pairs = [(x_BTH, batch.x_BTH[tap]) for tap, x_BTH in made.x_BTH.items()]
     pairs += [
@@ -137,13 +135,8 @@ def _copy(batch: Batch, made: Batch) -> None:
         (made.predict_N[:N], batch.predict_N),
         (made.targets_N[:N], batch.targets_N),
     ]
-    zeros = [made.predict_N[N:], made.targets_N[N:], made.counts_N[N:]]
-    listed = zip(
-        cast("Sequence[Shortlist]", made.drawn),
-        cast("Sequence[Shortlist]", batch.drawn),
-        strict=True,
-    )
-    for kept, one in listed:
+    zeros = [made.predict_N[N:], made.targets_N[N:], weight_N[N:]]
+    for kept, one in zip(filled.shortlists, given.shortlists, strict=True):
         C = len(one.weight_CH)
         pairs += [
             (kept.weight_CH[:C], one.weight_CH),
@@ -155,6 +148,6 @@ def _copy(batch: Batch, made: Batch) -> None:
         zeros.append(kept.index_N[N:])
         kept.log_weight_C[C:] = -torch.inf
     made.cu_seqlens_M[M:] = batch.ids_BT.shape[1]
-    made.counts_N[:N] = 1.0
+    weight_N[:N] = 1.0
     torch._foreach_copy_([to for to, _ in pairs], [value for _, value in pairs])
     torch._foreach_zero_(zeros)

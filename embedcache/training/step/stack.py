@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, groupby
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -22,16 +21,16 @@ from embedcache.data.batch import Batch
 from embedcache.data.frozen import FrozenInputs
 from embedcache.device import any_shape_attention
 from embedcache.loss import (
-    Shortlist,
-    cut_shortlists,
     linear_cross_entropy,
     shortlist_cross_entropy,
+    slice_shortlists,
     split_rows,
 )
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
 from embedcache.training.optim.adamw import FlatAdamW, send
 from embedcache.training.step.settings import PLAIN, Recipe
+from embedcache.training.step.step_inputs import StepInputs
 from embedcache.units import rounded_up
 
 WANTED = 128
@@ -46,7 +45,7 @@ class Work:
     ``targets`` are those of the whole step, and of all processes.
     """
 
-    batch: Batch
+    inputs: StepInputs
     targets: int
     rate: float
 
@@ -123,12 +122,12 @@ class Stack:
         Work on the same batch must lie side by side. Returns what this adds to the losses, loss_K:
         means over the targets of the whole step. Without a target a loss is 0.
         """
-        groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.batch))]
+        groups = [list(group) for _, group in groupby(work, key=lambda one: id(one.inputs))]
         h_KNR = self._features(groups)
         loss_K = torch.zeros_like(self._share_K)
         gradients = []
         # From here on each position is for itself, and as wide as the base: some at a time.
-        streamed = all(self.streams(one.batch) for one in work)  # all of the head, each time
+        streamed = all(self.streams(one.inputs) for one in work)  # all of the head, each time
         emitted = None if streamed else self.recipe.emitted
         for rows in split_rows(h_KNR.shape[1], emitted or h_KNR.shape[1]):
             h_KnR = h_KNR.detach()[:, rows].requires_grad_()
@@ -159,7 +158,7 @@ class Stack:
 
     def _features(self, groups: Sequence[list[Work]]) -> Tensor:
         """Return the features h_KNR of wanted positions, as many of each, the last for nothing."""
-        batches = [group[0].batch for group in groups]
+        batches = [group[0].inputs.batch for group in groups]
         together = batches[0] if len(groups) == 1 else stacked_batch([*chain(*groups)])
         h_KBTR = batch_features(self.model, together, self._inputs)
         K, B, T, _ = h_KBTR.shape
@@ -173,9 +172,9 @@ class Stack:
         row_KN = place_KN + B * T * torch.arange(K, device=place_KN.device)[:, None]
         return h_KBTR.flatten(0, 2).index_select(0, row_KN.flatten()).unflatten(0, (K, -1))
 
-    def streams(self, batch: Batch) -> bool:
+    def streams(self, inputs: StepInputs) -> bool:
         """Say whether the loss of a batch takes the whole head from host memory, tile by tile."""
-        return self._inputs.head.weight_VH.device != self._inputs.device and not batch.drawn
+        return self._inputs.head.weight_VH.device != self._inputs.device and not inputs.shortlists
 
     def _losses(self, groups: Sequence[list[Work]], h_KnR: Tensor, rows: slice) -> Tensor:
         """Return the sums of losses loss_K over some of the wanted positions, from features."""
@@ -187,16 +186,16 @@ class Stack:
         alone = len(groups) == 1
         parts = [y_KnH] if alone else y_KnH.split([len(group) for group in groups])
         for group, y_GnH in zip(groups, parts, strict=True):
-            batch = group[0].batch
+            inputs, batch = group[0].inputs, group[0].inputs.batch
             here = _rows_of(batch, rows)
             if here.start >= here.stop:
                 losses.append(y_GnH[:, :0].sum(dim=(1, 2)).float())
                 continue
-            loss_Gn = self._loss(y_GnH[:, : here.stop - here.start], batch, here)
-            if batch.counts_N is None:
+            loss_Gn = self._loss(y_GnH[:, : here.stop - here.start], inputs, here)
+            if inputs.weight_N is None:
                 loss_Gn = loss_Gn[:, : max(0, len(batch.targets_N) - here.start)]
             else:
-                loss_Gn = loss_Gn * batch.counts_N[here]
+                loss_Gn = loss_Gn * inputs.weight_N[here]
             losses.append(loss_Gn.sum(dim=1))
         return torch.cat(losses)
 
@@ -208,7 +207,7 @@ class Stack:
         dtype = self._inputs.dtype
         found = []
         for group in groups:
-            batch = group[0].batch
+            batch = group[0].inputs.batch
             predict_n = _filled(batch.predict_N)[_rows_of(batch, rows)]
             found.append(batch.x_BTH["final"].flatten(0, 1).index_select(0, predict_n).to(dtype))
         if len(groups) == 1:
@@ -220,14 +219,14 @@ class Stack:
             first += len(group)
         return x_KnH
 
-    def _loss(self, y_GnH: Tensor, batch: Batch, rows: slice) -> Tensor:
+    def _loss(self, y_GnH: Tensor, inputs: StepInputs, rows: slice) -> Tensor:
         """Return loss_Gn of embeddings after the carry-ons; by shortlists where some were drawn."""
-        head, listed = self._inputs.head, list(cast("Sequence[Shortlist]", batch.drawn))
+        head, batch, listed = self._inputs.head, inputs.batch, list(inputs.shortlists)
         if listed:
             last = listed[-1]
             more = rounded_up(len(batch.targets_N), WANTED) - len(batch.targets_N)
             listed[-1] = last._replace(index_N=F.pad(last.index_N, (0, more)))
-            some = cut_shortlists(listed, rows)
+            some = slice_shortlists(listed, rows)
             return shortlist_cross_entropy(y_GnH, some, head, logit_bytes=self.recipe.logit_bytes)
         y_NH, targets_N = y_GnH.flatten(0, 1), _filled(batch.targets_N)[rows].repeat(len(y_GnH))
         chunks = self.recipe.chunks(head, len(targets_N), targets_N.device)
@@ -258,7 +257,7 @@ def stacked_batch(work: Sequence[Work]) -> Batch:
 
     Padding is as `Batch` has it: embeddings of zero, in segment -1.
     """
-    batches = [one.batch for one in work]
+    batches = [one.inputs.batch for one in work]
     B = max(batch.ids_BT.shape[0] for batch in batches)
     T = max(batch.ids_BT.shape[1] for batch in batches)
 

@@ -1,4 +1,4 @@
-"""Attention over spans of one row against the mask that says the same."""
+"""Attention over spans of one row against attention with the equivalent mask."""
 
 from __future__ import annotations
 
@@ -8,13 +8,16 @@ import torch
 from embedcache.carryon.nn import attention
 from embedcache.carryon.nn.attention import Spans, attend, segment_mask
 
-N, T, D = 2, 12, 8
+E, T, HEAD_WIDTH = 2, 12, 8
 STARTS = [[0, 3, 4, 9, 12, 12], [0, 5, 10, 12, 12, 12], [0, 1, 2, 3, 12, 12]]
 
 
 def parts(*lead: int) -> list[torch.Tensor]:
     draw = torch.Generator().manual_seed(0)
-    return [torch.randn(*lead, 1, T, N, D, generator=draw, requires_grad=True) for _ in range(3)]
+    return [
+        torch.randn(*lead, 1, T, E, HEAD_WIDTH, generator=draw, requires_grad=True)
+        for _ in range(3)
+    ]
 
 
 def segments(starts: list[int]) -> torch.Tensor:
@@ -22,9 +25,9 @@ def segments(starts: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(("lead", "starts"), [((), STARTS[0]), ((3,), STARTS[0]), ((3,), STARTS)])
-@pytest.mark.parametrize("most", [attention.SPANS, 13, 1])
-def test_spans_are_the_mask_they_stand_for(lead, starts, most, monkeypatch):
-    monkeypatch.setattr(attention, "SPANS", most)
+@pytest.mark.parametrize("most", [attention.MAX_SPANS, 13, 1])
+def test_spans_are_the_equivalent_mask(lead, starts, most, monkeypatch):
+    monkeypatch.setattr(attention, "MAX_SPANS", most)
     q, k, v = parts(*lead)
     spans = Spans(torch.tensor(starts, dtype=torch.int32), 9)
     many = isinstance(starts[0], list)
@@ -45,7 +48,7 @@ def test_spans_are_the_mask_they_stand_for(lead, starts, most, monkeypatch):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("each_its_own", [True, False])
-def test_over_spans_what_is_no_number_reaches_no_other_of_a_stack(each_its_own):
+def test_over_spans_a_nan_stays_in_its_carry_on(each_its_own):
     draw = torch.Generator("cuda").manual_seed(0)
     clean = [
         torch.randn(3, 1, 101, 2, 32, generator=draw, device="cuda", dtype=torch.bfloat16)

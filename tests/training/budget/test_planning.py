@@ -159,7 +159,7 @@ def test_training_keeps_within_its_budget(world: World, tmp_path, monkeypatch, l
             held = [self.optimizer.values_KP, self.optimizer.gradient_KP]
             states = self.optimizer._states
             held += [states._mean_KP, states._square_KP, self._inputs.head.weight_VH]
-            held += [*work[0].batch.tensors()] * 3
+            held += [*work[0].inputs.tensors()] * 3
             with peak_of(CPU, held) as peak:
                 loss_K = differentiate(self, work)
             peaks[budget].append(peak[0])

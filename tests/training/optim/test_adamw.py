@@ -8,7 +8,7 @@ from support.carryons import change
 
 from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.branch.model import Branch
-from embedcache.carryon.nn.linear import SUM
+from embedcache.carryon.nn.linear import GRADIENT_BUFFER
 from embedcache.carryon.protocol import CarryOn
 from embedcache.training.config import TrainConfig
 from embedcache.training.optim.adamw import FlatAdamW
@@ -202,7 +202,7 @@ def test_what_products_add_is_what_autograd_would(count, low, shared):
     for name, parameter in plain.named_parameters():
         where = added.get_parameter(name)
         assert where.grad is None
-        found = getattr(where, SUM)
+        found = getattr(where, GRADIENT_BUFFER)
         assert found.untyped_storage().data_ptr() == flat.gradient_KP.untyped_storage().data_ptr()
         torch.testing.assert_close(found, parameter.grad, rtol=1e-5, atol=1e-4)
     total = sum(float(p.grad.double().square().sum()) for p in plain.parameters())

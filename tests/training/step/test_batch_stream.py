@@ -10,7 +10,6 @@ import torch
 from conftest import World
 
 from embedcache.carryon.branch.config import BranchConfig
-from embedcache.data import loader as loader_module
 from embedcache.training.config import TrainConfig
 from embedcache.training.distributed import ALONE, Ranks
 from embedcache.training.inputs import Materials
@@ -42,14 +41,14 @@ def test_draws_are_those_of_the_step_over_epochs_and_parts(
         while feed.advance():
             generator = shortlist.generator(step)
             while True:
-                seen.append(feed.batch.sequences)
-                (found,) = feed.batch.drawn
-                (expected,) = shortlist.draw(feed.batch.targets_N, generator)
+                seen.append(feed.due.batch.sequences)
+                (found,) = feed.due.shortlists
+                (expected,) = shortlist.draw(feed.due.batch.targets_N, generator)
                 assert torch.equal(found.weight_CH, expected.weight_CH)
                 assert torch.equal(found.index_N, expected.index_N)
                 drawn.append(found.log_weight_C)
                 feed.let_go()
-                assert feed.batch is None
+                assert feed.due is None
                 if feed.ended:
                     break
                 feed.next_part()
@@ -65,9 +64,10 @@ def test_what_memory_ran_out_for_is_drawn_again_as_it_was(world: World, monkeypa
     shared = Materials(world.cache(), torch.device("cpu"), ALONE)
     loader, shortlist = shared.train_loader(config, PLAIN), shared.shortlist(config, PLAIN)
     members = [SimpleNamespace(state=TrainState(), config=config)]
-    draw = Feed(loader, members, shortlist)._drawing(3)
+    prepare = Feed(loader, members, shortlist)._preparing(3)
     batch = next(loader.epoch(0))
-    (expected,) = Feed(loader, members, shortlist)._drawing(3)(replace(batch, last=False))
+    other = Feed(loader, members, shortlist)._preparing(3)
+    (expected,) = other(replace(batch, last_part=False)).shortlists
     columns, failed = shortlist.columns, []
 
     def short(*given):
@@ -79,31 +79,6 @@ def test_what_memory_ran_out_for_is_drawn_again_as_it_was(world: World, monkeypa
 
     monkeypatch.setattr(shortlist, "columns", short)
     with pytest.raises(torch.OutOfMemoryError):
-        draw(batch)
-    (found,) = draw(batch)
+        prepare(batch)
+    (found,) = prepare(batch).shortlists
     assert torch.equal(found.log_weight_C, expected.log_weight_C)
-
-
-@pytest.mark.parametrize(("part_tokens", "tries"), [(None, 1), (80, 6)])
-def test_making_a_part_waits_for_memory_within_a_budget(
-    world: World, monkeypatch, part_tokens, tries
-):
-    monkeypatch.setattr(loader_module, "PAUSE_SECONDS", 0.0)
-    config = TrainConfig(carryon=BranchConfig(width=32), batch_tokens=200)
-    shared = Materials(world.cache(), torch.device("cpu"), ALONE)
-    loader = shared.train_loader(config, Recipe(part_tokens=part_tokens))
-    tried = []
-
-    def full(*given):
-        tried.append(1)
-        if len(tried) < tries or tries == 1:
-            raise torch.OutOfMemoryError
-        return "made"
-
-    loader._copy_now = full
-    if tries == 1:
-        with pytest.raises(torch.OutOfMemoryError):
-            loader._copy(None, None)
-    else:
-        assert loader._copy(None, None) == "made"
-    assert len(tried) == tries

@@ -23,6 +23,7 @@ from embedcache.training.step import padding as filled
 from embedcache.training.step.cuda_graph import Captured
 from embedcache.training.step.settings import PLAIN, Recipe
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 from embedcache.training.train import sweep
 
 CPU = torch.device("cpu")
@@ -73,7 +74,7 @@ def graphs(monkeypatch, ends) -> list[Replayed]:
 @pytest.fixture
 def stacks(world: World, monkeypatch, graphs):
     """Two equal stacks of two, and batches in parts of one row."""
-    monkeypatch.setattr(packing, "STARTS", 8)
+    monkeypatch.setattr(packing, "CU_SEQLENS_MULTIPLE", 8)
     monkeypatch.setattr(captured, "OFTEN", 1)
     monkeypatch.setattr(filled, "COLUMNS", 384)  # shortlists have 256
     monkeypatch.setattr(materials, "fast_dtype", lambda device: torch.float32)
@@ -91,25 +92,45 @@ def stacks(world: World, monkeypatch, graphs):
         loader = shared.train_loader(CONFIG, Recipe(part_tokens=200, one_row=True))
         shortlist = shared.shortlist(CONFIG, PLAIN) if loss == "shortlist" else None
 
-        def draw(batch):
-            return (
-                [] if shortlist is None else shortlist.draw(batch.targets_N, shortlist.generator(1))
-            )
+        def prepare(batch):
+            if shortlist is None:
+                return StepInputs(batch)
+            return StepInputs(batch, shortlist.draw(batch.targets_N, shortlist.generator(1)))
 
-        batches = list(loader.epoch(0, draw=draw))
+        batches = list(map(prepare, loader.epoch(0)))
         return [Stack(models, configs, inputs) for _ in range(2)], batches
 
     return make, graphs
+
+
+def changed(inputs: StepInputs, **fields) -> StepInputs:
+    """Return the inputs with other values of the batch's fields."""
+    return replace(inputs, batch=replace(inputs.batch, **fields))
+
+
+def longer(inputs: StepInputs, more: int) -> StepInputs:
+    """Return the inputs with so many more empty sequences."""
+    cu_seqlens_M = inputs.batch.cu_seqlens_M
+    return changed(inputs, cu_seqlens_M=torch.cat([cu_seqlens_M, cu_seqlens_M[-1:].repeat(more)]))
+
+
+def first_targets(inputs: StepInputs, count: int) -> StepInputs:
+    batch = inputs.batch
+    return changed(inputs, predict_N=batch.predict_N[:count], targets_N=batch.targets_N[:count])
 
 
 def works(batches) -> list[list[Work]]:
     """Return the work of every part of one step or more."""
     return [
         [
-            Work(batch=batch, targets=batch.whole.targets, rate=1e-3 * (number + 1) * (k + 1))
+            Work(
+                inputs=inputs,
+                targets=inputs.batch.total.targets,
+                rate=1e-3 * (number + 1) * (k + 1),
+            )
             for k in range(2)
         ]
-        for number, batch in enumerate(batches)
+        for number, inputs in enumerate(batches)
     ]
 
 
@@ -124,7 +145,7 @@ def in_steps(batches) -> list[list[list[Work]]]:
     steps: list[list[list[Work]]] = [[]]
     for work in works(batches):
         steps[-1].append(work)
-        if work[0].batch.last:
+        if work[0].inputs.batch.last_part:
             steps.append([])
     return steps[:-1]
 
@@ -159,8 +180,8 @@ def test_recorded_steps_are_those_computed_alone(stacks, ends, loss):
 def test_a_part_without_targets_is_recorded_as_others_are(stacks):
     make, graphs = stacks
     (plain, recorded), batches = make("exact")
-    nothing = batches[0].predict_N[:0]
-    empty = replace(batches[0], predict_N=nothing, targets_N=nothing)
+    nothing = batches[0].batch.predict_N[:0]
+    empty = changed(batches[0], predict_N=nothing, targets_N=nothing)
     found = []
     for stack, taker in ((plain, plain), (recorded, Captured(recorded, CPU))):
         found.append(step(stack, taker, works([empty, batches[1]])))
@@ -190,8 +211,8 @@ def test_what_cannot_be_recorded_is_left_to_the_stack(stacks, monkeypatch):
     (plain, recorded), batches = make("exact")
     recorder = Captured(recorded, CPU)
     work = works(batches[:1])[0]
-    rows = replace(batches[0], cu_seqlens_M=None)
-    apart = [work[0], replace(work[1], batch=replace(batches[0]))]
+    rows = changed(batches[0], cu_seqlens_M=None)
+    apart = [work[0], replace(work[1], inputs=replace(batches[0]))]
 
     def check(work):
         found = step(recorded, recorder, [work])
@@ -300,22 +321,16 @@ def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends, mon
     for stack in (plain, recorded):
         stack.recipe = replace(PLAIN, part_tokens=200)
     recorder = Captured(recorded, CPU)
-    widest = max(batches, key=lambda batch: len(batch.drawn[0].weight_CH))
-    few = widest.drawn[0]
+    widest = max(batches, key=lambda inputs: len(inputs.shortlists[0].weight_CH))
+    few = widest.shortlists[0]
     many = few._replace(
         weight_CH=torch.cat([few.weight_CH] * 3),
         log_weight_C=torch.cat([few.log_weight_C, few.log_weight_C - 9, few.log_weight_C - 8]),
     )
-    wide = replace(
-        widest,
-        drawn=[many],
-        cu_seqlens_M=torch.cat([widest.cu_seqlens_M] + [widest.cu_seqlens_M[-1:]] * 8),
-    )
+    wide = replace(longer(widest, 8), shortlists=[many])
     some = batches[0]  # of more sequences, and of fewer columns, than the widest
-    longer = replace(
-        some, cu_seqlens_M=torch.cat([some.cu_seqlens_M] + [some.cu_seqlens_M[-1:]] * 24)
-    )
-    for one in (some, wide, longer, wide, *batches):
+    longest = longer(some, 24)
+    for one in (some, wide, longest, wide, *batches):
         expected = step(plain, plain, works([one]))
         found = step(recorded, recorder, works([one]))
         for value, other in zip(found, expected, strict=True):
@@ -324,7 +339,7 @@ def test_within_a_budget_there_is_one_recording_that_takes_all(stacks, ends, mon
     assert len(graphs) == 3 and len(ends) == 1
     (shape,) = recorder._recorded
     assert shape.columns == 384 * -(-3 * len(few.weight_CH) // 384)
-    assert shape.positions >= 200 and shape.starts == len(longer.cu_seqlens_M)
+    assert shape.positions >= 200 and shape.starts == len(longest.batch.cu_seqlens_M)
 
 
 def test_within_a_budget_few_more_sequences_need_no_other_recording(stacks):
@@ -333,9 +348,9 @@ def test_within_a_budget_few_more_sequences_need_no_other_recording(stacks):
     for stack in (plain, recorded):
         stack.recipe = replace(PLAIN, part_tokens=200)
     recorder = Captured(recorded, CPU)
-    few = replace(batches[0], cu_seqlens_M=batches[0].cu_seqlens_M[-8:].clone())
-    few.cu_seqlens_M[0] = 0
-    more = replace(few, cu_seqlens_M=torch.cat([few.cu_seqlens_M, few.cu_seqlens_M[-1:].repeat(8)]))
+    few = changed(batches[0], cu_seqlens_M=batches[0].batch.cu_seqlens_M[-8:].clone())
+    few.batch.cu_seqlens_M[0] = 0
+    more = longer(few, 8)
     for one in (few, more, few):
         found, expected = step(recorded, recorder, works([one])), step(plain, plain, works([one]))
         for value, other in zip(found, expected, strict=True):
@@ -349,12 +364,13 @@ def test_a_batch_is_let_go_of_before_its_recording_is_replayed(stacks):
     (_, recorded), batches = make("shortlist")
     recorder = Captured(recorded, CPU)
     for _ in range(2):  # the first is recorded, the second only copied
-        batch = replace(batches[0], x_BTH={k: v.clone() for k, v in batches[0].x_BTH.items()})
-        kept = weakref.ref(batch.x_BTH["final"])
+        x_BTH = {tap: x.clone() for tap, x in batches[0].batch.x_BTH.items()}
+        batch = changed(batches[0], x_BTH=x_BTH)
+        kept = weakref.ref(x_BTH["final"])
         (work,) = works([batch])
         recorded.begin(work)
         differentiate = recorder.prepared(work)
-        del batch, work
+        del batch, work, x_BTH
         gc.collect()
         assert kept() is None
         differentiate()
@@ -367,11 +383,9 @@ def test_a_shape_that_is_rare_is_taken_by_a_larger_one_s_recording(stacks, monke
     (plain, recorded), batches = make("shortlist")
     recorder = Captured(recorded, CPU)
     whole = batches[0]
+    listed = whole.shortlists[0]
     few = replace(
-        whole,
-        predict_N=whole.predict_N[:20],
-        targets_N=whole.targets_N[:20],
-        drawn=[whole.drawn[0]._replace(index_N=whole.drawn[0].index_N[:20])],
+        first_targets(whole, 20), shortlists=[listed._replace(index_N=listed.index_N[:20])]
     )
     fewer, more = (filled.shape_of(one, whole=False) for one in (few, whole))
     assert more.takes(fewer) and fewer.size() < more.size()
@@ -395,16 +409,7 @@ def test_a_shape_that_nothing_takes_is_recorded_at_once(stacks, monkeypatch):
     monkeypatch.setattr(captured, "OFTEN", 4)
     (_, recorded), batches = make("exact")
     recorder = Captured(recorded, CPU)
-    few = replace(
-        batches[0], predict_N=batches[0].predict_N[:20], targets_N=batches[0].targets_N[:20]
-    )
-
-    def longer(batch, more):
-        return replace(
-            batch,
-            cu_seqlens_M=torch.cat([batch.cu_seqlens_M, batch.cu_seqlens_M[-1:].repeat(more)]),
-        )
-
+    few = first_targets(batches[0], 20)
     for one in (few, longer(batches[0], 16)):
         step(recorded, recorder, works([one]))
     assert len(graphs) == 2
@@ -419,11 +424,11 @@ def test_one_feed_s_end_does_not_have_all_deltas_made_at_once(stacks, monkeypatc
     make, _ = stacks
     (plain, _), batches = make("shortlist")
     plain.recipe = replace(PLAIN, emitted=32)
-    plain.streams = lambda batch: not batch.drawn
+    plain.streams = lambda inputs: not inputs.shortlists
     losses, rows = plain._losses, []
     plain._losses = lambda groups, h_KnR, some: (
         rows.append(h_KnR.shape[1]) or losses(groups, h_KnR, some)
     )
     seen = [batches[0].without_tokens(), batches[0]]
-    plain.differentiate([Work(batch=batch, targets=9, rate=0.0) for batch in seen])
+    plain.differentiate([Work(inputs=inputs, targets=9, rate=0.0) for inputs in seen])
     assert len(rows) > 1 and max(rows) == 32

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from embedcache.carryon.saving import load_carryon
 from embedcache.data import packing
 from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
-from embedcache.loss.shortlist import shortlist as shortlist_module
+from embedcache.loss.shortlist import sampler as sampler_module
 from embedcache.training import inputs as materials
 from embedcache.training.budget.memory import MemoryPlan
 from embedcache.training.config import TrainConfig
@@ -25,6 +24,7 @@ from embedcache.training.inputs import Materials
 from embedcache.training.loop import Loop
 from embedcache.training.step.settings import PLAIN, Recipe
 from embedcache.training.step.stack import Stack, Work
+from embedcache.training.step.step_inputs import StepInputs
 from embedcache.training.train import sweep, train
 from embedcache.training.trainer import Trainer
 
@@ -94,7 +94,7 @@ def test_parts_are_what_is_on_the_device_at_a_time(world, tmp_path, monkeypatch)
     begin, differentiate, finish = Stack.begin, Stack.differentiate, Stack.finish
 
     def noted(self, work):
-        seen.append((work[0].batch.tokens, work[0].batch.last))
+        seen.append((work[0].inputs.batch.tokens, work[0].inputs.batch.last_part))
         parts[-1] += 1
         return differentiate(self, work)
 
@@ -176,7 +176,7 @@ def test_a_run_whose_states_are_on_the_host_goes_on_as_if_it_had_not_stopped(
 
 
 def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
-    monkeypatch.setattr(packing, "STARTS", 4)
+    monkeypatch.setattr(packing, "CU_SEQLENS_MULTIPLE", 4)
     split = world.cache().split("train")
     model = Branch(BranchConfig(width=32, blocks=2), 32)
     torch.nn.init.normal_(model.branch.weight)
@@ -194,7 +194,7 @@ def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
         assert found.cu_seqlens_M.diff().max() == found.positions_BT.max() + 1
         assert sorted(found.targets_N.tolist()) == sorted(expected.targets_N.tolist())
         places = [
-            {tuple(place): row for row, place in enumerate(batch.places_N2.tolist())}
+            {tuple(place): row for row, place in enumerate(batch.source_N2.tolist())}
             for batch in (expected, found)
         ]
         delta = [change_at(model, batch, inputs) for batch in (expected, found)]
@@ -203,16 +203,12 @@ def test_a_batch_of_one_row_is_that_of_several(world, monkeypatch):
         assert torch.equal(found.targets_N, expected.targets_N[rows])
 
 
-def drawn(shortlist, generator, batch):
-    return shortlist.draw(batch.targets_N, generator)
-
-
 @pytest.mark.parametrize("emitted", [1, 100, 1000])
 def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
     world, monkeypatch, emitted
 ):
     """Of carry-ons with batches of their own, in lists of 50 positions."""
-    monkeypatch.setitem(shortlist_module.SHORTLIST_ROWS, "cpu", 50)
+    monkeypatch.setitem(sampler_module.POSITIONS, "cpu", 50)
     materials = Materials(world.cache(), torch.device("cpu"), ALONE)
     configs = [replace(CONFIG, loss="shortlist", samples=30, order_seed=seed) for seed in (0, 1)]
     found = []
@@ -229,9 +225,10 @@ def test_deltas_of_some_positions_at_a_time_make_the_same_shortlist_loss(
         for config in configs:
             shortlist = materials.shortlist(config, recipe)
             loader = materials.train_loader(config, replace(recipe, part_tokens=200))
-            batch = next(loader.epoch(0, draw=partial(drawn, shortlist, shortlist.generator(3))))
-            work.append(Work(batch=batch, targets=len(batch.targets_N), rate=1.0))
-        assert len(work[0].batch.drawn) > 1
+            batch = next(loader.epoch(0))
+            part = StepInputs(batch, shortlist.draw(batch.targets_N, shortlist.generator(3)))
+            work.append(Work(inputs=part, targets=len(batch.targets_N), rate=1.0))
+        assert len(work[0].inputs.shortlists) > 1
         stack.begin(work)
         found.append((stack.differentiate(work), stack.optimizer.gradient_KP.clone()))
     torch.testing.assert_close(found[1][0], found[0][0], rtol=1e-5, atol=1e-6)

@@ -13,6 +13,7 @@ from embedcache.carryon.protocol import CarryOn, batch_features
 from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
 from embedcache.training.step.stack import Work, stacked_batch
+from embedcache.training.step.step_inputs import StepInputs
 
 
 def model(world: World) -> CarryOn:
@@ -55,7 +56,7 @@ def test_padding_to_the_largest_batch_changes_nobody(world: World) -> None:
     ]
     many = BatchLoader(split, batch_tokens=256, taps=("final",)).epoch(0)
     batches.insert(1, next(batch for batch in many if batch.packed))
-    work = [Work(batch=b, targets=0, rate=0) for b in batches]
+    work = [Work(inputs=StepInputs(b), targets=0, rate=0) for b in batches]
     inputs = FrozenInputs(world.cache(), torch.device("cpu"))
     carryon = model(world)
     together = stacked_batch(work)
