@@ -16,7 +16,7 @@ from .errors import option
 from .show import TerminalProgress, print_json, print_pairs, split_pairs
 
 if TYPE_CHECKING:
-    from embedcache.extraction.prediction import Prediction
+    from embedcache.extraction.estimate import Estimate
     from embedcache.extraction.run import ExtractSummary
 
 EXAMPLES = r"""
@@ -104,8 +104,8 @@ def extract_command(
     from embedcache.corpus.config import CorpusConfig
     from embedcache.device import resolve_device
     from embedcache.errors import UsageError
-    from embedcache.extraction.extract import extract
-    from embedcache.extraction.preview import preview
+    from embedcache.extraction.extract import estimate_extraction, extract
+    from embedcache.extraction.request import BATCH_TOKENS
 
     if not sources and not repair:
         raise UsageError("expected a CORPUS to extract, found none: name a file or a folder")
@@ -138,8 +138,7 @@ def extract_command(
     if sources:
         corpus = CorpusConfig.from_dict(options.settings(ctx, CorpusConfig))
         if batch_tokens is None:
-            # A CPU is fastest while activations fit its caches, a GPU while it is fully used.
-            ctx.params["batch_tokens"] = 16384 if resolve_device(device).type == "cuda" else 2048
+            ctx.params["batch_tokens"] = BATCH_TOKENS[resolve_device(device).type]
         settings = ExtractSettings(**options.settings(ctx, ExtractSettings))
     elif typed := [
         name
@@ -152,7 +151,6 @@ def extract_command(
         )
     place: dict[str, Any] = {
         "base": base,
-        "out": out,
         "settings": settings,
         "revision": revision,
         "device": device,
@@ -160,13 +158,19 @@ def extract_command(
         "progress": TerminalProgress(),
     }
     if dry_run and corpus is not None:
-        prediction, summary = preview(corpus, **place)
+        estimate, summary = estimate_extraction(corpus, out=out, **place)
         if as_json:
-            print_json({"prediction": asdict(prediction), "corpus": summary})
+            print_json({"estimate": asdict(estimate), "corpus": summary})
         else:
-            print_pairs([*_corpus_pairs(summary), *_estimate_pairs(prediction)])
+            print_pairs([*_corpus_pairs(summary), *_estimate_pairs(estimate)])
         return
-    result = extract(corpus, max_quarantined=max_quarantined, repair=repair, **place)
+    place["max_quarantined"] = max_quarantined
+    if repair:
+        from embedcache.editing.repair import repair as repair_cache
+
+        result = repair_cache(out, corpus, **place)
+    else:
+        result = extract(corpus, out=out, **place)
     if as_json:
         print_json(asdict(result))
         return
@@ -203,13 +207,13 @@ def _result_pairs(result: ExtractSummary) -> list[tuple[str, object]]:
         ),
         (
             "size",
-            f"{size(result.bytes)} (estimated {size(result.predicted_bytes)}), "
+            f"{size(result.bytes)} (estimated {size(result.estimated_bytes)}), "
             f"{result.bytes_per_token:,.0f} bytes a token without the base's head",
         ),
         (
             "speed",
             f"{result.tokens_per_second:,.0f} tokens/s over {duration(result.seconds)} "
-            f"(estimated {duration(result.predicted_seconds)})",
+            f"(estimated {duration(result.estimated_seconds)})",
         ),
     ]
 
@@ -233,7 +237,7 @@ def _corpus_pairs(summary: dict[str, Any]) -> list[tuple[str, object]]:
     return pairs
 
 
-def _estimate_pairs(estimate: Prediction) -> list[tuple[str, object]]:
+def _estimate_pairs(estimate: Estimate) -> list[tuple[str, object]]:
     written = estimate.bytes - estimate.bytes_to_go
     return [
         (

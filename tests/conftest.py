@@ -21,16 +21,13 @@ from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.saving import CarryOnRecord, save_carryon
 from embedcache.corpus.config import CorpusConfig
-from embedcache.extraction import measure, plan, rehearsal
+from embedcache.extraction import estimate, plan, prepare
 from embedcache.extraction.extract import extract
 
 # Products of so small a base are done before a second thread is awake; where processes share the
 # cores, each would wait for it. Children take it from the environment.
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
-
-MEASURED = [(measure, "AGAIN", 0), (rehearsal, "MOST", 1), (rehearsal, "ENCODINGS", 1)]
-MEASURED_IN_FULL = [(module, name, getattr(module, name)) for module, name, _ in MEASURED]
 
 pytest_plugins = ["support.caches"]
 
@@ -43,20 +40,30 @@ def pytest_collection_finish() -> None:
     gc.freeze()
 
 
+SMALL_TRIAL = {"MIN_TOKENS": 1, "MIN_BATCHES": 1, "MAX_BLOCKS": 1, "QUICK_SECONDS": 0.0}
+WHOLE_TRIAL = {name: getattr(estimate, name) for name in SMALL_TRIAL}
+
+
 @pytest.fixture(scope="session", autouse=True)
-def measured_once() -> Iterator[None]:
-    """Time what is measured before a run once, and so take the same steps on every machine."""
+def small_trial() -> Iterator[None]:
+    """Estimate from one batch: most tests look at something else."""
     with pytest.MonkeyPatch.context() as patch:
-        for module, name, once in MEASURED:
-            patch.setattr(module, name, once)
+        for name, value in SMALL_TRIAL.items():
+            patch.setattr(estimate, name, value)
         yield
 
 
 @pytest.fixture
-def measured_in_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Time it as often as for a user: for tests of the time that is predicted."""
-    for module, name, often in MEASURED_IN_FULL:
-        monkeypatch.setattr(module, name, often)
+def whole_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Estimate from as many batches as outside of tests."""
+    for name, value in WHOLE_TRIAL.items():
+        monkeypatch.setattr(estimate, name, value)
+
+
+@pytest.fixture
+def without_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commit no trial blocks, for tests that stop at the n-th step of a commit."""
+    monkeypatch.setattr(prepare, "run_trial", lambda *_, **__: estimate.Trial())
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -67,25 +74,6 @@ def exact_extraction() -> Iterator[None]:
         exact = {"cpu": torch.float32}
         patch.setattr(plan, "fast_dtype", lambda device: exact.get(device.type) or fast(device))
         yield
-
-
-class _Unwritten:
-    """A writer of blocks that writes none."""
-
-    def __init__(self, cache: Path):
-        pass
-
-    def commit(self, *_: object) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
-@pytest.fixture
-def unrehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commit no block before a run for a try: for tests that stop at the n-th step of a commit."""
-    monkeypatch.setattr(rehearsal, "BlockWriter", _Unwritten)
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import os
-import tempfile
-import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,22 +22,8 @@ from embedcache.store.files import fsync_path
 Array = np.ndarray[Any, Any]
 
 CHUNK_ROWS = 4096
-METADATA_BYTES = 780
-"""Size of an array's zarr.json, about."""
-SAMPLED_CHUNKS = 8
 WRITERS = 8
 """The most threads that encode and write the chunks of an array."""
-
-
-@dataclass(frozen=True, slots=True)
-class Cost:
-    """The cost of storing something: bytes on disk, and seconds."""
-
-    bytes: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.bytes + other.bytes, self.seconds + other.seconds)
 
 
 def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
@@ -62,29 +45,13 @@ def write_base_array(group: zarr.Group, name: str, value: torch.Tensor) -> None:
     target.attrs["dtype"] = dtype
 
 
-def base_array_cost(value: torch.Tensor, scratch: Path | None = None) -> Cost:
-    """Estimate the cost of `write_base_array` by writing a few chunks of the tensor.
-
-    They are written to ``scratch``, on the disk of the future array, and removed.
-    """
-    started = time.perf_counter()
-    rows = min(CHUNK_ROWS, len(value))
-    chunks = value.split(rows)
-    sampled = sorted({len(chunks) * i // SAMPLED_CHUNKS for i in range(SAMPLED_CHUNKS)})
-    array, _ = _stored(torch.cat([chunks[number] for number in sampled]))
-    with tempfile.TemporaryDirectory(prefix="embedcache-", dir=scratch) as folder:
-        size = _write_chunks(Path(folder), "sample", array, rows)
-        share = len(value) / len(array)
-        return Cost(int(size * share) + METADATA_BYTES, (time.perf_counter() - started) * share)
-
-
-def _write_chunks(root: Path, name: str, array: Array, rows: int) -> int:
-    """Write an array's chunks and flush each to the disk; return their bytes.
+def _write_chunks(root: Path, name: str, array: Array, rows: int) -> None:
+    """Write an array's chunks and flush each to the disk.
 
     zarr-python takes twice as long: its event loop copies every chunk.
     """
 
-    def write(number: int) -> int:
+    def write(number: int) -> None:
         chunk = array[number * rows : (number + 1) * rows]
         if len(chunk) < rows:
             chunk = np.concatenate(
@@ -93,10 +60,9 @@ def _write_chunks(root: Path, name: str, array: Array, rows: int) -> int:
         path = root / shard_name(name, number, array.ndim)
         write_chunk(path, chunk, CODERS["blosc"])
         fsync_path(path)
-        return path.stat().st_size
 
     with ThreadPoolExecutor(min(WRITERS, os.cpu_count() or 1)) as pool:
-        return sum(pool.map(write, range(-(-len(array) // rows))))
+        list(pool.map(write, range(-(-len(array) // rows))))
 
 
 def _stored(value: torch.Tensor) -> tuple[Array, str]:

@@ -120,8 +120,8 @@ def concatenated_measurements(caches: Sequence[FinishedCache]) -> dict[str, Any]
         "seconds": seconds,
         "self_check": max(run["self_check"] for run in runs),
         "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-        "predicted_bytes": sum(run["predicted_bytes"] for run in runs) - shared,
-        "predicted_seconds": sum(run["predicted_seconds"] for run in runs),
+        "estimated_bytes": sum(run["estimated_bytes"] for run in runs) - shared,
+        "estimated_seconds": sum(run["estimated_seconds"] for run in runs),
     }
 
 

@@ -1,1 +1,1 @@
-"""The parts of stage one: the plan (pass 0), forward passes over a block, and its self-check."""
+"""Stage one: plan a cache, estimate it, compute its blocks with the base, publish it."""

@@ -21,21 +21,21 @@ from embedcache.loss import linear_cross_entropy
 Array = np.ndarray[Any, Any]
 
 SAMPLE_ROWS = 65_536
-"""Rows to calibrate on, and at least `ROWS_PER_COMPONENT` for each component."""
+"""Number of rows to calibrate on, if not `ROWS_PER_COMPONENT` for each component are more."""
 
 ROWS_PER_COMPONENT = 16
 
 BATCHES = 16
-"""Batches that rows are taken from, at least, where there are as many."""
+"""Smallest number of batches that rows are taken from, if train has as many."""
 
 HEAD_ROWS = 4096
-"""Rows over which the head's metric, and a quality, are taken."""
+"""Rows over which the head's metric and the rise of the cross-entropy are computed."""
 
 HEAD_TILE = 16_384
-"""Tokens of the head that are held in float32 at a time."""
+"""Rows of the head that are converted to float32 at a time."""
 
 ISOTROPIC = 0.1
-"""Share of plain error in the metric: what the head cannot see, the branch still reads."""
+"""Weight of the identity in the metric: the branch also reads directions the head ignores."""
 
 RIDGE = 1e-2
 
@@ -45,32 +45,31 @@ HALVINGS = 14
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Rows of one tap.
-
-    ``x_NH``, float32 and on the device where it is calibrated; on the host: ``ids_N``;
-    ``targets_N``, the tokens that follow, -1 where that is no target; ``part_N``, from which part
-    of the corpus each row is, in rising order.
-    """
+    """Sampled rows of one tap."""
 
     x_NH: torch.Tensor
+    """Embeddings, float32 and on the calibrating device once `to` is called."""
     ids_N: Array
+    """Token ids, on the host."""
     targets_N: Array
+    """The following tokens, -1 for a token that is no target."""
     part_N: Array
+    """The part of the corpus that each row comes from, ascending."""
 
     def to(self, device: torch.device) -> Sample:
-        """Return the sample ready to be calibrated on."""
+        """Return the sample in float32 on a device."""
         return replace(self, x_NH=self.x_NH.to(device).float())
 
     def rows(self, keep_N: Array) -> Sample:
-        """Return the rows that are kept."""
+        """Return the rows where ``keep_N`` is true."""
         place = torch.from_numpy(np.flatnonzero(keep_N)).to(self.x_NH.device)
         kept = (values[keep_N] for values in (self.ids_N, self.targets_N, self.part_N))
         return Sample(self.x_NH[place], *kept)
 
     def held_out(self) -> Array:
-        """Return which rows are kept from the fit: every fourth part, or a quarter of one part.
+        """Return the rows to leave out of the fit: every fourth part, or a quarter of the only one.
 
-        Whole parts, and not rows among the others: neighbours are alike, and would flatter the fit.
+        Whole parts are held out, because neighbouring rows are alike and would flatter the fit.
         """
         part_N = np.unique(self.part_N, return_inverse=True)[1]
         if part_N[-1] == 0:
@@ -92,9 +91,9 @@ def calibrate(
     Args:
         sample: rows of the tap.
         embedding_VH: the base's token embedding, on the host.
-        head: the base's head, for the final tap: errors are then weighed as the logits see them.
-        bits: coded bits a value to come to, where no quality is given.
-        quality: permitted rise of the base's cross-entropy, read from decoded embeddings, in nats.
+        head: the base's head, for the final tap: errors are weighted by their effect on the logits.
+        bits: coded bits a value to reach, if no quality is given.
+        quality: permitted rise of the base's cross-entropy from decoded embeddings, in nats.
     """
     held_N = sample.held_out()
     fit, held = sample.rows(~held_N), sample.rows(held_N)
@@ -119,7 +118,7 @@ def calibrate(
 
 
 def _largest(too_coarse: Callable[[float], bool]) -> float:
-    """Return the largest number of octaves that is not too coarse, by halving."""
+    """Return the largest number of octaves that is not too coarse, by bisection."""
     low, high = 0.0, float(OCTAVES)
     for _ in range(HALVINGS):
         middle = (low + high) / 2
@@ -128,7 +127,7 @@ def _largest(too_coarse: Callable[[float], bool]) -> float:
 
 
 def _fit(fit: Sample, embedding_VH: torch.Tensor, head: Head | None) -> Calibration:
-    """Return the calibration but for its step."""
+    """Return a calibration with a step of 1."""
     device = fit.x_NH.device
     mean_H = fit.x_NH.mean(dim=0)
     e_NH = unit_rows(embedding_VH[torch.from_numpy(fit.ids_N)].to(device))
@@ -158,8 +157,8 @@ def _fit(fit: Sample, embedding_VH: torch.Tensor, head: Head | None) -> Calibrat
 def _metric(fit: Sample, head: Head | None) -> torch.Tensor:
     """Return the metric G [H, H], float64, in which an error e costs eᵀ G e.
 
-    With a head: the Fisher information of its logits, E[Wᵀ (diag p - p pᵀ) W], whose half is the
-    divergence that a small error makes (soft-capping is left out).
+    With a head, G is the Fisher information of its logits, E[Wᵀ (diag p - p pᵀ) W]: a small error
+    causes half of its cost as divergence. Soft-capping is ignored.
     """
     H = fit.x_NH.shape[1]
     identity = torch.eye(H, dtype=torch.float64, device=fit.x_NH.device)
@@ -190,13 +189,13 @@ def _root(metric_HH: torch.Tensor) -> torch.Tensor:
 
 
 def coded_bits(y_NH: torch.Tensor, step: float) -> float:
-    """Return the bits a value that coefficients take on the disk at a step."""
+    """Return the stored bits a value of coefficients that are quantised with a step."""
     q_NH = quantise(y_NH, step)
     return 8 * len(CODERS["pco"].encode(q_NH.cpu().numpy())) / q_NH.numel()
 
 
 def rise(calibration: Calibration, held: Sample, embedding_VH: torch.Tensor, head: Head) -> float:
-    """Return by how much the base's cross-entropy rises from exact to decoded rows, in nats."""
+    """Return the rise of the base's cross-entropy from exact to decoded rows, in nats a token."""
     places = np.flatnonzero(held.targets_N >= 0)
     if not len(places):
         return math.nan

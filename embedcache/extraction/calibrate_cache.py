@@ -1,4 +1,7 @@
-"""Calibrating a cache's codec before its first block: sample batches, fit each tap, store."""
+"""Calibrating the codec of a cache before its first block: sample, fit each tap, store.
+
+Axes: B sequences of a batch, T time, N rows, H hidden, V vocabulary.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,6 @@ import zarr
 from embedcache.base.forward import BlockForward
 from embedcache.base.load import Base
 from embedcache.base.taps import FINAL, token_embedding_of
-from embedcache.cache.base_arrays import Cost, base_array_cost
 from embedcache.cache.calibration import codecs_of, load_calibration, save_calibration
 from embedcache.cache.codecs.integers import STATELESS, Codec, codec_name
 from embedcache.cache.codecs.transform import Calibration
@@ -30,7 +32,7 @@ from embedcache.extraction.calibrate import (
     calibrate,
 )
 from embedcache.extraction.encode import finite_rows
-from embedcache.extraction.sample import Item, Known, SampledBlock, ids_of, rows_of, spread
+from embedcache.extraction.sample import ComputedBatches, sample_batches
 from embedcache.store.files import fsync_path, fsync_tree
 
 Array = np.ndarray[Any, Any]
@@ -45,26 +47,45 @@ def calibrations_of(
     forward: BlockForward,
     base: Base,
     settings: ExtractSettings,
+    computed: ComputedBatches,
     *,
     fresh: bool,
-    again: bool = False,
-) -> tuple[Calibrations, Known]:
+) -> Calibrations:
     """Return the calibration of each tap: the cache's own, or a new one, not yet stored.
 
-    Returns with a new one the batches that were computed for the sample: they need not be again.
-    ``fresh``: no train block is committed yet; if one is, a lost calibration cannot be made again,
-    and ``CacheError`` is raised. ``again``: make what is there anew; what comes out is held to the
-    old one's seal by `store_calibrations`.
+    Args:
+        cache: the cache.
+        train: its train tokens.
+        forward: the forward pass of the base.
+        base: the base.
+        settings: the settings of the extraction.
+        computed: receives the embeddings of the batches that a new calibration is fitted to.
+        fresh: whether no train block is committed.
+
+    Raises:
+        CacheError: if the calibration is missing and blocks were encoded with it.
     """
     if settings.codec != "transform" or not train.blocks:
-        return {}, {}
-    if (cache / CODEC).is_dir() and not again:
-        return {tap: load_calibration(cache, tap) for tap in settings.taps}, {}
-    if not fresh and not again:
+        return {}
+    if (cache / CODEC).is_dir():
+        return {tap: load_calibration(cache, tap) for tap in settings.taps}
+    if not fresh:
         raise CacheError(
-            f"{cache / CODEC} is missing, and blocks were coded with it: extract into a new folder"
+            f"{cache / CODEC} is missing, and blocks were encoded with it: extract into a new "
+            "folder"
         )
-    samples, known = _samples(train, forward, base, settings)
+    return new_calibrations(train, forward, base, settings, computed)
+
+
+def new_calibrations(
+    train: SplitTokens,
+    forward: BlockForward,
+    base: Base,
+    settings: ExtractSettings,
+    computed: ComputedBatches,
+) -> Calibrations:
+    """Return calibrations that are fitted to a sample of train."""
+    samples = _samples(train, forward, base, settings, computed)
     embedding_VH = embedding_of(base)
     bits = None if settings.quality is not None else settings.bits or DEFAULT_BITS
     found: Calibrations = {}
@@ -77,13 +98,13 @@ def calibrations_of(
             quality=settings.quality if tap == FINAL else None,
         )
         bits = found[tap].measured["bits"] if bits is None else bits
-    return found, known
+    return found
 
 
 def codecs_by_split(
     settings: ExtractSettings, calibrations: Calibrations, base: Base
 ) -> dict[str, dict[str, Codec]]:
-    """Return the codec of each tap of each split, but for a split that is empty and needs more."""
+    """Return the codec of each tap by split, except where an empty train split has none."""
     embedding_VH = embedding_of(base) if calibrations else None
     return {
         name: codecs_of(name, settings, calibrations, embedding_VH)
@@ -97,25 +118,19 @@ def embedding_of(base: Base) -> torch.Tensor:
     return token_embedding_of(base.model).get_parameter("weight").detach().cpu()
 
 
-def calibration_cost(cache: Path, calibrations: Calibrations, scratch: Path | None) -> Cost:
-    """Return what `store_calibrations` will take, about."""
-    if (cache / CODEC).is_dir():
-        return Cost()
-    parts = [
-        base_array_cost(part, scratch)
-        for found in calibrations.values()
-        for part in (found.mean_H, found.centre_H, found.predictor_HH, found.inverse_HH)
-    ]
-    return sum(parts, Cost())
-
-
 def store_calibrations(
     cache: Path, calibrations: Calibrations, staging: Path, *, expected: Digests | None = None
 ) -> None:
-    """Store the calibrations, made in ``staging``, whole and once, before the first block.
+    """Store the calibrations once: made whole in ``staging``, then moved into place.
 
-    ``expected`` is the seal of a damaged calibration whose place they take: raises ``CacheError``
-    where they are not the very same, since blocks were coded with that.
+    Args:
+        cache: the cache.
+        calibrations: the calibration of each tap.
+        staging: the staging folder of this attempt.
+        expected: digests of a damaged calibration to be replaced.
+
+    Raises:
+        CacheError: if the files do not match ``expected``: blocks were encoded with those.
     """
     if not calibrations or ((cache / CODEC).is_dir() and expected is None):
         return
@@ -130,9 +145,9 @@ def store_calibrations(
         fsync_tree(made)
         if expected is not None and Digests.of(staging, made) != expected:
             raise CacheError(
-                f"the calibration in {cache / CODEC} is damaged, and what was calibrated anew is "
-                "not the one that blocks were coded with (another machine or version?): restore "
-                "that folder from a copy, or extract into a new folder."
+                f"the calibration in {cache / CODEC} is damaged, and the new calibration is not "
+                "the one that blocks were encoded with (another machine or version?): restore "
+                "that folder from a copy, or extract into a new folder"
             )
         if (cache / CODEC).exists():
             (cache / CODEC).rename(old)
@@ -143,48 +158,55 @@ def store_calibrations(
 
 
 def _samples(
-    train: SplitTokens, forward: BlockForward, base: Base, settings: ExtractSettings
-) -> tuple[dict[str, Sample], Known]:
-    """Compute batches spread over train; return rows of each tap, on the host, and the batches.
+    train: SplitTokens,
+    forward: BlockForward,
+    base: Base,
+    settings: ExtractSettings,
+    computed: ComputedBatches,
+) -> dict[str, Sample]:
+    """Compute batches from all over train; return rows of each tap on the host.
 
-    Few rows of many batches rather than many of few: a corpus differs from place to place.
+    A few rows of many batches are better than many rows of a few: a corpus differs from place to
+    place.
     """
     wanted = max(SAMPLE_ROWS, ROWS_PER_COMPONENT * base.identity.hidden_size)
-    items = [("train", block) for block in range(train.blocks)]
-    blocks: dict[Item, SampledBlock] = {}
-    known: Known = {}
-    x_PNH: dict[str, list[torch.Tensor]] = {tap: [] for tap in settings.taps}
+    blocks = [("train", block) for block in range(train.blocks)]
+    parts_NH: dict[str, list[torch.Tensor]] = {tap: [] for tap in settings.taps}
     parts: list[tuple[Array, Array]] = []
-    for item, number in spread({"train": train}, items, forward, blocks):
-        rows_B2 = blocks[item].rows(number)
-        x_BTH = forward.batch(blocks[item].ids_N, rows_B2)
-        known.setdefault(item, {})[number] = {tap: x.cpu() for tap, x in x_BTH.items()}
-        x_NH = {tap: rows_of(x, rows_B2) for tap, x in x_BTH.items()}
-        ids_N = ids_of(blocks[item].ids_N, rows_B2)
-        targets_N, keep_N = _usable(*train.used(item[1]), rows_B2, finite_rows(x_NH).cpu().numpy())
+    for batch in sample_batches({"train": train}, blocks, forward):
+        rows_B2 = batch.rows_B2
+        x_BTH = forward.batch(batch.ids_N, rows_B2)
+        computed.add(batch, x_BTH)
+        x_NH = {tap: batch.unpadded(x) for tap, x in x_BTH.items()}
+        ids_N = batch.ids()
+        used = train.used(batch.block[1])
+        targets_N, keep_N = _usable(*used, rows_B2, finite_rows(x_NH).cpu().numpy())
         keep_N = keep_N[:: max(1, math.ceil(len(keep_N) * BATCHES / wanted))]
         parts.append((ids_N[keep_N], targets_N[keep_N]))
         for tap, x in x_NH.items():
-            x_PNH[tap].append(x[torch.from_numpy(keep_N).to(x.device)].cpu())
+            parts_NH[tap].append(x[torch.from_numpy(keep_N).to(x.device)].cpu())
         if sum(len(ids_N) for ids_N, _ in parts) >= wanted:
             break
     ids_N, targets_N = (np.concatenate(part) for part in zip(*parts, strict=True))
     if len(ids_N) < 2:
         raise NumericsError(
             "the sampled train embeddings hold no finite sequence to calibrate on: the base "
-            "overflows. Try --dtype float32 or bfloat16 and another --out."
+            "overflows. Use `dtype=` 'float32' or 'bfloat16' and another `out=`"
         )
     part_N = np.repeat(np.arange(len(parts)), [len(ids_N) for ids_N, _ in parts])
-    samples = {tap: Sample(torch.cat(x), ids_N, targets_N, part_N) for tap, x in x_PNH.items()}
-    return samples, known
+    return {tap: Sample(torch.cat(x), ids_N, targets_N, part_N) for tap, x in parts_NH.items()}
 
 
 def _usable(
     ids_N: Array, loss_mask_N: Array, rows_B2: Array, finite_N: Array
 ) -> tuple[Array, Array]:
-    """Return targets (-1 is none) of a batch's rows, and the places of finite sequences.
+    """Return the targets of a batch's rows (-1 for none), and the rows of finite sequences.
 
-    ``ids_N`` and ``loss_mask_N`` are of its block, ``finite_N`` of its rows.
+    Args:
+        ids_N: token ids of the batch's block.
+        loss_mask_N: loss mask of that block.
+        rows_B2: first row and row past the last of each sequence.
+        finite_N: whether each row of the batch is finite.
     """
     targets, keep, start = [], [np.empty(0, np.int64)], 0
     for first, stop in rows_B2.tolist():

@@ -2,139 +2,189 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack, suppress
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from embedcache.base.load import load_base, load_identity, load_tokenizer
-from embedcache.base.taps import check_taps
-from embedcache.cache.format.layout import MANIFEST, ExtractSettings, summary_of
-from embedcache.corpus.config import CorpusConfig
-from embedcache.device import resolve_device
-from embedcache.editing.repair import mend, restore_metadata
-from embedcache.errors import UsageError
-from embedcache.extraction.plan import (
-    check_out,
-    environment_for,
-    own_corpus,
-    remove_tokens,
-    sealed_attributes,
-    write_tokens,
-)
-from embedcache.extraction.prediction import RoomError
-from embedcache.extraction.run import Extraction, ExtractSummary
+from embedcache.cache.blocks.commit import newest_generations
+from embedcache.cache.format.layout import MANIFEST, SPLITS, ExtractSettings, summary_of
+from embedcache.cache.tokens.reader import SplitTokens
+from embedcache.extraction.block_queue import CommittedBlocks
+from embedcache.extraction.estimate import Estimate, RoomError, estimate
+from embedcache.extraction.plan import check_out, is_planned, plan, remove_tokens
+from embedcache.extraction.prepare import prepare
+from embedcache.extraction.request import Corpus, Request
+from embedcache.extraction.run import Extraction, ExtractSummary, summarise
 from embedcache.progress import SILENT, Progress
 from embedcache.store.files import translate_write_errors
 from embedcache.store.lease import COORDINATOR, Leases
 from embedcache.store.transaction import finish_transaction
 
-__all__ = ["ExtractSummary", "extract"]
+__all__ = ["ExtractSummary", "estimate_extraction", "extract"]
 
 
 def extract(
-    corpus: CorpusConfig | None,
+    corpus: Corpus | None,
     *,
-    base: str,
-    out: Path,
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
     settings: ExtractSettings | None = None,
     revision: str | None = None,
     device: str = "auto",
     dtype: str = "auto",
     max_quarantined: float = 0.01,
-    repair: bool = False,
     progress: Progress = SILENT,
+    **keywords: Any,
 ) -> ExtractSummary:
-    """Extract a corpus into the cache at ``out``, or go on with one that was interrupted.
+    """Extract a corpus into the cache at ``out``, or continue one that was interrupted.
 
-    Any number of processes may do so at once, on one machine or on several that share a file
-    system: one runs pass 0, then all share out the blocks, and take over those of one that died.
+    Any number of processes may run the same call at once, on one machine or on several that share
+    a file system. One tokenises the corpus, then all of them share the blocks. The blocks of a
+    process that died are taken over by the others.
 
     Args:
-        corpus: what to read, how to render and split it. None, for a repair alone, is what ``out``
-            was made of; a merged cache, which is of several, is repaired by that.
+        corpus: a `CorpusConfig`, or its sources: one or several files, folders, globs,
+            ``hf:org/name`` or ``stdlib:``. None continues the cache at ``out``.
         base: a hub id, a local directory, a GGUF file or ``builtin:NAME``.
-        out: an absent or empty folder, or a cache begun with the same request.
-        settings: taps, codec, and sizes of blocks and batches; without a corpus those of ``out``.
+        out: an absent or empty folder, or a cache that was begun by the same call.
+        settings: taps, codec, and sizes of blocks and batches.
         revision: the hub revision of the base.
         device: ``auto``, ``cpu`` or ``cuda``.
-        dtype: ``auto`` (what ``out`` was begun in; else bfloat16 on CUDA, and on CPUs with units
-            for it, float32 on others), or a name.
-        max_quarantined: share of sequences that may be put aside for values that are not finite.
-        repair: verify what is at ``out`` first, all of it, and make what is damaged anew.
-        progress: told of every stage.
+        dtype: ``float32``, ``bfloat16``, ``float16``, or ``auto``: the dtype of the cache at
+            ``out``; for a new one bfloat16 if the device computes it fast, else float32.
+        max_quarantined: permitted share of sequences whose embeddings are not finite.
+        progress: shows every stage.
+        **keywords: fields of `CorpusConfig` and `ExtractSettings`, in place of these objects.
 
     Returns:
-        The counts, sizes and speed. A cache that is already complete is left as it is.
+        Counts, sizes and speed. A finished cache is left unchanged.
 
     Raises:
-        EmbedcacheError: for anything a user can mend; see the modules concerned.
+        UsageError: for unknown or contradictory arguments.
+        OutputError: if ``out`` holds something else, another cache, or has too little room.
+        BaseModelError: if the base cannot be used.
+        CorpusError: if the corpus cannot be read.
+        NumericsError: if too many embeddings are not finite, or batches change the results.
+        CacheError: if the cache is damaged.
+
+    Example:
+        >>> from embedcache import extract
+        >>> extract("docs/", base="builtin:smollm2-135m", out="cache", codec="transform",
+        ...         bits=1.5, context=512, dev_fraction=0.1)  # doctest: +SKIP
     """
-    if corpus is not None:
-        settings = settings or ExtractSettings(context=corpus.context)
-    elif not repair:
-        raise UsageError("expected a corpus to extract, found none: only a repair needs none")
-    if not repair:
-        check_out(out)
-    identity = load_identity(base, revision=revision)
-    if settings is not None:
-        check_taps(settings.taps, identity.num_layers)
-    target = resolve_device(device)
-    created = not out.exists()
-    leases = Leases(out)
+    request = Request.of(
+        corpus,
+        settings,
+        keywords,
+        base=base,
+        out=out,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        max_quarantined=max_quarantined,
+        progress=progress,
+    )
+    folder = request.out
+    check_out(folder)
+    identity = request.identity()
+    created = not folder.exists()
+    leases = Leases(folder)
     try:
-        with translate_write_errors(out), leases, ExitStack() as turn:
-            if repair:
-                leases.require_alone("--repair")
+        with translate_write_errors(folder), leases, ExitStack() as turn:
             turn.enter_context(leases.coordinating(progress))
-            finish_transaction(out)
-            if repair:
-                leases.require_alone("--repair")  # one may have come to wait just now
-                restore_metadata(out)
-            environment = environment_for(out, target, dtype)
-            attributes = sealed_attributes(out, corpus, identity, settings, environment)
-            begun = attributes is not None
-            if attributes is None:
-                assert corpus is not None and settings is not None  # a repair has begun
-                tokenizer = load_tokenizer(base, revision=revision)
-                attributes = write_tokens(
-                    corpus,
-                    tokenizer,
-                    identity,
-                    settings,
-                    environment,
-                    out,
-                    progress,
-                    staging=leases.staging,
-                    holds=lambda: leases.holds(COORDINATOR),
-                )
-            settings, summary = attributes.settings, summary_of(attributes.corpus)
-            mended = None
-            if repair:
-                mended = mend(
-                    out,
-                    corpus or own_corpus(attributes),
-                    lambda: load_tokenizer(base, revision=revision),
-                    settings,
-                    progress,
-                )
-            run = Extraction(out, leases, summary, settings, max_quarantined, progress)
-            if mended is not None or not (out / MANIFEST).is_file():
-                try:
-                    run.compute(
-                        lambda: load_base(
-                            base, revision=revision, device=device, dtype=environment["dtype"]
-                        ),
-                        turn,
-                        mended,
-                    )
-                except RoomError:
-                    if not begun and leases.holds(COORDINATOR):
-                        remove_tokens(out)
-                    raise
-            else:
-                run.tidy()
+            finish_transaction(folder)
+            begun = is_planned(folder)
+            attributes = plan(request, identity, folder, leases)
+            run = Extraction(request, attributes, leases)
+            try:
+                counts = run.finish(turn)
+            except RoomError:
+                if not begun and leases.holds(COORDINATOR):
+                    remove_tokens(folder)
+                raise
     except BaseException:
-        if created and not (out / "zarr.json").is_file():
-            with suppress(OSError):  # another process may have begun there
-                out.rmdir()
+        if created and not is_planned(folder):
+            with suppress(OSError):  # not empty: another process has begun there
+                folder.rmdir()
         raise
-    return run.summary(identity.name)
+    return summarise(folder, attributes, counts)
+
+
+def estimate_extraction(
+    corpus: Corpus | None,
+    *,
+    base: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    settings: ExtractSettings | None = None,
+    revision: str | None = None,
+    device: str = "auto",
+    dtype: str = "auto",
+    progress: Progress = SILENT,
+    **keywords: Any,
+) -> tuple[Estimate, dict[str, Any]]:
+    """Estimate the size and duration of `extract` without writing to ``out``.
+
+    The corpus is tokenised into the system's temporary folder (about 4 bytes a token), and a few
+    batches are computed. If ``out`` was begun by the same call, only the rest is estimated.
+
+    Args:
+        corpus: as for `extract`.
+        base: as for `extract`.
+        out: as for `extract`.
+        settings: as for `extract`.
+        revision: as for `extract`.
+        device: as for `extract`.
+        dtype: as for `extract`.
+        progress: shows every stage.
+        **keywords: as for `extract`.
+
+    Returns:
+        The estimate, and the counts of the corpus.
+    """
+    request = Request.of(
+        corpus,
+        settings,
+        keywords,
+        base=base,
+        out=out,
+        revision=revision,
+        device=device,
+        dtype=dtype,
+        max_quarantined=1.0,
+        progress=progress,
+    )
+    check_out(request.out)
+    identity = request.identity()
+    with _planned_folder(request.out) as folder:
+        attributes = plan(request, identity, folder)
+        splits = {
+            name: SplitTokens(folder, name, attributes.settings.block_tokens) for name in SPLITS
+        }
+        committed = CommittedBlocks(splits, "", 1.0)
+        for name in SPLITS:
+            committed.blocks[name] = set(newest_generations(folder, name))
+        blocks = committed.missing()
+        if blocks and not (folder / MANIFEST).is_file():
+            fresh = not committed.blocks["train"]
+            found = prepare(
+                request, attributes, folder, splits, blocks, fresh=fresh, scratch=None
+            ).estimate
+        else:
+            found = estimate(folder, splits, blocks, device=request.device, out=request.out)
+        if folder != request.out:
+            found = replace(found, bytes_to_go=found.bytes)
+        return found, summary_of(attributes.corpus)
+
+
+@contextmanager
+def _planned_folder(out: Path) -> Iterator[Path]:
+    """Yield ``out`` if its tokens are complete, else a temporary folder."""
+    if is_planned(out):
+        yield out
+        return
+    with tempfile.TemporaryDirectory(prefix="embedcache-") as scratch:
+        yield Path(scratch)

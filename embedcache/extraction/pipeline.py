@@ -1,4 +1,4 @@
-"""The pipeline of stage one: forward, encode and copy here, code and commit on threads beside."""
+"""The pipeline of a run: this thread computes and encodes blocks, other threads commit them."""
 
 from __future__ import annotations
 
@@ -17,23 +17,20 @@ from embedcache.cache.blocks.commit import BlockWriter, Marker
 from embedcache.cache.codecs.integers import ArraySpec
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.data.prefetch import prefetch
-from embedcache.extraction.block_queue import Deal
-from embedcache.extraction.buffers import HostBuffers, Slot
-from embedcache.extraction.encode import BlockEncoder
-from embedcache.extraction.preflight import tokens_to_go
-from embedcache.extraction.quarantine import Quarantine
-from embedcache.extraction.rehearsal import encoder_threads
-from embedcache.extraction.sample import Item, Known
+from embedcache.extraction.block_queue import BlockQueue, CommittedBlocks
+from embedcache.extraction.encode import BlockEncoder, HostBuffers, Slot
+from embedcache.extraction.estimate import commit_threads, tokens_of
+from embedcache.extraction.sample import BlockId, ComputedBatches
 from embedcache.progress import Bar, Progress
 from embedcache.store.lease import PATIENCE_SECONDS, Leases
 
 Array = np.ndarray[Any, Any]
-Read = tuple[Item, Array, Array, int]
-"""A block, its ids_N, the rows_S2 of its sequences, and the number of the first."""
+BlockTokens = tuple[BlockId, Array, Array, int]
+"""A block, its ids_N, the rows_S2 of its sequences, and the number of the first sequence."""
 
 
 class Pipeline:
-    """Computes and commits blocks of one cache, those that no other process has claimed."""
+    """Computes and commits the blocks of one cache that no other process has leased."""
 
     def __init__(
         self,
@@ -43,7 +40,7 @@ class Pipeline:
         base: Base,
         forward: BlockForward,
         encoders: dict[str, BlockEncoder],
-        quarantine: Quarantine,
+        committed: CommittedBlocks,
         progress: Progress,
     ):
         self._out = out
@@ -52,41 +49,36 @@ class Pipeline:
         self._base = base
         self._forward = forward
         self._encoders = encoders
-        self._quarantine = quarantine
+        self._committed = committed
         self._progress = progress
 
-    def run(
-        self,
-        todo: list[Item],
-        known: Known,
-        generations: dict[str, dict[int, int]],
-    ) -> tuple[float, int]:
-        """Have the blocks ``todo`` committed, here or by others.
+    def run(self, blocks: list[BlockId], computed: ComputedBatches) -> tuple[float, int]:
+        """Return when all ``blocks`` are committed, by this process or by others.
 
         Args:
-            todo: the blocks, in the order in which they are computed.
-            known: what is known of blocks from calibrating and measuring.
-            generations: of the markers to make, where they are not the first of their block.
+            blocks: the blocks, in the order in which they are computed.
+            computed: batches of them that are computed already.
 
         Returns:
-            The self-check's largest difference, and the tokens computed here.
+            The largest relative difference that the self-checks found, and the number of tokens
+            that this process computed.
         """
-        base, forward, encoders = self._base, self._forward, self._encoders
-        deal = Deal(self._out, self._leases, todo, generations)
+        forward, encoders = self._forward, self._encoders
+        block_queue = BlockQueue(self._out, self._leases, blocks)
         worst, number, tokens = 0.0, 0, 0
         waiting: float | None = None
         writer = BlockWriter(self._out, self._leases.attempt)
-        threads = encoder_threads(base.device)
-        slots = HostBuffers(base.device, count=threads + 1)
+        threads = commit_threads(self._base.device)
+        slots = HostBuffers(self._base.device, count=threads + 1)
         futures: list[Future[Marker]] = []
-        total = sum(tokens_to_go(self._splits, todo).values())
-        pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+        total = sum(tokens_of(self._splits, blocks).values())
+        pool = ThreadPoolExecutor(threads, thread_name_prefix="commit")
         try:
             with (
                 self._progress.bar("extracting", total, "tok") as bar,
-                closing(prefetch(self._read(deal))) as dealt,
+                closing(prefetch(self._read(block_queue))) as entries,
             ):
-                for entry in dealt:
+                for entry in entries:
                     if not isinstance(entry, tuple):
                         futures = self._settle(futures, bar, wait=False)
                         if entry is None:
@@ -94,16 +86,17 @@ class Pipeline:
                         else:
                             self._note(entry, bar)
                         continue
-                    (name, block), ids_N, rows_S2, first = entry
-                    x_NH = forward(ids_N, rows_S2, known.pop((name, block), {}))
+                    block, ids_N, rows_S2, first = entry
+                    x_NH = forward(ids_N, rows_S2, computed.pop(block))
                     if number % CHECK_EVERY == 0:
                         sample = 2 if number == 0 else 1
                         worst = max(worst, forward.check(ids_N, rows_S2, x_NH, sample))
-                    rows = self._splits[name].block_rows(block)
+                    name = block[0]
+                    rows = self._splits[name].block_rows(block[1])
                     ready = slots.fetch(*encoders[name](x_NH, ids_N, rows))
                     specs = encoders[name].specs
                     future = pool.submit(
-                        self._write, writer, deal, (name, block), ready, specs, rows_S2, first
+                        self._commit, writer, block_queue, block, ready, specs, rows_S2, first
                     )
                     number += 1
                     tokens += rows
@@ -115,35 +108,36 @@ class Pipeline:
             writer.close()
         return worst, tokens
 
-    def _read(self, deal: Deal) -> Iterator[Read | Marker | None]:
-        """Read the blocks that are dealt to this process; pass on what is said of others."""
-        for dealt in deal:
-            if isinstance(dealt, tuple):
-                yield (dealt, *self._splits[dealt[0]].read(dealt[1]))
+    def _read(self, block_queue: BlockQueue) -> Iterator[BlockTokens | Marker | None]:
+        """Read the blocks that this process is to compute; pass on the other entries."""
+        for entry in block_queue:
+            if isinstance(entry, tuple):
+                yield (entry, *self._splits[entry[0]].read(entry[1]))
             else:
-                yield dealt
+                yield entry
 
     def _wait(self, since: float | None) -> float:
-        """Say once, after a moment, for whom this process waits; return since when it does."""
+        """Report once which processes this one waits for; return since when it waits."""
         now = time.monotonic()
         if since is None:
             return now
         if since < now - PATIENCE_SECONDS:
-            others = ", ".join(map(str, self._leases.others())) or "a process that is gone"
-            self._progress.say(f"nothing is left to lease: waiting for blocks of {others}")
+            others = ", ".join(map(str, self._leases.others())) or "a process that has ended"
+            self._progress.say(f"all remaining blocks are leased: waiting for {others}")
             return float("inf")
         return since
 
-    def _write(
+    def _commit(
         self,
         writer: BlockWriter,
-        deal: Deal,
-        item: Item,
+        block_queue: BlockQueue,
+        block: BlockId,
         ready: Callable[[], Slot],
         specs: dict[str, ArraySpec],
-        rows_S2: np.ndarray[Any, Any],
+        rows_S2: Array,
         first: int,
     ) -> Marker:
+        """Commit a block. Sequences with rows that are not finite are quarantined and zeroed."""
         slot = ready()
         try:
             bad = [i for i, (a, b) in enumerate(rows_S2.tolist()) if not slot.finite_N[a:b].all()]
@@ -152,21 +146,16 @@ class Pipeline:
                     values[rows_S2[index, 0] : rows_S2[index, 1]] = 0
             arrays = {path: (specs[path], values.numpy()) for path, values in slot.arrays.items()}
             quarantined = tuple(first + index for index in bad)
-            generation = deal.generation(item)
-            marker = writer.commit(*item, arrays, quarantined=quarantined, generation=generation)
-            deal.done(item)
+            marker = writer.commit(*block, arrays, quarantined=quarantined)
+            block_queue.done(block)
             return marker
         finally:
             slot.release()
 
     def _settle(
-        self,
-        futures: list[Future[Marker]],
-        bar: Bar,
-        *,
-        wait: bool,
+        self, futures: list[Future[Marker]], bar: Bar, *, wait: bool
     ) -> list[Future[Marker]]:
-        """Take note of the blocks that are committed; return those that are not."""
+        """Count the blocks that are committed and return the futures of the others."""
         pending = []
         for future in futures:
             if not wait and not future.done():
@@ -176,8 +165,8 @@ class Pipeline:
         return pending
 
     def _note(self, marker: Marker, bar: Bar) -> None:
-        """Count a block that is committed, here or by another process."""
-        self._quarantine.count(marker.split, marker)
+        """Count a committed block, of this process or another."""
+        self._committed.add(marker)
         rows = self._splits[marker.split].block_rows(marker.block)
         bar.advance(rows, f"{sum(record.bytes for record in marker.files) / 1e6:.1f} MB/block")
-        self._quarantine.check()
+        self._committed.check_quarantined()

@@ -1,324 +1,228 @@
-"""One run of stage one over the blocks that have no marker yet."""
+"""One run of stage one: prepare, compute the blocks that are not committed, publish."""
 
 from __future__ import annotations
 
-import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.base.forward import BlockForward
-from embedcache.base.load import Base
-from embedcache.cache.base_arrays import Cost
-from embedcache.cache.blocks.commit import (
-    Marker,
-    clear_staging,
-    drop_superseded,
-    newest_generations,
-    recover,
-)
-from embedcache.cache.blocks.files import block_digest_tables
-from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, ExtractSettings
-from embedcache.cache.manifest.digests import Digests, read_digests
-from embedcache.cache.manifest.manifest import (
-    Manifest,
-    publish_manifest,
-    read_manifest,
-    split_manifest,
-)
+from embedcache.cache.blocks.commit import clear_staging, drop_superseded, recover
+from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, CacheAttributes, summary_of
+from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.usage import used_bytes
-from embedcache.editing.repair import Mended
 from embedcache.errors import OutputError
-from embedcache.extraction.calibrate_cache import (
-    Calibrations,
-    calibration_cost,
-    calibrations_of,
-    codecs_by_split,
-    store_calibrations,
-)
-from embedcache.extraction.committed import Committed, recorded
+from embedcache.extraction.block_queue import CommittedBlocks
 from embedcache.extraction.encode import BlockEncoder
-from embedcache.extraction.measure import Measured, measure
+from embedcache.extraction.estimate import estimate
 from embedcache.extraction.pipeline import Pipeline
-from embedcache.extraction.prediction import require_room
-from embedcache.extraction.preflight import blocks_to_go, predict
-from embedcache.extraction.quarantine import Quarantine
-from embedcache.extraction.sample import Known
-from embedcache.extraction.store_base import base_cost, store_base
-from embedcache.progress import Progress
-from embedcache.store.files import STAGING, fsync_path, make_folder
+from embedcache.extraction.prepare import Prepared, prepare, store
+from embedcache.extraction.publish import clear_unpublished, publish
+from embedcache.extraction.request import Request
+from embedcache.extraction.sample import BlockId
+from embedcache.store.files import make_folder
 from embedcache.store.lease import COORDINATOR, Leases
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ExtractSummary:
-    """What an extraction did. Speeds count this run's blocks only; bytes are of the whole cache.
-
-    Of ``blocks``, ``resumed_blocks`` were there when it began, ``computed_blocks`` it made itself,
-    and ``others_blocks`` were made meanwhile by other processes.
-    """
+    """What an extraction did."""
 
     out: str
     base: str
     documents: dict[str, int]
+    """Documents by split."""
     sequences: dict[str, int]
+    """Sequences by split."""
     tokens: dict[str, int]
+    """Tokens by split."""
     bytes: int
+    """Bytes of all files of the cache."""
     bytes_per_token: float
-    predicted_bytes: int
-    predicted_seconds: float
+    """Bytes a token, without the arrays of the base."""
+    estimated_bytes: int
+    estimated_seconds: float
     blocks: int
     resumed_blocks: int
+    """Blocks that were committed before this run."""
     computed_blocks: int
+    """Blocks that this run computed."""
     others_blocks: int
+    """Blocks that other processes computed during this run."""
     quarantined: int
+    """Sequences whose embeddings are not finite."""
     self_check: float
+    """Largest relative difference between batched and unbatched embeddings."""
     seconds: float
+    """Seconds from the moment the base was loaded."""
     tokens_per_second: float
+    """Tokens that the run computed, a second."""
     corpus: dict[str, Any]
+    """Counts of the corpus."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockCounts:
+    """Numbers of blocks by origin."""
+
+    resumed: int = 0
+    computed: int = 0
+    others: int = 0
 
 
 class Extraction:
-    """One run over the blocks that have no marker yet."""
+    """One run over a planned cache."""
 
-    def __init__(
-        self,
-        out: Path,
-        leases: Leases,
-        corpus_summary: dict[str, Any],
-        settings: ExtractSettings,
-        max_quarantined: float,
-        progress: Progress,
-    ):
-        self._out = out
+    def __init__(self, request: Request, attributes: CacheAttributes, leases: Leases):
+        self._request = request
+        self._attributes = attributes
+        self._settings = attributes.settings
         self._leases = leases
-        self._corpus_summary = corpus_summary
-        self._settings = settings
-        self._progress = progress
-        self._splits = {name: SplitTokens(out, name, settings.block_tokens) for name in SPLITS}
-        self.tokens = {name: split.totals["tokens"] for name, split in self._splits.items()}
-        self._max_quarantined = max_quarantined
-        self._resumed = self._computed = self._others = 0
-
-    def compute(
-        self, load: Callable[[], Base], turn: ExitStack, mended: Mended | None = None
-    ) -> None:
-        """Have every block without a sound marker computed, and the manifest published.
-
-        ``turn`` holds this process's turn to do what one does for all; it is given up in between,
-        but for a repair, which is alone.
-        """
-        out, progress = self._out, self._progress
-        live = self._live()
-        self._leases.require(COORDINATOR)
-        # Before recovery: a marker that is withdrawn is made again in its place, one of a damaged
-        # block is followed, and any that comes from now on is another process's.
-        newest = {name: newest_generations(out, name) for name in self._splits}
-        there = self._count(self._recover(live) if mended is None else mended.sound())
-        clear_staging(out, live)
-        make_folder(self._leases.staging)
-        self._resumed = there.blocks
-        there.quarantine.check()
-        todo = blocks_to_go(self._splits, there.done)
-        generations = {
-            name: {b: at + (mended is not None) for b, at in found.items() if b not in done}
-            for (name, found), done in zip(newest.items(), there.done.values(), strict=True)
+        self._out = request.out
+        self._splits = {
+            name: SplitTokens(self._out, name, self._settings.block_tokens) for name in SPLITS
         }
-        if self._resumed:
-            progress.say(f"resuming: {self._resumed} blocks are there, {len(todo)} to go")
-        worst, tokens, seconds = 0.0, 0, 0.0
-        calibrations: Calibrations = {}
-        known: Known = {}
-        base, measured, stored, spent = None, Measured(), Cost(), 0.0
-        again = mended is not None and mended.base
-        damaged_codec = None if mended is None else mended.codec
-        prepared = mended is None and self._prepared()
-        if prepared:
+
+    def finish(self, turn: ExitStack) -> BlockCounts:
+        """Have every block committed and the manifest published.
+
+        Args:
+            turn: holds the coordinator's lease. It is closed while blocks are computed, so that
+                other processes can join.
+        """
+        out, leases, progress = self._out, self._leases, self._request.progress
+        if (out / MANIFEST).is_file():
+            clear_unpublished(out, leases)
+            return BlockCounts(resumed=sum(split.blocks for split in self._splits.values()))
+        live = self._live()
+        there = self._committed(live)
+        clear_staging(out, live)
+        make_folder(leases.staging)
+        there.check_quarantined()
+        resumed, blocks = len(there), there.missing()
+        if resumed:
+            progress.say(f"resuming: {resumed} blocks are there, {len(blocks)} to go")
+        ready = self._is_prepared()
+        if ready:
             turn.close()
-        if todo or again or damaged_codec or not (out / "base").is_dir():
-            with progress.bar("loading the base", None, "") as _:
-                base = load()
-            started = time.perf_counter()
-            forward = BlockForward(
-                base,
-                self._settings.taps,
-                block_tokens=self._settings.block_tokens,
-                batch_tokens=self._settings.batch_tokens,
+        prepared = None
+        if blocks or not (out / "base").is_dir():
+            prepared = prepare(
+                self._request,
+                self._attributes,
+                out,
+                self._splits,
+                blocks,
+                fresh=not there.blocks["train"],
+                scratch=leases.staging,
             )
-            with progress.bar("calibrating the codec", None, "") as _:
-                calibrations, known = calibrations_of(
-                    out,
-                    self._splits["train"],
-                    forward,
-                    base,
-                    self._settings,
-                    fresh=not there.done["train"],
-                    again=damaged_codec is not None,
-                )
-            codecs = codecs_by_split(self._settings, calibrations, base)
-            scratch = self._leases.staging
-            measured = measure(
-                base, forward, self._splits, todo, self._settings, codecs, progress, scratch
+            progress.say(str(prepared.estimate))
+            prepared.estimate.require_room(out)
+            if not ready:
+                leases.require(COORDINATOR)
+            store(prepared, out, leases.staging)
+        turn.close()
+        extracted = self._compute(prepared, blocks, there)
+        turn.enter_context(leases.coordinating(progress))
+        live = self._live()
+        done = self._committed(live)
+        if left := done.missing():
+            raise OutputError(
+                f"{len(left)} blocks of {out} were committed and their files are missing: run the "
+                "same call again to compute them anew"
             )
-            for item, batches in measured.known.items():
-                known.setdefault(item, {}).update(batches)
-            stored = base_cost(out, base, scratch) + calibration_cost(out, calibrations, scratch)
-            spent = time.perf_counter() - started
-        predicted = predict(
-            out,
-            self._splits,
-            todo,
-            measured,
-            base=base,
-            stored=stored,
-            known=known,
-            spent=spent,
-        )
-        if base is not None:
-            progress.say(str(predicted))
-            require_room(predicted, out)
-            if not prepared:
-                self._leases.require(COORDINATOR)
-            store_base(out, base, self._leases.staging, again=again)
-            store_calibrations(out, calibrations, self._leases.staging, expected=damaged_codec)
-            if mended is None:
-                turn.close()
+        done.check_quarantined(finished=True)
+        if not (out / MANIFEST).is_file():
+            leases.require(COORDINATOR)
+            publish(out, self._splits, self._settings, extracted, leases)
+        if leases.holds(COORDINATOR):
+            clear_staging(out, live)
+        return BlockCounts(resumed, done.own, len(done) - resumed - done.own)
+
+    def _committed(self, live: set[str]) -> CommittedBlocks:
+        """Finish commits of processes that died and count the committed blocks.
+
+        Args:
+            live: attempts of the other processes that are alive.
+        """
+        self._leases.require(COORDINATOR)
+        found = CommittedBlocks(self._splits, self._leases.attempt, self._request.max_quarantined)
+        for name, split in self._splits.items():
+            drop_superseded(self._out, name)
+            found.add_all(recover(self._out, name, split.blocks, live))
+        return found
+
+    def _live(self) -> set[str]:
+        """Return the attempts of the other processes that are alive."""
+        return {writer.attempt for writer in self._leases.others()}
+
+    def _is_prepared(self) -> bool:
+        """Return whether the arrays of the base and the calibration are stored."""
+        calibrated = self._settings.codec != "transform" or not self._splits["train"].blocks
+        return (self._out / "base").is_dir() and (calibrated or (self._out / CODEC).is_dir())
+
+    def _compute(
+        self, prepared: Prepared | None, blocks: list[BlockId], committed: CommittedBlocks
+    ) -> dict[str, Any]:
+        """Compute blocks and return what the manifest says of the run."""
+        worst, tokens, seconds = 0.0, 0, 0.0
+        if prepared is None:
+            estimated = estimate(
+                self._out, self._splits, blocks, device=self._request.device, out=self._out
+            )
+        else:
+            estimated = prepared.estimate
             encoders = {
-                name: BlockEncoder(name, self._settings, codecs[name], base.head)
-                for name in dict(todo)
+                name: BlockEncoder(name, self._settings, prepared.codecs[name], prepared.base.head)
+                for name in dict(blocks)
             }
             pipeline = Pipeline(
-                out, self._leases, self._splits, base, forward, encoders, there.quarantine, progress
+                self._out,
+                self._leases,
+                self._splits,
+                prepared.base,
+                prepared.forward,
+                encoders,
+                committed,
+                self._request.progress,
             )
-            worst, tokens = pipeline.run(todo, known, generations)
-            seconds = time.perf_counter() - started
-        if mended is None:
-            turn.close()
-            turn.enter_context(self._leases.coordinating(progress))
-        live = self._live()
-        made = self._count(self._recover(live))
-        if left := blocks_to_go(self._splits, made.done):
-            raise OutputError(
-                f"{len(left)} blocks of {out} were committed and their files are gone: type the "
-                "same again to compute them anew"
-            )
-        self._computed = made.own
-        self._others = made.blocks - self._resumed - self._computed
-        made.quarantine.check(finished=True)
-        extracted = (mended and mended.extracted) or {
+            worst, tokens = pipeline.run(blocks, prepared.computed)
+            seconds = time.perf_counter() - prepared.started
+        return {
             "self_check": worst,
             "tokens": tokens,
             "seconds": round(seconds, 3),
             "tokens_per_second": round(tokens / seconds, 1) if seconds else 0.0,
-            "predicted_bytes": predicted.bytes,
-            "predicted_seconds": predicted.seconds,
+            "estimated_bytes": estimated.bytes,
+            "estimated_seconds": estimated.seconds,
         }
-        if mended is not None or not (out / MANIFEST).is_file():
-            self._leases.require(COORDINATOR)
-            self._publish(extracted)
-        for name in self._splits:
-            drop_superseded(out, name)
-        if self._leases.holds(COORDINATOR):
-            clear_staging(out, live)
 
-    def tidy(self) -> None:
-        """Remove what one left that died just after it had published the manifest, and no more.
 
-        What else is staged beside a finished cache is an append's or a repair's, that may go on.
-        """
-        live, staging = self._live(), self._out / STAGING
-        for folder in [folder for folder in staging.glob("*") if folder.name not in live]:
-            shutil.rmtree(folder / "manifest", ignore_errors=True)
-            with suppress(OSError):  # not empty
-                folder.rmdir()
-        with suppress(OSError):
-            staging.rmdir()
-
-    def _manifest(self, made: Path, extracted: dict[str, Any]) -> Manifest:
-        """Return the manifest of the finished cache; its digest tables are written in ``made``."""
-        out, settings = self._out, self._settings
-        return Manifest(
-            splits={
-                name: split_manifest(
-                    made, name, settings, split.totals, recorded(out, name, split.blocks)
-                )
-                for name, split in self._splits.items()
-            },
-            tokens=read_digests(out),
-            base=Digests.of(out, out / "base"),
-            codec=Digests.of(out, out / CODEC),
-            extracted=extracted,
-        )
-
-    def _publish(self, extracted: dict[str, Any]) -> None:
-        """Publish digest tables and manifest from staging, gone if this process was taken for dead.
-
-        What others did to the cache meanwhile stands.
-        """
-        out, made = self._out, self._leases.staging / "manifest"
-        try:
-            manifest = self._manifest(made, extracted)
-            publish_manifest(made, manifest)
-            for split, counts in manifest.splits.items():
-                seals = (counts.embeddings, counts.quarantined)
-                for name, seal in zip(block_digest_tables(split), seals, strict=True):
-                    self._leases.require(COORDINATOR)
-                    make_folder((out / name).parent)
-                    if seal.rows:
-                        (made / name).replace(out / name)
-                    else:
-                        (out / name).unlink(missing_ok=True)
-                    fsync_path((out / name).parent)
-            self._leases.require(COORDINATOR)
-            (made / MANIFEST).replace(out / MANIFEST)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-        fsync_path(out)
-
-    def _prepared(self) -> bool:
-        """Whether what one process stores for all is there."""
-        coded = self._settings.codec != "transform" or not self._splits["train"].blocks
-        return (self._out / "base").is_dir() and (coded or (self._out / CODEC).is_dir())
-
-    def _live(self) -> set[str]:
-        """Return the attempts of the other processes that are alive."""
-        return {holder.attempt for holder in self._leases.others()}
-
-    def _recover(self, live: set[str]) -> Iterator[Marker]:
-        for name, split in self._splits.items():
-            yield from recover(self._out, name, split.blocks, live)
-
-    def _count(self, markers: Iterable[Marker]) -> Committed:
-        quarantine = Quarantine(self._splits, self._max_quarantined)
-        return Committed(quarantine, self._leases.attempt).count(markers)
-
-    def summary(self, base: str) -> ExtractSummary:
-        """Return the counts and sizes of the finished cache."""
-        manifest = read_manifest(self._out)
-        size = used_bytes(self._out)
-        head = sum(p.stat().st_size for p in (self._out / "base").rglob("*") if p.is_file())
-        tokens = sum(self.tokens.values())
-        return ExtractSummary(
-            out=str(self._out),
-            base=base,
-            documents={name: split.documents for name, split in manifest.splits.items()},
-            sequences={name: split.sequences for name, split in manifest.splits.items()},
-            tokens=self.tokens,
-            bytes=size,
-            bytes_per_token=round((size - head) / tokens, 1),
-            predicted_bytes=manifest.extracted["predicted_bytes"],
-            predicted_seconds=manifest.extracted["predicted_seconds"],
-            blocks=sum(split.blocks for split in manifest.splits.values()),
-            resumed_blocks=self._resumed,
-            computed_blocks=self._computed,
-            others_blocks=self._others,
-            quarantined=sum(split.quarantined.rows for split in manifest.splits.values()),
-            self_check=manifest.extracted["self_check"],
-            seconds=manifest.extracted["seconds"],
-            tokens_per_second=manifest.extracted["tokens_per_second"],
-            corpus=self._corpus_summary,
-        )
+def summarise(out: Path, attributes: CacheAttributes, counts: BlockCounts) -> ExtractSummary:
+    """Return the summary of a finished cache."""
+    manifest = read_manifest(out)
+    size = used_bytes(out)
+    head = sum(path.stat().st_size for path in (out / "base").rglob("*") if path.is_file())
+    tokens = {name: split.tokens for name, split in manifest.splits.items()}
+    return ExtractSummary(
+        out=str(out),
+        base=attributes.base["name"],
+        documents={name: split.documents for name, split in manifest.splits.items()},
+        sequences={name: split.sequences for name, split in manifest.splits.items()},
+        tokens=tokens,
+        bytes=size,
+        bytes_per_token=round((size - head) / sum(tokens.values()), 1),
+        estimated_bytes=manifest.extracted["estimated_bytes"],
+        estimated_seconds=manifest.extracted["estimated_seconds"],
+        blocks=sum(split.blocks for split in manifest.splits.values()),
+        resumed_blocks=counts.resumed,
+        computed_blocks=counts.computed,
+        others_blocks=counts.others,
+        quarantined=sum(split.quarantined.rows for split in manifest.splits.values()),
+        self_check=manifest.extracted["self_check"],
+        seconds=manifest.extracted["seconds"],
+        tokens_per_second=manifest.extracted["tokens_per_second"],
+        corpus=summary_of(attributes.corpus),
+    )

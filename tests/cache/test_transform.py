@@ -201,7 +201,7 @@ def test_a_lost_calibration_is_not_made_again_under_coded_blocks(
     marker = next((cache / "commits" / "train").glob("*.json"))
     marker.unlink()
     settings = small_settings(codec="transform", taps=("final", "layer_1"))
-    with pytest.raises(CacheError, match=r"blocks were coded with it"):
+    with pytest.raises(CacheError, match=r"blocks were encoded with it"):
         extract(
             corpus_config(corpus), base=str(tiny_base), out=cache, settings=settings, device="cpu"
         )

@@ -30,18 +30,19 @@ from embedcache.editing import repair
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
 from embedcache.errors import CacheError
+from embedcache.extraction import prepare, publish
 from embedcache.extraction import run as stage_one
-from embedcache.extraction import store_base
 from embedcache.extraction.extract import extract
 from embedcache.store import transaction
 from embedcache.store.lease import Leases
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
+pytestmark = pytest.mark.usefixtures("without_trial")
 
 SHARD = "train/embeddings/final/c/1/0"
 BEING_WRITTEN = (
     r"is being written by process \d+|documents are being deleted|not an embedcache|no such cache"
 )
+SETTINGS = small_settings(codec="int8", taps=("final", "layer_1"))
 
 
 def run(corpus: Path, base: Path, out: Path, **more: Any) -> Any:
@@ -49,7 +50,7 @@ def run(corpus: Path, base: Path, out: Path, **more: Any) -> Any:
         corpus_config(corpus),
         base=str(base),
         out=out,
-        settings=small_settings(codec="int8", taps=("final", "layer_1")),
+        settings=SETTINGS,
         device="cpu",
         **more,
     )
@@ -91,10 +92,10 @@ def looks_at(out: Path, real: set[str], seen: list[str]) -> Callable[[], None]:
 
 WRITING = [
     (tokens_writer, "publish_digests"),
-    (store_base, "fsync_tree"),
+    (prepare, "fsync_tree"),
     (commit, "promote"),
     (commit.os, "link"),
-    (stage_one, "publish_manifest"),
+    (publish, "publish_manifest"),
     (stage_one, "drop_superseded"),
     (stage_one, "clear_staging"),
 ]
@@ -122,7 +123,9 @@ def test_during_a_repair(
     steps = [*WRITING[1:], (repair, "publish_digests"), (repair, "tokenise")]
     with monkeypatch.context() as patch:
         at_every_call(patch, steps, looks_at(copied, set(), seen))
-        run(corpus, tiny_base, copied, repair=True)
+        repair.repair(
+            copied, corpus_config(corpus), base=tiny_base, settings=SETTINGS, device="cpu"
+        )
     assert set(seen) == {"being written", "whole"}
     assert verify(copied, deep=True).faults == ()
 

@@ -18,6 +18,7 @@ from embedcache.cache.cache import Cache
 from embedcache.cache.verify import verify
 from embedcache.editing.append import append
 from embedcache.editing.delete import delete
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.errors import (
     BaseModelError,
     CacheError,
@@ -91,13 +92,12 @@ def test_other_edits_are_refused_during_an_append(
         for edit in (
             lambda: added(old, more),
             lambda: delete(old, ["000.txt"]),
-            lambda: extract(
+            lambda: repair_cache(
+                old,
                 corpus_config(corpus),
                 base=str(tiny_base),
-                out=old,
                 settings=Cache(old).attributes.settings,
                 device="cpu",
-                repair=True,
             ),
         ):
             with pytest.raises(OutputError, match="alone, but process") as caught:
@@ -107,7 +107,7 @@ def test_other_edits_are_refused_during_an_append(
 
     monkeypatch.setattr(verb, "extract", trying)
     added(old, more)
-    assert refused == ["append", "delete", "--repair"]
+    assert refused == ["append", "delete", "repair"]
     assert verify(old, deep=True).faults == ()
 
 

@@ -17,8 +17,8 @@ from embedcache.cache.verify import verify
 from embedcache.carryon.branch.config import BranchConfig
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.errors import CacheError, OutputError
-from embedcache.extraction.extract import extract
 from embedcache.info import describe
 from embedcache.training.config import TrainConfig
 from embedcache.training.train import train
@@ -29,13 +29,12 @@ def without(content: Content, name: str) -> Content:
 
 
 def repair(cache: Path, corpus: Path, base: Path) -> None:
-    extract(
+    repair_cache(
+        cache,
         corpus_config(corpus),
         base=str(base),
-        out=cache,
         settings=read_attributes(cache).settings,
         device="cpu",
-        repair=True,
     )
 
 

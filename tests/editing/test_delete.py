@@ -31,6 +31,7 @@ from embedcache.cache.verify import verify
 from embedcache.data.loader import BatchLoader
 from embedcache.data.sample import sample_embeddings
 from embedcache.editing.delete import delete
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.errors import CacheError, UsageError
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
@@ -257,13 +258,12 @@ def test_a_deletion_killed_at_any_step_is_finished_by_the_same_call(
 
 
 def repair(cache: Path, base: Path, corpus: Path) -> Any:
-    return extract(
+    return repair_cache(
+        cache,
         corpus_config(corpus),
         base=str(base),
-        out=cache,
         settings=small_settings(codec="int8", taps=("final", "layer_1")),
         device="cpu",
-        repair=True,
     )
 
 

@@ -15,7 +15,8 @@ from embedcache.cache.format.layout import MANIFEST, marker_path
 from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import verify
 from embedcache.editing.merge import merge
-from embedcache.errors import CacheError, IdentityError, UsageError
+from embedcache.editing.repair import repair
+from embedcache.errors import CacheError, IdentityError
 from embedcache.extraction.extract import extract
 from embedcache.store.files import hash_file
 
@@ -50,7 +51,7 @@ def out(merged: Path, tmp_path: Path) -> Path:
 
 
 def mend(out: Path, base: Path, **more: Any) -> Any:
-    return extract(None, base=str(base), out=out, device="cpu", repair=True, **more)
+    return repair(out, base=base, device="cpu", **more)
 
 
 def shards(cache: Path) -> list[str]:
@@ -112,7 +113,7 @@ def test_tokens_are_not_made_up_and_nothing_is_changed(out: Path, tiny_base: Pat
     for name in (TOKENS, shards(out)[0]):
         flip_byte(out / name)
     before = {name: hash_file(out / name) for name in names_in(out)}
-    with pytest.raises(CacheError, match=r"its tokens are damaged.*embedcache merge"):
+    with pytest.raises(CacheError, match=r"its tokens are damaged.*Merge them again"):
         mend(out, tiny_base)
     assert {name: hash_file(out / name) for name in names_in(out)} == before
 
@@ -146,7 +147,5 @@ def test_the_command_needs_no_corpus(
 
 def test_what_is_not_the_caches_is_refused(out: Path, tmp_path: Path) -> None:
     other = tiny_base_directory(tmp_path / "base", seed=1)
-    with pytest.raises(IdentityError, match="--base"):
+    with pytest.raises(IdentityError, match="They differ in: weights"):
         mend(out, other)
-    with pytest.raises(UsageError, match="only a repair"):
-        extract(None, base=str(other), out=out)

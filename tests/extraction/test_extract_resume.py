@@ -1,4 +1,4 @@
-"""An extraction that is stopped anywhere goes on to the same bytes."""
+"""An extraction that is stopped anywhere resumes to the same bytes."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from support.tiny import tiny_base_directory
 from embedcache.cache.blocks import commit
 from embedcache.cache.tokens import writer as seal
 from embedcache.errors import CacheError, EmbedcacheError
-from embedcache.extraction import plan, store_base
+from embedcache.extraction import plan, prepare, publish
 from embedcache.extraction import run as stage_one
 from embedcache.extraction.extract import extract
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
+pytestmark = pytest.mark.usefixtures("without_trial")
 
 
 def prepared(root: Path, documents: int) -> Path:
@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
 
 @pytest.fixture(scope="module")
 def long_place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
-    """Blocks enough for a process to be caught between two of them."""
+    """Enough blocks to stop a process between two of them."""
     return prepared(tmp_path_factory.mktemp("long"), 40)
 
 
@@ -62,7 +62,7 @@ def run(place: Path, out: Path, **changes: Any) -> Any:
 
 
 def wait_for(ready: Any, process: Any) -> None:
-    """Wait, closely, until something is so; the process must still be at work."""
+    """Wait until ``ready`` returns true; the process must still be running."""
     deadline = time.monotonic() + 60
     while not ready():
         assert process.poll() is None, process.communicate()
@@ -86,7 +86,7 @@ def sealing(out: Path) -> bool:
         pytest.param(lambda out: markers(out) >= 20, id="middle"),
     ],
 )
-def test_killed_it_resumes_to_the_same_bytes(
+def test_a_killed_extraction_resumes_to_the_same_bytes(
     long_place: Path, tmp_path: Path, ready: Callable[[Path], bool]
 ) -> None:
     out = tmp_path / "cache"
@@ -105,7 +105,7 @@ def test_killed_it_resumes_to_the_same_bytes(
 def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     flags = small_flags(long_place / "corpus", long_place / "base", out)
-    process = ForkedCommand(*flags, "--json")
+    process = ForkedCommand(*flags)
     wait_for(lambda: markers(out) >= 3, process)
     process.send_signal(signal.SIGINT)
     printed, said = process.communicate(timeout=30)
@@ -113,7 +113,7 @@ def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path:
     assert printed == ""
     prediction, message = said.splitlines()
     assert "tokens to go" in prediction
-    assert message == "embedcache: interrupted; run the same command again to go on"
+    assert message == "embedcache: interrupted; run the same command again to resume"
     summary = run(long_place, out)
     assert summary.resumed_blocks >= 3
     assert comparable_tree(out) == comparable_tree(long_place / "undisturbed")
@@ -125,14 +125,14 @@ def test_ctrl_c_exits_130_with_a_message_and_resumes(long_place: Path, tmp_path:
         pytest.param(seal, "fsync_tree", 1, id="tokens are written"),
         pytest.param(seal, "fsync_path", 50, id="tokens are being flushed"),
         pytest.param(Path, "rename", 4, id="splits are in place"),
-        pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
+        pytest.param(prepare, "fsync_tree", 1, id="the base is staged"),
         pytest.param(commit, "write_shard", 9, id="a shard is to be staged"),
         pytest.param(commit, "promote", 7, id="a marker is linked"),
-        pytest.param(stage_one, "publish_manifest", 1, id="all blocks are there"),
+        pytest.param(publish, "publish_manifest", 1, id="all blocks are there"),
         pytest.param(stage_one, "clear_staging", 2, id="the manifest is there"),
     ],
 )
-def test_stopped_at_each_step_it_goes_on_to_the_same_bytes(
+def test_an_extraction_stopped_at_any_step_resumes_to_the_same_bytes(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str, call: int
 ) -> None:
     with monkeypatch.context() as patch:
@@ -146,9 +146,7 @@ def test_stopped_at_each_step_it_goes_on_to_the_same_bytes(
     assert comparable_tree(tmp_path / "cache") == comparable_tree(place / "undisturbed")
 
 
-def test_a_block_that_was_lost_before_the_manifest_is_computed_again(
-    place: Path, tmp_path: Path
-) -> None:
+def test_a_block_lost_before_the_manifest_is_computed_again(place: Path, tmp_path: Path) -> None:
     out = shutil.copytree(place / "undisturbed", tmp_path / "cache")
     (out / "manifest.json").unlink()
     (out / "train/embeddings/final/c/3/0").unlink()
@@ -157,7 +155,7 @@ def test_a_block_that_was_lost_before_the_manifest_is_computed_again(
     assert comparable_tree(out) == comparable_tree(place / "undisturbed")
 
 
-def test_tokens_that_were_lost_are_not_computed_as_zeros(place: Path, tmp_path: Path) -> None:
+def test_lost_tokens_are_not_computed_as_zeros(place: Path, tmp_path: Path) -> None:
     out = shutil.copytree(place / "undisturbed", tmp_path / "cache")
     (out / "manifest.json").unlink()
     for lost in ("train/embeddings/final/c/3/0", "train/tokens/ids/c/3"):
@@ -167,7 +165,7 @@ def test_tokens_that_were_lost_are_not_computed_as_zeros(place: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("complete", [False, True])
-def test_going_on_with_another_request_is_refused_by_the_settings_name(
+def test_resuming_with_another_request_is_refused_naming_the_setting(
     place: Path, tmp_path: Path, complete: bool
 ) -> None:
     out = shutil.copytree(place / "undisturbed", tmp_path / "cache")

@@ -1,4 +1,4 @@
-"""Several processes extract into one cache, are killed, and leave what one alone would."""
+"""Several processes extract into one cache; the result is that of a single process."""
 
 from __future__ import annotations
 
@@ -24,18 +24,19 @@ from support.fixtures_extract import (
 from support.forked import FORKS, ForkedCommand
 from support.tiny import tiny_base_directory
 
-import embedcache.extraction.extract
 from embedcache.base.forward import BlockForward
+from embedcache.editing.repair import repair
 from embedcache.errors import OutputError
-from embedcache.extraction import run as stage_one
+from embedcache.extraction import prepare
+from embedcache.extraction.estimate import Trial
 from embedcache.extraction.extract import ExtractSummary, extract
-from embedcache.extraction.measure import Measured
+from embedcache.extraction.request import Request
 from embedcache.store.lease import Leases, lease_name
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
-    """Make a base, a corpus of some fifty blocks, and the cache that one process makes of it."""
+    """A base, a corpus of about fifty blocks, and the cache that one process makes of it."""
     root = tmp_path_factory.mktemp("writers")
     tiny_base_directory(root / "base")
     write_documents(root / "corpus", 50, words=150)
@@ -83,7 +84,7 @@ def attempts(out: Path) -> set[str]:
 
 
 def extract_after_all_have_claimed(place: Path, out: Path, meeting: Any, answers: Any) -> None:
-    """Extract, but compute no block before every process at the ``meeting`` has claimed one."""
+    """Extract, but compute no block before every process at the ``meeting`` has leased one."""
 
     class Patient(BlockForward):
         met = False
@@ -95,11 +96,11 @@ def extract_after_all_have_claimed(place: Path, out: Path, meeting: Any, answers
             return super().__call__(*arguments)
 
     # Measuring, too, would compute: before anything is claimed.
-    vars(stage_one).update(BlockForward=Patient, measure=lambda *_, **__: Measured())
+    vars(prepare).update(BlockForward=Patient, run_trial=lambda *_, **__: Trial())
     answers.put(asdict(run(place, out)))
 
 
-def test_three_processes_share_one_cache_out(place: Path, tmp_path: Path) -> None:
+def test_three_processes_share_the_blocks_of_one_cache(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     meeting, answers = FORKS.Barrier(3), FORKS.Queue()
     processes = [
@@ -124,7 +125,7 @@ def test_three_processes_share_one_cache_out(place: Path, tmp_path: Path) -> Non
         assert sum(summary[share] for share in shares) == summary["blocks"]
 
 
-def test_the_rest_finish_what_a_killed_one_had_begun(place: Path, tmp_path: Path) -> None:
+def test_others_finish_what_a_killed_process_began(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "cache"
     victim, other = start(place, out), start(place, out)
     wait_for(lambda: markers(out) >= 8, victim)
@@ -136,22 +137,18 @@ def test_the_rest_finish_what_a_killed_one_had_begun(place: Path, tmp_path: Path
     assert not {"leases", ".staging"} & {path.name for path in out.iterdir()}
 
 
-def test_a_writer_that_comes_late_leaves_all_as_it_is(
-    place: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_late_process_changes_nothing(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def load_base(*_: Any, **__: Any) -> None:
         raise AssertionError
 
-    monkeypatch.setattr(embedcache.extraction.extract, "load_base", load_base)
+    monkeypatch.setattr(Request, "load_base", load_base)
     before = comparable_tree(place / "alone")
     summary = run(place, place / "alone")
     assert (summary.computed_blocks, summary.others_blocks) == (0, 0)
     assert comparable_tree(place / "alone") == before
 
 
-def test_a_writer_that_comes_late_clears_up_after_one_killed_at_the_end(
-    place: Path, tmp_path: Path
-) -> None:
+def test_a_late_process_clears_up_after_one_killed_at_the_end(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     shutil.copytree(place / "alone", out)
     left = out / ".staging" / "0123abcd" / "manifest" / "manifest.json"
@@ -176,14 +173,14 @@ def test_a_writer_that_comes_late_clears_up_after_one_killed_at_the_end(
 def test_repair_refuses_while_another_writes(place: Path, tmp_path: Path) -> None:
     with (
         Leases(place / "alone") as other,
-        pytest.raises(OutputError, match=r"--repair needs .* alone"),
+        pytest.raises(OutputError, match=r"repair needs .* alone"),
     ):
         other.take(lease_name("train", 0))
-        run(place, place / "alone", repair=True)
+        repair(place / "alone", base=place / "base")
 
 
 def killed_and_resumed(place: Path, folder: Path, times: int, seed: int) -> None:
-    """Kill extractions at so many random moments; one that comes to its end must be as if alone."""
+    """Kill extractions at random moments; each finished cache must equal an undisturbed one."""
     draw, killed, finished = random.Random(seed), 0, 0
     while killed < times:
         out = folder / str(finished)
@@ -207,10 +204,10 @@ def killed_and_resumed(place: Path, folder: Path, times: int, seed: int) -> None
         assert finished <= 3 * times
 
 
-def test_killed_at_six_moments_it_comes_to_the_same(place: Path, tmp_path: Path) -> None:
+def test_an_extraction_killed_six_times_gives_the_same_cache(place: Path, tmp_path: Path) -> None:
     killed_and_resumed(place, tmp_path, 6, seed=0)
 
 
 @pytest.mark.slow
-def test_killed_at_fifty_moments_it_comes_to_the_same(place: Path, tmp_path: Path) -> None:
+def test_an_extraction_killed_fifty_times_gives_the_same_cache(place: Path, tmp_path: Path) -> None:
     killed_and_resumed(place, tmp_path, 50, seed=1)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from embedcache.extraction.buffers import HostBuffers
+from embedcache.extraction.encode import HostBuffers
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
@@ -20,7 +20,7 @@ def block(rows: int, dtype: torch.dtype, device: str, *, scale: bool) -> dict[st
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_one_buffer_serves_blocks_of_other_arrays_dtypes_and_sizes(device):
+def test_one_buffer_serves_blocks_of_different_arrays_dtypes_and_sizes(device):
     buffers = HostBuffers(torch.device(device), count=1)
     for rows, dtype, scale in (
         (7, torch.int8, True),

@@ -1,4 +1,4 @@
-"""The tokens that the base thinks likely: stored, kept with their cache, and held by shortlists."""
+"""Top ids: stored with their cache, and included in shortlists."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from embedcache.data.loader import BatchLoader
 from embedcache.editing.append import append
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.errors import IdentityError, UsageError
-from embedcache.extraction import top_ids
+from embedcache.extraction import encode
 from embedcache.extraction.extract import extract
 from embedcache.info import describe
 from embedcache.loss import ShortlistSampler
@@ -47,9 +48,9 @@ PATH = "train/head/top_ids"
 
 @pytest.fixture(scope="module", autouse=True)
 def likely():
-    """A base of random weights finds little likely: ten times as likely as all is enough."""
+    """A base of random weights finds no token likely: ten times the mean probability is enough."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(top_ids, "LIKELY", 10 / len(tiny_tokenizer()))
+        patch.setattr(encode, "LIKELY", 10 / len(tiny_tokenizer()))
         yield
 
 
@@ -89,8 +90,8 @@ def by_tokens(cache: Path) -> dict[bytes, bytes]:
     return found
 
 
-def test_they_are_those_of_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where logits are computed some at a time."""
+def test_top_ids_are_those_of_transformers(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the logits are computed in several parts."""
     model = AutoModelForCausalLM.from_pretrained(place / "base", dtype=torch.float32).eval()
     seen = []
     for name in ("train", "dev", "test"):
@@ -104,21 +105,21 @@ def test_they_are_those_of_transformers(place: Path, monkeypatch: pytest.MonkeyP
                 chance_NK, id_NK = logits.softmax(dim=1).topk(K + 1, dim=1)
                 found_NK = torch.from_numpy(block.top_ids_NJ[first:stop])
                 sure = ((chance_NK[:, :-1] - chance_NK[:, 1:]) > 1e-6).all(dim=1)
-                sure &= ((chance_NK - top_ids.LIKELY).abs() > 1e-6).all(dim=1)
-                expected = torch.where(chance_NK >= top_ids.LIKELY, id_NK + 1, 0)[:, :K].int()
+                sure &= ((chance_NK - encode.LIKELY).abs() > 1e-6).all(dim=1)
+                expected = torch.where(chance_NK >= encode.LIKELY, id_NK + 1, 0)[:, :K].int()
                 assert torch.equal(found_NK[sure], expected[sure])
                 seen.append(found_NK[sure])
     counts = (torch.cat(seen) > 0).sum(dim=1)
     assert {0, 1, K} <= set(counts.tolist())
     base_NH, head = torch.randn(300, 32), Cache(place / "cache").base_array("head/weight")
-    head = top_ids.Head(head.float())
-    whole = top_ids.top_ids_of(base_NH, head, K)
-    monkeypatch.setitem(top_ids.LOGITS, "cpu", 7 * len(head.weight_VH))
-    assert torch.equal(top_ids.top_ids_of(base_NH, head, K), whole) and whole.any()
+    head = encode.Head(head.float())
+    whole = encode.top_ids_of(base_NH, head, K)
+    monkeypatch.setitem(encode.LOGITS, "cpu", 7 * len(head.weight_VH))
+    assert torch.equal(encode.top_ids_of(base_NH, head, K), whole) and whole.any()
 
 
-def test_rows_that_are_nobody_s_have_none(place: Path, tmp_path: Path) -> None:
-    """What is behind the last sequence, and sequences that are not finite."""
+def test_unused_rows_have_no_top_ids(place: Path, tmp_path: Path) -> None:
+    """Rows after the last sequence, and sequences that are not finite."""
     base = shutil.copytree(place / "base", tmp_path / "base")
     weights = load_file(base / "model.safetensors")
     token = tiny_tokenizer().convert_tokens_to_ids("~")
@@ -136,8 +137,8 @@ def test_rows_that_are_nobody_s_have_none(place: Path, tmp_path: Path) -> None:
         assert not stored_NK[~used].any() and stored_NK[used].any()
 
 
-def test_a_cache_without_any_has_no_such_array(place: Path, tmp_path: Path) -> None:
-    """And is otherwise the same."""
+def test_a_cache_without_top_ids_has_no_such_array(place: Path, tmp_path: Path) -> None:
+    """The cache is otherwise the same."""
     run(place / "corpus", place / "base", tmp_path / "plain", codec="transform", top_ids=0)
     assert not (tmp_path / "plain/train/head").exists()
     split = Cache(tmp_path / "plain").split("train")
@@ -148,12 +149,12 @@ def test_a_cache_without_any_has_no_such_array(place: Path, tmp_path: Path) -> N
             assert other.read_bytes() == path.read_bytes()
 
 
-def test_what_they_take_is_predicted_and_described(place: Path, tmp_path: Path) -> None:
+def test_the_bytes_of_top_ids_are_estimated_and_described(place: Path, tmp_path: Path) -> None:
     found = [
         run(place / "corpus", place / "base", tmp_path / str(k), top_ids=k, codec="bf16")
         for k in (0, MOST_TOP_IDS)
     ]
-    none, most = (np.array([one.predicted_bytes, one.bytes]) for one in found)
+    none, most = (np.array([one.estimated_bytes, one.bytes]) for one in found)
     predicted, real = most - none
     assert predicted == pytest.approx(real, rel=0.15) and real > 1000
     arrays = describe(place / "cache")["arrays"]["train"]
@@ -161,26 +162,25 @@ def test_what_they_take_is_predicted_and_described(place: Path, tmp_path: Path) 
     assert arrays["head/top_ids"]["bytes"] >= size > 0
 
 
-def test_a_damaged_one_is_found_and_made_again(place: Path, cache: Path) -> None:
+def test_damaged_top_ids_are_found_and_repaired(place: Path, cache: Path) -> None:
     shard = cache / PATH / "c/0/0"
     whole = shard.read_bytes()
     for damage in (flip_byte, Path.unlink):
         damage(shard)
         (fault,) = verify(cache, deep=True).faults
         assert fault.file == f"{PATH}/c/0/0"
-        extract(
+        repair_cache(
+            cache,
             corpus_config(place / "corpus"),
             base=str(place / "base"),
-            out=cache,
             settings=small_settings(top_ids=K, taps=("layer_1", "final"), codec="transform"),
             device="cpu",
             dtype="float32",
-            repair=True,
         )
         assert shard.read_bytes() == whole and not verify(cache, deep=True).faults
 
 
-def test_nothing_is_left_of_those_of_a_deleted_document(cache: Path) -> None:
+def test_the_top_ids_of_a_deleted_document_are_gone(cache: Path) -> None:
     split = Cache(cache).split("train")
     _, rows_S2, document_S = split.sequences(0)
     name = split.documents[int(document_S[0])]
@@ -195,15 +195,13 @@ def test_nothing_is_left_of_those_of_a_deleted_document(cache: Path) -> None:
     assert not verify(cache, deep=True).faults
 
 
-def test_they_come_along_where_caches_are_merged_and_appended_to(
-    place: Path, cache: Path, tmp_path: Path
-) -> None:
+def test_merging_and_appending_keep_top_ids(place: Path, cache: Path, tmp_path: Path) -> None:
     more = documents(tmp_path / "more", 8, seed=9)
     one = {"codec": "bf16", "taps": ("final",)}
     for corpus, out in ((place / "corpus", "one"), (more, "two")):
         run(corpus, place / "base", tmp_path / out, **one)
     run(more, place / "base", tmp_path / "none", top_ids=0, **one)
-    with pytest.raises(IdentityError, match=f"one top_ids, found {K} in .* and 0 in"):
+    with pytest.raises(IdentityError, match=f"same `top_ids=`, found {K} in .* and 0 in"):
         merge([tmp_path / "one", tmp_path / "none"], tmp_path / "both")
     merge([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     expected = np.concatenate([plain(tmp_path / "one"), plain(tmp_path / "two")])
@@ -215,7 +213,7 @@ def test_they_come_along_where_caches_are_merged_and_appended_to(
 
 
 @pytest.mark.parametrize("one_row", [False, True])
-def test_a_batch_has_those_of_its_wanted_positions(place: Path, one_row: bool) -> None:
+def test_a_batch_has_the_top_ids_of_its_predicted_positions(place: Path, one_row: bool) -> None:
     split = Cache(place / "cache").split("train")
     stored = {}
     for number in range(split.manifest.blocks):
@@ -232,10 +230,10 @@ def test_a_batch_has_those_of_its_wanted_positions(place: Path, one_row: bool) -
     assert count == split.manifest.targets
 
 
-def test_a_shortlist_holds_them_and_its_sum_stays_unbiased(place: Path) -> None:
+def test_a_shortlist_includes_top_ids_and_its_sum_stays_unbiased(place: Path) -> None:
     cache = Cache(place / "cache")
     weight = cache.base_array("head/weight").double()
-    head, V = top_ids.Head(weight), len(weight)
+    head, V = encode.Head(weight), len(weight)
     draw = torch.Generator().manual_seed(0)
     x_NH = torch.randn(9, 32, generator=draw, dtype=torch.float64)
     targets_N = torch.randint(V, (9,), generator=draw)
@@ -258,7 +256,7 @@ def test_a_shortlist_holds_them_and_its_sum_stays_unbiased(place: Path) -> None:
     assert error.abs().max() < 4.5 and totals.std(dim=0).min() > 0
 
 
-def test_a_carry_on_trained_with_few_draws_is_near_one_with_all(
+def test_training_with_few_draws_is_near_training_with_all(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     proposed = Mock(wraps=materials_module.tail_proposal)
@@ -283,11 +281,16 @@ def test_a_carry_on_trained_with_few_draws_is_near_one_with_all(
     assert abs(every.shortlist_bias) < 0.1 * abs(few.shortlist_bias) < 0.1
 
 
-def test_bad_input(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+def test_invalid_settings_are_refused(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+) -> None:
     flags = small_flags(place / "corpus", place / "base", tmp_path / "cache")
     for more, said in (
-        (["--top-ids", "21"], f"--top-ids is 0 to {MOST_TOP_IDS} a position, found 21"),
-        (["--top-ids", "8", "--taps", "layer_1"], "Type: --taps final,layer_1"),
+        (
+            ["--top-ids", "21"],
+            f"--top-ids should be less than or equal to {MOST_TOP_IDS}, found 21",
+        ),
+        (["--top-ids", "8", "--taps", "layer_1"], "--top-ids needs the tap 'final'"),
     ):
         assert call_main(monkeypatch, *flags, *more) == 2
         assert said in " ".join(capsys.readouterr().err.split())
@@ -297,7 +300,7 @@ def test_bad_input(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
-def test_training_with_them_gains_what_the_exact_loss_does(
+def test_training_with_top_ids_gains_what_the_exact_loss_does(
     place: Path, tmp_path: Path, device: str
 ) -> None:
     run(place / "corpus", place / "base", tmp_path / "cache", device=device, codec="transform")

@@ -36,6 +36,7 @@ from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import CONFIG_FILE, WEIGHTS_FILE
 from embedcache.editing.delete import delete
 from embedcache.editing.merge import merge
+from embedcache.editing.repair import repair as repair_cache
 from embedcache.errors import CacheError, OutputError
 from embedcache.extraction.extract import extract
 from embedcache.store.files import translate_write_errors
@@ -94,13 +95,12 @@ def damaged(place: Path, out: Path) -> None:
 
 
 def repair(place: Path, out: Path) -> None:
-    extract(
+    repair_cache(
+        out,
         corpus_config(place / "corpus"),
         base=str(place / "base"),
-        out=out,
         settings=small_settings(),
         device="cpu",
-        repair=True,
     )
 
 

@@ -1,4 +1,4 @@
-"""Helpers of the tests of stage one: corpora, requests, trees of files, and the real command."""
+"""Helpers for tests of stage one: corpora, requests, trees of files, and the real command."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TEXT = "the quick brown fox jumps over a lazy dog and capital of France is Paris
 
 
 def write_documents(folder: Path, count: int = 10, words: int = 60, seed: int = 0) -> Path:
-    """Write ``count`` documents, each of other words, so that none is a near-duplicate."""
+    """Write ``count`` documents of different words, so that none is a near-duplicate."""
     draw, vocabulary = random.Random(seed), TEXT.split()
     folder.mkdir(parents=True)
     for number in range(count):
@@ -48,7 +48,7 @@ def small_flags(corpus: Path, base: Path, out: Path) -> list[str]:
 
 
 def start_command(*arguments: str, environment: dict[str, str] | None = None) -> Any:
-    """Start ``python -m embedcache_cli`` as a process of its own."""
+    """Start ``python -m embedcache_cli`` in a new process."""
     return subprocess.Popen(
         [sys.executable, "-m", "embedcache_cli", *arguments],
         stdout=subprocess.PIPE,
@@ -61,7 +61,7 @@ def start_command(*arguments: str, environment: dict[str, str] | None = None) ->
 
 
 def extract_small(place: Path, out: Path) -> None:
-    """Extract ``place``/corpus with `corpus_config` and `small_settings`: a process's target."""
+    """Extract ``place``/corpus with `corpus_config` and `small_settings`, in a process."""
     from embedcache.extraction.extract import extract
 
     extract(
@@ -87,7 +87,7 @@ def call_main(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def comparable_tree(cache: Path) -> dict[str, bytes]:
-    """Return every file of a cache, less what may differ from run to run: times and attempts."""
+    """Return every file of a cache without what differs from run to run: times and attempts."""
     tree = {}
     for path in sorted(cache.rglob("*")):
         name = path.relative_to(cache).as_posix()
@@ -104,7 +104,7 @@ def comparable_tree(cache: Path) -> dict[str, bytes]:
 
 
 def content(cache: Path) -> dict[str, bytes]:
-    """Every file but the markers, which state a generation and an attempt of their own."""
+    """Return every file except the markers, which state a generation and an attempt."""
     tree = comparable_tree(cache)
     return {name: data for name, data in tree.items() if not name.startswith("commits/")}
 

@@ -1,4 +1,4 @@
-"""Helpers of the tests of processes that stood still."""
+"""Helpers for tests of suspended processes."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 from support.fixtures_extract import corpus_config, small_settings
 
+from embedcache.editing.repair import repair
 from embedcache.errors import OutputError
 from embedcache.extraction.extract import extract
 
@@ -26,10 +27,14 @@ def run(place: Path, out: Path, **more: Any) -> Any:
     )
 
 
-def go_on(place: Path, out: Path, **more: Any) -> bool:
-    """Whether a process finishes; if it does not, it says why in one message."""
+def repaired(place: Path, out: Path) -> Any:
+    return repair(out, base=place / "base", device="cpu")
+
+
+def finishes(call: Callable[[Path, Path], Any], place: Path, out: Path) -> bool:
+    """Return whether a call finishes; if it does not, it says why in one message."""
     try:
-        run(place, out, **more)
+        call(place, out)
     except OutputError as error:
         assert "was taken over by another process while this one stood still" in str(error)
         return False

@@ -1,4 +1,4 @@
-"""Helpers of the tests of repairs."""
+"""Helpers for tests of repairs."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from embedcache.base.forward import BlockForward
 from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import ARRAYS, ArraySpec
 from embedcache.cache.verify import verify
+from embedcache.editing.repair import repair
 from embedcache.extraction.extract import extract
 from embedcache.store.files import STAGING
 
@@ -24,11 +25,23 @@ HEAD = "base/head/weight/c/0/0"
 
 
 def run(place: Path, out: Path, codec: str = "int8", **more: Any) -> Any:
-    """Extract what is small of ``place``'s base and corpus, of two taps."""
+    """Extract the corpus of ``place`` with small settings and two taps."""
     return extract(
         more.pop("corpus", None) or corpus_config(place / "corpus"),
         base=str(place / "base"),
         out=out,
+        settings=small_settings(codec=codec, taps=("final", "layer_1")),
+        device="cpu",
+        **more,
+    )
+
+
+def repaired(place: Path, out: Path, codec: str = "int8", **more: Any) -> Any:
+    """Repair what `run` extracted."""
+    return repair(
+        out,
+        more.pop("corpus", None) or corpus_config(place / "corpus"),
+        base=place / "base",
         settings=small_settings(codec=codec, taps=("final", "layer_1")),
         device="cpu",
         **more,
@@ -44,7 +57,7 @@ def prepared(root: Path, codec: str) -> Path:
 
 
 def restored(place: Path, out: Path) -> None:
-    """Check that a cache is the undisturbed one again."""
+    """Assert that a cache equals the undisturbed one."""
     assert content(out) == content(place / "undisturbed")
     assert verify(out, deep=True).faults == ()
     assert Cache(out).manifest.hash == Cache(place / "undisturbed").manifest.hash
@@ -68,7 +81,7 @@ def computed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 def ones() -> dict[str, tuple[ArraySpec, np.ndarray[Any, Any]]]:
-    """Return the arrays of a train block that the base never gave."""
+    """Return arrays of a train block that the base does not produce."""
     return {
         f"{spec.group}/{tap}": (spec, np.ones((256, 32) if spec.wide else (256,), spec.dtype))
         for tap in ("final", "layer_1")

@@ -81,10 +81,8 @@ def run_until_step(step: int, call: Callable[[], object]) -> tuple[int, int] | i
 
 
 def _die_at_step(step: int, call: Callable[[], object], result: Connection) -> None:
-    from embedcache.extraction import rehearsal
     from embedcache.store import transaction as rewrite
 
-    rehearsal.ENOUGH_SECONDS = 1e-9  # as many blocks are tried each time
     done = committed = 0
 
     def counted(real: Any) -> Any:

@@ -50,12 +50,6 @@ def write_shard(path: Path, values: Array, chunk_rows: int, coder: Coder) -> tup
     return offset + len(table) + 4, digest.hexdigest()
 
 
-def shard_bytes(values: Array, chunk_rows: int, coder: Coder) -> int:
-    """Return the size of the shard that `write_shard` would write."""
-    starts = range(0, len(values), chunk_rows)
-    return sum(len(coder.encode(values[at : at + chunk_rows])) + 20 for at in starts) + 4
-
-
 def read_shard(
     path: Path,
     *,

@@ -1,4 +1,4 @@
-"""``extract --repair`` of a cache whose codec is calibrated."""
+"""Repairs of a cache whose codec is calibrated."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from embedcache.errors import CacheError
 from embedcache.extraction import calibrate
 
 INVERSE = f"{CODEC}/final/inverse/c/0/0"
-run = partial(fixtures_repair.run, codec="transform")
+repaired = partial(fixtures_repair.repaired, codec="transform")
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
-    """As in the other tests, but of the codec transform."""
+    """As in the other tests, but with the codec transform."""
     return prepared(tmp_path_factory.mktemp("repair-codec"), "transform")
 
 
@@ -31,17 +31,17 @@ def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
     "seed",
     [*range(6), *(pytest.param(seed, marks=pytest.mark.slow) for seed in range(6, 60))],
 )
-def test_a_random_fault_is_named_never_served_and_repaired(
-    place: Path, out: Path, seed: int
-) -> None:
+def test_a_random_fault_is_reported_and_repaired(place: Path, out: Path, seed: int) -> None:
     harm(out, seed)
     assert verify(out, deep=True).faults
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
 @pytest.mark.parametrize("damage", ["flipped", "missing", "edited", "all"])
-def test_a_damaged_calibration_is_named_and_made_again(place: Path, out: Path, damage: str) -> None:
+def test_a_damaged_calibration_is_reported_and_made_again(
+    place: Path, out: Path, damage: str
+) -> None:
     match damage:
         case "flipped":
             flip_byte(out / INVERSE)
@@ -56,20 +56,20 @@ def test_a_damaged_calibration_is_named_and_made_again(place: Path, out: Path, d
     assert {fault.kind for fault in faults} == {"codec"}
     with pytest.raises(CacheError, match="codec"):
         served(out)
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
-def test_a_calibration_that_comes_out_otherwise_is_not_taken(
+def test_a_calibration_that_differs_from_before_is_refused(
     place: Path, out: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip_byte(out / INVERSE)
     before = content(out)
     monkeypatch.setattr(calibrate, "RIDGE", 1.0)
-    with pytest.raises(CacheError, match="is not the one that blocks were coded with"):
-        run(place, out, repair=True)
+    with pytest.raises(CacheError, match="is not the one that blocks were encoded with"):
+        repaired(place, out)
     after = content(out)
     assert {name for name in before if after.get(name) != before[name]} <= {"manifest.json"}
     monkeypatch.undo()
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)

@@ -1,4 +1,4 @@
-"""What ``extract --repair`` takes from digest tables and the corpus, and when it refuses."""
+"""What a repair restores from digest tables and the corpus, and when it refuses."""
 
 from __future__ import annotations
 
@@ -9,34 +9,34 @@ from typing import Any
 import pytest
 from support.cache_faults import names_in, served
 from support.fixtures_extract import corpus_config, flip_byte, write_documents
-from support.fixtures_repair import SHARD, TOKENS, computed, restored, run
+from support.fixtures_repair import SHARD, TOKENS, computed, repaired, restored
 
 from embedcache.cache.format.layout import MANIFEST, TOKENS_DIGESTS, marker_path
 from embedcache.cache.verify import verify
 from embedcache.errors import CacheError, CorpusError, OutputError
 from embedcache.store.files import hash_file
 
-LEDGERS = ["digests/train/tokens", "digests/dev/tokens", "digests/train/embeddings"]
+DIGEST_TABLES = ["digests/train/tokens", "digests/dev/tokens", "digests/train/embeddings"]
 
 
 @pytest.mark.parametrize("harm_file", [flip_byte, Path.unlink])
-def test_ledgers_are_made_anew_from_the_files_they_vouch_for(
+def test_digest_tables_are_restored_from_their_files(
     place: Path, out: Path, harm_file: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither the corpus nor the base is asked."""
+    """Neither the corpus nor the base is read."""
     calls = computed(monkeypatch)
-    for name in LEDGERS:
+    for name in DIGEST_TABLES:
         harm_file(out / name)
     faults = verify(out).faults
     assert {(fault.kind, fault.file) for fault in faults} == {
-        ("digest_table", name) for name in LEDGERS
+        ("digest_table", name) for name in DIGEST_TABLES
     }
     with pytest.raises(CacheError, match=r"digests/"):
         served(out)
     hidden = place / "corpus.away"
     (place / "corpus").rename(hidden)
     try:
-        run(place, out, repair=True)
+        repaired(place, out)
     finally:
         hidden.rename(place / "corpus")
     assert calls == []
@@ -44,36 +44,38 @@ def test_ledgers_are_made_anew_from_the_files_they_vouch_for(
 
 
 @pytest.mark.parametrize("complete", [True, False])
-def test_a_ledger_and_files_of_it_are_restored(place: Path, out: Path, complete: bool) -> None:
-    """Tokens that nothing vouches for any more, and a block whose marker is gone, too."""
-    for name in (*LEDGERS, TOKENS, SHARD):
+def test_a_digest_table_and_its_files_are_restored(place: Path, out: Path, complete: bool) -> None:
+    """Also tokens without a digest, and a block without a marker."""
+    for name in (*DIGEST_TABLES, TOKENS, SHARD):
         flip_byte(out / name)
     (out / "train/tokens/blocks/c/0").unlink()
     marker_path(out, "train", 1).unlink()
     if not complete:
         (out / MANIFEST).unlink()
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
-def test_a_ledger_that_the_corpus_cannot_restore_is_refused(
+def test_a_digest_table_that_the_corpus_cannot_restore_is_refused(
     place: Path, out: Path, tmp_path: Path
 ) -> None:
-    flip_byte(out / LEDGERS[0])
+    flip_byte(out / DIGEST_TABLES[0])
     flip_byte(out / TOKENS)
     kept = shutil.copytree(place / "corpus", tmp_path / "kept")
     before = {name: hash_file(out / name) for name in names_in(out)}
     try:
         for path in (place / "corpus").iterdir():
             path.write_text("another " + path.read_text())
-        with pytest.raises(CacheError, match=rf"{LEDGERS[0]} is damaged, and the corpus no longer"):
-            run(place, out, repair=True)
+        with pytest.raises(
+            CacheError, match=rf"{DIGEST_TABLES[0]} is damaged, and the corpus no longer"
+        ):
+            repaired(place, out)
     finally:
         shutil.copytree(kept, place / "corpus", dirs_exist_ok=True)
     assert {name: hash_file(out / name) for name in names_in(out)} == before
 
 
-def test_a_corpus_that_changed_cannot_restore_tokens_and_changes_nothing(
+def test_a_changed_corpus_cannot_restore_tokens_and_nothing_is_changed(
     place: Path, out: Path, tmp_path: Path
 ) -> None:
     corpus = place / "corpus"
@@ -85,15 +87,15 @@ def test_a_corpus_that_changed_cannot_restore_tokens_and_changes_nothing(
         for path in corpus.iterdir():
             path.write_text("another " + path.read_text())
         with pytest.raises(CacheError, match=rf"{TOKENS} is damaged, and the corpus no longer"):
-            run(place, out, repair=True)
+            repaired(place, out)
         for path in corpus.iterdir():
             path.unlink()
         with pytest.raises(CorpusError):
-            run(place, out, repair=True)
+            repaired(place, out)
     finally:
         shutil.copytree(kept, corpus, dirs_exist_ok=True)
     assert {name: hash_file(out / name) for name in names_in(out)} == before
-    run(place, out, repair=True)
+    repaired(place, out)
     restored(place, out)
 
 
@@ -102,31 +104,31 @@ def test_embeddings_are_repaired_without_the_corpus(place: Path, out: Path) -> N
     hidden = place / "corpus.away"
     (place / "corpus").rename(hidden)
     try:
-        run(place, out, repair=True)
+        repaired(place, out)
     finally:
         hidden.rename(place / "corpus")
     restored(place, out)
 
 
-def test_nothing_that_vouches_is_refused(place: Path, out: Path) -> None:
+def test_a_cache_without_any_digests_is_refused(place: Path, out: Path) -> None:
     (out / MANIFEST).unlink()
     flip_byte(out / TOKENS_DIGESTS)
     with pytest.raises(CacheError, match=r"neither manifest\.json nor tokens\.json is whole"):
-        run(place, out, repair=True)
+        repaired(place, out)
 
 
 def test_another_request_is_refused(place: Path, out: Path) -> None:
     flip_byte(out / SHARD)
     other = corpus_config(place / "corpus", split_seed=5)
     with pytest.raises(OutputError, match=r"split_seed was 0, now 5"):
-        run(place, out, repair=True, corpus=other)
+        repaired(place, out, corpus=other)
 
 
-def test_what_is_no_cache_is_not_written_to(place: Path, tmp_path: Path) -> None:
+def test_a_folder_without_a_cache_is_left_unchanged(place: Path, tmp_path: Path) -> None:
     with pytest.raises(CacheError, match=r"holds no cache to repair"):
-        run(place, tmp_path / "absent", repair=True)
+        repaired(place, tmp_path / "absent")
     assert not (tmp_path / "absent").exists()
     mine = write_documents(tmp_path / "mine", 2)
     with pytest.raises(CacheError, match=r"holds no cache to repair"):
-        run(place, mine, repair=True)
+        repaired(place, mine)
     assert sorted(path.name for path in mine.iterdir()) == ["000.txt", "001.txt"]

@@ -1,4 +1,4 @@
-"""A process that stands still, and the cache that it is at."""
+"""A process that is suspended, and the cache that it writes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from embedcache.store import lease as leases
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
-    """A base, a corpus of some ten blocks, the cache of both, and that without a document."""
+    """A base, a corpus of about ten blocks, their cache, and the cache without one document."""
     root = tmp_path_factory.mktemp("paused")
     tiny_base_directory(root / "base")
     write_documents(root / "corpus", 8, words=120)
@@ -31,7 +31,7 @@ def place(tmp_path_factory: pytest.TempPathFactory, session_home: None) -> Path:
 
 
 class Inline:
-    """An executor without threads: all of a process stands still at once."""
+    """An executor without threads, so that a whole process is suspended at once."""
 
     def __init__(self, *_: object, **__: object):
         pass
@@ -47,7 +47,7 @@ class Inline:
 
 @pytest.fixture
 def pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pause]:
-    """Have ``act`` done before the n-th call of a function, its process taken for dead then."""
+    """Call ``act`` before the n-th call of a function, with the leases of this process expired."""
     monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 1e6)
     monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(pipeline, "prefetch", lambda dealt: dealt)

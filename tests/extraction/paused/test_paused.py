@@ -1,4 +1,4 @@
-"""A process that stood still until others took it for dead harms nothing when it goes on."""
+"""A process that is suspended past the expiry of its leases harms nothing when it wakes up."""
 
 from __future__ import annotations
 
@@ -17,11 +17,10 @@ from support.fixtures_extract import (
     small_flags,
     start_command,
 )
-from support.fixtures_paused import DELETED, Pause, go_on, nothing_is_left, run
+from support.fixtures_paused import DELETED, Pause, finishes, nothing_is_left, repaired, run
 from support.stopping import KilledError, killed
 
 import embedcache.editing.delete as deleting
-import embedcache.extraction.extract
 from embedcache.cache.blocks import commit
 from embedcache.cache.format.layout import SPLITS
 from embedcache.cache.tokens import writer as seal
@@ -29,55 +28,67 @@ from embedcache.cache.verify import verify
 from embedcache.editing import edit, repair
 from embedcache.editing.delete import delete
 from embedcache.errors import OutputError
-from embedcache.extraction import plan, store_base
+from embedcache.extraction import plan, prepare, publish
 from embedcache.extraction import run as stage_one
+from embedcache.extraction.request import Request
 from embedcache.store import transaction as rewrite
 from embedcache.store.files import STAGING
 from embedcache.store.lease import COORDINATOR, Leases
 
-pytestmark = pytest.mark.usefixtures("unrehearsed")
+pytestmark = pytest.mark.usefixtures("without_trial")
 
 STEPS = [
     pytest.param(plan, "tokenise", 1, id="pass 0 begins"),
+    pytest.param(Path, "rename", 4, id="splits are in place"),
+    pytest.param(prepare, "run_trial", 1, id="the base is loaded"),
+    pytest.param(prepare, "store_calibrations", 1, id="the base is in place"),
+    pytest.param(commit, "chunks_crc32c", 2, id="a block is staged"),
+    pytest.param(commit, "promote", 2, id="a marker is linked"),
+    pytest.param(publish, "split_manifest", 1, id="all blocks are committed"),
+    pytest.param(publish, "fsync_path", 6, id="the digest tables are in place"),
+    pytest.param(stage_one, "clear_staging", 2, id="the manifest is in place"),
+]
+MORE_STEPS = [
     pytest.param(seal, "fsync_tree", 1, id="pass 0 is staged"),
     pytest.param(seal, "publish_digests", 1, id="pass 0 is to be moved into place"),
     pytest.param(Path, "rename", 2, id="a split of pass 0 is in place"),
-    pytest.param(Path, "rename", 4, id="splits are in place"),
-    pytest.param(Path, "rename", 5, id="the seal of pass 0 is in place"),
-    pytest.param(stage_one, "newest_generations", 1, id="pass 0 is sealed"),
-    pytest.param(stage_one, "measure", 1, id="the base is loaded"),
-    pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
-    pytest.param(stage_one, "store_calibrations", 1, id="the base is in place"),
-    pytest.param(stage_one, "BlockEncoder", 1, id="blocks are to be claimed"),
+    pytest.param(Path, "rename", 5, id="the digests of pass 0 are in place"),
+    pytest.param(stage_one, "drop_superseded", 1, id="pass 0 is complete"),
+    pytest.param(prepare, "fsync_tree", 1, id="the base is staged"),
+    pytest.param(stage_one, "BlockEncoder", 1, id="blocks are to be leased"),
     pytest.param(commit, "write_shard", 2, id="a block is to be staged"),
-    pytest.param(commit, "chunks_crc32c", 2, id="a block is staged"),
     pytest.param(commit, "make_folder", 3, id="a marker is to be linked"),
-    pytest.param(commit, "promote", 2, id="a marker is linked"),
-    pytest.param(stage_one, "split_manifest", 1, id="all blocks are there"),
-    pytest.param(stage_one, "publish_manifest", 1, id="the manifest is to be staged"),
-    pytest.param(stage_one, "fsync_path", 1, id="a digest table is in place"),
-    pytest.param(stage_one, "fsync_path", 6, id="the digest tables are in place"),
-    pytest.param(stage_one, "fsync_path", 7, id="the manifest is in place"),
-    pytest.param(stage_one, "drop_superseded", 1, id="the manifest is there"),
-    pytest.param(stage_one, "clear_staging", 2, id="staging is to be cleared"),
+    pytest.param(publish, "publish_manifest", 1, id="the manifest is to be staged"),
+    pytest.param(publish, "fsync_path", 1, id="a digest table is in place"),
+    pytest.param(publish, "fsync_path", 7, id="the manifest is being published"),
+]
+ALL_STEPS = [
+    *STEPS,
+    *(pytest.param(*step.values, id=step.id, marks=pytest.mark.slow) for step in MORE_STEPS),
 ]
 
 
-@pytest.mark.parametrize(("module", "name", "call"), STEPS)
-def test_others_finish_what_one_that_sleeps_was_at(
+@pytest.mark.parametrize(("module", "name", "call"), ALL_STEPS)
+def test_others_finish_the_work_of_a_suspended_process(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str, call: int
 ) -> None:
     out = tmp_path / "cache"
     pause(module, name, call, lambda: run(place, out))
-    go_on(place, out)
+    finishes(run, place, out)
     assert comparable_tree(out) == comparable_tree(place / "whole")
-    assert go_on(place, out)
+    assert finishes(run, place, out)
     assert comparable_tree(out) == comparable_tree(place / "whole")
     assert nothing_is_left(out)
 
 
-@pytest.mark.parametrize(("module", "name", "call"), STEPS)
-def test_what_was_deleted_meanwhile_does_not_come_back(
+@pytest.mark.parametrize(
+    ("module", "name", "call"),
+    [
+        pytest.param(*s.values, id=s.id, marks=() if s in STEPS[3::2] else pytest.mark.slow)
+        for s in [*STEPS, *MORE_STEPS]
+    ],
+)
+def test_documents_deleted_meanwhile_do_not_come_back(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str, call: int
 ) -> None:
     out = tmp_path / "cache"
@@ -87,41 +98,41 @@ def test_what_was_deleted_meanwhile_does_not_come_back(
         delete(out, [DELETED])
 
     pause(module, name, call, meanwhile)
-    go_on(place, out)
+    finishes(run, place, out)
     assert verify(out, deep=True).faults == ()
     assert contents(out) == contents(place / "deleted")
     assert nothing_is_left(out)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("module", "name", "call"), STEPS)
-def test_one_that_sleeps_wakes_up_after_its_follower_died(
+@pytest.mark.parametrize(("module", "name", "call"), ALL_STEPS)
+def test_a_suspended_process_wakes_up_after_its_successor_died(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str, call: int
 ) -> None:
-    """The follower cleared up and began anew, and left that as it was."""
+    """The process that took over cleared up, began anew and died."""
     out = tmp_path / "cache"
 
     def meanwhile() -> None:
         with pytest.MonkeyPatch.context() as patch, suppress(KilledError):
-            patch.setattr(embedcache.extraction.extract, "load_base", killed)
+            patch.setattr(Request, "load_base", killed)
             run(place, out)
 
     pause(module, name, call, meanwhile)
-    if not go_on(place, out):
-        assert go_on(place, out)
+    if not finishes(run, place, out):
+        assert finishes(run, place, out)
     assert comparable_tree(out) == comparable_tree(place / "whole")
     assert nothing_is_left(out)
 
 
 REPAIRING = [
     pytest.param(repair, "verify_idle", 1, id="damage is looked for"),
-    pytest.param(repair, "_restore_tokens", 1, id="damage is found"),
-    pytest.param(repair, "_mend_blocks", 2, id="markers are renewed"),
-    pytest.param(store_base, "fsync_tree", 1, id="the base is staged"),
-    pytest.param(store_base, "fsync_path", 1, id="the base is in place"),
-    pytest.param(commit, "chunks_crc32c", 1, id="a block is staged"),
+    pytest.param(repair, "newest_generations", 2, id="markers are renewed"),
+    pytest.param(repair.shutil, "rmtree", 1, id="the base is to be dropped"),
+    pytest.param(repair, "fsync_path", 1, id="the manifest is dropped"),
+    pytest.param(prepare, "fsync_tree", 1, id="the base is staged"),
     pytest.param(commit, "promote", 1, id="a marker is linked"),
-    pytest.param(stage_one, "publish_manifest", 1, id="the manifest is to be published"),
+    pytest.param(publish, "publish_manifest", 1, id="the manifest is to be published"),
+    pytest.param(publish, "publish_manifest", 2, id="the manifest is to be amended"),
 ]
 
 
@@ -129,7 +140,7 @@ REPAIRING = [
 @pytest.mark.parametrize(
     "others", [pytest.param("repair", marks=pytest.mark.slow), "repair and delete"]
 )
-def test_a_repair_that_sleeps_undoes_no_other(
+def test_a_suspended_repair_undoes_no_other_change(
     place: Path, tmp_path: Path, pause: Pause, others: str, module: Any, name: str, call: int
 ) -> None:
     out = shutil.copytree(place / "whole", tmp_path / "cache")
@@ -138,12 +149,12 @@ def test_a_repair_that_sleeps_undoes_no_other(
     (out / "commits/train/00000002.0.json").unlink()
 
     def meanwhile() -> None:
-        run(place, out, repair=True)
+        repaired(place, out)
         if "delete" in others:
             delete(out, [DELETED])
 
     pause(module, name, call, meanwhile)
-    go_on(place, out, repair=True)
+    finishes(repaired, place, out)
     assert verify(out, deep=True).faults == ()
     assert contents(out) == contents(place / ("deleted" if "delete" in others else "whole"))
     assert nothing_is_left(out)
@@ -161,7 +172,7 @@ DELETING = [
 
 
 @pytest.mark.parametrize(("module", "name", "call"), DELETING)
-def test_a_deletion_that_sleeps_mixes_with_no_other(
+def test_a_suspended_deletion_mixes_with_no_other(
     place: Path, tmp_path: Path, pause: Pause, module: Any, name: str, call: int
 ) -> None:
     out = shutil.copytree(place / "whole", tmp_path / "cache")
@@ -180,10 +191,10 @@ def test_a_deletion_that_sleeps_mixes_with_no_other(
     assert {key[1] for key in contents(out)} == {key[1] for key in before} - {other, DELETED}
 
 
-def test_a_deletion_whose_turn_another_has_by_now_is_not_committed(
+def test_a_deletion_is_not_committed_while_another_process_coordinates(
     place: Path, tmp_path: Path, pause: Pause
 ) -> None:
-    """That one is still looking at the cache: it must not change under it."""
+    """The other process is still reading the cache, which must not change meanwhile."""
     out = shutil.copytree(place / "whole", tmp_path / "cache")
     with ExitStack() as stack:
         other = Leases(out)
@@ -198,11 +209,14 @@ def test_a_deletion_whose_turn_another_has_by_now_is_not_committed(
         assert contents(out) == contents(place / "whole")
 
 
-@pytest.mark.parametrize("name", ["SplitTokens", "measure", "publish_manifest"])
-def test_an_extraction_whose_turn_another_has_by_now_changes_nothing(
-    place: Path, tmp_path: Path, pause: Pause, name: str
+@pytest.mark.parametrize(
+    ("module", "name"),
+    [(stage_one, "SplitTokens"), (prepare, "run_trial"), (publish, "publish_manifest")],
+)
+def test_an_extraction_changes_nothing_while_another_process_coordinates(
+    place: Path, tmp_path: Path, pause: Pause, module: Any, name: str
 ) -> None:
-    """That one goes on with what it found: a staging folder of a third is left alone, too."""
+    """The staging folder of a third process is left alone, too."""
     out, found, own = tmp_path / "cache", [], list[str]()
     with ExitStack() as stack:
         other, third = Leases(out), Leases(out)
@@ -220,14 +234,14 @@ def test_an_extraction_whose_turn_another_has_by_now_changes_nothing(
             (third.staging / "staged").touch()
             found.append(published())
 
-        pause(stage_one, name, 1, meanwhile)
+        pause(module, name, 1, meanwhile)
         with pytest.raises(OutputError, match="was taken over"):
             run(place, out)
         assert published() == found[0]
 
 
 @pytest.mark.parametrize("module", [deleting, repair], ids=["delete", "repair"])
-def test_who_changes_a_finished_cache_first_takes_their_licence_from_the_dead(
+def test_staging_folders_of_dead_processes_are_removed_before_a_change(
     place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any
 ) -> None:
     out = shutil.copytree(place / "whole", tmp_path / "cache")
@@ -243,12 +257,12 @@ def test_who_changes_a_finished_cache_first_takes_their_licence_from_the_dead(
     if module is deleting:
         delete(out, [DELETED])
     else:
-        run(place, out, repair=True)
+        repaired(place, out)
     assert set(seen) == {False}
 
 
-def test_a_process_that_is_stopped_and_continued(place: Path, tmp_path: Path) -> None:
-    """By the real signals; instead of waiting for its leases to expire they are made to be old."""
+def test_a_process_that_is_stopped_and_continued_by_signals(place: Path, tmp_path: Path) -> None:
+    """With real signals. The leases are made old instead of waiting for their expiry."""
     out = tmp_path / "cache"
     process = start_command(*small_flags(place / "corpus", place / "base", out))
     try:

@@ -1,4 +1,4 @@
-"""An append that stood still until others took it for dead harms nothing when it goes on."""
+"""An append that is suspended past the expiry of its leases harms nothing when it wakes up."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ STEPS = [
 
 @pytest.mark.parametrize(("module", "name", "call"), STEPS)
 @pytest.mark.parametrize("other", ["append", "delete"])
-def test_it_mixes_with_no_other(
+def test_a_suspended_append_mixes_with_no_other_change(
     place: Path,
     tmp_path: Path,
     pause: Pause,
@@ -69,14 +69,14 @@ def test_it_mixes_with_no_other(
 @pytest.mark.parametrize(
     ("module", "name"), [(appending, "require_compatible"), (edit, "publish_manifest")]
 )
-def test_one_whose_turn_another_has_by_now_changes_nothing(
+def test_an_append_changes_nothing_while_another_process_coordinates(
     place: Path,
     tmp_path: Path,
     pause: Pause,
     module: Any,
     name: str,
 ) -> None:
-    """That one is still looking at the cache; what a third has staged is left alone, too."""
+    """The other process is still reading the cache. What a third has staged is left alone, too."""
     out = shutil.copytree(place / "whole", tmp_path / "cache")
     more = write_documents(tmp_path / "more", 3, seed=1)
     with ExitStack() as stack:
