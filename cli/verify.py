@@ -68,7 +68,7 @@ def _advice(found: Verification) -> str:
     """Return how to repair the faults; the tokens of a merged cache cannot be made again."""
     if not found.parts:
         return "To repair it, run the same 'embedcache extract' with --repair."
-    if not {fault.kind for fault in found.faults} & {"sealed", "codec"}:
+    if not {fault.kind for fault in found.faults} & {"tokens", "codec"}:
         return (
             "To repair this merged cache, run 'embedcache extract --repair --out "
             f"{found.cache}' with its --base."

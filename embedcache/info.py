@@ -1,29 +1,48 @@
-"""What a cache or a carry-on is, as JSON-ready values."""
+"""Describing a cache or a carry-on, as JSON-ready values.
+
+Axes: N tokens, H hidden.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from embedcache.cache.blocks.commit import newest_generations
 from embedcache.cache.cache import Cache, read_attributes
-from embedcache.cache.codecs.transform import Calibration
-from embedcache.cache.components import describe_components
+from embedcache.cache.calibration import load_calibration
 from embedcache.cache.format.layout import CODEC, MANIFEST, SPLITS, CacheAttributes
 from embedcache.cache.manifest.manifest import Manifest, read_manifest
+from embedcache.cache.split_reader import SplitReader
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.usage import SHARED, bytes_by_array
 from embedcache.carryon.saving import CONFIG_FILE, read_record
 from embedcache.errors import UsageError
 
+DEAD = 1e-3
+"""A component is dead below this share of the median standard deviation."""
+OUTLIER = 10.0
+"""A component is an outlier above this many times the median standard deviation."""
+SAMPLED_ROWS = 8192
 
-def describe(path: Path) -> dict[str, Any]:
-    """Return a description with ``kind`` "cache" or "carry-on".
 
-    Raises ``UsageError`` if the path is neither.
+def describe(path: str | Path) -> dict[str, Any]:
+    """Describe a cache or a carry-on; ``kind`` says which.
+
+    Args:
+        path: the folder of a cache, finished or not, or of a carry-on.
+
+    Returns:
+        JSON-ready values: identities, settings, counts and sizes.
+
+    Raises:
+        UsageError: the path is neither.
     """
+    path = Path(path)
     if (path / CONFIG_FILE).is_file():
         record = read_record(path)
         return {
@@ -82,7 +101,7 @@ def _describe_cache(path: Path) -> dict[str, Any]:
 
 
 def _appended(attributes: CacheAttributes, manifest: Manifest | None) -> list[dict[str, Any]]:
-    """Return what was added to the finished cache, and when, where the manifest still says so."""
+    """Return the corpora that were added to the finished cache, and when, if recorded."""
     times = {} if manifest is None else manifest.extracted.get("appended", {})
     return [
         {
@@ -97,17 +116,17 @@ def _appended(attributes: CacheAttributes, manifest: Manifest | None) -> list[di
 
 
 def _calibration(path: Path, attributes: CacheAttributes) -> dict[str, dict[str, float]] | None:
-    """Return the step of each tap's codec, and the rate and quality seen when it was calibrated."""
+    """Return the step of each tap's codec, and the rate and quality measured at calibration."""
     if not (path / CODEC).is_dir():
         return None
-    found = {tap: Calibration.load(path, tap) for tap in attributes.settings.taps}
+    found = {tap: load_calibration(path, tap) for tap in attributes.settings.taps}
     return {tap: {"step": each.step, **each.measured} for tap, each in found.items()}
 
 
 def _arrays(
     used: dict[str, Counter[str]], splits: dict[str, dict[str, Any]]
 ) -> dict[str, dict[str, dict[str, float]]]:
-    """Return bytes, and bytes a token, by split and array; what is shared, by token of all."""
+    """Return bytes, and bytes a token, by split and array; for shared arrays, by all tokens."""
     tokens = {name: split["tokens"] for name, split in splits.items()}
     tokens[SHARED] = sum(tokens.values())
     return {
@@ -122,7 +141,7 @@ def _arrays(
 def _bits(
     used: dict[str, Counter[str]], splits: dict[str, dict[str, Any]], attributes: CacheAttributes
 ) -> dict[str, dict[str, float]]:
-    """Return the bits that a value of a tap takes, by split; scales and indexes included."""
+    """Return the bits a value of each tap, by split; scales and indexes are included."""
     hidden = attributes.base["hidden_size"]
     return {
         name: {
@@ -142,3 +161,58 @@ def _bits(
 def _components(path: Path) -> dict[str, dict[str, Any]]:
     cache = Cache(path)
     return {tap: asdict(found) for tap, found in describe_components(cache.split("train")).items()}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Components:
+    """Components of a tap's embeddings that stand out, in a sample of decoded ones.
+
+    A dead component carries nothing and costs a codec nothing. An outlier takes the range of a
+    per-token scale for itself (Dettmers et al., arXiv 2208.07339).
+
+    Attributes:
+        count: the number of components, the hidden size.
+        sampled_tokens: the size of the sample.
+        median_std: the median standard deviation of the components that are not dead.
+        dead: the dead components.
+        outliers: by component, the standard deviation over the median; the largest first.
+    """
+
+    count: int
+    sampled_tokens: int
+    median_std: float
+    dead: tuple[int, ...]
+    outliers: dict[int, float]
+
+
+def describe_components(split: SplitReader) -> dict[str, Components]:
+    """Return the components of every tap, from a readable block in the middle of the split.
+
+    The result is empty if every sequence is quarantined.
+    """
+    count = split.manifest.blocks
+    for number in sorted(range(count), key=lambda block: abs(2 * block + 1 - count)):
+        if len(split.sequences(number)[0]):
+            block = split.block(number)
+            rows = torch.cat([torch.arange(a, b) for a, b in block.rows_S2.tolist()])
+            rows = rows[:: -(-len(rows) // SAMPLED_ROWS)]
+            return {tap: _stand_out(x_NH[rows]) for tap, x_NH in block.x_NH.items()}
+    return {}
+
+
+def _stand_out(x_NH: torch.Tensor) -> Components:
+    std_H = x_NH.float().std(dim=0, correction=0)
+    # The median of all would be that of dead components if most are dead.
+    alive_H = std_H[std_H > DEAD * std_H.max()]
+    median = alive_H.median().item() if len(alive_H) else 0.0
+    ratio_H = std_H / median if median else torch.zeros_like(std_H)
+    largest = ratio_H.argsort(descending=True)
+    return Components(
+        count=len(std_H),
+        sampled_tokens=len(x_NH),
+        median_std=median,
+        dead=tuple((ratio_H <= DEAD).nonzero().flatten().tolist()),
+        outliers={
+            int(i): round(ratio_H[i].item(), 2) for i in largest.tolist() if ratio_H[i] > OUTLIER
+        },
+    )

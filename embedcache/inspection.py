@@ -1,8 +1,8 @@
-"""One sequence of a cache: its tokens, mask and norms, and what the base makes of each.
+"""Inspecting one sequence of a cache: tokens, loss mask, norms, and the base's predictions.
 
-The cache holds no text: tokens are put into words with the base's tokenizer where that is on this
-machine, and are bare ids where it is not. Choices are those of the stored head on the stored
-embeddings, so of what a trainer sees, in float32.
+The cache holds no text. Tokens are decoded with the base's tokenizer if that is on this machine,
+and are shown as ids otherwise. Predictions are computed in float32 by the stored head from the
+stored embeddings: from what a trainer sees.
 
 Axes: T time, V vocabulary.
 """
@@ -28,12 +28,12 @@ from embedcache.errors import BaseModelError, CacheError, IdentityError, UsageEr
 
 TOP = 3
 ROWS = 256
-"""Rows whose logits are in memory at once."""
+"""Rows whose logits are computed at a time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Choice:
-    """A token that the base may go on with."""
+    """A possible next token and the base's probability for it."""
 
     id: int
     text: str | None
@@ -42,71 +42,89 @@ class Choice:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Position:
-    """One token of a sequence, and what its embedding says of the next."""
+    """One token of a sequence, and the base's prediction of the next.
+
+    Attributes:
+        id: the token.
+        text: its text; None without a tokenizer.
+        target: whether it has a loss.
+        span: its byte range in the document's text.
+        norm: by tap, the norm of its embedding.
+        choices: the likeliest next tokens, in order; empty if the final tap is not stored.
+        next_probability: the probability of the true next token; None for the last token.
+    """
 
     id: int
     text: str | None
     target: bool
     span: tuple[int, int]
-    """Bytes of the token in its document's text."""
     norm: dict[str, float]
-    """By tap."""
     choices: tuple[Choice, ...]
-    """For the next token, the likeliest first; none where the final embeddings are not stored."""
     next_probability: float | None
-    """Of the token that does come next; None for the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceView:
-    """A sequence of a cache, laid open."""
+    """A sequence of a cache.
+
+    Attributes:
+        cache: the cache's folder.
+        split: the split.
+        sequence: the sequence's number in the split.
+        sequences: the number of sequences of the split.
+        document: the document's name.
+        codec: the codec of the split.
+        positions: the tokens.
+        cross_entropy: mean over the targets, in nats; None if there are none.
+        note: why there is no text, or there are no choices; None if there are both.
+    """
 
     cache: str
     split: str
     sequence: int
     sequences: int
-    """Of the split."""
     document: str
     codec: str
     positions: tuple[Position, ...]
     cross_entropy: float | None
-    """Mean over the targets, in nats."""
     note: str | None
-    """Why tokens are ids alone, or there are no choices."""
 
 
 def inspect_sequence(
-    path: Path, sequence: int, *, split: str = "train", base: str | None = None
+    path: str | Path, sequence: int, *, split: str = "train", base: str | None = None
 ) -> SequenceView:
-    """Return a sequence of a finished cache.
+    """Read one sequence of a finished cache, and predict each next token.
 
     Args:
-        path: the cache.
+        path: the cache's folder.
         sequence: the sequence's number in the split.
-        split: train, dev or test.
-        base: where the base, for its tokenizer, is now; where it was, if not given.
+        split: ``train``, ``dev`` or ``test``.
+        base: the folder or hub name of the base, for its tokenizer; as recorded if None.
+
+    Returns:
+        The sequence's tokens with norms and predictions.
 
     Raises:
-        UsageError: for an unknown split, or a number that the split does not have.
-        CacheError: for a sequence that was put aside, or a cache that is not whole.
+        UsageError: the split or the number does not exist.
+        CacheError: the sequence is quarantined, or the cache is unfinished or damaged.
     """
+    path = Path(path)
     if split not in SPLITS:
         raise UsageError(
-            f"the splits of a cache are {', '.join(SPLITS)}; found '{split}'."
-            f"{nearest(split, SPLITS)} Type for example: --split train"
+            f"`split=` expects one of {', '.join(SPLITS)}; found '{split}'.{nearest(split, SPLITS)}"
         )
     cache = Cache(path)
     reader = cache.split(split)
     count = reader.manifest.sequences
     if not 0 <= sequence < count:
         raise UsageError(
-            f"the {split} split of {path} has the sequences 0 to {count - 1}; found {sequence}. "
-            f"Type for example: --sequence {count - 1}"
+            f"`sequence=` expects 0 to {count - 1}, the sequences of the {split} split of {path}; "
+            f"found {sequence}"
         )
-    if len(reader.files.aside(sequence, sequence + 1)):
+    if len(reader.files.quarantined_in(sequence, sequence + 1)):
         raise CacheError(
-            f"sequence {sequence} of {split} was put aside: the base gave values that are not "
-            "finite for it, and none is stored. Look at another."
+            f"sequence {sequence} of {split} is quarantined: the base's values for it were not "
+            "finite, and none are stored. Choose another."
         )
     tokens = SplitTokens(path, split, cache.attributes.settings.block_tokens)
     number = int(np.searchsorted(tokens.table("tokens/blocks"), sequence, side="right")) - 1
@@ -115,8 +133,8 @@ def inspect_sequence(
     first, stop = (int(row) for row in block.rows_S2[place])
     ids_T = block.ids_N[first:stop]
     x_TH = {tap: x_NH[first:stop].float() for tap, x_NH in block.x_NH.items()}
-    words = _Words(cache, base)
-    choices, next_T = _choices(cache, x_TH.get(FINAL), ids_T, words)
+    tokenizer = _Tokenizer(cache, base)
+    choices, next_T = _choices(cache, x_TH.get(FINAL), ids_T, tokenizer)
     mask_T = block.loss_mask_N[first:stop]
     span_T2 = tokens.spans(number)[first:stop]
     norms = {tap: x.norm(dim=1).tolist() for tap, x in x_TH.items()}
@@ -130,7 +148,7 @@ def inspect_sequence(
         positions=tuple(
             Position(
                 id=int(ids_T[t]),
-                text=words.text(int(ids_T[t])),
+                text=tokenizer.text(int(ids_T[t])),
                 target=bool(mask_T[t]),
                 span=(int(span_T2[t, 0]), int(span_T2[t, 1])),
                 norm={tap: round(norm_T[t], 4) for tap, norm_T in norms.items()},
@@ -140,12 +158,13 @@ def inspect_sequence(
             for t in range(len(ids_T))
         ),
         cross_entropy=_cross_entropy(next_T, mask_T),
-        note=words.note or (None if FINAL in x_TH else "no choices: the tap final is not stored"),
+        note=tokenizer.note
+        or (None if FINAL in x_TH else "no choices: the tap final is not stored"),
     )
 
 
-class _Words:
-    """Token ids as text, where the base's tokenizer is at hand."""
+class _Tokenizer:
+    """Token ids as text, if the base's tokenizer is on this machine."""
 
     def __init__(self, cache: Cache, base: str | None):
         self.note: str | None = None
@@ -154,19 +173,19 @@ class _Words:
             identity = BaseIdentity.from_dict(cache.attributes.base)
             self._tokenizer = local_tokenizer(identity, base)
         except (BaseModelError, IdentityError, UsageError) as error:
-            if base is not None:  # what was asked for by name is not passed over
+            if base is not None:  # a base that was named must be there
                 raise
             self.note = f"tokens are shown as ids: {error}"
 
     def text(self, token: int) -> str | None:
-        """Return a token's text; None where there is no tokenizer."""
+        """Return a token's text; None without a tokenizer."""
         if self._tokenizer is None:
             return None
         return self._tokenizer.decode([token], clean_up_tokenization_spaces=False)
 
 
 def _choices(
-    cache: Cache, x_TH: torch.Tensor | None, ids_T: np.ndarray[Any, Any], words: _Words
+    cache: Cache, x_TH: torch.Tensor | None, ids_T: np.ndarray[Any, Any], tokenizer: _Tokenizer
 ) -> tuple[list[tuple[Choice, ...]], list[float | None]]:
     """Return each position's likeliest next tokens, and the probability of the true one."""
     if x_TH is None:
@@ -187,7 +206,7 @@ def _choices(
         for ids, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True):
             choices.append(
                 tuple(
-                    Choice(id=token, text=words.text(token), probability=probability)
+                    Choice(id=token, text=tokenizer.text(token), probability=probability)
                     for token, probability in zip(ids, probabilities, strict=True)
                 )
             )

@@ -1,4 +1,4 @@
-"""What ``info`` says of a cache: finished, begun, damaged, or none at all."""
+"""`describe` and ``info`` on a cache that is finished, unfinished, damaged or missing."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from conftest import World, make_world
 from support.digest_tables import blocks_of, publish_blocks, put_aside
 from support.fixtures_extract import call_main
 
-from embedcache.cache.cache import Cache, SplitReader
+from embedcache.cache.cache import Cache
+from embedcache.cache.calibration import load_calibration
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.integers import Bf16Codec
-from embedcache.cache.codecs.transform import Calibration
 from embedcache.cache.manifest.file_record import FileRecord, chunks_crc32c
 from embedcache.cache.shards.shard import write_shard
+from embedcache.cache.split_reader import SplitReader
 from embedcache.errors import CacheError, UsageError
 from embedcache.info import describe
 
@@ -39,7 +40,7 @@ def test_a_finished_cache(world: Any) -> None:
     json.dumps(found)
 
 
-def test_a_cache_that_was_begun_counts_its_blocks(world: Any, tmp_path: Path) -> None:
+def test_an_unfinished_cache_counts_its_committed_blocks(world: Any, tmp_path: Path) -> None:
     path = shutil.copytree(world.cache_path, tmp_path / "cache")
     (path / "manifest.json").unlink()
     next((path / "commits/train").iterdir()).unlink()
@@ -53,9 +54,9 @@ def test_a_cache_that_was_begun_counts_its_blocks(world: Any, tmp_path: Path) ->
 
 def test_every_byte_belongs_to_an_array(tapped: World) -> None:
     found = describe(tapped.cache_path)
-    told = sum(array["bytes"] for place in found["arrays"].values() for array in place.values())
+    total = sum(array["bytes"] for place in found["arrays"].values() for array in place.values())
     files = [path for path in tapped.cache_path.rglob("*") if path.is_file()]
-    assert told == found["bytes"] == sum(path.stat().st_size for path in files)
+    assert total == found["bytes"] == sum(path.stat().st_size for path in files)
     hidden, cache = found["base"]["hidden_size"], tapped.cache()
     for name, split in cache.manifest.splits.items():
         arrays = found["arrays"][name]
@@ -83,12 +84,12 @@ def test_a_scale_belongs_to_its_tap(tmp_path: Path, session_home: None) -> None:
     assert "scale/final" not in found["arrays"]["dev"]
 
 
-def doctored(world: World, path: Path, change: Any) -> Path:
-    """Copy a cache with the train embeddings of tap ``final`` changed, under a true manifest."""
+def changed_copy(world: World, path: Path, change: Any) -> Path:
+    """Copy a cache, changing the train embeddings of tap ``final`` and the manifest with them."""
     path = shutil.copytree(world.cache_path, path)
     rows = Cache(path).attributes.settings.block_tokens
     blocks = blocks_of(path, "train")
-    for block, (records, aside) in enumerate(blocks):
+    for block, (records, sequences) in enumerate(blocks):
         name = f"train/embeddings/final/c/{block}/0"
         x_NH = Cache(path).split("train").block(block).x_NH["final"].float()
         values = torch.zeros(rows, x_NH.shape[1])
@@ -101,7 +102,7 @@ def doctored(world: World, path: Path, change: Any) -> Path:
             sha256=written[1],
             crc32c=chunks_crc32c(path / name, 1),
         )
-        blocks[block] = (tuple(record if old.path == name else old for old in records), aside)
+        blocks[block] = (tuple(record if old.path == name else old for old in records), sequences)
         publish_blocks(path, "train", blocks)
     return path
 
@@ -114,13 +115,13 @@ def test_dead_and_outlier_components_are_named(world: World, tmp_path: Path) -> 
     def change(x_NH: torch.Tensor) -> torch.Tensor:
         x_NH = x_NH.clone()
         x_NH[:, 3] = 0
-        x_NH[:, 11] = 7.25  # a constant is no news either
+        x_NH[:, 11] = 7.25  # constant: dead, too
         x_NH[:, 5] *= 100
         x_NH[:, 30] *= 30
-        x_NH[:, 8] *= 6 * (x_NH.std(dim=0).median() / x_NH[:, 8].std())  # much, not ten times
+        x_NH[:, 8] *= 6 * (x_NH.std(dim=0).median() / x_NH[:, 8].std())  # six times: no outlier
         return x_NH
 
-    found = describe(doctored(world, tmp_path / "cache", change))["components"]["final"]
+    found = describe(changed_copy(world, tmp_path / "cache", change))["components"]["final"]
     assert found["dead"] == (3, 11)
     assert list(found["outliers"]) == [5, 30]
     cache = Cache(tmp_path / "cache").split("train")
@@ -133,13 +134,13 @@ def test_dead_and_outlier_components_are_named(world: World, tmp_path: Path) -> 
     json.dumps(found)
 
 
-def test_where_most_components_are_dead_the_others_are_no_outliers(
+def test_if_most_components_are_dead_the_others_are_no_outliers(
     world: World, tmp_path: Path
 ) -> None:
     def change(x_NH: torch.Tensor) -> torch.Tensor:
         return torch.cat([torch.zeros_like(x_NH[:, :20]), x_NH[:, 20:]], dim=1)
 
-    found = describe(doctored(world, tmp_path / "cache", change))["components"]["final"]
+    found = describe(changed_copy(world, tmp_path / "cache", change))["components"]["final"]
     assert found["dead"] == tuple(range(20))
     assert found["outliers"] == {}
 
@@ -162,7 +163,7 @@ def test_one_block_is_read_at_most(
     assert read[0] != read[1]
 
 
-def test_what_is_neither_says_so(tmp_path: Path) -> None:
+def test_a_folder_that_is_neither_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"nothing is there"):
         describe(tmp_path / "absent")
     with pytest.raises(UsageError, match=r"holds neither"):
@@ -192,21 +193,21 @@ def test_the_command_prints_a_table_or_json(
     assert json.loads(capsys.readouterr().out)["complete"] is complete
     assert call_main(monkeypatch, "info", str(path)) == 0
     printed = capsys.readouterr().out
-    assert ("yes" if complete else "run the same extract again") in printed
+    assert ("yes" if complete else "again to resume") in printed
     assert "LlamaForCausalLM, 3 layers" in printed
     assert ("embeddings/final" in printed) == ("components, final" in printed) == complete
     assert call_main(monkeypatch, "info", str(tmp_path)) == 2
     assert capsys.readouterr().err.startswith("embedcache: expected a cache")
 
 
-def test_what_the_codec_was_calibrated_to_is_told(tmp_path: Path, capsys, monkeypatch) -> None:
+def test_the_calibration_of_the_codec_is_described(tmp_path: Path, capsys, monkeypatch) -> None:
     world = make_world(tmp_path, codec="transform")
     found = describe(world.cache_path)["calibration"]["final"]
-    calibration = Calibration.load(world.cache_path, "final")
+    calibration = load_calibration(world.cache_path, "final")
     assert found == {"step": calibration.step, **calibration.measured}
     assert found["bits"] == pytest.approx(1.5, abs=0.3)
     assert call_main(monkeypatch, "info", str(world.cache_path)) == 0
-    told = capsys.readouterr().out
-    assert "calibrated, final " in told
-    assert f" {found['bits']:.2f} bits a value on held-out rows" in told
+    printed = capsys.readouterr().out
+    assert "calibration, final" in printed
+    assert f" {found['bits']:.2f} bits per value on held-out tokens" in printed
     assert describe(make_world(tmp_path / "b").cache_path)["calibration"] is None

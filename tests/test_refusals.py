@@ -166,7 +166,7 @@ def test_an_unfinished_cache_and_a_newer_schema_are_refused(
     shutil.copy(world.cache_path / "zarr.json", cache / "zarr.json")
     (cache / "manifest.json").unlink()
     with pytest.raises(
-        CacheError, match=r"not complete.*being written.*'embedcache extract' again"
+        CacheError, match=r"not complete.*being written.*`embedcache\.extract\(\)` again"
     ):
         READERS[reader](cache, out)
     assert not out.exists()

@@ -1,226 +1,78 @@
-"""Opening a finished cache and reading its blocks whole."""
+"""Opening a finished cache."""
 
 from __future__ import annotations
 
-import math
-from dataclasses import dataclass
-from functools import cached_property, partial
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
 import zarr
 
-from embedcache.cache.base_arrays import read_base_array, read_token_embedding
-from embedcache.cache.codecs.coders import CODERS
-from embedcache.cache.codecs.integers import ARRAYS, STATELESS, ArraySpec, Codec, codec_name
-from embedcache.cache.codecs.transform import Calibration, codecs_of
-from embedcache.cache.format.arrays import chunk_rows
-from embedcache.cache.format.layout import (
-    ATTRIBUTE,
-    TOP_IDS,
-    CacheAttributes,
-    ExtractSettings,
-    block_arrays,
-    shard_name,
-)
-from embedcache.cache.manifest.digests import Digests
-from embedcache.cache.manifest.file_record import FileRecord
-from embedcache.cache.manifest.manifest import Manifest, SplitManifest, read_manifest
-from embedcache.cache.shards.errors import WAY_OUT, reading
-from embedcache.cache.shards.shard import read_shard
-from embedcache.cache.tokens.files import TokenFiles
-from embedcache.cache.tokens.reader import SplitTokens
+from embedcache.cache.base_arrays import read_base_array
+from embedcache.cache.format.layout import ATTRIBUTE, CacheAttributes
+from embedcache.cache.manifest.manifest import Manifest, read_manifest
+from embedcache.cache.shards.errors import REPAIR_HINT, translate_read_errors
+from embedcache.cache.split_reader import SplitReader
 from embedcache.errors import CacheError, nearest
-
-Array = np.ndarray[Any, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class StoredBlock:
-    """One block in memory, its embeddings still in their codec's integers.
-
-    N is the rows in use; sequences are those of the block, in order. ``ids_N``, ``loss_mask_N``:
-    tokens and targets. ``arrays``: by tap and group of the codec, [N] or [N, H]. ``rows_S2``:
-    first row and row past the last of each sequence, within the block. ``sequence_S``: their
-    numbers in the split. ``document_S``: their documents. Quarantined sequences are left out of the
-    S axes. ``top_ids_NK``: int32, if it was asked for; see `embedcache.cache.format.layout.LIKELY`.
-    """
-
-    ids_N: Array
-    loss_mask_N: Array
-    arrays: dict[str, dict[str, Array]]
-    rows_S2: Array
-    sequence_S: Array
-    document_S: Array
-    top_ids_NK: Array | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One block in memory, as `StoredBlock`, its embeddings decoded: bfloat16 by tap."""
-
-    ids_N: Array
-    loss_mask_N: Array
-    x_NH: dict[str, torch.Tensor]
-    rows_S2: Array
-    sequence_S: Array
-    document_S: Array
-
-
-def open_codecs(cache: Path, split: str, settings: ExtractSettings) -> dict[str, Codec]:
-    """Return the codec of each tap of a split; raises ``CacheError`` for a damaged calibration."""
-    if codec_name(split, settings.codec) in STATELESS:
-        return codecs_of(split, settings, {}, None)
-    calibrations = {tap: Calibration.load(cache, tap) for tap in settings.taps}
-    return codecs_of(split, settings, calibrations, read_token_embedding(cache))
-
-
-class SplitReader:
-    """Reads one split of a cache."""
-
-    def __init__(
-        self,
-        cache: Path,
-        name: str,
-        attributes: CacheAttributes,
-        manifest: SplitManifest,
-        sealed: Digests,
-    ):
-        """Open it; nothing of its blocks is read."""
-        self.name = name
-        self.manifest = manifest
-        self.taps = attributes.settings.taps
-        self._cache = cache
-        self._rows = attributes.settings.block_tokens
-        self._hidden = attributes.base["hidden_size"]
-        self._settings = attributes.settings
-        self._specs = ARRAYS[codec_name(name, attributes.settings.codec)]
-        self._arrays = block_arrays(name, attributes.settings)
-        self.top_ids = attributes.settings.top_ids
-        self.files = manifest.files(cache, name, attributes.settings)
-        self._tokens = SplitTokens(cache, name, self._rows, TokenFiles(cache, name, sealed))
-
-    def sequences(self, block: int) -> tuple[Array, Array, Array]:
-        """Return (sequence_S, rows_S2, document_S) of a block's readable sequences."""
-        first, stop = self._tokens.bounds(block)
-        document = self._tokens.documents(block)
-        sequence = np.arange(first, stop)
-        keep = ~np.isin(sequence, self.files.aside(first, stop))
-        return sequence[keep], self._tokens.offsets(block)[keep], document[keep]
-
-    def tokens(self, block: int) -> tuple[Array, Array]:
-        """Return (ids_N, loss_mask_N) of a block; N is the rows in use."""
-        return self._tokens.used(block)
-
-    @cached_property
-    def codecs(self) -> dict[str, Codec]:
-        """The codec of each tap."""
-        return open_codecs(self._cache, self.name, self._settings)
-
-    @property
-    def specs(self) -> tuple[ArraySpec, ...]:
-        """The arrays that the split's codec stores of a tap."""
-        return self._specs
-
-    def block_bytes(self, taps: tuple[str, ...], *, top_ids: bool = False) -> int:
-        """Return the bytes that a full block takes in memory, as `stored` reads it."""
-        token = np.dtype(np.int64).itemsize + np.dtype(bool).itemsize
-        row = token + len(taps) * sum(map(self._row_bytes, self._specs))
-        if top_ids:
-            row += self._row_bytes(self._arrays[TOP_IDS])
-        return self._rows * row
-
-    def _row_bytes(self, spec: ArraySpec) -> int:
-        return np.dtype(spec.dtype).itemsize * math.prod(spec.columns(self._hidden))
-
-    def block(self, block: int, taps: tuple[str, ...] | None = None) -> Block:
-        """Read and decode a block on the CPU; ``taps`` defaults to all that are stored.
-
-        Raises as `stored` does.
-        """
-        stored = self.stored(block, self.taps if taps is None else taps)
-        x_NH = {
-            tap: self.codecs[tap].decode(
-                {group: torch.from_numpy(values) for group, values in arrays.items()}, stored.ids_N
-            )
-            for tap, arrays in stored.arrays.items()
-        }
-        return Block(
-            stored.ids_N,
-            stored.loss_mask_N,
-            x_NH,
-            stored.rows_S2,
-            stored.sequence_S,
-            stored.document_S,
-        )
-
-    def stored(self, block: int, taps: tuple[str, ...], top_ids: bool = False) -> StoredBlock:
-        """Read a block's tokens and integers, and with ``top_ids`` those; it must store them.
-
-        Raises ``CacheError`` where a file is missing or not the one that the manifest states, or
-        where a chunk fails its checksum.
-        """
-        records = {record.path: record for record in self.files[block]}
-        ids_N, loss_mask_N = self.tokens(block)
-        with reading(self._cache / self.name):
-            shard = partial(self._shard, records=records, block=block, rows=len(ids_N))
-            arrays = {
-                tap: {spec.group: shard(f"{spec.group}/{tap}") for spec in self._specs}
-                for tap in taps
-            }
-            top_ids_NK = shard(TOP_IDS) if top_ids else None
-        sequence_S, rows_S2, document_S = self.sequences(block)
-        return StoredBlock(ids_N, loss_mask_N, arrays, rows_S2, sequence_S, document_S, top_ids_NK)
-
-    def _shard(self, array: str, *, records: dict[str, FileRecord], block: int, rows: int) -> Array:
-        spec = self._arrays[array]
-        size = chunk_rows(spec, self._rows)
-        name = shard_name(f"{self.name}/{array}", block, 1 + spec.wide)
-        return read_shard(
-            self._cache / name,
-            rows=rows,
-            columns=spec.columns(self._hidden),
-            dtype=spec.dtype,
-            chunk_rows=size,
-            chunks=self._rows // size,
-            coder=CODERS[spec.coder],
-            record=records[name],
-        )
-
-    @cached_property
-    def documents(self) -> list[str]:
-        """Names of the split's documents."""
-        return self._tokens.names()
 
 
 class Cache:
-    """A finished cache: its attributes, manifest, splits and the base's head.
+    """A finished cache: its attributes, its manifest, its splits and the base's head.
 
-    Raises ``CacheError`` for a cache that is unfinished, of a newer schema, or has metadata, a
-    head or a calibration that is not as it was written. What grows with the cache (blocks, tables,
-    digest tables) is neither read nor looked at before it is used, and is checked then.
+    Opening reads a few small files, whatever the size of the cache. Blocks, tables and digest
+    tables are read and checked when they are used. A cache contains its corpus: token ids in clear.
+
+    Example::
+
+        cache = Cache("my-cache")
+        train = cache.split("train")
+        block = train.block(0)
+        x_NH = block.x_NH["final"]         # bfloat16, one embedding for each token in block.ids_N
+        first, stop = block.rows_S2[0]     # the rows of the block's first sequence
+        head_VH = cache.base_array("head/weight")
+
+    Args:
+        path: the cache's folder.
+
+    Attributes:
+        path: the cache's folder.
+        attributes: what the cache was made from: base, corpus, settings, environment.
+        manifest: the counts and digests of the finished cache; ``manifest.hash`` identifies it.
+
+    Raises:
+        CacheError: the cache is missing, unfinished or of a newer schema, or its metadata, head or
+            calibration is damaged.
     """
 
-    def __init__(self, path: Path):
-        self.path = path
-        self.attributes = read_attributes(path)
-        self.manifest: Manifest = read_manifest(path)
-        self.manifest.sealed.check(path)
-        self.manifest.base.check(path)
-        self.manifest.codec.check(path)
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.attributes = read_attributes(self.path)
+        self.manifest: Manifest = read_manifest(self.path)
+        self.manifest.tokens.check(self.path)
+        self.manifest.base.check(self.path)
+        self.manifest.codec.check(self.path)
+
+    def __repr__(self) -> str:
+        settings = self.attributes.settings
+        tokens = {name: split.tokens for name, split in self.manifest.splits.items()}
+        return (
+            f"Cache({str(self.path)!r}, tokens={tokens}, codec={settings.codec!r}, "
+            f"taps={settings.taps})"
+        )
 
     def split(self, name: str) -> SplitReader:
-        """Return a split's reader; raises ``CacheError`` if it holds no sequence."""
+        """Return the reader of a split: ``train``, ``dev`` or ``test``.
+
+        Raises ``CacheError`` if the split holds no sequence.
+        """
         manifest = self.manifest.splits.get(name)
         if manifest is None or not manifest.sequences:
             filled = [key for key, split in self.manifest.splits.items() if split.sequences]
             raise CacheError(
-                f"{self.path} has no '{name}' split (it has: {', '.join(filled)}). Splits are by "
-                f"document: extract more documents, or give a corpus of its own with --{name}."
+                f"{self.path} has no '{name}' split (it has: {', '.join(filled)}). Documents are "
+                f"dealt to splits: extract more documents, or give this split its own with "
+                f"`{name}=`."
             )
-        return SplitReader(self.path, name, self.attributes, manifest, self.manifest.sealed)
+        return SplitReader(self.path, name, self.attributes, manifest, self.manifest.tokens)
 
     def has(self, name: str) -> bool:
         """Whether a split holds any sequence."""
@@ -233,32 +85,39 @@ class Cache:
             if tap not in stored:
                 raise CacheError(
                     f"{self.path} stores no tap '{tap}' (it stores {', '.join(stored)})."
-                    f"{nearest(tap, stored)} Extract it with: --taps {','.join([*stored, tap])}"
+                    f"{nearest(tap, stored)} Extract again with "
+                    f"`taps={(*stored, tap)}`"
                 )
 
     def base_array(self, name: str) -> torch.Tensor | None:
-        """Return an array of ``base/`` (such as ``head/weight``) as a tensor, or None if absent."""
+        """Return a tensor of the base in the dtype in which it was saved, or None if absent.
+
+        Args:
+            name: ``head/weight`` [V, H], ``head/bias`` [V] or ``token_embedding/weight`` [V, H]
+                (absent where it is tied to the head).
+
+        Raises:
+            CacheError: the array is damaged.
+        """
         return read_base_array(self.path, name)
 
     def head_settings(self) -> dict[str, float | None]:
         """Return the settings of the base's head: scale, divisor, soft-cap."""
         head = self.path / "base" / "head"
-        with reading(head):
+        with translate_read_errors(head):
             return dict(zarr.open_group(head, mode="r").attrs)  # type: ignore[arg-type]
 
 
 def read_attributes(path: Path) -> CacheAttributes:
     """Read a cache's root attributes; raises ``CacheError`` if ``path`` is not a cache."""
     if not path.exists():
-        raise CacheError(
-            f"no such cache: {path}. Make one with: embedcache extract CORPUS --out {path}"
-        )
+        raise CacheError(f"no such cache: {path}. Make one with `embedcache.extract()`")
     root = path / "zarr.json"
-    with reading(root):
+    with translate_read_errors(root):
         group = zarr.open_group(path, mode="r") if root.is_file() else None
     if group is None or ATTRIBUTE not in group.attrs:
         raise CacheError(f"{path} is not an embedcache cache: expected {root} with its attributes")
     value = group.attrs[ATTRIBUTE]
     if not isinstance(value, dict):
-        raise CacheError(f"{root} holds damaged embedcache attributes. {WAY_OUT}")
+        raise CacheError(f"{root} holds damaged embedcache attributes. {REPAIR_HINT}")
     return CacheAttributes.from_dict(value, path=path)

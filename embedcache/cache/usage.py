@@ -1,4 +1,4 @@
-"""Which arrays take the bytes of a cache."""
+"""Disk usage: the bytes of each array of a cache."""
 
 from __future__ import annotations
 
@@ -7,20 +7,21 @@ from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 
-from embedcache.cache.format.layout import COMMITS, DIGESTS, LEASES, SPLITS, STAGING
-from embedcache.store.files import LOCK
+from embedcache.cache.format.layout import COMMITS, DIGESTS, SPLITS
+from embedcache.store.files import LOCK, STAGING
+from embedcache.store.lease import LEASES
 
 SHARED = "shared"
-"""What is no split's: the head, the codec, the manifest."""
+"""Stands for a split where a file belongs to none: the head, the codec, the manifest."""
 WHOLE = ("tokens", "documents")
-"""Groups of a split that are told as one."""
+"""Groups of a split that count as one array."""
 
 
 def bytes_by_array(cache: Path) -> dict[str, Counter[str]]:
     """Return the bytes on disk by split (or ``SHARED``), then by array; metadata included.
 
-    Arrays are ``embeddings/<tap>``, ``scale/<tap>``, ``tokens``, ``documents``, ``markers`` and
-    ``digest_table`` of a split; ``head``, ``token_embedding``, ``manifest.json`` and the like of all.
+    A split has ``embeddings/<tap>``, ``scale/<tap>``, ``tokens``, ``documents``, ``markers`` and
+    ``digest_table``; the others are ``head``, ``token_embedding``, ``manifest.json`` and the like.
     """
     found: dict[str, Counter[str]] = {name: Counter() for name in (*SPLITS, SHARED)}
     for path in cache.rglob("*"):
@@ -31,10 +32,7 @@ def bytes_by_array(cache: Path) -> dict[str, Counter[str]]:
 
 
 def used_bytes(cache: Path) -> int:
-    """Return the bytes of every file that belongs to a cache.
-
-    What comes and goes while processes write is passed over.
-    """
+    """Return the bytes of a cache's files, without leases and files that are staged."""
     found = 0
     for top in cache.iterdir():
         if top.name in (STAGING, LEASES):

@@ -17,7 +17,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from embedcache.cache.cache import SplitReader, StoredBlock
+from embedcache.cache.split_reader import SplitReader, StoredBlock
 from embedcache.data.batch import Batch
 from embedcache.data.order import WINDOW, BatchOrder
 from embedcache.data.packing import BatchPart, Packed, pack, split_batch

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.cache.cache import SplitReader
+from embedcache.cache.split_reader import SplitReader
 from embedcache.data.packing import group_by_tokens
 from embedcache.data.subset import Subset
 from embedcache.errors import UsageError

@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from embedcache.cache.cache import StoredBlock
 from embedcache.cache.codecs.integers import ArraySpec
+from embedcache.cache.split_reader import StoredBlock
 from embedcache.data.batch import Counts
 from embedcache.units import rounded_up
 
@@ -178,8 +178,8 @@ def pack(
                 view[start : start + stop - first] = block.arrays[tap][group][first:stop]
             ids.append(block.ids_N[first:stop])
             masks.append(block.loss_mask_N[first:stop])
-            if block.top_ids_NK is not None:
-                top_ids.append(block.top_ids_NK[first:stop])
+            if block.top_ids_NJ is not None:
+                top_ids.append(block.top_ids_NJ[first:stop])
             starts.append(start)
             start += stop - first
     order_S = np.concatenate(rows)

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 
-from embedcache.cache.cache import SplitReader
+from embedcache.cache.split_reader import SplitReader
 from embedcache.errors import NumericsError
 
 BLOCKS = 4

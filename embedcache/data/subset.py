@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.cache.cache import SplitReader
+from embedcache.cache.split_reader import SplitReader
 from embedcache.errors import UsageError, nearest
 
 Array = np.ndarray[Any, Any]

@@ -24,7 +24,6 @@ from embedcache.cache.cache import read_attributes
 from embedcache.cache.format.layout import (
     CODEC,
     SPLITS,
-    STAGING,
     CacheAttributes,
     ExtractSettings,
     corpora_of,
@@ -46,7 +45,7 @@ from embedcache.errors import BaseModelError, OutputError, UsageError
 from embedcache.extraction.extract import extract
 from embedcache.extraction.plan import Earlier, environment_of, write_tokens
 from embedcache.progress import SILENT, Progress
-from embedcache.store.files import copy_tree, fsync_path
+from embedcache.store.files import STAGING, copy_tree, fsync_path
 from embedcache.store.lease import COORDINATOR, Leases
 
 FOLDER = f"{STAGING}/append"
@@ -388,7 +387,7 @@ class _Documents:
         )
         for _, split, number in places:
             table = self._tables[split]
-            fingerprint = Fingerprint.unpacked(table.fingerprint_DF[number])
+            fingerprint = Fingerprint.unpacked(table.fingerprints[number])
             yield CachedDocument(table.names[number], split, fingerprint)
 
 

@@ -203,10 +203,10 @@ def _concatenated_tables(caches: Sequence[FinishedCache], split: str) -> SplitTa
     return SplitTables(
         rows_S2=shifted([table.rows_S2 for table in tables], rows),
         document_S=shifted([table.document_S for table in tables], documents),
-        starts_B=np.append(
-            shifted([table.starts_B[:-1] for table in tables], sequences), sum(sequences)
+        block_starts=np.append(
+            shifted([table.block_starts[:-1] for table in tables], sequences), sum(sequences)
         ),
         index_D=shifted([table.index_D for table in tables], indices),
-        fingerprint_DF=np.concatenate([table.fingerprint_DF for table in tables]),
+        fingerprints=np.concatenate([table.fingerprints for table in tables]),
         names=tuple(name for table in tables for name in table.names),
     )

@@ -131,7 +131,7 @@ class _Split:
 
     def rows(self, block: int, block_tokens: int) -> list[list[int]]:
         """Return the first row and the row past the last, in a block, of its deleted sequences."""
-        span = slice(*self.tables.starts_B[block : block + 2].tolist())
+        span = slice(*self.tables.block_starts[block : block + 2].tolist())
         rows_S2 = self.tables.rows_S2[span][self.gone_S[span]] - block * block_tokens
         return rows_S2.tolist()
 
@@ -146,9 +146,9 @@ class _Split:
         return SplitTables(
             rows_S2=tables.rows_S2[kept_S],
             document_S=(np.cumsum(kept_D) - 1)[tables.document_S[kept_S]],
-            starts_B=np.concatenate([[0], np.cumsum(kept_S)])[tables.starts_B],
+            block_starts=np.concatenate([[0], np.cumsum(kept_S)])[tables.block_starts],
             index_D=tables.index_D[kept_D],
-            fingerprint_DF=tables.fingerprint_DF[kept_D],
+            fingerprints=tables.fingerprints[kept_D],
             names=tuple(n for n, kept in zip(tables.names, kept_D, strict=True) if kept),
         )
 

@@ -20,11 +20,12 @@ from typing import Any
 import zarr
 
 from embedcache.cache.blocks.commit import Marker, clear_staging
-from embedcache.cache.blocks.files import Recorded
+from embedcache.cache.blocks.files import BlockRecord
 from embedcache.cache.cache import Cache, read_attributes
 from embedcache.cache.format.arrays import create_arrays
 from embedcache.cache.format.layout import (
     ATTRIBUTE,
+    MANIFEST,
     SPLITS,
     CacheAttributes,
     block_arrays,
@@ -38,14 +39,14 @@ from embedcache.cache.manifest.manifest import (
     publish_manifest,
     split_manifest,
 )
-from embedcache.cache.tokens.files import TokenFiles, digest_over, digest_tree
+from embedcache.cache.tokens.files import TokenFiles, write_changed_digests, write_tokens_digests
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.cache.tokens.writer import create_rows
 from embedcache.progress import Progress
-from embedcache.store.disk import writing
+from embedcache.store.files import translate_write_errors
 from embedcache.store.lease import COORDINATOR, Leases
-from embedcache.store.transaction import begin_rewrite, commit_rewrite, finish_rewrite
+from embedcache.store.transaction import begin_transaction, commit_transaction, finish_transaction
 
 TOTALS = ("sequences", "tokens", "targets", "documents")
 """The counts that a split and its manifest state."""
@@ -76,19 +77,22 @@ class FinishedCache:
         self.attributes: CacheAttributes = cache.attributes
         self.manifest: Manifest = cache.manifest
         self.settings = cache.attributes.settings
-        self.token_files = {name: TokenFiles(path, name, cache.manifest.sealed) for name in SPLITS}
+        self.token_files = {name: TokenFiles(path, name, cache.manifest.tokens) for name in SPLITS}
         self.tokens = {
             name: SplitTokens(path, name, self.settings.block_tokens, self.token_files[name])
             for name in SPLITS
         }
         self.tables = {name: SplitTables.read(tokens) for name, tokens in self.tokens.items()}
 
-    def blocks(self, split: str) -> Iterator[Recorded]:
+    def blocks(self, split: str) -> Iterator[BlockRecord]:
         """Yield the shards and the quarantined sequences of each block of a split, in order."""
-        starts_B = self.tables[split].starts_B
+        block_starts = self.tables[split].block_starts
         files = self.manifest.splits[split].files(self.path, split, self.settings)
         for block, records in enumerate(files):
-            yield records, tuple(files.aside(*starts_B[block : block + 2].tolist()).tolist())
+            yield (
+                records,
+                tuple(files.quarantined_in(*block_starts[block : block + 2].tolist()).tolist()),
+            )
 
     def totals(self, split: str) -> dict[str, int]:
         """Return the `TOTALS` of a split."""
@@ -139,7 +143,7 @@ class StagedCache:
                 staged by the time that the iterable yields it.
         """
         settings = self._attributes.settings
-        count = len(tables.starts_B) - 1
+        count = len(tables.block_starts) - 1
         group = self._root.create_group(name)
         group.create_group("documents")
         create_rows(
@@ -159,7 +163,7 @@ class StagedCache:
         recorded = self._write_markers(name, blocks)
         self._splits[name] = split_manifest(self.folder, name, settings, totals, recorded)
 
-    def _write_markers(self, split: str, blocks: Iterable[EditedBlock]) -> Iterator[Recorded]:
+    def _write_markers(self, split: str, blocks: Iterable[EditedBlock]) -> Iterator[BlockRecord]:
         """Write the new commit markers; yield the records of each block."""
         for number, block in enumerate(blocks):
             if block.generation is not None:
@@ -189,12 +193,14 @@ class StagedCache:
         """
         unused: list[str] = []
         if self.onto is None:
-            sealed = digest_tree(self.folder)
+            tokens = write_tokens_digests(self.folder)
         else:
-            sealed, unused = digest_over(self.onto.path, self.folder, self.onto.manifest.sealed)
-        publish_digests(self.folder, sealed)
+            tokens, unused = write_changed_digests(
+                self.onto.path, self.folder, self.onto.manifest.tokens
+            )
+        publish_digests(self.folder, tokens)
         manifest = Manifest(
-            splits=self._splits, sealed=sealed, base=base, codec=codec, extracted=extracted
+            splits=self._splits, tokens=tokens, base=base, codec=codec, extracted=extracted
         )
         publish_manifest(self.folder, manifest)
         return unused
@@ -221,11 +227,11 @@ def sole_writer(
     """
     read_attributes(cache)
     leases = Leases(cache)
-    with writing(cache), leases:
+    with translate_write_errors(cache), leases:
         leases.require_alone(verb)
         with leases.coordinating(progress):
             leases.require_alone(verb)  # another process may wait for its turn by now
-            finished = finish_rewrite(cache)
+            finished = finish_transaction(cache)
             if finished is not None:
                 progress.say(f"finished the interrupted {finished['verb']} on {cache}")
             yield leases, finished or {}
@@ -259,7 +265,7 @@ def staged_edit(
     """
     clear_staging(cache.path, keep)
     try:
-        staged = StagedCache(begin_rewrite(leases.staging), attributes, cache)
+        staged = StagedCache(begin_transaction(leases.staging), attributes, cache)
         yield staged
         manifest = cache.manifest
         unused = staged.publish(
@@ -268,6 +274,6 @@ def staged_edit(
             extracted=manifest.extracted if extracted is None else extracted,
         )
         leases.require(COORDINATOR)
-        commit_rewrite(cache.path, leases.staging, remove=unused, about=about)
+        commit_transaction(cache.path, leases.staging, last=MANIFEST, remove=unused, about=about)
     finally:
         shutil.rmtree(leases.staging, ignore_errors=True)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cache.format.layout import SPLITS, CacheAttributes, corpora_of
-from embedcache.cache.tokens.writer import fsync_tree
 from embedcache.editing.concatenate import (
     block_bytes,
     concatenate,
@@ -23,8 +22,7 @@ from embedcache.editing.concatenate import (
 from embedcache.editing.edit import FinishedCache, StagedCache, file_of
 from embedcache.errors import OutputError, UsageError
 from embedcache.progress import SILENT, Bar, Progress
-from embedcache.store.disk import writing
-from embedcache.store.files import fsync_path, writer_lock
+from embedcache.store.files import fsync_path, fsync_tree, translate_write_errors, writer_lock
 from embedcache.units import size
 
 
@@ -101,7 +99,7 @@ def merge(
     if dry_run:
         return summary
     staging = out.absolute().with_name(f".{out.name}.merging")
-    with writing(staging), writer_lock(staging):
+    with translate_write_errors(staging), writer_lock(staging):
         try:
             built = staging / "cache"
             shutil.rmtree(built, ignore_errors=True)

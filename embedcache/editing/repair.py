@@ -28,9 +28,8 @@ from embedcache.cache.blocks.commit import (
 from embedcache.cache.format.layout import (
     COMMITS,
     MANIFEST,
-    SEALED,
     SPLITS,
-    STAGING,
+    TOKENS_DIGESTS,
     CacheAttributes,
     ExtractSettings,
     block_shards,
@@ -47,7 +46,7 @@ from embedcache.cache.manifest.manifest import Manifest, read_manifest
 from embedcache.cache.tokens.files import TokenFiles, tokens_digest_table, write_tokens_digest_table
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.writer import TokensWriter
-from embedcache.cache.verify import Verification, look_at
+from embedcache.cache.verify import Verification, verify_idle
 from embedcache.errors import CacheError
 from embedcache.extraction.calibrate_cache import new_calibrations, store_calibrations
 from embedcache.extraction.extract import ExtractSummary, extract
@@ -56,10 +55,15 @@ from embedcache.extraction.publish import amend_manifest
 from embedcache.extraction.request import Corpus, Request
 from embedcache.extraction.sample import ComputedBatches
 from embedcache.progress import SILENT, Progress
-from embedcache.store.disk import writing
-from embedcache.store.files import fsync_path, make_folder, publish_bytes
+from embedcache.store.files import (
+    STAGING,
+    fsync_path,
+    make_folder,
+    publish_bytes,
+    translate_write_errors,
+)
 from embedcache.store.lease import COORDINATOR, Leases
-from embedcache.store.transaction import finish_rewrite
+from embedcache.store.transaction import finish_transaction
 
 WHAT = "repair"
 
@@ -118,14 +122,14 @@ def repair(
         progress=progress,
     )
     out = request.out
-    if not any((out / name).is_file() for name in (METADATA, MANIFEST, SEALED)):
+    if not any((out / name).is_file() for name in (METADATA, MANIFEST, TOKENS_DIGESTS)):
         raise CacheError(f"{out} holds no cache to repair: extract into it first")
     identity = request.identity()
     leases = Leases(out)
-    with writing(out), leases:
+    with translate_write_errors(out), leases:
         leases.require_alone(WHAT)
         with leases.coordinating(progress):
-            finish_rewrite(out)
+            finish_transaction(out)
             leases.require_alone(WHAT)  # another may have come to wait
             _restore_metadata(out)
             attributes = planned(request, identity, environment_for(out, request.device, dtype))
@@ -151,7 +155,7 @@ def repair(
 def _keep_extracted(out: Path, extracted: dict[str, Any], progress: Progress) -> None:
     """Have the manifest say of the first run and of appends what it said before the repair."""
     leases = Leases(out)
-    with writing(out), leases, leases.coordinating(progress):
+    with translate_write_errors(out), leases, leases.coordinating(progress):
         if (out / MANIFEST).is_file():
             amend_manifest(out, extracted, leases)
 
@@ -169,19 +173,20 @@ def _restore_metadata(out: Path) -> None:
 
 
 def _digests(out: Path) -> tuple[Manifest | None, Digests]:
-    """Return the manifest if it is sound, and the digests of pass 0, from it or ``sealed.json``."""
+    """Return the manifest if it is sound, and the digests of pass 0, from it or ``tokens.json``."""
     try:
         manifest = read_manifest(out)
     except (CacheError, OSError):
         manifest = None
     if manifest is not None:
-        return manifest, manifest.sealed
+        return manifest, manifest.tokens
     try:
         return None, read_digests(out)
     except CacheError as error:
         raise CacheError(
             f"{out} cannot be repaired: nothing states what its tokens were, because neither "
-            f"{MANIFEST} nor {SEALED} is whole. Restore one of them, or extract into a new folder"
+            f"{MANIFEST} nor {TOKENS_DIGESTS} is whole. Restore one of them, or extract into a "
+            "new folder"
         ) from error
 
 
@@ -205,7 +210,7 @@ class _Repair:
             for marker in _sound_markers(out, split).values():
                 promote(out, marker)  # of a repair that was stopped
         clear_staging(out)
-        found = look_at(out, deep=True, progress=progress)
+        found = verify_idle(out, deep=True, progress=progress)
         if found.complete and not found.faults:
             progress.say("nothing is damaged")
             for split in SPLITS:
@@ -215,10 +220,10 @@ class _Repair:
             progress.say(f"damaged: {fault}")
         manifest, digests = _digests(out)
         if self._restore_digest_tables(found, digests):
-            found = look_at(out, deep=True, progress=progress)  # files that they vouch for, too
+            found = verify_idle(out, deep=True, progress=progress)  # files that they vouch for, too
         kinds = {fault.kind for fault in found.faults}
         self._restore_tokens(found, digests)
-        if "seal" in kinds:
+        if "digests" in kinds:
             publish_digests(out, digests)
         if manifest is not None and "codec" in kinds:
             self._restore_calibration(manifest.codec)
@@ -288,7 +293,7 @@ class _Repair:
     def _restore_tokens(self, found: Verification, digests: Digests) -> None:
         """Restore the damaged files of pass 0 from the corpus, all or none."""
         out = self.request.out
-        damaged = {fault.file for fault in found.faults if fault.kind == "sealed"}
+        damaged = {fault.file for fault in found.faults if fault.kind == "tokens"}
         if not damaged:
             return
         records = [
@@ -345,7 +350,7 @@ class _Repair:
                             split,
                             block,
                             files[block],
-                            quarantined=tuple(files.aside(*tokens.bounds(block)).tolist()),
+                            quarantined=tuple(files.quarantined_in(*tokens.bounds(block)).tolist()),
                             generation=newest.get(block, -1) + 1,
                         )
                         continue

@@ -17,12 +17,12 @@ import zarr
 from embedcache.base.forward import BlockForward
 from embedcache.base.load import Base
 from embedcache.base.taps import FINAL, token_embedding_of
+from embedcache.cache.calibration import codecs_of, load_calibration, save_calibration
 from embedcache.cache.codecs.integers import STATELESS, Codec, codec_name
-from embedcache.cache.codecs.transform import Calibration, codecs_of
+from embedcache.cache.codecs.transform import Calibration
 from embedcache.cache.format.layout import CODEC, DEFAULT_BITS, SPLITS, ExtractSettings
 from embedcache.cache.manifest.digests import Digests
 from embedcache.cache.tokens.reader import SplitTokens
-from embedcache.cache.tokens.writer import fsync_tree
 from embedcache.errors import CacheError, NumericsError
 from embedcache.extraction.calibrate import (
     BATCHES,
@@ -33,7 +33,7 @@ from embedcache.extraction.calibrate import (
 )
 from embedcache.extraction.encode import finite_rows
 from embedcache.extraction.sample import ComputedBatches, sample_batches
-from embedcache.store.files import fsync_path
+from embedcache.store.files import fsync_path, fsync_tree
 
 Array = np.ndarray[Any, Any]
 
@@ -68,7 +68,7 @@ def calibrations_of(
     if settings.codec != "transform" or not train.blocks:
         return {}
     if (cache / CODEC).is_dir():
-        return {tap: Calibration.load(cache, tap) for tap in settings.taps}
+        return {tap: load_calibration(cache, tap) for tap in settings.taps}
     if not fresh:
         raise CacheError(
             f"{cache / CODEC} is missing, and blocks were encoded with it: extract into a new "
@@ -141,7 +141,7 @@ def store_calibrations(
     try:
         group = zarr.create_group(made, zarr_format=3)
         for tap, found in calibrations.items():
-            found.save(group.create_group(tap))
+            save_calibration(group.create_group(tap), found)
         fsync_tree(made)
         if expected is not None and Digests.of(staging, made) != expected:
             raise CacheError(

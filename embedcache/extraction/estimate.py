@@ -29,7 +29,7 @@ from embedcache.cache.base_arrays import write_base_array
 from embedcache.cache.blocks.commit import BlockWriter
 from embedcache.cache.codecs.integers import Codec, codec_name
 from embedcache.cache.format.arrays import CHUNK_ROWS
-from embedcache.cache.format.layout import MANIFEST, SEALED, ExtractSettings, marker_path
+from embedcache.cache.format.layout import MANIFEST, TOKENS_DIGESTS, ExtractSettings, marker_path
 from embedcache.cache.manifest.digest_table import digest_table_bytes
 from embedcache.cache.manifest.file_record import FILE
 from embedcache.cache.tokens.reader import SplitTokens
@@ -378,7 +378,7 @@ def estimate(
         if device.type == "cpu":  # the forward pass and the commits share the cores
             compute += tokens[name] * cost.commit_cpu_seconds
     if not (folder / MANIFEST).is_file():
-        to_go += MANIFEST_BYTES + (folder / SEALED).stat().st_size
+        to_go += MANIFEST_BYTES + (folder / TOKENS_DIGESTS).stat().st_size
     sequences = max(1, sum(split.totals["sequences"] for split in splits.values()))
     mean_length = sum(split.totals["tokens"] for split in splits.values()) / sequences
     checked = (2 + len(blocks) // CHECK_EVERY) * mean_length if blocks else 0

@@ -20,9 +20,9 @@ from embedcache.extraction.prepare import prepare
 from embedcache.extraction.request import Corpus, Request
 from embedcache.extraction.run import Extraction, ExtractSummary, summarise
 from embedcache.progress import SILENT, Progress
-from embedcache.store.disk import writing
+from embedcache.store.files import translate_write_errors
 from embedcache.store.lease import COORDINATOR, Leases
-from embedcache.store.transaction import finish_rewrite
+from embedcache.store.transaction import finish_transaction
 
 __all__ = ["ExtractSummary", "estimate_extraction", "extract"]
 
@@ -94,9 +94,9 @@ def extract(
     created = not folder.exists()
     leases = Leases(folder)
     try:
-        with writing(folder), leases, ExitStack() as turn:
+        with translate_write_errors(folder), leases, ExitStack() as turn:
             turn.enter_context(leases.coordinating(progress))
-            finish_rewrite(folder)
+            finish_transaction(folder)
             begun = is_planned(folder)
             attributes = plan(request, identity, folder, leases)
             run = Extraction(request, attributes, leases)

@@ -20,10 +20,8 @@ from embedcache.cache.cache import read_attributes
 from embedcache.cache.format.layout import (
     CODEC,
     DIGESTS,
-    LEASES,
-    SEALED,
     SPLITS,
-    STAGING,
+    TOKENS_DIGESTS,
     CacheAttributes,
     ExtractSettings,
 )
@@ -35,7 +33,8 @@ from embedcache.device import fast_dtype, resolve_dtype
 from embedcache.errors import OutputError, UsageError
 from embedcache.extraction.request import Request
 from embedcache.progress import Progress
-from embedcache.store.lease import COORDINATOR, WRITERS, Leases, taken_over
+from embedcache.store.files import STAGING
+from embedcache.store.lease import COORDINATOR, LEASES, WRITERS, Leases, taken_over
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,11 +149,11 @@ def _left_behind(path: Path) -> bool:
         return (path / "zarr.json").is_file() and (path / "tokens").is_dir()
     if path.name == LEASES:
         return (path / WRITERS).is_dir() or not any(path.iterdir())
-    if path.name in (STAGING, SEALED):
+    if path.name in (STAGING, TOKENS_DIGESTS):
         return True
     if path.name == DIGESTS:
         return all((path / split).is_dir() for split in SPLITS)
-    return path.name.startswith((".zarr.json.", f".{SEALED}."))
+    return path.name.startswith((".zarr.json.", f".{TOKENS_DIGESTS}."))
 
 
 def write_tokens(
@@ -201,7 +200,7 @@ def write_tokens(
         )
         if not holds():
             raise taken_over(out)
-        writer.seal(attributes, hidden=identity.hidden_size)
+        writer.publish(attributes, hidden=identity.hidden_size)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         if not is_planned(out) and holds():
@@ -240,7 +239,7 @@ def tokenise(
 
 def _clear(out: Path) -> None:
     """Remove what an interrupted pass 0 left."""
-    (out / SEALED).unlink(missing_ok=True)
+    (out / TOKENS_DIGESTS).unlink(missing_ok=True)
     for leftover in (out / STAGING, out / CODEC, out / DIGESTS, *(out / split for split in SPLITS)):
         shutil.rmtree(leftover, ignore_errors=True)
 

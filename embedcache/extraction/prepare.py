@@ -17,7 +17,6 @@ from embedcache.cache.base_arrays import write_base_array
 from embedcache.cache.codecs.integers import Codec
 from embedcache.cache.format.layout import CODEC, CacheAttributes
 from embedcache.cache.tokens.reader import SplitTokens
-from embedcache.cache.tokens.writer import fsync_tree
 from embedcache.extraction.calibrate_cache import (
     Calibrations,
     calibrations_of,
@@ -27,7 +26,7 @@ from embedcache.extraction.calibrate_cache import (
 from embedcache.extraction.estimate import FREE, Estimate, estimate, run_trial, stored_cost
 from embedcache.extraction.request import Request
 from embedcache.extraction.sample import BlockId, ComputedBatches
-from embedcache.store.files import fsync_path
+from embedcache.store.files import fsync_path, fsync_tree
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

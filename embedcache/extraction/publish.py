@@ -10,14 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.cache.blocks.commit import Marker, newest_generations
-from embedcache.cache.blocks.files import Recorded, block_digest_tables
-from embedcache.cache.format.layout import (
-    CODEC,
-    MANIFEST,
-    STAGING,
-    ExtractSettings,
-    marker_path,
-)
+from embedcache.cache.blocks.files import BlockRecord, block_digest_tables
+from embedcache.cache.format.layout import CODEC, MANIFEST, ExtractSettings, marker_path
 from embedcache.cache.manifest.digests import Digests, read_digests
 from embedcache.cache.manifest.manifest import (
     Manifest,
@@ -26,7 +20,7 @@ from embedcache.cache.manifest.manifest import (
     split_manifest,
 )
 from embedcache.cache.tokens.reader import SplitTokens
-from embedcache.store.files import fsync_path, make_folder
+from embedcache.store.files import STAGING, fsync_path, make_folder
 from embedcache.store.lease import COORDINATOR, Leases
 
 
@@ -58,7 +52,7 @@ def publish(
                 )
                 for name, split in splits.items()
             },
-            sealed=read_digests(out),
+            tokens=read_digests(out),
             base=Digests.of(out, out / "base"),
             codec=Digests.of(out, out / CODEC),
             extracted=extracted,
@@ -99,7 +93,7 @@ def amend_manifest(out: Path, extracted: dict[str, Any], leases: Leases) -> None
     fsync_path(out)
 
 
-def _records(cache: Path, split: str, blocks: int) -> Iterator[Recorded]:
+def _records(cache: Path, split: str, blocks: int) -> Iterator[BlockRecord]:
     """Yield the files and the quarantined sequences of each block, from its newest marker."""
     newest = newest_generations(cache, split)
     for block in range(blocks):

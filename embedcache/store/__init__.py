@@ -1,1 +1,4 @@
-"""Files on disk: published whole, leased to one writer, replaced all together."""
+"""What touches files: publishing them whole, leases between processes, and transactions.
+
+Nothing here knows what a cache is.
+"""

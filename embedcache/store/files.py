@@ -1,11 +1,13 @@
-"""Files published whole (write, fsync, rename) and their hashes."""
+"""Files: published whole (write, fsync, rename), hashed, locked; and errors that say what to do."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,8 +15,13 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import OutputError
+from embedcache.units import size
 
 LOCK = ".lock"
+STAGING = ".staging"
+"""Files of a folder that are not published yet lie here, in one folder for each attempt."""
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 
 def fsync_path(path: Path) -> None:
@@ -26,8 +33,19 @@ def fsync_path(path: Path) -> None:
         os.close(descriptor)
 
 
+def fsync_tree(root: Path) -> None:
+    """Flush every file and folder under ``root`` to the disk."""
+    with os.scandir(root) as entries:  # one at a time: a folder may hold a million
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                fsync_tree(Path(entry))
+            else:
+                fsync_path(Path(entry))
+    fsync_path(root)
+
+
 def make_folder(path: Path) -> None:
-    """Make a folder and its parents, each one's name flushed to the disk; no harm if there."""
+    """Make a folder and its parents, and flush their names to the disk; it may exist."""
     if path.is_dir():
         return
     make_folder(path.parent)
@@ -58,9 +76,10 @@ def publish_json(path: Path, value: Any) -> None:
 
 @contextmanager
 def writer_lock(folder: Path) -> Iterator[None]:
-    """Hold a folder for writing, made if it is not there; refuse a second with ``OutputError``.
+    """Lock a folder for writing; make it if it is missing.
 
-    The lock is the kernel's and goes with the process, however it ends.
+    The kernel releases the lock when the process ends, however it ends. Raises ``OutputError``
+    where another process has it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -72,20 +91,55 @@ def writer_lock(folder: Path) -> Iterator[None]:
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Whoever gave up in between took the file away: a lock on that keeps nobody out.
+            # A process that gave up in between removed the file: a lock on that excludes nobody.
             held = os.path.samestat((folder / LOCK).stat(), os.fstat(file.fileno()))
         except (BlockingIOError, FileNotFoundError):
             held = False
         if not held:
             raise OutputError(
                 f"{folder} is being written by another embedcache process: wait for it, or give "
-                "another --out"
+                "another `out=`"
             )
         yield
 
 
+@contextmanager
+def translate_write_errors(out: Path) -> Iterator[None]:
+    """Raise ``OutputError`` where the block fails because nothing more can be written to ``out``.
+
+    A full disk's own error names no file. An error of another place, such as the corpus, and any
+    other ``OSError`` pass unchanged.
+    """
+    try:
+        yield
+    except OSError as error:
+        place = Path(error.filename) if isinstance(error.filename, str) else out
+        if error.errno in _FULL:
+            raise OutputError(
+                f"expected room on the disk of {place}, found {_free(place)} free "
+                f"({error.strerror}): make room there, then run the same call again. Finished work "
+                "is kept"
+            ) from error
+        if error.errno in _FORBIDDEN and _is_within(place.absolute(), out.absolute()):
+            raise OutputError(
+                f"expected permission to write {place}, found none ({error.strerror}): permit it, "
+                "then run the same call again, or use another folder. Finished work is kept"
+            ) from error
+        raise
+
+
+def _is_within(place: Path, out: Path) -> bool:
+    """Whether a place is inside ``out`` or above it."""
+    return place.is_relative_to(out) or out.is_relative_to(place)
+
+
+def _free(place: Path) -> str:
+    existing = next(folder for folder in [place, *place.absolute().parents] if folder.exists())
+    return size(shutil.disk_usage(existing).free)
+
+
 def canonical_json(value: Any) -> str:
-    """Return the one spelling of ``value`` that hashes are taken of: sorted keys, no spaces.
+    """Return ``value`` as JSON with sorted keys and no spaces, the text that is hashed.
 
     >>> canonical_json({"b": 1, "a": [2.0]})
     '{"a":[2.0],"b":1}'
@@ -105,9 +159,10 @@ def hash_file(path: Path) -> str:
 
 
 def copy_tree(source: Path, target: Path, copy: Callable[[Path, Path], object]) -> None:
-    """Copy every file of a folder, if it is there; an error is raised as it is, and at once.
+    """Copy every file of a folder with ``copy``; a folder that is missing has none.
 
-    (`shutil.copytree` gathers them into one that says nothing of a full disk.)
+    `shutil.copytree` gathers errors into one that does not mention a full disk; here the first
+    error is raised unchanged.
     """
     for path in source.rglob("*"):
         if path.is_file():

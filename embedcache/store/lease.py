@@ -1,280 +1,307 @@
-"""Leases: which of the processes that write a cache is at work on what.
+"""Leases: which process works on which part of a folder that several processes write.
 
-Every process keeps one file under ``leases/writers``, and touches it while it lives. A lease is a
-hard link to that file, made exclusively, so one touch keeps all of a process's leases alive. Age is
-judged by the file system's own clock, as machines disagree. A lease that nobody keeps alive is
-taken over by its next generation, as a marker is repaired: of several takers one makes the link.
+Every process keeps one file under ``leases/writers`` and touches it while it lives. A lease is a
+hard link to that file, created exclusively, so one touch keeps all leases of a process alive. A
+lease whose file was not touched for `EXPIRY_SECONDS` has expired, and any process may take it over.
+Age is measured by the file system's clock, because the clocks of machines differ.
 
-Leases only spare work. Where two processes do compute one block, its marker decides (see
-`embedcache.cache.blocks.commit`).
+Leases spare work and keep processes out of each other's way. They are no proof of exclusiveness:
+where two processes compute one block, its commit marker decides (`embedcache.cache.blocks.commit`),
+and a process that publishes for all calls `Leases.require` first.
 """
 
 from __future__ import annotations
 
 import errno
+import json
 import os
-import re
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from os import link
 from pathlib import Path
 
-from embedcache.cache.format.layout import LEASES, STAGING
 from embedcache.errors import OutputError
 from embedcache.progress import Progress
-from embedcache.store.files import publish_json
-from embedcache.store.writers import Writer, is_running, read_writer, this_machine
+from embedcache.store.files import STAGING, publish_json
 
+LEASES = "leases"
 WRITERS = "writers"
-COORDINATOR = "turn"
-"""The lease on what one process does for all: pass 0, the base, the calibration, the manifest."""
+COORDINATOR = "coordinator"
+"""The lease on work that one process does for all: tokens, base, calibration, manifest."""
 EXPIRY_SECONDS = 60.0
-BEAT_SECONDS = 10.0
+HEARTBEAT_SECONDS = 10.0
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 1.0
-"""A wait is told of when it has taken so long."""
-_SWEPT_AWAY = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
-"""What a process runs into where others, taking it for dead, cleared up after it."""
+"""A wait that takes longer is reported."""
+_CLEARED = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+"""Errors that a process meets when others have cleared or replaced its files."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Writer:
+    """A process that writes, as its file describes it.
+
+    ``machine`` identifies the running system; two hosts may have one name.
+    """
+
+    attempt: str
+    host: str
+    machine: str
+    pid: int
+    began: str
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}"
+
+    def is_alive(self, age: float) -> bool:
+        """Whether the process lives; ``age``: seconds since it touched its file."""
+        if self.machine == this_machine() and not is_running(self.pid):
+            return False
+        return age <= EXPIRY_SECONDS
 
 
 class Leases:
-    """The leases of this process on one cache, kept alive by a thread while the context is open."""
+    """The leases of this process on one folder, kept alive by a thread while the context is open.
 
-    def __init__(self, cache: Path):
+    Attributes:
+        attempt: an id of this process's run, hex.
+        staging: the folder in which this run makes files before they are published; not made here.
+    """
+
+    def __init__(self, root: Path):
         self.attempt = uuid.uuid4().hex
-        self.staging = cache / STAGING / self.attempt
-        self._folder = cache / LEASES
-        self._mine = self._folder / WRITERS / f"{self.attempt}.json"
-        self._me = Writer(
+        self.staging = root / STAGING / self.attempt
+        self._root = root
+        self._folder = root / LEASES
+        self._file = self._folder / WRITERS / f"{self.attempt}.json"
+        self._expired = False
+        self._held: set[str] = set()
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._keep_alive, name="leases", daemon=True)
+
+    def __enter__(self) -> Leases:
+        writer = Writer(
             attempt=self.attempt,
             host=socket.gethostname(),
             machine=this_machine(),
             pid=os.getpid(),
             began=datetime.now(UTC).isoformat(timespec="seconds"),
         )
-        self._held: dict[str, Path] = {}
-        self._made = self._lapsed = False
-        self._closed = threading.Event()
-        self._thread = threading.Thread(target=self._keep_alive, name="leases", daemon=True)
-
-    def __enter__(self) -> Leases:
         try:
-            self._beat()
+            publish_json(self._file, asdict(writer))
         except OSError:
-            self._remove_folders()
+            self._remove_empty_folders()
             raise
         self._thread.start()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        """Give up all leases; raises ``OutputError`` for what comes of having been taken for dead.
+        """Release all leases.
 
-        A process that stood still past its expiry may find gone, or another, what it had begun.
+        Raises ``OutputError`` in place of an error that follows from having been taken over: this
+        process stood still until its leases expired, and others cleared its files away.
         """
         self._closed.set()
         self._thread.join()
         cleared = not self.staging.is_dir()
-        with suppress(OSError):  # a disk that takes nothing more: what is left here expires
+        with suppress(OSError, OutputError):  # on a full disk the leases are left to expire
             self._leave()
-        swept = isinstance(error, OSError) and error.errno in _SWEPT_AWAY
-        if isinstance(error, Exception) and self._lapsed and (cleared or swept):
-            raise taken_over(self._folder.parent) from error
+        cleared |= isinstance(error, OSError) and error.errno in _CLEARED
+        if isinstance(error, Exception) and self._expired and cleared:
+            raise taken_over(self._root) from error
 
     def _leave(self) -> None:
-        now = self._beat()
-        for name in list(self._held):
-            self.release(name)
-        self._mine.unlink(missing_ok=True)  # first: of several that leave, the last sees nobody
-        if not self._others(now):
-            self._sweep(now)
+        try:
+            now = self._touch()
+            for name in list(self._held):
+                self.release(name)
+            self._file.unlink(missing_ok=True)  # first: the last of several to leave sees no other
+            if not live_writers(self._root, now):
+                self._remove_dead(now)
+        finally:
+            self._remove_empty_folders()
+
+    def _remove_dead(self, now: float) -> None:
+        files = (Path(at) / name for at, _, names in os.walk(self._folder) for name in names)
+        for path in list(files):
+            found = read_writer(path)
+            if found is not None and not found[0].is_alive(now - found[1]):
+                path.unlink(missing_ok=True)
+
+    def _remove_empty_folders(self) -> None:
+        for folder in (*self._folder.glob("*/"), self._folder, self.staging, self.staging.parent):
+            with suppress(OSError):  # not empty: in use
+                folder.rmdir()
 
     def take(self, name: str) -> bool:
-        """Claim ``name``, such as ``train/00000003``; False where another live process has it."""
+        """Take the lease ``name``, such as ``train/00000003``; False if a live process has it.
+
+        Raises ``OutputError`` where this process was itself taken over.
+        """
+        path = self._path(name)
         while True:
-            found = self._generations(name)
-            newest = max(found, default=-1)
-            last = read_writer(found[newest]) if found else None
-            if last is not None and last[0].attempt == self.attempt:
+            now = self._touch()
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                os.link(self._file, path)
+            except FileExistsError:
+                pass
+            except FileNotFoundError:  # the last process to leave removed the folder
+                continue
+            else:
+                self._held.add(name)
                 return True
-            if last is not None and self._alive(*last, self._beat()):
-                return False
-            if found and last is None:
+            found = read_writer(path)
+            if found is None:
                 continue  # released just now
-            path = self._path(name, newest + 1)
-            if not self._link(path):
-                continue  # another was first
-            # Whoever looked long ago may link a generation that has come and gone since: a lease
-            # holds if it is the newest, and follows the very lease that was found expired.
-            found = self._generations(name)
-            follows = last is None or self._attempt(found.get(newest)) == last[0].attempt
-            if max(found, default=-1) == newest + 1 and follows:
-                for generation in sorted(found)[:-1]:
-                    found[generation].unlink(missing_ok=True)
-                self._held[name] = path
+            if found[0].attempt == self.attempt:
                 return True
-            path.unlink(missing_ok=True)
+            if found[0].is_alive(now - found[1]):
+                return False
+            self._remove_expired(path, found[0])
+
+    def _remove_expired(self, path: Path, writer: Writer) -> None:
+        """Remove the lease of a dead writer; a lease that another has taken meanwhile is kept."""
+        removed = path.with_name(f".{path.name}.{self.attempt}")
+        with suppress(FileNotFoundError):
+            path.rename(removed)
+            found = read_writer(removed)
+            if found is not None and found[0].attempt != writer.attempt:
+                with suppress(FileExistsError):
+                    os.link(removed, path)
+            removed.unlink()
 
     def holds(self, name: str) -> bool:
-        """Whether this process has the lease still: it may have slept past its expiry."""
-        found = self._generations(name)
-        return bool(found) and self._attempt(found[max(found)]) == self.attempt
+        """Whether this process still has the lease: it may have slept until that expired."""
+        found = read_writer(self._path(name))
+        return found is not None and found[0].attempt == self.attempt
 
     def require(self, name: str) -> None:
-        """Raise ``OutputError`` unless this process has the lease still."""
+        """Raise ``OutputError`` unless this process still has the lease."""
         if not self.holds(name):
-            raise taken_over(self._folder.parent)
+            raise taken_over(self._root)
 
     def release(self, name: str) -> None:
-        """Give up a lease; no harm where it is not held."""
-        path = self._held.pop(name, None)
-        if path is not None and self._attempt(path) == self.attempt:
-            path.unlink(missing_ok=True)
+        """Give a lease up; nothing happens if it is not held."""
+        self._held.discard(name)
+        if self.holds(name):
+            self._path(name).unlink(missing_ok=True)
 
     def others(self) -> list[Writer]:
         """Return the other live processes that write here."""
-        return self._others(self._beat())
-
-    def _others(self, now: float) -> list[Writer]:
-        files = (self._folder / WRITERS).glob("*.json")
-        found = [read_writer(path) for path in files if path.name != self._mine.name]
-        return [entry[0] for entry in found if entry is not None and self._alive(*entry, now)]
+        found = live_writers(self._root, self._touch())
+        return [writer for writer in found if writer.attempt != self.attempt]
 
     def require_alone(self, what: str) -> None:
-        """Raise ``OutputError`` where another process writes here."""
+        """Raise ``OutputError`` if another process writes here; ``what`` needs that none does."""
         if others := self.others():
             raise OutputError(
-                f"{what} needs {self._folder.parent} alone, and it is being written by "
-                f"{', '.join(map(str, others))}: wait for it, or stop it (a process that was "
-                f"killed on another machine counts for {EXPIRY_SECONDS:.0f} s) and type the same "
-                "again"
+                f"{what} needs {self._root} alone, but {', '.join(map(str, others))} is writing "
+                "it: wait for that process or stop it, then run the same call again. (A process "
+                f"that was killed on another machine counts as alive for {EXPIRY_SECONDS:.0f} s.)"
             )
 
     @contextmanager
     def coordinating(self, progress: Progress) -> Iterator[None]:
-        """Hold what only one process at a time may do, after waiting for whoever is at it."""
-        started, told = time.monotonic(), ""
+        """Hold `COORDINATOR` in the context, after waiting for the process that holds it."""
+        started, reported = time.monotonic(), ""
         while not self.take(COORDINATOR):
-            holder = self._holder(COORDINATOR)
+            found = read_writer(self._path(COORDINATOR))
             waited = time.monotonic() - started > PATIENCE_SECONDS
-            if waited and holder is not None and holder.attempt != told:
-                told = holder.attempt
-                progress.say(f"waiting for {holder}, which prepares or finishes the cache")
+            if waited and found is not None and found[0].attempt != reported:
+                reported = found[0].attempt
+                progress.say(f"waiting for {found[0]}, which prepares or finishes the cache")
             time.sleep(POLL_SECONDS)
         try:
             yield
         finally:
             self.release(COORDINATOR)
 
-    def _holder(self, name: str) -> Writer | None:
-        found = self._generations(name)
-        entry = read_writer(found[max(found)]) if found else None
-        return None if entry is None else entry[0]
-
-    def _path(self, name: str, generation: int) -> Path:
-        return self._folder / f"{name}.{generation}.json"
-
-    def _generations(self, name: str) -> dict[int, Path]:
-        place = self._folder / name
-        pattern = re.compile(re.escape(place.name) + r"\.(\d+)\.json")
-        try:
-            names = [path.name for path in place.parent.iterdir()]
-        except FileNotFoundError:
-            return {}
-        return {
-            int(match[1]): place.parent / found
-            for found in names
-            if (match := pattern.fullmatch(found))
-        }
-
-    def _link(self, path: Path) -> bool:
-        """Make a lease's file; False where it is there already."""
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            link(self._mine, path)
-        except FileExistsError:
-            return False
-        except FileNotFoundError:  # the last to leave swept a folder away
-            self._beat()
-            return False
-        return True
-
-    def _attempt(self, path: Path | None) -> str | None:
-        entry = None if path is None else read_writer(path)
-        return None if entry is None else entry[0].attempt
-
-    def _alive(self, holder: Writer, touched: float, now: float) -> bool:
-        if holder.machine == self._me.machine and not is_running(holder.pid):
-            return False
-        return now - touched <= EXPIRY_SECONDS
-
-    def _beat(self) -> float:
-        """Touch this process's file, made if it is not there; return the time that it got."""
-        while True:
-            try:
-                return self._touch()
-            except FileNotFoundError:
-                self._lapsed |= self._made
-                with suppress(FileNotFoundError):  # the last to leave swept the folder away
-                    publish_json(self._mine, asdict(self._me))
-                    self._made = True
+    def _path(self, name: str) -> Path:
+        return self._folder / f"{name}.json"
 
     def _touch(self) -> float:
-        before = self._mine.stat().st_mtime
-        os.utime(self._mine)
-        now = self._mine.stat().st_mtime
-        self._lapsed |= now - before > EXPIRY_SECONDS
+        """Touch this process's file; return the file system's time of that."""
+        try:
+            before = self._file.stat().st_mtime
+            os.utime(self._file)
+            now = self._file.stat().st_mtime
+        except FileNotFoundError as error:
+            self._expired = True
+            raise taken_over(self._root) from error
+        self._expired |= now - before > EXPIRY_SECONDS
         return now
 
     def _keep_alive(self) -> None:
-        while not self._closed.wait(BEAT_SECONDS):
-            with suppress(OSError):  # a beat that is missed may be made up for by the next
+        while not self._closed.wait(HEARTBEAT_SECONDS):
+            with suppress(OSError, OutputError):  # the next heartbeat makes up for a missed one
                 self._touch()
 
-    def _sweep(self, now: float) -> None:
-        """Remove what dead processes left, and the folders that are empty then."""
-        files = (Path(at) / name for at, _, names in os.walk(self._folder) for name in names)
-        for path in list(files):
-            entry = read_writer(path)
-            if entry is not None and not self._alive(*entry, now):
-                path.unlink(missing_ok=True)
-        self._remove_folders()
 
-    def _remove_folders(self) -> None:
-        tops = (self._folder, self.staging, self.staging.parent)
-        for folder in (*self._folder.glob("*/"), *tops):
-            with suppress(OSError):  # not empty: in use
-                folder.rmdir()
-
-
-def taken_over(cache: Path) -> OutputError:
-    """Return the error of a process that others took for dead, and whose work they do now."""
+def taken_over(root: Path) -> OutputError:
+    """Return the error of a process whose leases expired and whose work others do now."""
     return OutputError(
-        f"{cache} was taken over by another process while this one stood still for more than "
-        f"{EXPIRY_SECONDS:.0f} s: type the same again to join it"
+        f"{root} was taken over by another process while this one stood still for more than "
+        f"{EXPIRY_SECONDS:.0f} s: run the same call again to join it"
     )
 
 
-def writers_of(cache: Path) -> list[Writer]:
-    """Return the processes that write a cache, for one who only looks and touches nothing.
+def writers_of(root: Path) -> list[Writer]:
+    """Return the live processes that write a folder; for a reader, which touches nothing.
 
-    Age is judged by this machine's clock, and not at all for a process of this machine.
+    The age of a process of another machine is measured by this machine's clock.
     """
-    mine, now = this_machine(), time.time()
+    return live_writers(root, time.time())
+
+
+def live_writers(root: Path, now: float) -> list[Writer]:
+    """Return the live processes that write a folder; ``now``: seconds since the epoch."""
     files: list[Path] = []
-    with suppress(FileNotFoundError):  # the last one takes the folder along, at any moment
-        files = sorted((cache / LEASES / WRITERS).glob("*.json"))
+    with suppress(FileNotFoundError):  # the last process to leave removes the folder
+        files = sorted((root / LEASES / WRITERS).glob("*.json"))
     found = [entry for path in files if (entry := read_writer(path)) is not None]
-    return [
-        holder
-        for holder, touched in found
-        if (is_running(holder.pid) if holder.machine == mine else now - touched <= EXPIRY_SECONDS)
-    ]
+    return [writer for writer, touched in found if writer.is_alive(now - touched)]
+
+
+def read_writer(path: Path) -> tuple[Writer, float] | None:
+    """Return the writer in a file and the time at which it touched the file; None if it is gone.
+
+    The file is opened before its time is read: a network file system may else answer from a cache.
+    """
+    try:
+        with path.open() as file:
+            touched = os.fstat(file.fileno()).st_mtime
+            text = file.read()
+    except FileNotFoundError:
+        return None
+    try:
+        return Writer(**json.loads(text)), touched
+    except (ValueError, TypeError):  # damaged: it counts as alive until it expires
+        return Writer(attempt="", host="an unknown host", machine="", pid=0, began=""), touched
+
+
+def is_running(pid: int) -> bool:
+    """Whether this machine has a process of that id."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def this_machine() -> str:
+    """Return an id of this running system and its process namespace."""
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    return f"{socket.gethostname()} {uuid.getnode():x}"
 
 
 def lease_name(split: str, block: int) -> str:

@@ -1,10 +1,13 @@
-"""Files of a finished cache replaced all together, or not at all.
+"""A transaction: files of a folder are replaced all together, or not at all.
 
-What is new is staged whole, by one attempt. Renaming its folder commits it: from then on the
-manifest is taken away, the files are moved into place, idempotently, by whoever has the cache to
-itself, and the new manifest comes last. A kill before the commit leaves the cache as it was; after
-it readers refuse the cache, for want of a manifest, until the rewrite is finished. An attempt that
-was taken for dead finds its folder gone (see `clear_staging`), and can commit nothing.
+The new files are staged whole, by one attempt. Renaming the staging folder commits the transaction.
+After that, the file that is published ``last`` (a cache's manifest) is removed, the others are
+moved into place, and the new ``last`` follows.
+
+A kill before the commit leaves the folder as it was. After a kill behind the commit, readers refuse
+the folder, which lacks ``last``, until `finish_transaction` has moved the rest; any process may
+call it, repeatedly. An attempt whose staging folder others have removed, because it seemed dead,
+can commit nothing.
 """
 
 from __future__ import annotations
@@ -15,75 +18,84 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.format.layout import MANIFEST, STAGING
-from embedcache.cache.tokens.writer import fsync_tree
-from embedcache.store.files import fsync_path, make_folder
+from embedcache.store.files import STAGING, fsync_path, fsync_tree, make_folder
 
-_FOLDER = f"{STAGING}/rewrite"
+_FOLDER = f"{STAGING}/transaction"
 _FILES = "files"
 _PLAN = "plan.json"
-_OLD = "old.json"
+_OLD = "old"
 
 
-def begin_rewrite(staging: Path) -> Path:
-    """Return an empty folder in which to lay the new files, by their paths inside the cache.
+def begin_transaction(staging: Path) -> Path:
+    """Return an empty folder for the new files, by their paths inside the root.
 
-    ``staging`` is the attempt's own folder, made here. Call with the cache to itself, after
-    `finish_rewrite`.
+    Call with the root to oneself, after `finish_transaction`.
+
+    Args:
+        staging: the attempt's own folder; made here.
     """
     make_folder(staging / _FILES)
     (staging / _PLAN).touch()
     return staging / _FILES
 
 
-def commit_rewrite(cache: Path, staging: Path, *, remove: list[str], about: dict[str, Any]) -> None:
-    """Put the files staged since `begin_rewrite` in place, a manifest among them; remove others.
+def commit_transaction(
+    root: Path, staging: Path, *, last: str, remove: list[str], about: dict[str, Any]
+) -> None:
+    """Put the files that were staged since `begin_transaction` in place.
 
-    ``about`` is what `finish_rewrite` returns to whoever finishes it. Raises ``FileNotFoundError``
-    where this attempt was taken for dead.
+    Args:
+        root: the folder whose files are replaced.
+        staging: as given to `begin_transaction`.
+        last: the staged file that is published last; readers need it.
+        remove: files that are removed, by their paths inside the root.
+        about: JSON-ready values that `finish_transaction` returns.
+
+    Raises:
+        FileNotFoundError: the staging folder was removed, because this process seemed dead.
     """
-    with (staging / _PLAN).open("r+") as file:  # made before all else: gone if that is
-        file.write(json.dumps({"remove": remove, "about": about}))
+    with (staging / _PLAN).open("r+") as file:  # made by begin: missing if the folder was removed
+        json.dump({"last": last, "remove": remove, "about": about}, file)
         file.flush()
         os.fsync(file.fileno())
     fsync_tree(staging)
-    staging.replace(cache / _FOLDER)
-    for path in (cache / _FOLDER, cache / STAGING):
+    staging.replace(root / _FOLDER)
+    for path in (root / _FOLDER, root / STAGING):
         fsync_path(path.parent)
-    finish_rewrite(cache)
+    finish_transaction(root)
 
 
-def is_rewriting(cache: Path) -> bool:
-    """Whether a rewrite was committed and is not finished."""
-    return (cache / _FOLDER / _PLAN).is_file()
+def transaction_pending(root: Path) -> bool:
+    """Whether a transaction was committed and is not finished."""
+    return (root / _FOLDER / _PLAN).is_file()
 
 
-def finish_rewrite(cache: Path) -> dict[str, Any] | None:
-    """Go on with a rewrite that was committed and cut short; return what it is about, if any.
+def finish_transaction(root: Path) -> dict[str, Any] | None:
+    """Finish a transaction that was committed and interrupted; return its ``about``.
 
-    Call with the cache to itself.
+    Returns None where there is none. Call with the root to oneself.
     """
-    folder = cache / _FOLDER
-    if not is_rewriting(cache):
+    folder = root / _FOLDER
+    if not transaction_pending(root):
         return None
     plan = json.loads((folder / _PLAN).read_text())
-    staged = folder / _FILES
-    if (staged / MANIFEST).is_file():
-        if (cache / MANIFEST).is_file():  # into the folder: whoever comes late harms no new one
-            (cache / MANIFEST).replace(folder / _OLD)
-        fsync_path(cache)
+    staged, last = folder / _FILES, Path(plan["last"])
+    if (staged / last).is_file():
+        if (root / last).is_file():  # moved, not removed: a late process cannot remove a newer one
+            (root / last).replace(folder / _OLD)
+        fsync_path(root)
         names = [path.relative_to(staged) for path in sorted(staged.rglob("*")) if path.is_file()]
-        names.remove(Path(MANIFEST))
+        names.remove(last)
         for name in names:
-            make_folder((cache / name).parent)
-            (staged / name).replace(cache / name)
-        for parent in {cache / name.parent for name in names}:
+            make_folder((root / name).parent)
+            (staged / name).replace(root / name)
+        for parent in {root / name.parent for name in names}:
             fsync_path(parent)
-        for gone in plan["remove"]:
-            (cache / gone).unlink(missing_ok=True)
-        (staged / MANIFEST).replace(cache / MANIFEST)
-        fsync_path(cache)
+        for name in plan["remove"]:
+            (root / name).unlink(missing_ok=True)
+        (staged / last).replace(root / last)
+        fsync_path(root)
     shutil.rmtree(staged, ignore_errors=True)
-    (folder / _PLAN).unlink()  # last: until then whoever comes next is told what was done
+    (folder / _PLAN).unlink()  # last: until then another process can still return ``about``
     shutil.rmtree(folder, ignore_errors=True)
     return plan["about"]

@@ -14,7 +14,7 @@ from embedcache.carryon.protocol import CarryOn, stack_of
 from embedcache.data.batch import Counts
 from embedcache.errors import EmbedcacheError
 from embedcache.progress import Bar
-from embedcache.store.disk import writing
+from embedcache.store.files import translate_write_errors
 from embedcache.training.distributed import Ranks
 from embedcache.training.run.run import Run
 from embedcache.training.scoring import DevLoss
@@ -270,7 +270,7 @@ def failing(run: Run) -> Iterator[None]:
     If several processes train the run, the error is raised: the others would wait for this one.
     """
     try:
-        with writing(run.out):
+        with translate_write_errors(run.out):
             yield
     except (EmbedcacheError, OSError) as error:
         if run.shared:

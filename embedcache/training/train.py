@@ -16,8 +16,7 @@ from embedcache.carryon.saving import CONFIG_FILE, read_record
 from embedcache.device import resolve_device
 from embedcache.loss.shortlist.sampler import DRAWS
 from embedcache.progress import SILENT, Progress
-from embedcache.store.disk import writing
-from embedcache.store.files import LOCK, writer_lock
+from embedcache.store.files import LOCK, translate_write_errors, writer_lock
 from embedcache.training.budget.allocator import configure_allocator
 from embedcache.training.budget.probe import plan_memory
 from embedcache.training.config import TrainConfig, config_from
@@ -210,7 +209,7 @@ class Session:
         with ExitStack() as locks:
             for run in runs:
                 if ranks.leads:
-                    with writing(run.out):
+                    with translate_write_errors(run.out):
                         locks.enter_context(writer_lock(run.out))
                     check_out(run.out, self._request(run.config))  # it may have changed meanwhile
             ranks.wait()  # the folders are there
@@ -218,7 +217,7 @@ class Session:
                 self._trainer.run(stack, plan)
             for run in runs:
                 if run.summary is not None and ranks.leads:
-                    with writing(run.out):
+                    with translate_write_errors(run.out):
                         (run.out / LOCK).unlink()
             ranks.wait()
         return runs

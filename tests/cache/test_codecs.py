@@ -1,3 +1,5 @@
+"""The codecs bf16 and int8 compared with numpy."""
+
 from __future__ import annotations
 
 import math
@@ -69,11 +71,11 @@ def test_int8_decodes_to_the_product_in_bfloat16() -> None:
     assert torch.equal(decoded, expected)
 
 
-def test_only_train_is_ever_lossy() -> None:
+def test_only_train_is_lossy() -> None:
     assert codec_name("train", "int8") == "int8"
     assert codec_name("dev", "int8") == codec_name("test", "int8") == "bf16"
 
 
-def test_an_unknown_codec_names_the_nearest() -> None:
+def test_the_error_for_an_unknown_codec_names_the_nearest() -> None:
     with pytest.raises(UsageError, match=r"bf16, int8, transform.*Did you mean 'int8'"):
         check_codec("int")

@@ -1,4 +1,4 @@
-"""Blocks are committed whole, once, whoever dies where."""
+"""Blocks are committed whole and once, wherever a process is killed."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from embedcache.cache.blocks.commit import (
 )
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.integers import ARRAYS
-from embedcache.cache.format.layout import COMMITS, STAGING, marker_path
+from embedcache.cache.format.layout import COMMITS, marker_path
 from embedcache.cache.shards.shard import read_shard
 from embedcache.errors import CacheError
-from embedcache.store.files import hash_file
+from embedcache.store.files import STAGING, hash_file
 
 Array = np.ndarray[Any, Any]
 (SPEC,) = ARRAYS["bf16"]
@@ -75,28 +75,28 @@ def test_a_committed_block_is_in_place_with_its_marker(tmp_path: Path) -> None:
 
 def test_the_writer_that_lost_the_race_harms_nothing(tmp_path: Path) -> None:
     first, second = BlockWriter(tmp_path), BlockWriter(tmp_path)
-    stands = commit_block(first, 1)
-    assert commit_block(second, 2) == stands
+    winner = commit_block(first, 1)
+    assert commit_block(second, 2) == winner
     second.close()
     assert np.array_equal(stored(tmp_path), values(1))
-    check_files(tmp_path, stands)
+    check_files(tmp_path, winner)
     first.close()
-    check_files(tmp_path, stands)
+    check_files(tmp_path, winner)
 
 
-def test_the_loser_promotes_a_winner_that_was_killed(
+def test_the_loser_of_a_race_moves_the_files_of_a_winner_that_was_killed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed_after_link(tmp_path, monkeypatch)
     second = BlockWriter(tmp_path)
-    stands = commit_block(second, 2)
+    winner = commit_block(second, 2)
     second.close()
     assert np.array_equal(stored(tmp_path), values(1))
-    check_files(tmp_path, stands)
+    check_files(tmp_path, winner)
 
 
 def killed_after_link(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Commit block 0 (values 1), killed when the marker is linked and nothing is promoted."""
+    """Commit block 0 (values 1), killed when its marker is linked and no file is moved."""
 
     def link(source: Path, target: Path) -> None:
         real_link(source, target)
@@ -111,7 +111,7 @@ def killed_after_link(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert not (cache / NAME).exists()
 
 
-def test_recovery_promotes_what_lies_in_staging(
+def test_recovery_moves_committed_files_from_staging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     killed_after_link(tmp_path, monkeypatch)
@@ -157,15 +157,15 @@ def test_killed_between_two_promotions(tmp_path: Path, monkeypatch: pytest.Monke
     check_files(tmp_path, done[0])
 
 
-@pytest.mark.parametrize("harm", ["missing", "truncated", "empty"])
-def test_a_marker_whose_files_are_not_whole_is_withdrawn(tmp_path: Path, harm: str) -> None:
+@pytest.mark.parametrize("harm", ["missing", "truncated"])
+def test_a_marker_whose_files_are_incomplete_is_removed(tmp_path: Path, harm: str) -> None:
     writer = BlockWriter(tmp_path)
     commit_block(writer, 1)
     kept = commit_block(writer, 2, block=1)
     if harm == "missing":
         (tmp_path / NAME).unlink()
     else:
-        os.truncate(tmp_path / NAME, 20 if harm == "truncated" else 0)
+        os.truncate(tmp_path / NAME, 20)
     assert recovered(tmp_path, 2) == {1: kept}
     assert not marker_path(tmp_path, "train", 0).exists()
     again = commit_block(BlockWriter(tmp_path), 1)
@@ -173,7 +173,7 @@ def test_a_marker_whose_files_are_not_whole_is_withdrawn(tmp_path: Path, harm: s
     assert np.array_equal(stored(tmp_path), values(1))
 
 
-def test_the_newest_generation_of_a_marker_stands(tmp_path: Path) -> None:
+def test_the_highest_generation_of_a_marker_counts(tmp_path: Path) -> None:
     writer = BlockWriter(tmp_path)
     commit_block(writer, 1)
     newest = [commit_block(writer, seed, generation=seed) for seed in (2, 10)][-1]
@@ -193,14 +193,14 @@ def test_markers_of_another_cache_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '{"files": 3}', "\xff"])
-def test_a_damaged_marker_says_what_to_type(tmp_path: Path, text: str) -> None:
+def test_a_damaged_marker_is_refused(tmp_path: Path, text: str) -> None:
     commit_block(BlockWriter(tmp_path), 1)
     marker_path(tmp_path, "train", 0).write_bytes(text.encode("latin-1"))
-    with pytest.raises(CacheError, match=r"with --repair"):
+    with pytest.raises(CacheError, match=r"`embedcache\.repair\(\)`"):
         recovered(tmp_path, 1)
 
 
-def test_files_that_are_no_markers_are_passed_over(tmp_path: Path) -> None:
+def test_other_files_beside_markers_are_ignored(tmp_path: Path) -> None:
     commit_block(BlockWriter(tmp_path), 1)
     for name in (".DS_Store", "notes.json", "00000001.0.json.swp"):
         (tmp_path / COMMITS / "train" / name).write_text("?")
@@ -209,7 +209,7 @@ def test_files_that_are_no_markers_are_passed_over(tmp_path: Path) -> None:
 
 
 def before(monkeypatch: pytest.MonkeyPatch, name: str, act: Any) -> None:
-    """Have ``act`` done once, before the next call of a function of `commit`."""
+    """Call ``act`` once, before the next call of a function of `commit`."""
     real = getattr(commit, name)
 
     def late(*arguments: Any, **more: Any) -> Any:
@@ -221,7 +221,7 @@ def before(monkeypatch: pytest.MonkeyPatch, name: str, act: Any) -> None:
 
 
 @pytest.mark.parametrize("step", ["write_shard", "chunks_crc32c", "make_folder"])
-def test_what_was_staged_in_a_folder_that_was_cleared_is_never_committed(
+def test_blocks_whose_staging_folder_was_removed_are_never_committed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     writer = BlockWriter(tmp_path)
@@ -233,26 +233,26 @@ def test_what_was_staged_in_a_folder_that_was_cleared_is_never_committed(
         commit_block(writer, 1)
     with pytest.raises(FileNotFoundError):
         writer.renew("train", 0, (), quarantined=(), generation=1)
-    clear_staging(tmp_path)  # what staging made of the folder again
+    clear_staging(tmp_path)  # removes the folder that writing a shard made anew
     with pytest.raises(FileNotFoundError):
         BlockWriter(tmp_path, attempt=writer.attempt)
     assert committed_blocks(tmp_path, "train") == {}
 
 
-def test_a_marker_whose_files_were_cleared_before_they_were_moved_is_withdrawn(
+def test_a_marker_whose_files_were_removed_before_they_were_moved_is_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     writer = BlockWriter(tmp_path)
     before(monkeypatch, "promote", lambda: clear_staging(tmp_path))
-    with pytest.raises(FileNotFoundError, match="was cleared away"):
+    with pytest.raises(FileNotFoundError, match="was removed"):
         commit_block(writer, 1)
     assert committed_blocks(tmp_path, "train") == {}
 
 
-def test_clearing_takes_an_attempts_folder_at_once(
+def test_clearing_renames_a_staging_folder_before_removing_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Never file by file: who wakes up meanwhile would find some of what it staged."""
+    """A process that wakes meanwhile finds all of its files, or none."""
     dead, live = BlockWriter(tmp_path), BlockWriter(tmp_path)
     commit_block(live, 1)
     folder = tmp_path / STAGING / dead.attempt
@@ -271,7 +271,7 @@ def test_clearing_takes_an_attempts_folder_at_once(
     assert not (tmp_path / STAGING).exists()
 
 
-def test_a_block_that_could_not_be_moved_waits_in_staging_when_its_writer_ends(
+def test_files_that_could_not_be_moved_stay_in_staging(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(cache: Path, marker: Marker) -> None:

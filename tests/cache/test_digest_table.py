@@ -1,4 +1,4 @@
-"""A digest table gives what was written, page by page, or nothing."""
+"""A digest table returns the records that were written; a damaged page is refused."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from embedcache.cache.manifest import digest_table as ledger_module
+from embedcache.cache.manifest import digest_table as digest_table_module
 from embedcache.cache.manifest.digest_table import (
     PAGE,
     DigestTable,
@@ -29,14 +29,14 @@ def records(count: int) -> list[tuple[int, int, bytes]]:
 
 
 def written(path: Path, count: int) -> tuple[TableDigest, DigestTable]:
-    seal = write_digest_table(path, FILE, iter(records(count)))
-    return seal, DigestTable(path, FILE, seal)
+    digest = write_digest_table(path, FILE, iter(records(count)))
+    return digest, DigestTable(path, FILE, digest)
 
 
 @pytest.mark.parametrize("count", SIZES)
-def test_what_is_written_is_read_by_numpy_too(tmp_path: Path, count: int) -> None:
+def test_numpy_reads_what_is_written(tmp_path: Path, count: int) -> None:
     path = tmp_path / "folder" / "digest_table"
-    seal, digest_table = written(path, count)
+    digest, digest_table = written(path, count)
     assert [row.item() for row in digest_table] == records(count)
     assert [digest_table[row].item() for row in range(len(digest_table))] == records(count)
     assert digest_table.fault() is None
@@ -53,10 +53,10 @@ def test_what_is_written_is_read_by_numpy_too(tmp_path: Path, count: int) -> Non
         for start in range(0, count, PAGE)
     ]
     assert data == mapped.tobytes() + b"".join(pages)
-    assert seal == TableDigest(rows=count, sha256=hashlib.sha256(b"".join(pages)).hexdigest())
+    assert digest == TableDigest(rows=count, sha256=hashlib.sha256(b"".join(pages)).hexdigest())
 
 
-def test_a_record_that_it_does_not_have_is_no_record(tmp_path: Path) -> None:
+def test_an_index_out_of_range_is_refused(tmp_path: Path) -> None:
     _, digest_table = written(tmp_path / "digest_table", 5)
     for row in (-1, 5):
         with pytest.raises(IndexError):
@@ -64,18 +64,18 @@ def test_a_record_that_it_does_not_have_is_no_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("place", [0, PAGE * 44 - 1, PAGE * 44, 3 * PAGE * 44 + 5, -1, -65, -128])
-def test_a_changed_bit_is_noticed_where_it_is_and_nowhere_else(tmp_path: Path, place: int) -> None:
+def test_a_changed_bit_affects_only_its_page(tmp_path: Path, place: int) -> None:
     path, count = tmp_path / "digest_table", 3 * PAGE + 7
-    seal, _ = written(path, count)
+    digest, _ = written(path, count)
     data = bytearray(path.read_bytes())
     data[place] ^= 16
     path.write_bytes(data)
-    digest_table = DigestTable(path, FILE, seal)
+    digest_table = DigestTable(path, FILE, digest)
     of_hashes = place % len(data) >= count * 44
     damaged = set(range(4)) if of_hashes else {place // (PAGE * 44)}
     for row, record in enumerate(records(count)):
         if row // PAGE in damaged:
-            with pytest.raises(CacheError, match=r"Run 'embedcache verify CACHE --deep'"):
+            with pytest.raises(CacheError, match=r"`embedcache\.repair\(\)`"):
                 digest_table[row]
         else:
             assert digest_table[row].item() == record
@@ -100,7 +100,7 @@ def test_another_file_is_refused(tmp_path: Path, change: str) -> None:
         case "another's":
             write_digest_table(path, FILE, records(PAGE + 4)[1:])
     assert digest_table.fault()
-    if change != "longer":  # of which all that is read is as it was written
+    if change != "longer":  # everything that is read matches
         with pytest.raises(CacheError, match=r"the cache is damaged"):
             digest_table[0]
 
@@ -110,13 +110,15 @@ def test_few_pages_are_kept_and_each_is_read_once(
 ) -> None:
     _, digest_table = written(tmp_path / "digest_table", 40 * PAGE)
     read: list[int] = []
-    pread = ledger_module.os.pread
+    pread = digest_table_module.os.pread
     monkeypatch.setattr(
-        ledger_module.os, "pread", lambda fd, size, at: read.append(size) or pread(fd, size, at)
+        digest_table_module.os,
+        "pread",
+        lambda fd, size, at: read.append(size) or pread(fd, size, at),
     )
     for row in [*range(PAGE), PAGE, 0, 1]:
         digest_table[row]
     assert sorted(read) == sorted([40 * 32, PAGE * 44, PAGE * 44])
     for row in range(0, 40 * PAGE, PAGE):
         digest_table[row]
-    assert digest_table._page.cache_info().currsize == ledger_module.KEPT_PAGES
+    assert digest_table._page.cache_info().currsize == digest_table_module.KEPT_PAGES

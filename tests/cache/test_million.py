@@ -69,7 +69,7 @@ def first_blocks(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def million(world: World, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three windows of blocks are there: that which is trained on, and two that are read ahead."""
+    """A cache with the files of three windows: the one that is trained on and two read ahead."""
     path = tmp_path_factory.mktemp("million") / "cache"
     return lengthened(world.cache_path, path, BLOCKS, first_blocks(3 * WINDOW))
 
@@ -92,7 +92,7 @@ def test_opening_reads_kilobytes(measured: dict[str, Any], million: Path, world:
 
 
 def test_the_first_batch_costs_its_window(measured: dict[str, Any]) -> None:
-    """Two windows are planned and read, a permutation is drawn: 8 bytes a block."""
+    """Two windows are planned and read, and a permutation takes 8 bytes a block."""
     found = measured["first batch"]
     assert found["files"] < 1000
     assert found["bytes"] < 16e6
@@ -100,7 +100,7 @@ def test_the_first_batch_costs_its_window(measured: dict[str, Any]) -> None:
     assert found["calls"] < 200_000
 
 
-def test_it_reads_what_the_small_cache_holds(million: Path, world: World) -> None:
+def test_blocks_are_those_of_the_small_cache(million: Path, world: World) -> None:
     long, small = Cache(million).split("train"), world.cache().split("train")
     assert long.manifest.blocks == BLOCKS
     for number in first_blocks(WINDOW):
@@ -114,7 +114,7 @@ def test_it_reads_what_the_small_cache_holds(million: Path, world: World) -> Non
         long.block(next(b for b in range(9999, BLOCKS) if b not in first_blocks(3 * WINDOW)))
 
 
-def test_ranks_start_at_once_too(million: Path, measured: dict[str, Any]) -> None:
+def test_ranks_start_with_the_same_window(million: Path, measured: dict[str, Any]) -> None:
     split = Cache(million).split("train")
     loader = BatchLoader(split, batch_tokens=64, taps=("final",), seed=SEED, rank=0, ranks=4)
     batches = loader.epoch(EPOCH)
@@ -122,7 +122,7 @@ def test_ranks_start_at_once_too(million: Path, measured: dict[str, Any]) -> Non
     batches.close()
 
 
-def test_an_edit_of_a_page_is_found_by_whoever_uses_it(million: Path, tmp_path: Path) -> None:
+def test_an_edited_page_is_found_when_it_is_used(million: Path, tmp_path: Path) -> None:
     used, other = first_blocks(2)
     path = million / "digests/train/embeddings"
     data = path.read_bytes()

@@ -1,4 +1,4 @@
-"""Other readers of Zarr v3 must see the very integers that ours does."""
+"""zarr-python and tensorstore read the integers that our reader reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import zarr
 from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.integers import ARRAYS, codec_name
-from embedcache.cache.format.arrays import checked, chunk_rows
+from embedcache.cache.format.arrays import chunk_rows, zarr_codecs
 from embedcache.cache.format.layout import shard_name
 from embedcache.cache.manifest.file_record import record_file
 from embedcache.cache.shards.shard import read_shard, write_shard
@@ -34,7 +34,7 @@ def by_tensorstore(path: Path) -> np.ndarray[Any, Any]:
     return tensorstore.open(spec, read=True, open=True).result().read().result()
 
 
-def test_a_full_block_takes_the_bytes_that_are_stated(caches: dict[str, Path], codec: str) -> None:
+def test_block_bytes_are_those_of_a_block_in_memory(caches: dict[str, Path], codec: str) -> None:
     reader = Cache(caches[codec]).split("train")
     stored = reader.stored(0, reader.taps)
     arrays = [values for tap in stored.arrays.values() for values in tap.values()]
@@ -57,7 +57,7 @@ def test_zarr_and_tensorstore_read_our_integers(
         for spec in specs:
             values = whole[spec.group]
             assert values.dtype == spec.dtype == DTYPES[used][spec.group]
-            if used != "transform":  # whose codec only zarr-python can be given
+            if used != "transform":  # tensorstore cannot be given its codec
                 assert np.array_equal(by_tensorstore(path / split / spec.group / tap), values)
         for number in range(reader.manifest.blocks):
             block = reader.block(number)
@@ -87,7 +87,7 @@ def test_zarr_and_tensorstore_read_our_integers(
     [("blosc", dtype, columns) for dtype in ("uint16", "int8", "float32") for columns in ((), (7,))]
     + [("pco", "int16", (7,)), ("pco", "int16", (21,))],
 )
-def test_a_shard_of_several_chunks_is_zarrs_own(
+def test_zarr_reads_a_shard_of_several_chunks(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     coder: str,
@@ -102,7 +102,7 @@ def test_a_shard_of_several_chunks_is_zarrs_own(
         shards=(48, *columns),
         chunks=(16, *columns),
         dtype=dtype,
-        **checked(coder, np.dtype(dtype).itemsize),
+        **zarr_codecs(coder, np.dtype(dtype).itemsize),
     )
     for shard in range(2):
         name = shard_name("a", shard, values.ndim)
@@ -121,7 +121,7 @@ def test_a_shard_of_several_chunks_is_zarrs_own(
         record_file(tmp_path / name, name, chunks=3)
         for name in (shard_name("a", number, values.ndim) for number in (1, 0))
     )
-    for rows in (20, 48):  # some of its chunks are not needed, and still its own
+    for rows in (20, 48):  # the checksums of chunks that are not needed are compared, too
         found = read_shard(place, rows=rows, record=record, **settings)
         assert np.array_equal(found, values[48 : 48 + rows])
         with pytest.raises(CacheError, match="holds other chunks than were written there"):
@@ -129,7 +129,7 @@ def test_a_shard_of_several_chunks_is_zarrs_own(
             read_shard(place, rows=rows, record=same_size, **settings)
         with pytest.raises(CacheError, match=f"has {record.bytes} bytes, expected 7"):
             read_shard(place, rows=rows, record=replace(record, bytes=7), **settings)
-    with monkeypatch.context() as patch:  # as some file systems do
+    with monkeypatch.context() as patch:  # a read may return fewer bytes
         pread = os.pread
         patch.setattr(os, "pread", lambda file, length, at: pread(file, min(length, 5), at))
         assert np.array_equal(read_shard(place, rows=48, **settings), values[48:])
@@ -145,8 +145,8 @@ def test_a_shard_of_several_chunks_is_zarrs_own(
         read_shard(place, rows=48, **settings)
 
 
-def test_coefficients_of_another_shape_are_no_values() -> None:
-    """Where a checksum holds and the content is still not the chunk's."""
+def test_coefficients_of_another_shape_are_refused() -> None:
+    """The checksum of such a chunk matches, but not its content."""
     values = np.arange(60, dtype=np.int16).reshape(6, 10)
     data, out = CODERS["pco"].encode(values), np.empty((6, 10), np.int16)
     CODERS["pco"].decode(data, out)

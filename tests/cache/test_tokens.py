@@ -1,3 +1,5 @@
+"""Tokens and tables are read as they were written."""
+
 from __future__ import annotations
 
 import tempfile
@@ -34,20 +36,20 @@ def fingerprint(number: int) -> np.ndarray:
 
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.lists(st.integers(1, BLOCK), min_size=1, max_size=4), max_size=8))
-def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[list[int]]) -> None:
+def test_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[list[int]]) -> None:
     with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
         for module in (tables, tokens_module):
             patch.setattr(module, "TABLE_CHUNK", 3)  # tables of several chunks
-        sealer = SplitTokensWriter(zarr.create_group(Path(folder) / "train", zarr_format=3), BLOCK)
+        writer = SplitTokensWriter(zarr.create_group(Path(folder) / "train", zarr_format=3), BLOCK)
         expected, count = [], 1
         for number, document in enumerate(lengths):
             sequences = []
             for length in document:
                 sequences.append(made(length, count))
                 count += length
-            sealer.append_document(10 + number, f"naïve/{number}", fingerprint(number), sequences)
+            writer.append_document(10 + number, f"naïve/{number}", fingerprint(number), sequences)
             expected += [(number, *sequence) for sequence in sequences]
-        sealer.close()
+        writer.close()
         tokens = SplitTokens(Path(folder), "train", BLOCK)
         spans = tokens.table("tokens/span")
         found = []
@@ -56,7 +58,7 @@ def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[li
             rows_S2 = tokens.offsets(block)
             assert rows_S2[0, 0] == 0
             assert rows_S2[-1, 1] == tokens.block_rows(block) == len(ids_N) <= BLOCK
-            assert (rows_S2[1:, 0] == rows_S2[:-1, 1]).all()  # no gap, no overlap, none cut
+            assert (rows_S2[1:, 0] == rows_S2[:-1, 1]).all()  # no gap, no overlap
             for document, (a, b) in zip(tokens.documents(block), rows_S2.tolist(), strict=True):
                 rows = slice(block * BLOCK + a, block * BLOCK + b)
                 found.append((document, ids_N[a:b], loss_mask_N[a:b], spans[rows]))
@@ -65,15 +67,15 @@ def test_sealed_tokens_read_back_and_no_block_splits_a_sequence(lengths: list[li
             assert all(np.array_equal(a, b) for a, b in zip(got, wanted, strict=True))
         assert tokens.totals["tokens"] == count - 1
         assert tokens.totals["documents"] == len(lengths)
-        for number, row_F in enumerate(tokens.table("documents/fingerprint")):
-            assert np.array_equal(row_F, fingerprint(number))
+        for number, row in enumerate(tokens.table("documents/fingerprint")):
+            assert np.array_equal(row, fingerprint(number))
         assert tokens.table("documents/index").tolist() == [10 + n for n in range(len(lengths))]
 
 
 def test_a_sequence_longer_than_a_block_is_refused(tmp_path: Path) -> None:
-    sealer = SplitTokensWriter(zarr.create_group(tmp_path / "train", zarr_format=3), BLOCK)
-    with pytest.raises(UsageError, match=r"17 tokens .* --block-tokens"):
-        sealer.append_document(0, "a", fingerprint(0), [made(BLOCK + 1, 1)])
+    writer = SplitTokensWriter(zarr.create_group(tmp_path / "train", zarr_format=3), BLOCK)
+    with pytest.raises(UsageError, match=r"`block_tokens=` expects .* 17; found 16"):
+        writer.append_document(0, "a", fingerprint(0), [made(BLOCK + 1, 1)])
 
 
 def test_a_finished_cache_holds_what_the_corpus_reader_yields(

@@ -1,4 +1,4 @@
-"""The transform codec against plain linear algebra, its calibration against what it promises."""
+"""The transform codec compared with plain linear algebra; its calibration, with its targets."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from support.fixtures_extract import corpus_config, small_settings
 from embedcache.base.forward import BlockForward
 from embedcache.base.head import Head
 from embedcache.cache.cache import Cache
+from embedcache.cache.calibration import load_calibration, save_calibration
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.transform import Calibration, TransformCodec
 from embedcache.cache.format.layout import CODEC, ExtractSettings
@@ -37,7 +38,7 @@ def embedding_VH() -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def sample(embedding_VH: torch.Tensor) -> Sample:
-    """Correlated rows, a part of each told by its token."""
+    """Correlated rows, each partly predicted by its token."""
     draw = torch.Generator().manual_seed(0)
     ids_N = torch.randint(V, (N,), generator=draw)
     mix_HH = torch.randn(H, H, generator=draw) * torch.logspace(0, -2, H)
@@ -54,7 +55,7 @@ def head(embedding_VH: torch.Tensor) -> Head:
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.5, 4.0])
-def test_the_step_comes_to_the_budget_and_not_above(sample, embedding_VH, head, bits) -> None:
+def test_the_step_meets_the_budget_of_bits(sample, embedding_VH, head, bits) -> None:
     found = calibrate(sample, embedding_VH, head=head, bits=bits)
     codec = TransformCodec(found, embedding_VH)
     q_NH = codec.encode(sample.x_NH, sample.ids_N)["embeddings"].numpy()
@@ -64,7 +65,7 @@ def test_the_step_comes_to_the_budget_and_not_above(sample, embedding_VH, head, 
     assert coded == pytest.approx(bits, rel=0.12)
 
 
-def test_decoding_is_the_written_formula(sample, embedding_VH, head) -> None:
+def test_decoding_follows_the_formula(sample, embedding_VH, head) -> None:
     found = calibrate(sample, embedding_VH, head=head, bits=3.0)
     codec = TransformCodec(found, embedding_VH)
     stored = codec.encode(sample.x_NH, sample.ids_N)
@@ -79,7 +80,7 @@ def test_decoding_is_the_written_formula(sample, embedding_VH, head) -> None:
     expected_NH = b_NH + found.step * q_NH @ parts["inverse_HH"]
     decoded_NH = codec.decode(stored, sample.ids_N).double().numpy()
     np.testing.assert_allclose(decoded_NH, expected_NH, rtol=2**-8, atol=1e-4)
-    # And encoding is rounding: no coefficient is off by more than half a step.
+    # Encoding rounds: no coefficient is off by more than half a step.
     y_NH = (sample.x_NH.double().numpy() - b_NH) @ np.linalg.inv(parts["inverse_HH"])
     assert np.abs(y_NH / found.step - q_NH).max() < 0.5 + 1e-3
 
@@ -92,8 +93,8 @@ def test_a_batch_decodes_as_its_rows(sample, embedding_VH, head) -> None:
     assert torch.equal(batch.flatten(0, 1), rows)
 
 
-def test_what_the_token_tells_is_not_paid_for(sample, embedding_VH, head) -> None:
-    """Shuffled ids tell nothing: at the same error the rate must be much higher."""
+def test_what_the_token_predicts_is_not_coded(sample, embedding_VH, head) -> None:
+    """Shuffled ids predict nothing: at the same rate the error must be much higher."""
     found = calibrate(sample, embedding_VH, head=head, bits=2.0)
     shuffled = replace(sample, ids_N=np.roll(sample.ids_N, 1))
     other = calibrate(shuffled, embedding_VH, head=head, bits=2.0)
@@ -121,7 +122,7 @@ def test_components_are_decorrelated_in_order_of_variance(sample, embedding_VH) 
 
 
 def test_the_head_s_metric_lowers_the_rise(sample, embedding_VH) -> None:
-    """At one rate, errors weighed as the logits see them cost the base less than plain ones."""
+    """At one rate, errors weighted by their effect on the logits cost the base less."""
     weight = torch.randn(V, H, generator=torch.Generator().manual_seed(5))
     head = Head(weight * torch.logspace(0.5, -1.5, H))
     seen = calibrate(sample, embedding_VH, head=head, bits=1.5)
@@ -131,7 +132,7 @@ def test_the_head_s_metric_lowers_the_rise(sample, embedding_VH) -> None:
 
 
 def test_the_metric_is_the_fisher_information_of_the_logits(sample, head, monkeypatch) -> None:
-    """Against its definition, row by row in float64; over several tiles of the head."""
+    """Compared with its definition, row by row in float64; over several tiles of the head."""
     monkeypatch.setattr(calibrate_module, "HEAD_TILE", 16)
     some = sample.rows(np.arange(N) < 600)
     W_VH = head.weight_VH.double()
@@ -145,7 +146,7 @@ def test_the_metric_is_the_fisher_information_of_the_logits(sample, head, monkey
     torch.testing.assert_close(found_HH, expected_HH, rtol=1e-4, atol=1e-5)
 
 
-def test_a_quality_is_kept_with_the_coarsest_step(sample, embedding_VH, head) -> None:
+def test_quality_is_reached_with_the_coarsest_step(sample, embedding_VH, head) -> None:
     found = calibrate(sample, embedding_VH, head=head, bits=None, quality=0.05)
     assert 0.02 < found.measured["rise"] <= 0.05 + 1e-4
     finer = calibrate(sample, embedding_VH, head=head, bits=None, quality=0.01)
@@ -158,18 +159,16 @@ def test_coded_bits_are_those_of_the_coder(sample) -> None:
     assert coded_bits(sample.x_NH, 0.5) == 8 * len(CODERS["pco"].encode(q_NH)) / q_NH.size
 
 
-def test_saved_and_loaded_it_is_the_same(sample, embedding_VH, head, tmp_path: Path) -> None:
-
+def test_a_calibration_is_the_same_after_loading(
+    sample, embedding_VH, head, tmp_path: Path
+) -> None:
     found = calibrate(sample, embedding_VH, head=head, bits=1.5)
-    found.save(zarr.create_group(tmp_path / CODEC / "final", zarr_format=3))
-    loaded = Calibration.load(tmp_path, "final")
+    save_calibration(zarr.create_group(tmp_path / CODEC / "final", zarr_format=3), found)
+    loaded = load_calibration(tmp_path, "final")
     for name in ("mean_H", "centre_H", "predictor_HH", "inverse_HH"):
         assert torch.equal(getattr(found, name), getattr(loaded, name))
     assert (loaded.step, loaded.measured) == (found.step, found.measured)
     assert torch.equal(loaded.forward_HH, found.forward_HH)
-
-
-# --- in a cache
 
 
 def test_each_tap_has_its_own_calibration_and_train_is_near_the_lossless(caches) -> None:
@@ -182,11 +181,11 @@ def test_each_tap_has_its_own_calibration_and_train_is_near_the_lossless(caches)
             error += (x_NH - decoded_NH).square().sum().item()
             total += (x_NH - x_NH.mean(dim=0)).square().sum().item()
         assert 0.001 < error / total < 0.3
-    first, second = (Calibration.load(caches["transform"], t) for t in ("final", "layer_1"))
+    first, second = (load_calibration(caches["transform"], t) for t in ("final", "layer_1"))
     assert first.step != second.step
 
 
-def test_a_cache_whose_calibration_is_gone_is_refused(caches, tmp_path: Path) -> None:
+def test_a_cache_without_its_calibration_is_refused(caches, tmp_path: Path) -> None:
     cache = shutil.copytree(caches["transform"], tmp_path / "cache")
     shutil.rmtree(cache / CODEC)
     with pytest.raises(CacheError, match="codec"):
@@ -256,14 +255,20 @@ def test_a_second_run_writes_the_same_bytes(tiny_base, corpus, caches, tmp_path:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"codec": "bf16", "bits": 1.5}, r"--bits is for the codec transform.*--codec transform"),
-        ({"codec": "transform", "bits": 0.0}, r"0\.05 to 12 bits"),
-        ({"codec": "transform", "quality": -1.0}, r"0 to 10 nats"),
-        ({"codec": "transform", "bits": 1.0, "quality": 0.1}, "not both"),
-        ({"codec": "transform", "quality": 0.1, "taps": ("layer_1",)}, "measured on the final tap"),
+        (
+            {"codec": "bf16", "bits": 1.5},
+            r"`bits=` needs `codec=` to be 'transform', found 'bf16'",
+        ),
+        ({"codec": "transform", "bits": 0.0}, r"`bits=` .* 0\.05, found 0"),
+        ({"codec": "transform", "quality": -1.0}, r"`quality=` .* greater than 0, found -1"),
+        ({"codec": "transform", "bits": 1.0, "quality": 0.1}, "found both"),
+        (
+            {"codec": "transform", "quality": 0.1, "taps": ("layer_1",)},
+            "needs the tap 'final'",
+        ),
     ],
 )
-def test_settings_that_cannot_be(changes, message) -> None:
+def test_settings_that_do_not_fit_are_refused(changes, message) -> None:
     with pytest.raises(UsageError, match=message):
         ExtractSettings(**changes)
 

@@ -1,4 +1,4 @@
-"""A cache that is verified while it is being written: no false damage, whatever the moment."""
+"""Verifying a cache while it is being written never reports damage that is none."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from support.forked import ForkedCommand
 from embedcache.cache import verify as verifying
 from embedcache.cache.blocks import commit
 from embedcache.cache.format.layout import MANIFEST, marker_path
-from embedcache.cache.tokens import writer as seal
+from embedcache.cache.tokens import writer as tokens_writer
 from embedcache.cache.verify import verify
 from embedcache.editing import repair
 from embedcache.editing.delete import delete
@@ -33,7 +33,7 @@ from embedcache.errors import CacheError
 from embedcache.extraction import prepare, publish
 from embedcache.extraction import run as stage_one
 from embedcache.extraction.extract import extract
-from embedcache.store import transaction as rewrite
+from embedcache.store import transaction
 from embedcache.store.lease import Leases
 
 pytestmark = pytest.mark.usefixtures("without_trial")
@@ -59,7 +59,7 @@ def run(corpus: Path, base: Path, out: Path, **more: Any) -> Any:
 def at_every_call(
     monkeypatch: pytest.MonkeyPatch, steps: list[tuple[Any, str]], look: Callable[[], object]
 ) -> None:
-    """Have ``look`` done before and after every call of each function."""
+    """Call ``look`` before and after every call of each function."""
 
     def watched(real: Any) -> Any:
         def call(*arguments: Any, **more: Any) -> Any:
@@ -75,7 +75,7 @@ def at_every_call(
 
 
 def looks_at(out: Path, real: set[str], seen: list[str]) -> Callable[[], None]:
-    """Return a look: a report with no fault but the ``real`` ones, or that it is being written."""
+    """Return a function that verifies: only ``real`` faults may be found, unless it is written."""
 
     def look() -> None:
         try:
@@ -85,13 +85,13 @@ def looks_at(out: Path, real: set[str], seen: list[str]) -> Callable[[], None]:
             seen.append("being written")
             return
         assert {fault.file for fault in faults} <= real
-        seen.append("faults" if faults else "sound")
+        seen.append("faults" if faults else "whole")
 
     return look
 
 
 WRITING = [
-    (seal, "publish_digests"),
+    (tokens_writer, "publish_digests"),
     (prepare, "fsync_tree"),
     (commit, "promote"),
     (commit.os, "link"),
@@ -109,7 +109,7 @@ def test_during_an_extraction(
         at_every_call(patch, WRITING, looks_at(out, set(), seen))
         run(corpus, tiny_base, out)
     assert "faults" not in seen
-    assert "sound" in seen
+    assert "whole" in seen
     assert verify(out, deep=True).writers == ()
 
 
@@ -117,7 +117,7 @@ def test_during_a_repair(
     copied: Path, corpus: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[str] = []
-    damaged = [SHARD, "base/head/weight/c/0/0", "train/tokens/ids/c/0", "sealed.json"]
+    damaged = [SHARD, "base/head/weight/c/0/0", "train/tokens/ids/c/0", "tokens.json"]
     for name in damaged:
         flip_byte(copied / name)
     steps = [*WRITING[1:], (repair, "publish_digests"), (repair, "tokenise")]
@@ -126,21 +126,21 @@ def test_during_a_repair(
         repair.repair(
             copied, corpus_config(corpus), base=tiny_base, settings=SETTINGS, device="cpu"
         )
-    assert set(seen) == {"being written", "sound"}
+    assert set(seen) == {"being written", "whole"}
     assert verify(copied, deep=True).faults == ()
 
 
 def test_during_a_deletion(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
-    steps = [(rewrite, "fsync_path"), (rewrite, "make_folder"), (rewrite, "fsync_tree")]
+    steps = [(transaction, "fsync_path"), (transaction, "make_folder"), (transaction, "fsync_tree")]
     with monkeypatch.context() as patch:
         at_every_call(patch, steps, looks_at(copied, set(), seen))
         delete(copied, [names(copied, "train")[0]])
-    assert set(seen) == {"being written", "sound"}
+    assert set(seen) == {"being written", "whole"}
     assert verify(copied, deep=True).faults == ()
 
 
-def test_a_deletion_that_was_killed_is_no_damage_and_says_how_to_go_on(
+def test_an_interrupted_deletion_is_no_damage(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     name = names(copied, "train")[0]
@@ -148,40 +148,40 @@ def test_a_deletion_that_was_killed_is_no_damage_and_says_how_to_go_on(
 
     def killed(path: Path) -> None:
         flushed.append(path)
-        if len(flushed) == 3:  # the folder is renamed, and the manifest taken away
+        if len(flushed) == 3:  # committed, and the manifest is removed
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(rewrite, "fsync_path", killed)
+        patch.setattr(transaction, "fsync_path", killed)
         with pytest.raises(KeyboardInterrupt):
             delete(copied, [name])
     assert not (copied / MANIFEST).exists()
-    with pytest.raises(CacheError, match=r"or that was stopped.*the same 'embedcache delete'"):
+    with pytest.raises(CacheError, match=r"interrupted.*the same `embedcache\.delete\(\)`"):
         verify(copied)
     delete(copied, [name])
     assert verify(copied, deep=True).faults == ()
 
 
-def test_a_writer_that_ends_under_the_look_makes_it_look_again(
+def test_a_cache_that_changed_meanwhile_is_verified_again(
     copied: Path, corpus: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The first look has read the old manifest; then all is written anew, and nobody writes."""
-    name, looks, read = names(copied, "train")[0], [], verifying._Verifier._read_seal
+    """A deletion begins and ends after the manifest was read."""
+    name, calls, read = names(copied, "train")[0], [], verifying._Verifier._read_digests
 
     def changed(self: Any) -> Any:
-        looks.append(1)
-        if len(looks) == 1:
-            monkeypatch.setattr(verifying._Verifier, "_read_seal", read)
+        calls.append(1)
+        if len(calls) == 1:
+            monkeypatch.setattr(verifying._Verifier, "_read_digests", read)
             delete(copied, [name])
-            monkeypatch.setattr(verifying._Verifier, "_read_seal", changed)
+            monkeypatch.setattr(verifying._Verifier, "_read_digests", changed)
         return read(self)
 
-    monkeypatch.setattr(verifying._Verifier, "_read_seal", changed)
+    monkeypatch.setattr(verifying._Verifier, "_read_digests", changed)
     assert verify(copied, deep=True).faults == ()
-    assert len(looks) == 2
+    assert len(calls) == 2
 
 
-def test_damage_of_a_cache_that_nobody_writes_is_damage(
+def test_damage_is_reported_only_when_no_process_writes(
     copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flip_byte(copied / SHARD)
@@ -191,7 +191,7 @@ def test_damage_of_a_cache_that_nobody_writes_is_damage(
     assert fault.file == SHARD
 
 
-def test_a_sound_one_that_is_written_says_by_whom(
+def test_the_command_names_the_processes_that_write(
     copied: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (copied / MANIFEST).unlink()
@@ -201,8 +201,9 @@ def test_a_sound_one_that_is_written_says_by_whom(
     assert f"The cache is being written by process {os.getpid()} on " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_beside_a_process_that_extracts(corpus: Path, tiny_base: Path, tmp_path: Path) -> None:
-    """As it comes, without steps laid out: every look while it runs is sound or says why not."""
+    """At random moments: every result is without faults, or the error says why not."""
     out, seen = tmp_path / "cache", []
     flags = [*small_flags(corpus, tiny_base, out), "--codec", "int8", "--taps", "final,layer_1"]
     process = ForkedCommand(*flags)
@@ -212,10 +213,10 @@ def test_beside_a_process_that_extracts(corpus: Path, tiny_base: Path, tmp_path:
     said = process.communicate()[1]
     assert process.returncode == 0, said
     look()
-    assert seen[-1] == "sound"
+    assert seen[-1] == "whole"
 
 
-def test_a_merged_cache_says_what_to_repair(
+def test_the_command_says_how_to_repair_a_merged_cache(
     copied: Path,
     corpus: Path,
     tmp_path: Path,

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support.carryons import change
 
-from embedcache.cache.cache import StoredBlock
+from embedcache.cache.split_reader import StoredBlock
 from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.branch.model import Branch
 from embedcache.carryon.nn.attention import segment_mask

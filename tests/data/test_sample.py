@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from embedcache.cache.cache import SplitReader
+from embedcache.cache.split_reader import SplitReader
 from embedcache.data.sample import sample_embeddings
 from embedcache.errors import NumericsError
 from embedcache.training.config import TrainConfig

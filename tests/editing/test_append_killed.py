@@ -101,7 +101,7 @@ def test_the_next_edit_finishes_a_committed_append(
     """The same append returns its summary; a deletion goes on with the cache as appended."""
     cache = shutil.copytree(place / "old", tmp_path / "cache")
     with monkeypatch.context() as patch:
-        patch.setattr("embedcache.store.transaction.finish_rewrite", killed)
+        patch.setattr("embedcache.store.transaction.finish_transaction", killed)
         with pytest.raises(KilledError):
             added(cache, place / "more")
     other = shutil.copytree(cache, tmp_path / "other")

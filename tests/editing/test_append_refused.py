@@ -100,7 +100,7 @@ def test_other_edits_are_refused_during_an_append(
                 device="cpu",
             ),
         ):
-            with pytest.raises(OutputError, match="alone, and it is being written by") as caught:
+            with pytest.raises(OutputError, match="alone, but process") as caught:
                 edit()
             refused.append(str(caught.value).split()[0])
         return extract(*arguments, **named)
@@ -124,10 +124,12 @@ def test_an_unfinished_cache_and_no_cache_are_refused(
 
 def test_a_damaged_digest_table_is_refused(old: Path, more: Path) -> None:
     before = every_byte(old)
-    for name in ("sealed", "embeddings"):
+    for name in ("tokens", "embeddings"):
         path = f"digests/train/{name}"
         flip_byte(old / path)
-        with pytest.raises(CacheError, match=rf"{path} .*the cache is damaged.*--repair"):
+        with pytest.raises(
+            CacheError, match=rf"{path} .*the cache is damaged.*`embedcache\.repair\(\)`"
+        ):
             added(old, more)
         after = {k: data for k, data in every_byte(old).items() if not k.startswith(".staging/")}
         assert [key for key in before if after[key] != before[key]] == [path]

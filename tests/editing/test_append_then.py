@@ -123,7 +123,7 @@ def test_a_reader_that_was_open_serves_the_old_blocks_or_raises(old: Path, more:
     added(old, more)
     again = reader.block(last)  # the reader has these tables in memory
     assert values_of(again) == values_of(first)
-    with pytest.raises(CacheError, match="documents were added to the cache, or deleted"):
+    with pytest.raises(CacheError, match="documents were added or deleted since"):
         other.block(last)
 
 

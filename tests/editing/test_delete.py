@@ -24,7 +24,7 @@ from embedcache.cache.codecs.integers import ARRAYS, codec_name
 from embedcache.cache.format.layout import SPLITS
 from embedcache.cache.manifest.digests import publish_digests
 from embedcache.cache.manifest.manifest import publish_manifest, read_manifest
-from embedcache.cache.tokens.files import digest_tree
+from embedcache.cache.tokens.files import write_tokens_digests
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.tokens.tables import SplitTables
 from embedcache.cache.verify import verify
@@ -122,9 +122,9 @@ def rename(cache: Path, split: str, number: int, name: str) -> None:
     group.create_group("documents")
     replace(tables, names=tuple(changed)).write(group)
     manifest = read_manifest(cache)
-    seal = digest_tree(cache)
+    seal = write_tokens_digests(cache)
     publish_digests(cache, seal)
-    publish_manifest(cache, replace(manifest, sealed=seal))
+    publish_manifest(cache, replace(manifest, tokens=seal))
     assert verify(cache, deep=True).faults == ()
 
 

@@ -83,21 +83,21 @@ def test_damaged_blocks_come_out_as_they_were(
         name: split.documents for name, split in read_manifest(merged).splits.items()
     }
     same = {name for name in names_in(out) if before.get(name) == (out / name).stat().st_ino}
-    assert {"train/embeddings/final/c/1/0", TOKENS, "sealed.json"} <= same
+    assert {"train/embeddings/final/c/1/0", TOKENS, "tokens.json"} <= same
     assert not same & {*damaged}
 
 
 def test_all_else_that_needs_no_corpus_is_mended(out: Path, merged: Path, tiny_base: Path) -> None:
     for name in (
         "base/head/weight/c/0/0",
-        "digests/train/sealed",
+        "digests/train/tokens",
         "digests/dev/embeddings",
     ):
         flip_byte(out / name)
     for name in ("zarr.json", "train/zarr.json"):
         (out / name).write_text("{}")
     marker_path(out, "train", 1).unlink()
-    (out / "sealed.json").unlink()
+    (out / "tokens.json").unlink()
     assert mend(out, tiny_base).computed_blocks == 0
     restored(out, merged)
 

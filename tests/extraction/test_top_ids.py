@@ -86,7 +86,7 @@ def by_tokens(cache: Path) -> dict[bytes, bytes]:
         for number in range(split.manifest.blocks):
             block = split.stored(number, ("final",), top_ids=True)
             for a, b in block.rows_S2.tolist():
-                found[block.ids_N[a:b].tobytes()] = block.top_ids_NK[a:b].tobytes()
+                found[block.ids_N[a:b].tobytes()] = block.top_ids_NJ[a:b].tobytes()
     return found
 
 
@@ -98,17 +98,17 @@ def test_top_ids_are_those_of_transformers(place: Path, monkeypatch: pytest.Monk
         split, stored_NK = Cache(place / "cache").split(name), plain(place / "cache", name)
         for number in range(split.manifest.blocks):
             block = split.stored(number, ("final",), top_ids=True)
-            assert np.array_equal(block.top_ids_NK, stored_NK[256 * number :][: len(block.ids_N)])
+            assert np.array_equal(block.top_ids_NJ, stored_NK[256 * number :][: len(block.ids_N)])
             for first, stop in block.rows_S2.tolist():
                 with torch.no_grad():
                     logits = model(torch.from_numpy(block.ids_N[first:stop])[None]).logits[0]
-                uniform_NK, id_NK = logits.softmax(dim=1).topk(K + 1, dim=1)
-                found_NK = torch.from_numpy(block.top_ids_NK[first:stop])
-                sure = ((uniform_NK[:, :-1] - uniform_NK[:, 1:]) > 1e-6).all(dim=1)
-                sure &= ((uniform_NK - encode.LIKELY).abs() > 1e-6).all(dim=1)
-                expected = torch.where(uniform_NK >= encode.LIKELY, id_NK + 1, 0)[:, :K].int()
-                assert torch.equal(found_NK[sure], expected[sure])
-                seen.append(found_NK[sure])
+                probability_NJ, id_NJ = logits.softmax(dim=1).topk(K + 1, dim=1)
+                found_NJ = torch.from_numpy(block.top_ids_NJ[first:stop])
+                sure = ((probability_NJ[:, :-1] - probability_NJ[:, 1:]) > 1e-6).all(dim=1)
+                sure &= ((probability_NJ - encode.LIKELY).abs() > 1e-6).all(dim=1)
+                expected = torch.where(probability_NJ >= encode.LIKELY, id_NJ + 1, 0)[:, :K].int()
+                assert torch.equal(found_NJ[sure], expected[sure])
+                seen.append(found_NJ[sure])
     counts = (torch.cat(seen) > 0).sum(dim=1)
     assert {0, 1, K} <= set(counts.tolist())
     base_NH, head = torch.randn(300, 32), Cache(place / "cache").base_array("head/weight")
@@ -142,7 +142,7 @@ def test_a_cache_without_top_ids_has_no_such_array(place: Path, tmp_path: Path) 
     run(place / "corpus", place / "base", tmp_path / "plain", codec="transform", top_ids=0)
     assert not (tmp_path / "plain/train/head").exists()
     split = Cache(tmp_path / "plain").split("train")
-    assert split.stored(0, ("final",)).top_ids_NK is None
+    assert split.stored(0, ("final",)).top_ids_NJ is None
     for path in (tmp_path / "plain/train").rglob("c/*"):
         if path.is_file():
             other = place / "cache" / path.relative_to(tmp_path / "plain")
@@ -201,7 +201,7 @@ def test_merging_and_appending_keep_top_ids(place: Path, cache: Path, tmp_path: 
     for corpus, out in ((place / "corpus", "one"), (more, "two")):
         run(corpus, place / "base", tmp_path / out, **one)
     run(more, place / "base", tmp_path / "none", top_ids=0, **one)
-    with pytest.raises(IdentityError, match=f"one top_ids, found {K} in .* and 0 in"):
+    with pytest.raises(IdentityError, match=f"same `top_ids=`, found {K} in .* and 0 in"):
         merge([tmp_path / "one", tmp_path / "none"], tmp_path / "both")
     merge([tmp_path / "one", tmp_path / "two"], tmp_path / "both")
     expected = np.concatenate([plain(tmp_path / "one"), plain(tmp_path / "two")])
@@ -219,7 +219,7 @@ def test_a_batch_has_the_top_ids_of_its_predicted_positions(place: Path, one_row
     for number in range(split.manifest.blocks):
         block = split.stored(number, ("final",), top_ids=True)
         for sequence, (a, b) in zip(block.sequence_S, block.rows_S2.tolist(), strict=True):
-            stored[int(sequence)] = torch.from_numpy(block.top_ids_NK[a:b])
+            stored[int(sequence)] = torch.from_numpy(block.top_ids_NJ[a:b])
     loader = BatchLoader(split, batch_tokens=300, taps=("final",), one_row=one_row, top_ids=True)
     count = 0
     for batch in loader.epoch(0):

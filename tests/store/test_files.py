@@ -1,4 +1,4 @@
-"""Folders are written by one process at a time."""
+"""A folder is locked for writing by one process at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_second_process_is_refused_and_the_lock_dies_with_its_process(tmp_path
 def test_a_lock_on_a_removed_file_is_no_lock(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A process that gives up removes its lock file; one that had it open must not go on."""
+    """A process that gives up removes the lock file; another may have opened it before."""
     real = files.fcntl.flock
 
     def flock(file: Any, how: int) -> None:

@@ -1,4 +1,4 @@
-"""What can be read of a cache, document by document."""
+"""The readable content of a cache, by document."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Content = dict[tuple[str, str, int], dict[str, bytes]]
 
 
 def contents(path: Path) -> Content:
-    """Return every readable sequence, by split, document and place in that."""
+    """Return every readable sequence, by split, document and number within the document."""
     cache = Cache(path)
     found: Content = {}
     for name in SPLITS:

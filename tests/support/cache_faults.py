@@ -1,4 +1,4 @@
-"""Random faults of a cache's files, by name or by draw, and what a trainer reads of one."""
+"""Damaging a cache's files at random, and reading all that a trainer reads."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from embedcache.cache.format.layout import SPLITS
 
 @dataclass(frozen=True)
 class Damage:
-    """What was done, and the files (inside the cache) one of which a report must name."""
+    """The kind of damage, and the damaged files, one of which a report must name."""
 
     kind: str
     files: tuple[str, ...]
 
 
 def names_in(cache: Path) -> list[str]:
-    """Return every file of a finished cache, less the lock."""
+    """Return every file of a finished cache, except the lock."""
     paths = sorted(path for path in cache.rglob("*") if path.is_file())
     return [path.relative_to(cache).as_posix() for path in paths if path.name != ".lock"]
 
@@ -63,7 +63,7 @@ def swap(cache: Path, draw: random.Random) -> tuple[str, ...]:
         if match := re.fullmatch(r"(.+)/c/\d+(/0)?", name):
             arrays.setdefault(match[1], []).append(name)
     several = [names for names in arrays.values() if len(names) > 1]
-    while True:  # two blocks may hold the very same loss mask
+    while True:  # two blocks may hold equal loss masks
         first, second = draw.sample(draw.choice(several), 2)
         one, other = (cache / first).read_bytes(), (cache / second).read_bytes()
         if one != other:
@@ -81,7 +81,7 @@ def _edit(cache: Path, name: str, change: Callable[[Any], None]) -> tuple[str, .
 
 
 def edit_marker(cache: Path, draw: random.Random) -> tuple[str, ...]:
-    """Change one entry of a marker, as a hand would: its own hash is left as it was."""
+    """Change one entry of a marker, but not its hash."""
 
     def change(value: Any) -> None:
         key = draw.choice(["block", "attempt", "quarantined", "bytes", "sha256"])
@@ -107,7 +107,7 @@ def delete_marker(cache: Path, draw: random.Random) -> tuple[str, ...]:
 
 
 def edit_attribute(cache: Path, draw: random.Random) -> tuple[str, ...]:
-    """Change an attribute of the root, or a split's counts, to one that Zarr takes."""
+    """Change an attribute of the root, or a count of a split, to a value that Zarr accepts."""
     name = draw.choice(["zarr.json", *(f"{split}/zarr.json" for split in SPLITS)])
 
     def change(value: Any) -> None:
@@ -157,8 +157,8 @@ def edit_array(cache: Path, draw: random.Random) -> tuple[str, ...]:
     return _edit(cache, draw.choice(arrays), change)
 
 
-def edit_ledger(cache: Path, draw: random.Random) -> tuple[str, ...]:
-    """Change a record of a digest table, or two of its page hashes' bytes, or give it one record more."""
+def edit_digest_table(cache: Path, draw: random.Random) -> tuple[str, ...]:
+    """Change a record or a page hash of a digest table, add a record, or exchange the table."""
     name = _one(cache, draw, "digests/")
     data = bytearray((cache / name).read_bytes())
     match draw.choice(["size", "sha256", "page hash", "one more", "another's"]):
@@ -191,12 +191,12 @@ KINDS: dict[str, Callable[[Path, random.Random], tuple[str, ...]]] = {
     "deleted marker": delete_marker,
     "edited attribute": edit_attribute,
     "changed array": edit_array,
-    "edited digest table": edit_ledger,
+    "edited digest table": edit_digest_table,
 }
 
 
 def harm(cache: Path, seed: int) -> Damage:
-    """Do the fault of that number: kinds take turns, the rest is drawn."""
+    """Damage a cache: the kinds take turns, the rest is drawn from the seed."""
     kind = list(KINDS)[seed % len(KINDS)]
     return Damage(kind, KINDS[kind](cache, random.Random(seed)))
 

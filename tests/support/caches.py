@@ -58,7 +58,7 @@ def copied(caches: dict[str, Path], tmp_path: Path) -> Path:
 
 @pytest.fixture(scope="session")
 def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Other texts than ``corpus``'s, half of them under the same names."""
+    """Other texts than those of ``corpus``; half of them have the same names."""
     folder = write_documents(tmp_path_factory.mktemp("more") / "corpus", count=9, seed=1)
     for number in range(0, 9, 2):
         (folder / f"{number:03}.txt").rename(folder / f"other-{number}.txt")
@@ -69,19 +69,19 @@ def more(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def olds(
     tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, corpus: Path
 ) -> dict[str, Path]:
-    """Caches as in ``caches`` whose sequences were computed one by one."""
+    """Caches as in ``caches``, whose sequences were computed one by one."""
     root = tmp_path_factory.mktemp("olds")
     return {codec: extracted(root / codec, tiny_base, corpus, codec=codec) for codec in CODECS}
 
 
 @pytest.fixture
 def old(olds: dict[str, Path], tmp_path: Path) -> Path:
-    """A copy of the int8 one, to be added to."""
+    """A copy of the int8 cache of ``olds``, to which a test may add documents."""
     return shutil.copytree(olds["int8"], tmp_path / "cache")
 
 
 @pytest.fixture
 def stack() -> Iterator[ExitStack]:
-    """Contexts that are left when the test ends."""
+    """A stack of contexts that is closed when the test ends."""
     with ExitStack() as opened:
         yield opened

@@ -1,8 +1,8 @@
-"""A disk that is full, or read-only, from its n-th step on: in this process, below one folder.
+"""Simulates a disk that is full or read-only from the n-th step on, below one folder.
 
-Every way in which embedcache, zarr and the standard library write is a step: making a file, a
-folder or a link, and each write, of which a full disk still takes the first half. On a full disk
-files may be removed and renamed; on a read-only one they may not.
+A step is one way in which embedcache, zarr or the standard library writes: making a file, a folder
+or a link, or writing to a file. A full disk still takes the first half of a write, and files may be
+removed and renamed; on a read-only disk they may not.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class FailingDisk:
         return isinstance(path, (str, os.PathLike)) and f"{path}{os.sep}".startswith(self._root)
 
     def full(self) -> bool:
-        """Take a step; say whether it must fail."""
+        """Count a step; return whether it must fail."""
         with self._guard:
             self.steps += 1
             return self.failed
 
     def error(self, path: Any = None) -> OSError:
-        said = os.strerror(self._code)
-        return OSError(self._code, said) if path is None else OSError(self._code, said, str(path))
+        text = os.strerror(self._code)
+        return OSError(self._code, text) if path is None else OSError(self._code, text, str(path))
 
 
 class _Written:
@@ -60,7 +60,7 @@ class _Written:
     def write(self, data: Any) -> int:
         if self._disk.full():
             self._file.write(data[: len(data) // 2])
-            raise self._disk.error()  # as the kernel does: it names no file
+            raise self._disk.error()  # like the kernel's, it names no file
         return int(self._file.write(data))
 
     def __enter__(self) -> _Written:
@@ -80,7 +80,7 @@ class _Written:
 def failing_disk(
     root: Path, fails_at: int = 1 << 60, code: int = errno.ENOSPC
 ) -> Iterator[FailingDisk]:
-    """Let the disk that holds ``root`` and all below it fail from that step on."""
+    """Make the disk below ``root`` fail from step ``fails_at`` on."""
     disk = FailingDisk(root, fails_at, code)
     real_open = io.open
 

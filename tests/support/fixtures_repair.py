@@ -14,10 +14,10 @@ from support.tiny import tiny_base_directory
 from embedcache.base.forward import BlockForward
 from embedcache.cache.cache import Cache
 from embedcache.cache.codecs.integers import ARRAYS, ArraySpec
-from embedcache.cache.format.layout import STAGING
 from embedcache.cache.verify import verify
 from embedcache.editing.repair import repair
 from embedcache.extraction.extract import extract
+from embedcache.store.files import STAGING
 
 SHARD = "train/embeddings/final/c/2/0"
 TOKENS = "train/tokens/ids/c/1"

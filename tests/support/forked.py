@@ -95,7 +95,7 @@ def _die_at_step(step: int, call: Callable[[], object], result: Connection) -> N
 
         return counting
 
-    finish = rewrite.finish_rewrite
+    finish = rewrite.finish_transaction
 
     def committing(cache: Path) -> Any:
         nonlocal committed
@@ -104,7 +104,7 @@ def _die_at_step(step: int, call: Callable[[], object], result: Connection) -> N
 
     for name in CHANGING:
         setattr(os, name, counted(getattr(os, name)))
-    rewrite.finish_rewrite = committing
+    rewrite.finish_transaction = committing
     call()
     result.send((committed, done))
 

@@ -1,26 +1,21 @@
-"""Leases of others, and moments between the steps of a taker."""
+"""Leases of other processes: on other machines, dead, or asleep."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
-
-from embedcache.cache.format.layout import LEASES
-from embedcache.store import lease as leases
-from embedcache.store.lease import WRITERS, Leases, lease_name
+from embedcache.store.lease import LEASES, WRITERS, Leases, lease_name
 
 BLOCK = lease_name("train", 3)
 LONG_AGO = 1000.0
 
 
 def dead_pid() -> int:
-    """Return the number of a process that is gone."""
+    """Return the id of a process that has ended."""
     child = os.fork()
     if not child:
         os._exit(0)
@@ -28,15 +23,16 @@ def dead_pid() -> int:
     return child
 
 
-def foreign(
-    cache: Path, name: str, *, age: float, generation: int = 0, attempt: str = "f00", **says: Any
-) -> Path:
-    """Leave a lease of a process on another machine that beat so long ago; return its file."""
+def foreign(cache: Path, name: str, *, age: float, attempt: str = "f00", **fields: Any) -> Path:
+    """Make a lease of a process on another machine, touched ``age`` seconds ago; return its file.
+
+    ``fields`` replace those of its `Writer`.
+    """
     writer = cache / LEASES / WRITERS / f"{attempt}.json"
     writer.parent.mkdir(parents=True, exist_ok=True)
-    said = {"attempt": attempt, "host": "far", "machine": "elsewhere", "pid": 1, "began": ""}
-    writer.write_text(json.dumps(said | says))
-    target = cache / LEASES / f"{name}.{generation}.json"
+    values = {"attempt": attempt, "host": "far", "machine": "elsewhere", "pid": 1, "began": ""}
+    writer.write_text(json.dumps(values | fields))
+    target = cache / LEASES / f"{name}.json"
     target.parent.mkdir(exist_ok=True)
     target.hardlink_to(writer)
     os.utime(writer, (time.time() - age,) * 2)
@@ -44,19 +40,7 @@ def foreign(
 
 
 def fall_asleep(sleeper: Leases) -> None:
-    """Let a process stand still for longer than its leases last."""
-    sleeper._closed.set()  # its heart stops
+    """Let a process stand still until its leases have expired."""
+    sleeper._closed.set()
     sleeper._thread.join()
-    os.utime(sleeper._mine, (1, 1))
-
-
-def before_linking(monkeypatch: pytest.MonkeyPatch, act: Callable[[], object]) -> None:
-    """Have ``act`` done once, before the next lease's file is linked."""
-    link = leases.link
-
-    def late(source: Path, target: Path) -> None:
-        monkeypatch.setattr(leases, "link", link)
-        act()
-        link(source, target)
-
-    monkeypatch.setattr(leases, "link", late)
+    os.utime(sleeper._file, (1, 1))

@@ -79,9 +79,9 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
                 (path / target).parent.mkdir(parents=True, exist_ok=True)
                 os.link(small / source, path / target)
     seal = replace(
-        manifest.sealed,
-        metadata=_lengthen(path, manifest.sealed.metadata, lengths, settings.block_tokens * blocks),
-        digest_tables=manifest.sealed.digest_tables | {tokens_digest_table(SPLIT): sealed},
+        manifest.tokens,
+        metadata=_lengthen(path, manifest.tokens.metadata, lengths, settings.block_tokens * blocks),
+        digest_tables=manifest.tokens.digest_tables | {tokens_digest_table(SPLIT): sealed},
     )
     train = replace(
         manifest.splits[SPLIT],
@@ -92,7 +92,7 @@ def lengthened(small: Path, path: Path, blocks: int, real: list[int]) -> Path:
     )
     publish_digests(path, seal)
     splits = manifest.splits | {SPLIT: train}
-    publish_manifest(path, replace(manifest, sealed=seal, splits=splits))
+    publish_manifest(path, replace(manifest, tokens=seal, splits=splits))
     return path
 
 
@@ -102,19 +102,19 @@ class _Like:
     def __init__(self, small: Path, block_tokens: int, blocks: int):
         self._tables = SplitTables.read(SplitTokens(small, SPLIT, block_tokens))
         self._block_tokens = block_tokens
-        self.period = len(self._tables.starts_B) - 1
-        self._starts_B = np.zeros(blocks + 1, np.int64)
-        np.cumsum(np.resize(np.diff(self._tables.starts_B), blocks), out=self._starts_B[1:])
-        self.sequences = int(self._starts_B[-1])
+        self.period = len(self._tables.block_starts) - 1
+        self._block_starts = np.zeros(blocks + 1, np.int64)
+        np.cumsum(np.resize(np.diff(self._tables.block_starts), blocks), out=self._block_starts[1:])
+        self.sequences = int(self._block_starts[-1])
         lengths = self._tables.rows_S2 @ np.array([-1, 1])
         self.tokens = int(lengths.sum()) * blocks // self.period
 
     def table(self, name: str, rows: Array) -> Array:
         """Return rows of a table."""
         if name == "tokens/blocks":
-            return self._starts_B[rows]
-        block_S = np.searchsorted(self._starts_B, rows, side="right") - 1
-        as_S = self._tables.starts_B[block_S % self.period] + rows - self._starts_B[block_S]
+            return self._block_starts[rows]
+        block_S = np.searchsorted(self._block_starts, rows, side="right") - 1
+        as_S = self._tables.block_starts[block_S % self.period] + rows - self._block_starts[block_S]
         if name == "tokens/document":
             return self._tables.document_S[as_S]
         shift_S = (block_S - block_S % self.period) * self._block_tokens
@@ -124,7 +124,7 @@ class _Like:
         """Return the chunks of a table that describe some blocks."""
         spans = [(b, b + 2) for b in blocks]
         if name != "tokens/blocks":
-            spans = [(int(self._starts_B[b]), int(self._starts_B[b + 1])) for b in blocks]
+            spans = [(int(self._block_starts[b]), int(self._block_starts[b + 1])) for b in blocks]
         return {n for a, b in spans for n in range(a // TABLE_CHUNK, -(-b // TABLE_CHUNK))}
 
 

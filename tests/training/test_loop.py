@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from embedcache.cache.cache import SplitReader
+from embedcache.cache.split_reader import SplitReader
 from embedcache.carryon.branch.config import BranchConfig
 from embedcache.data import loader, order
 from embedcache.data.loader import BatchLoader

@@ -15,7 +15,7 @@ import torch
 from conftest import World, make_world
 from safetensors.torch import load_file
 
-from embedcache.cache.cache import SplitReader
+from embedcache.cache.split_reader import SplitReader
 from embedcache.carryon.branch.config import BranchConfig
 from embedcache.carryon.saving import CONFIG_FILE, load_carryon
 from embedcache.errors import CacheError, NumericsError, OutputError, UsageError
@@ -288,7 +288,7 @@ def test_a_damaged_checkpoint_is_named(world, tmp_path):
 
 def test_a_cache_that_lacks_a_tap(world, tmp_path):
     config = replace(CONFIG, carryon=replace(SMALL, taps=("final", "layer_2")))
-    with pytest.raises(CacheError, match="--taps final,layer_2"):
+    with pytest.raises(CacheError, match=r"`taps=\('final', 'layer_2'\)`"):
         train(world.cache_path, out=tmp_path / "c", config=config, device="cpu")
     assert not (tmp_path / "c").exists()
 

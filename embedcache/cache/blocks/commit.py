@@ -1,9 +1,9 @@
 """Blocks and their commit markers.
 
-A writer stages a block's shards under its attempt's id, flushes them, then creates the block's
-marker exclusively and whole (a hard link of a finished file). The marker names the attempt and each
-file's size and hash; only then are the files moved into place, idempotently, by whoever comes
-first. A writer that lost the race, or died, can harm nothing.
+A writer stages the shards of a block in the folder of its attempt, flushes them, then creates the
+block's marker exclusively and whole: a hard link to a finished file. The marker names the attempt
+and the size and hashes of each file. After that any process may move the files into place, and may
+repeat it. A writer that lost the race, or died, can harm nothing.
 """
 
 from __future__ import annotations
@@ -25,17 +25,21 @@ import numpy as np
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.codecs.integers import ArraySpec
 from embedcache.cache.format.arrays import chunk_rows
-from embedcache.cache.format.layout import COMMITS, STAGING, marker_path, shard_name
+from embedcache.cache.format.layout import COMMITS, marker_path, shard_name
 from embedcache.cache.manifest.file_record import FileRecord, chunks_crc32c
-from embedcache.cache.shards.errors import WAY_OUT
+from embedcache.cache.shards.errors import REPAIR_HINT
 from embedcache.cache.shards.shard import write_shard
 from embedcache.errors import CacheError
-from embedcache.store.files import fsync_path, hash_json, make_folder
+from embedcache.store.files import STAGING, fsync_path, hash_json, make_folder
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Marker:
-    """What a commit marker says. ``quarantined`` are sequences (of the split) never to be read."""
+    """A commit marker: it commits the ``files`` of a block.
+
+    ``quarantined`` are the numbers (in the split) of sequences that are never read. A repaired
+    block has a marker of a higher ``generation``; the highest counts.
+    """
 
     split: str
     block: int
@@ -51,7 +55,7 @@ class Marker:
 
     @classmethod
     def parse(cls, text: str) -> Marker:
-        """Return the marker that `to_json` told; ``ValueError`` saying why for another text."""
+        """Parse the text of `to_json`; raises ``ValueError``, saying why, for another text."""
         try:
             value = json.loads(text)
             value.pop("sha256")
@@ -66,11 +70,11 @@ class Marker:
 
     @classmethod
     def read(cls, path: Path) -> Marker:
-        """Read a marker; raises ``CacheError`` where the file is not one, or was edited."""
+        """Read a marker; raises ``CacheError`` if the file is none, or was edited."""
         try:
             return cls.parse(path.read_bytes().decode())
         except ValueError as error:
-            raise CacheError(f"{path} {error}. {WAY_OUT}") from error
+            raise CacheError(f"{path} {error}. {REPAIR_HINT}") from error
 
 
 def committed_blocks(cache: Path, split: str) -> dict[int, Path]:
@@ -80,7 +84,7 @@ def committed_blocks(cache: Path, split: str) -> dict[int, Path]:
 
 
 def newest_generations(cache: Path, split: str) -> dict[int, int]:
-    """Return the newest generation of each block's markers, sound or not."""
+    """Return the newest generation of each block's markers, damaged ones included."""
     newest: dict[int, int] = {}
     for block, generation, _ in _markers(cache, split):
         newest[block] = max(newest.get(block, 0), generation)
@@ -88,7 +92,7 @@ def newest_generations(cache: Path, split: str) -> dict[int, int]:
 
 
 def drop_superseded(cache: Path, split: str) -> None:
-    """Remove every marker of which there is a newer generation."""
+    """Remove every marker that has a newer generation."""
     newest = newest_generations(cache, split)
     markers = _markers(cache, split)
     for path in [path for block, generation, path in markers if generation < newest[block]]:
@@ -105,11 +109,14 @@ def _markers(cache: Path, split: str) -> Iterator[tuple[int, int, Path]]:
 
 
 class BlockWriter:
-    """Stages and commits blocks for one attempt (one run of one process), by its id.
+    """Stages and commits blocks for one attempt: one run of one process.
 
-    The attempt's staging folder is its licence: whoever takes the process for dead removes it (see
-    `clear_staging`), and what was staged in one that is gone is never committed. ``attempt`` is of
-    one whose folder is there; without it a new one begins.
+    A process that seems dead has its staging folder removed by others (see `clear_staging`). A
+    block whose staging folder was removed is never committed, even if the folder is made anew.
+
+    Args:
+        cache: the cache's folder.
+        attempt: an attempt whose staging folder exists; a new attempt if None.
     """
 
     def __init__(self, cache: Path, attempt: str | None = None):
@@ -118,7 +125,7 @@ class BlockWriter:
         self._folder = cache / STAGING / self.attempt
         if attempt is None:
             self._folder.mkdir(parents=True)
-        self._licence = os.open(self._folder, os.O_RDONLY)  # open, it is told from a later one
+        self._opened = os.open(self._folder, os.O_RDONLY)  # identifies this very folder
         self._unpromoted: set[Path] = set()
 
     def commit(
@@ -130,11 +137,20 @@ class BlockWriter:
         quarantined: tuple[int, ...] = (),
         generation: int = 0,
     ) -> Marker:
-        """Stage ``arrays`` (path under the split → its kind and R rows); commit them as one block.
+        """Stage and commit one block. Threads may commit different blocks at the same time.
 
-        Returns the marker that stands: another writer's, where it was first. Safe to call from
-        several threads for different blocks. Raises ``FileNotFoundError`` where this attempt was
-        taken for dead.
+        Args:
+            split: the split's name.
+            block: the block's number.
+            arrays: by path under the split, the kind of the array and all rows of the block.
+            quarantined: numbers (in the split) of sequences that are never read.
+            generation: of the marker; above 0 it replaces an earlier one.
+
+        Returns:
+            The marker in force: another writer's, if that was first.
+
+        Raises:
+            FileNotFoundError: the attempt's staging folder was removed.
         """
         target = marker_path(self._cache, split, block, generation)
         self._begin(target)
@@ -142,15 +158,7 @@ class BlockWriter:
             self._stage(f"{split}/{name}", block, spec, values)
             for name, (spec, values) in arrays.items()
         )
-        marker = Marker(
-            split=split,
-            block=block,
-            generation=generation,
-            attempt=self.attempt,
-            files=records,
-            quarantined=quarantined,
-        )
-        marker = self._link(marker)
+        marker = self._link(split, block, generation, records, quarantined)
         promote(self._cache, marker)
         self._unpromoted.discard(target)
         if marker.attempt == self.attempt and not _in_place(self._cache, marker):
@@ -167,40 +175,46 @@ class BlockWriter:
         quarantined: tuple[int, ...],
         generation: int,
     ) -> Marker:
-        """Commit a block whose files are in place and sound, but whose marker was lost."""
+        """Commit a block whose files are in place and undamaged, but whose marker was lost."""
         target = marker_path(self._cache, split, block, generation)
         self._begin(target)
-        marker = self._link(
-            Marker(
-                split=split,
-                block=block,
-                generation=generation,
-                attempt=self.attempt,
-                files=files,
-                quarantined=quarantined,
-            )
-        )
+        marker = self._link(split, block, generation, files, quarantined)
         self._unpromoted.discard(target)
         return marker
 
     def _begin(self, target: Path) -> None:
-        """Make the file that is to be the marker; raises where the licence is gone."""
+        """Create the file that becomes the marker; raises if the staging folder was removed."""
         self._unwritten(target).touch()
-        if not os.path.samestat(os.fstat(self._licence), self._folder.stat()):
+        if not os.path.samestat(os.fstat(self._opened), self._folder.stat()):
             raise self._cleared()
 
     def _cleared(self) -> FileNotFoundError:
-        return FileNotFoundError(errno.ENOENT, "was cleared away", str(self._folder))
+        return FileNotFoundError(errno.ENOENT, "was removed", str(self._folder))
 
     def _unwritten(self, target: Path) -> Path:
-        """Return where a marker is made before it is linked to ``target``."""
+        """Return the path of a marker before it is linked to ``target``."""
         return self._folder / f"{target.parent.name}.{target.name}"
 
-    def _link(self, marker: Marker) -> Marker:
-        """Create a marker, exclusively and whole; return the one that stands."""
-        target = marker_path(self._cache, marker.split, marker.block, marker.generation)
+    def _link(
+        self,
+        split: str,
+        block: int,
+        generation: int,
+        files: tuple[FileRecord, ...],
+        quarantined: tuple[int, ...],
+    ) -> Marker:
+        """Create a marker, exclusively and whole; return the one in force."""
+        marker = Marker(
+            split=split,
+            block=block,
+            generation=generation,
+            attempt=self.attempt,
+            files=files,
+            quarantined=quarantined,
+        )
+        target = marker_path(self._cache, split, block, generation)
         finished = self._unwritten(target)
-        with finished.open("r+") as file:  # made before the block was staged: gone if that is
+        with finished.open("r+") as file:  # made by `_begin`: missing if the folder was removed
             file.write(marker.to_json())
         fsync_path(finished)
         make_folder(target.parent)
@@ -224,27 +238,27 @@ class BlockWriter:
         return FileRecord(path=name, bytes=size, sha256=digest, crc32c=crc32c)
 
     def close(self) -> None:
-        """Remove the attempt's staging folder, unless a committed block waits there.
+        """Remove the attempt's staging folder, unless the files of a committed block are there.
 
-        One does where its promotion failed: `recover` makes up for that.
+        They are if moving them failed; `recover` moves them later.
         """
-        os.close(self._licence)
+        os.close(self._opened)
         if not self._unpromoted:
             shutil.rmtree(self._folder, ignore_errors=True)
 
 
 def promote(cache: Path, marker: Marker) -> None:
-    """Move a marker's files into place where they still lie in staging; safe to repeat."""
+    """Move a marker's files from staging into place; may be repeated."""
     for record in marker.files:
         target = cache / record.path
         make_folder(target.parent)
-        with suppress(FileNotFoundError):  # promoted before
+        with suppress(FileNotFoundError):  # moved before
             (cache / STAGING / marker.attempt / record.path).replace(target)
         fsync_path(target.parent)
 
 
 def _in_place(cache: Path, marker: Marker) -> bool:
-    """Whether all files of a marker are where they belong, of the size that it states."""
+    """Whether all files of a marker are in place and have the recorded size."""
     places = [(cache / record.path, record.bytes) for record in marker.files]
     return all(path.is_file() and path.stat().st_size == size for path, size in places)
 
@@ -252,10 +266,13 @@ def _in_place(cache: Path, marker: Marker) -> bool:
 def recover(
     cache: Path, split: str, block_count: int, live: Collection[str] = ()
 ) -> Iterator[Marker]:
-    """Finish what attempts committed; yield the markers whose files are all in place, by block.
+    """Move the files of all committed blocks into place; yield their markers, by block.
 
-    A marker whose files are gone (deleted by hand, or a disk that lied) is withdrawn, so that the
-    block is computed again; but not one of a ``live`` attempt, which may be at it just now.
+    A marker whose files are missing (deleted by hand, or lost by the disk) is removed, so that the
+    block is computed again. A marker of a ``live`` attempt, which may be moving its files, stays.
+
+    Raises:
+        CacheError: a marker is damaged or belongs to another cache.
     """
     newest = newest_generations(cache, split)
     for block in sorted(newest):
@@ -275,15 +292,15 @@ def recover(
 
 
 def clear_staging(cache: Path, live: Collection[str] = ()) -> None:
-    """Remove what all but the ``live`` attempts staged and never committed.
+    """Remove the staging folders of all but the ``live`` attempts.
 
-    Call after `recover`, with attempts that were found live before it: what one committed last,
-    and died, is not in place yet. Each folder goes at once: one that was taken for dead and wakes
-    up finds all that it staged, or nothing.
+    Call after `recover`, which moves the files of committed blocks, with attempts that were found
+    live before it. A folder is renamed before it is removed, so that a process which seemed dead
+    and wakes finds all that it staged, or nothing.
     """
     staging = cache / STAGING
     for folder in [folder for folder in staging.glob("*") if folder.name not in live]:
-        with suppress(FileNotFoundError):  # another clears up, too
+        with suppress(FileNotFoundError):  # another process removes it, too
             gone = folder.rename(staging / f"{uuid.uuid4().hex}.gone")
             shutil.rmtree(gone, ignore_errors=True)
     with suppress(OSError):  # not empty: in use

@@ -1,7 +1,7 @@
-"""The shards of a split's blocks, what was put aside of them, and the digest tables of both.
+"""The shards and the quarantined sequences of a split's blocks, and the digest tables of both.
 
-``embeddings`` has a record for each shard, block by block, as `block_shards` orders them;
-``quarantined`` the sequences (of the split) that are never to be read, ascending.
+``embeddings`` has a record for each shard, block by block, in the order of `block_shards`.
+``quarantined`` has the numbers of the sequences that are never read, ascending.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from embedcache.cache.manifest.file_record import FILE, FileRecord, packed, unpa
 
 Array = np.ndarray[Any, Any]
 SEQUENCE = np.dtype("<u8")
-Recorded = tuple[tuple[FileRecord, ...], tuple[int, ...]]
-"""Of a block: its shards, and the sequences of it that were put aside."""
+BlockRecord = tuple[tuple[FileRecord, ...], tuple[int, ...]]
+"""The records of a block's shards, and its quarantined sequences."""
 
 
 class BlockFiles:
-    """The records of a split's blocks, as its manifest vouches for them.
+    """The records of a split's blocks, indexed by block.
 
-    What reads a record raises ``CacheError`` where the digest table is damaged.
+    Reading a record raises ``CacheError`` if its page of the digest table is damaged.
     """
 
     def __init__(
@@ -57,22 +57,25 @@ class BlockFiles:
     def __iter__(self) -> Iterator[tuple[FileRecord, ...]]:
         return (self[block] for block in range(len(self)))
 
-    def aside(self, first: int, stop: int) -> Array:
+    def quarantined_in(self, first: int, stop: int) -> Array:
         """Return the quarantined sequences in [first, stop), int64."""
         rows = range(bisect_left(self.quarantined, first), bisect_left(self.quarantined, stop))
         return np.array([int(self.quarantined[row]) for row in rows], np.int64)
 
 
 def write_block_files(
-    cache: Path, split: str, settings: ExtractSettings, blocks: Iterable[Recorded]
+    cache: Path, split: str, settings: ExtractSettings, blocks: Iterable[BlockRecord]
 ) -> tuple[TableDigest, TableDigest, int]:
-    """Write both digest tables of a split from its blocks in order; return their seals and all bytes."""
-    aside, size = array("Q"), 0
+    """Write both digest tables of a split, from its blocks in order.
+
+    Returns (digest of ``embeddings``, digest of ``quarantined``, bytes of all shards).
+    """
+    sequences, size = array("Q"), 0
 
     def rows() -> Iterator[Any]:
         nonlocal size
         for block, (files, quarantined) in enumerate(blocks):
-            aside.extend(quarantined)
+            sequences.extend(quarantined)
             by_path = {record.path: record for record in files}
             for name in block_shards(split, block, settings):
                 size += by_path[name].bytes
@@ -80,10 +83,10 @@ def write_block_files(
 
     paths = (cache / name for name in block_digest_tables(split))
     embeddings = write_digest_table(next(paths), FILE, rows())
-    quarantined = write_digest_table(next(paths), SEQUENCE, sorted(aside))
+    quarantined = write_digest_table(next(paths), SEQUENCE, sorted(sequences))
     return embeddings, quarantined, size
 
 
 def block_digest_tables(split: str) -> tuple[str, str]:
-    """Return the paths, inside the cache, of the digest tables of a split's shards and quarantine."""
+    """Return the paths, inside the cache, of a split's tables of shards and of quarantine."""
     return f"{DIGESTS}/{split}/embeddings", f"{DIGESTS}/{split}/quarantined"

@@ -1,1 +1,1 @@
-"""Embeddings as integers and integers as bytes."""
+"""Codecs: embeddings to integers, on tensors, and integers to the bytes of a chunk; and back."""

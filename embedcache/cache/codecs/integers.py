@@ -1,4 +1,4 @@
-"""How embeddings become the integers that Zarr stores, and back.
+"""Codecs: embeddings to the integers that Zarr stores, and back.
 
 ``bf16`` and ``int8`` use standard Zarr v3 codecs only (blosc with byte shuffle and zstd, then
 crc32c, inside shards), so any Zarr implementation reads them. ``transform`` is in
@@ -22,8 +22,12 @@ Array = np.ndarray[Any, Any]
 class ArraySpec:
     """One array of a codec.
 
-    ``group``: its group under the split; ``wide``: whether it has columns, the hidden ones or as
-    many as ``width`` says; ``coder``: the coder of its chunks (see `cache.codecs.coders`).
+    Attributes:
+        group: its group under the split.
+        dtype: its type.
+        wide: whether it has columns.
+        coder: the coder of its chunks; see `embedcache.cache.codecs.coders`.
+        width: the number of columns; the base's hidden size if None.
     """
 
     group: str
@@ -49,9 +53,9 @@ ARRAYS: dict[str, tuple[ArraySpec, ...]] = {
 
 
 class Codec(Protocol):
-    """Turns embeddings into integers and back, on the device where they are.
+    """Turns embeddings into integers and back, on their device.
 
-    Leading axes are free: rows N of a block, or B and T of a batch. ``ids`` are the token ids of
+    Leading axes are free: N rows of a block, or B and T of a batch. ``ids_N`` are the token ids of
     the same leading axes, int64, on the host.
     """
 
@@ -60,7 +64,7 @@ class Codec(Protocol):
         ...
 
     def decode(self, stored: dict[str, torch.Tensor], ids_N: Array) -> torch.Tensor:
-        """Return the embeddings, bfloat16, from what ``encode`` made."""
+        """Return the embeddings, bfloat16, from the tensors of ``encode``."""
         ...
 
 
@@ -90,7 +94,7 @@ class Int8Codec(Codec):
     def decode(self, stored: dict[str, torch.Tensor], ids_N: Array) -> torch.Tensor:
         """Return scale * q in bfloat16."""
         q_NH, scale_N = stored["embeddings"], stored["scale"]
-        # Into its place: in float32 they would take four times as much of a device, twice.
+        # Written in place: float32 intermediates would take much more memory on the device.
         x_NH = torch.empty(q_NH.shape, dtype=torch.bfloat16, device=q_NH.device)
         return torch.mul(q_NH, scale_N[..., None], out=x_NH)
 
@@ -99,10 +103,10 @@ STATELESS: dict[str, Codec] = {"bf16": Bf16Codec(), "int8": Int8Codec()}
 
 
 def check_codec(name: str) -> None:
-    """Raise ``UsageError``, naming the known ones, unless there is a codec of that name."""
+    """Raise ``UsageError``, naming the known codecs, unless there is one of that name."""
     if name not in ARRAYS:
         known = ", ".join(ARRAYS)
-        raise UsageError(f"no codec '{name}': expected one of {known}.{nearest(name, ARRAYS)}")
+        raise UsageError(f"`codec=` expects one of {known}; found '{name}'.{nearest(name, ARRAYS)}")
 
 
 def codec_name(split: str, name: str) -> str:

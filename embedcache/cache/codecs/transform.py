@@ -2,33 +2,27 @@
 
     y = (x - b(token)) · F,  q = round(y / step),  x ≈ b(token) + step · q · B
 
-b(token) = mean + (e - centre) · predictor is what the token alone says of its embedding, e being
-the base's own embedding of the token at unit length. F decorrelates what is left in the metric of
-the error that the logits see, so that one step serves every component; B is its inverse. A value is
-rebuilt in the middle of its step, not at the centroid: carry-ons trained on centroids, which are
-nearer in the mean square but of less variance, do far worse on exact embeddings (measured: a rise
-of 0.8 % instead of 0.2 % at 1.5 bits). Calibrated once, on a sample of train: see
-`embedcache.extraction.calibrate`.
+b(token) = mean + (e - centre) · predictor is the part of the embedding that the token alone
+predicts; e is the base's own embedding of the token, scaled to unit length. F decorrelates the
+residual in the metric of the error in the logits, so that one step serves every component; B is its
+inverse. A value is rebuilt at the middle of its step, not at the centroid: centroids are nearer in
+the mean square but have less variance, and carry-ons trained on them do far worse on exact
+embeddings (measured at 1.5 bits: a rise of 0.8 % instead of 0.2 %). The codec is calibrated once,
+on a sample of train: see `embedcache.extraction.calibrate`.
 
-Axes: N rows (any leading axes), H hidden, U distinct tokens, V vocabulary.
+Axes: N rows (any leading axes), H hidden, V vocabulary, C distinct tokens of the rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import zarr
 
-from embedcache.cache.base_arrays import read_array, write_base_array
-from embedcache.cache.codecs.integers import STATELESS, Codec, codec_name
-from embedcache.cache.format.layout import CODEC, ExtractSettings
-from embedcache.cache.shards.errors import reading
-from embedcache.errors import CacheError
+from embedcache.cache.codecs.integers import Codec
 
 Array = np.ndarray[Any, Any]
 
@@ -37,11 +31,15 @@ LARGEST = 2**15 - 1
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """What a tap's transform is: float32 or bfloat16 tensors on the CPU.
+    """The parameters of one tap's transform: float32 or bfloat16 tensors on the CPU.
 
-    ``mean_H``, ``centre_H``, ``predictor_HH``; ``inverse_HH`` is B, whose inverse F is; rows of B
-    are components in order of falling variance. ``measured``: the rate and quality seen on the
-    sample, for `info`.
+    Attributes:
+        mean_H: mean of the embeddings.
+        centre_H: mean of the tokens' unit embeddings e.
+        predictor_HH: linear map from e - centre to the embedding.
+        inverse_HH: B; its rows are components in order of falling variance.
+        step: the step in which coefficients are rounded.
+        measured: rate and quality on the calibration sample, for `info`.
     """
 
     mean_H: torch.Tensor
@@ -55,31 +53,6 @@ class Calibration:
     def forward_HH(self) -> torch.Tensor:
         """F, float32."""
         return torch.linalg.inv(self.inverse_HH.double()).float()
-
-    def save(self, group: zarr.Group) -> None:
-        """Write the calibration into a group of its own."""
-        for name in ("mean", "centre"):
-            write_base_array(group, name, getattr(self, f"{name}_H"))
-        for name in ("predictor", "inverse"):
-            write_base_array(group, name, getattr(self, f"{name}_HH"))
-        group.attrs.update({"step": self.step, "measured": self.measured})
-
-    @classmethod
-    def load(cls, cache: Path, tap: str) -> Calibration:
-        """Read the calibration of a tap; raises ``CacheError`` if absent or damaged."""
-        folder = cache / CODEC / tap
-        with reading(folder):
-            attributes: dict[str, Any] = dict(zarr.open_group(folder, mode="r").attrs)
-            parts = {name: read_array(folder / name) for name in ("mean", "centre")}
-            wide = {name: read_array(folder / name) for name in ("predictor", "inverse")}
-            if any(part is None for part in (*parts.values(), *wide.values())):
-                raise CacheError(f"{folder} lacks an array of the calibration: extract again")
-            return cls(
-                **{f"{name}_H": value for name, value in parts.items()},  # type: ignore[arg-type]
-                **{f"{name}_HH": value for name, value in wide.items()},  # type: ignore[arg-type]
-                step=float(attributes["step"]),
-                measured=attributes["measured"],
-            )
 
 
 class TransformCodec(Codec):
@@ -109,11 +82,11 @@ class TransformCodec(Codec):
     def _from_token(self, ids_N: Array, device: torch.device) -> torch.Tensor:
         """Return b of each token, float32; computed once for each distinct token."""
         distinct, place = np.unique(ids_N, return_inverse=True)
-        e_UH = unit_rows(self._embedding_VH[torch.from_numpy(distinct)].to(device))
-        b_UH = self._on(device, "mean_H") + (e_UH - self._on(device, "centre_H")) @ self._on(
+        e_CH = unit_rows(self._embedding_VH[torch.from_numpy(distinct)].to(device))
+        b_CH = self._on(device, "mean_H") + (e_CH - self._on(device, "centre_H")) @ self._on(
             device, "predictor_HH"
         )
-        return b_UH[torch.from_numpy(place.reshape(ids_N.shape)).to(device)]
+        return b_CH[torch.from_numpy(place.reshape(ids_N.shape)).to(device)]
 
     def _on(self, device: torch.device, name: str) -> torch.Tensor:
         if (name, device) not in self._placed:
@@ -126,21 +99,6 @@ def quantise(y_NH: torch.Tensor, step: float) -> torch.Tensor:
     return (y_NH / step).round_().clamp_(-LARGEST, LARGEST).to(torch.int16)
 
 
-def unit_rows(e_UH: torch.Tensor) -> torch.Tensor:
+def unit_rows(e_CH: torch.Tensor) -> torch.Tensor:
     """Return rows at unit length, float32; a row of zeros stays."""
-    return torch.nn.functional.normalize(e_UH.float(), dim=-1)
-
-
-def codecs_of(
-    split: str,
-    settings: ExtractSettings,
-    calibrations: dict[str, Calibration],
-    embedding_VH: torch.Tensor | None,
-) -> dict[str, Codec]:
-    """Return the codec of each tap of a split; only ``transform`` needs the last two."""
-    name = codec_name(split, settings.codec)
-    if name in STATELESS:
-        return dict.fromkeys(settings.taps, STATELESS[name])
-    if embedding_VH is None:
-        raise ValueError(f"the codec {name} needs the base's token embedding")
-    return {tap: TransformCodec(calibrations[tap], embedding_VH) for tap in calibrations}
+    return torch.nn.functional.normalize(e_CH.float(), dim=-1)

@@ -13,6 +13,8 @@ from zarr.abc.codec import ArrayBytesCodec
 from zarr.core.array_spec import ArraySpec
 from zarr.core.buffer import Buffer, NDBuffer
 
+from embedcache.cache.codecs.coders import CODERS
+
 NAME = "embedcache.pco"
 
 
@@ -36,14 +38,10 @@ class PcoCodec(ArrayBytesCodec):
         raise NotImplementedError
 
     async def _decode_single(self, chunk_bytes: Buffer, chunk_spec: ArraySpec) -> NDBuffer:
-        from embedcache.cache.codecs.coders import CODERS
-
         out = np.empty(chunk_spec.shape, np.int16)
         CODERS["pco"].decode(chunk_bytes.to_bytes(), out)
         return chunk_spec.prototype.nd_buffer.from_numpy_array(out)
 
     async def _encode_single(self, chunk_array: NDBuffer, chunk_spec: ArraySpec) -> Buffer:
-        from embedcache.cache.codecs.coders import CODERS
-
         data = CODERS["pco"].encode(np.asarray(chunk_array.as_numpy_array()))
         return chunk_spec.prototype.buffer.from_bytes(data)

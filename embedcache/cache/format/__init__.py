@@ -1,1 +1,1 @@
-"""Where things lie in a cache, and Zarr's metadata of its arrays."""
+"""The layout of a cache: paths, root attributes, and Zarr's metadata of arrays."""

@@ -1,4 +1,4 @@
-"""The arrays of a cache as Zarr's metadata describes them: shapes, shards, chunks and coders."""
+"""The arrays of a cache as Zarr's metadata describes them: shapes, shards, chunks and codecs."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import zarr
-from zarr.codecs import Crc32cCodec
+from zarr.codecs import BloscCodec, Crc32cCodec
 
-from embedcache.cache.codecs.coders import CODERS
+from embedcache.cache.codecs.coders import BLOSC_BLOCK, COMPRESSOR, LEVEL
 from embedcache.cache.codecs.integers import ArraySpec
+from embedcache.cache.codecs.zarr_pco import PcoCodec
 
 CHUNK_ROWS = 2048
 """Rows of an inner chunk: the unit that is compressed and checksummed."""
@@ -19,7 +20,7 @@ CHUNK_ROWS = 2048
 def chunk_rows(spec: ArraySpec, block_tokens: int) -> int:
     """Return the rows of an inner chunk in blocks of that size.
 
-    Coefficients have one chunk a block: a stream's header is paid once.
+    Coefficients have one chunk a block, so that the header of a stream is stored once.
     """
     if spec.coder == "pco" or block_tokens % CHUNK_ROWS:
         return block_tokens
@@ -34,7 +35,7 @@ def create_arrays(
     block_tokens: int,
     hidden: int,
 ) -> None:
-    """Create the empty arrays of a split's blocks, by path, in its group: one shard a block."""
+    """Create the empty arrays of a split's blocks in its group, by path: one shard a block."""
     for path, spec in arrays.items():
         columns = spec.columns(hidden)
         group.create_array(
@@ -44,12 +45,25 @@ def create_arrays(
             chunks=(chunk_rows(spec, block_tokens), *columns),
             dtype=spec.dtype,
             fill_value=0,
-            **checked(spec.coder, np.dtype(spec.dtype).itemsize),
+            **zarr_codecs(spec.coder, np.dtype(spec.dtype).itemsize),
         )
 
 
-def checked(coder: str, itemsize: int) -> dict[str, Any]:
-    """Return the codecs of an array, its coder's, then crc32c; chunks of zeros are files, too."""
-    codecs = CODERS[coder].zarr_codecs(itemsize)
-    codecs["compressors"] = [*codecs["compressors"], Crc32cCodec()]
+def zarr_codecs(coder: str, itemsize: int) -> dict[str, Any]:
+    """Return the arguments of ``create_array`` for chunks of a coder, then their CRC-32C.
+
+    A chunk of zeros is a file, too: a file that is missing is damage.
+    """
+    codecs: dict[str, Any] = {"compressors": [Crc32cCodec()]}
+    if coder == "pco":
+        codecs["serializer"] = PcoCodec()
+    else:
+        blosc = BloscCodec(
+            cname=COMPRESSOR,
+            clevel=LEVEL,
+            shuffle="shuffle",
+            blocksize=BLOSC_BLOCK,
+            typesize=itemsize,
+        )
+        codecs["compressors"].insert(0, blosc)
     return codecs | {"config": {"write_empty_chunks": True}}

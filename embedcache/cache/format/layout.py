@@ -1,5 +1,7 @@
 """Where things lie in a cache, and the attributes of its root.
 
+`embedcache/cache/README.md` describes the format in full. R is the number of rows of a block.
+
 zarr.json                          root group; its attributes are a `CacheAttributes`
 <split>/tokens/{ids,loss_mask,span}       [blocks * R, ...]  one chunk a block
 <split>/tokens/offsets                    [sequences, 2]     first row, row past the last
@@ -9,14 +11,15 @@ zarr.json                          root group; its attributes are a `CacheAttrib
 <split>/documents/fingerprint             [documents, bytes] see `corpus.dedup`
 <split>/embeddings/<tap>                  [blocks * R, hidden]  one shard a block
 <split>/scale/<tap>                       [blocks * R]       (int8 only)
-<split>/head/top_ids                      [blocks * R, k]    (optional) see `LIKELY`
+<split>/head/top_ids                      [blocks * R, top_ids]  (optional) see `LIKELY`
 codec/<tap>/{mean,centre,predictor,inverse}   (transform only) see `cache.codecs.transform`
 base/head/{weight,bias}, base/token_embedding/weight
-digests/<split>/{sealed,embeddings,quarantined}   see `cache.blocks.files`, `cache.tokens.files`
-sealed.json                                 vouches for what pass 0 wrote, digests/<split>/sealed
-commits/<split>/<block>.<generation>.json   one marker a committed block
-manifest.json                               published last; vouches for all digest tables
+digests/<split>/{tokens,embeddings,quarantined}   see `cache.tokens.files`, `cache.blocks.files`
+tokens.json                                 digests of tokens, documents and metadata
+commits/<split>/<block>.<generation>.json   one commit marker a committed block
+manifest.json                               published last; digests of everything
 leases/                                     while processes write: `embedcache.store.lease`
+.staging/                                   while processes write: files not published yet
 """
 
 from __future__ import annotations
@@ -28,32 +31,33 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from embedcache.cache.codecs.integers import ARRAYS, ArraySpec, check_codec, codec_name
-from embedcache.cache.shards.errors import WAY_OUT
+from embedcache.cache.shards.errors import REPAIR_HINT
 from embedcache.config import Config, Count, Integer, Names, Number
 from embedcache.errors import CacheError, UsageError
 
 SCHEMA = 1
 SPLITS = ("train", "dev", "test")
 ATTRIBUTE = "embedcache"
-STAGING = ".staging"
 COMMITS = "commits"
-LEASES = "leases"
 CODEC = "codec"
 DIGESTS = "digests"
 TOP_IDS = "head/top_ids"
 LIKELY = 0.05
-"""Probability from which a token is among a position's top ids, which hold 1 + its id, likeliest
-first, and 0 for none. What a shortlist lacks at one position, it may draw; a token as likely as
-that, and no label, would make most of the variance of its sums."""
+"""Probability from which a token is among the top ids of a position.
+
+Top ids hold 1 + the token's id, the likeliest first, and 0 for none. A shortlist may draw a token
+that it lacks; a drawn token that is as likely as this would cause most of the variance of its sums.
+"""
 MOST_TOP_IDS = int(1 / LIKELY)
-"""Of a position: no more can be as likely."""
+"""No more tokens of a position can be that likely."""
 MANIFEST = "manifest.json"
-SEALED = "sealed.json"
+TOKENS_DIGESTS = "tokens.json"
+"""Digests of all that pass 0 wrote: tokens, documents, and the metadata of all arrays."""
 DEFAULT_BITS = 1.5
 TABLE_CHUNK = 16384
 """Rows of a chunk of the per-sequence and per-document tables."""
 FINGERPRINT_BYTES = 144
-"""Of what a document is known again by."""
+"""Bytes of a document's fingerprint, by which `append` recognises the document."""
 TABLES: dict[str, tuple[str, tuple[int, ...]]] = {
     "tokens/offsets": ("uint64", (2,)),
     "tokens/document": ("uint32", ()),
@@ -69,20 +73,30 @@ ROWS: dict[str, tuple[str, tuple[int, ...]]] = {
     "tokens/loss_mask": ("bool", ()),
     "tokens/span": ("uint32", (2,)),
 }
-"""The same of each array of one entry a token, a chunk a block."""
+"""Type and columns of each array that has one entry a token; its chunks are blocks."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
 class ExtractSettings(Config):
-    """What stage one was asked for, besides the base and the corpus.
+    """The settings of `embedcache.extract`, besides the base and the corpus.
 
-    ``block_tokens`` is R, the rows of a block; ``batch_tokens`` bounds the padded tokens of one
-    forward pass (a longer sequence goes alone). Both belong to the settings because batch shape
-    changes floating-point results. For the codec ``transform``: ``bits`` is the budget of coded
-    bits a value, or ``quality`` the permitted rise of the base's cross-entropy, read from decoded
-    embeddings, in nats a token; with neither, `DEFAULT_BITS`. ``top_ids``: of each position, how
-    many of the tokens that the base thinks likeliest are stored, for shortlists to be smaller; 0
-    stores none, and computes no logits.
+    Args:
+        taps: the embeddings to store: ``final``, the input of the head, and ``layer_<n>``, the
+            output of decoder layer n.
+        codec: how train is stored: ``bf16`` (lossless), ``int8`` (a scale a token) or ``transform``
+            (entropy-coded). Dev and test are always ``bf16``.
+        context: the most tokens of a sequence.
+        block_tokens: rows of a block, the unit that is computed, committed and read.
+        batch_tokens: the most padded tokens of one forward pass; a longer sequence goes alone. It
+            is a setting of the cache because the shape of a batch changes floating-point results.
+        bits: for ``transform``: coded bits a value; `DEFAULT_BITS` if ``quality`` is None, too.
+        quality: for ``transform``, instead of ``bits``: the permitted rise of the base's
+            cross-entropy when read from decoded embeddings, in nats a token.
+        top_ids: how many of the base's likeliest next tokens are stored for each position, which
+            make shortlists smaller; 0 stores none and computes no logits.
+
+    Raises:
+        UsageError: a setting is out of range, or two do not fit together.
     """
 
     taps: Names = ("final",)
@@ -125,11 +139,16 @@ class ExtractSettings(Config):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheAttributes:
-    """The root attributes: identities and settings, written once, when pass 0 is sealed.
+    """The root attributes: identities and settings, written once, with the tokens.
 
-    ``base`` and ``corpus`` are the plain dictionaries of their identities (the cache package
-    depends on neither); a merged cache has its caches' corpora as the ``parts`` of its own, and
-    what was added to a cache later is ``appended``; ``environment`` is recorded, never enforced.
+    Attributes:
+        base: the base's identity, JSON-ready; see `embedcache.base.identity`.
+        corpus: the corpus's configuration and counts, JSON-ready. A merged cache has the corpora
+            of its caches as ``parts``; corpora that were added to a finished cache are
+            ``appended``.
+        settings: the settings of the extraction.
+        environment: versions of libraries, device and kernels; recorded, never compared.
+        schema: version of the format.
     """
 
     base: dict[str, Any]
@@ -165,27 +184,27 @@ class CacheAttributes:
         except (KeyError, TypeError, ValueError, UsageError) as error:
             raise CacheError(
                 f"{path} has no complete embedcache attributes ({error}); its zarr.json was edited "
-                f"or damaged. {WAY_OUT}"
+                f"or damaged. {REPAIR_HINT}"
             ) from error
 
 
 def corpora_of(corpus: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the corpora that make up a cache's: those merged, else its own; those appended."""
+    """Return the corpora of a cache: its own, or those that were merged; then those appended."""
     return [*(corpus.get("parts") or [corpus]), *corpus.get("appended", ())]
 
 
 def sources_of(corpus: dict[str, Any]) -> list[str]:
-    """Return the sources in a cache's ``corpus``, of all that make it up."""
+    """Return the sources of all corpora of a cache."""
     return [source for part in corpora_of(corpus) for source in part["config"]["sources"]]
 
 
 def parts_of(corpus: dict[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """Return the sources of each cache that was merged into one; nothing for one that was not."""
+    """Return the sources of each cache that a merged cache was made from; else nothing."""
     return tuple(tuple(part["config"]["sources"]) for part in corpus.get("parts", ()))
 
 
 def summary_of(corpus: dict[str, Any]) -> dict[str, Any]:
-    """Return the counts of a cache's ``corpus``; of a merged one's, those of all parts, summed."""
+    """Return the counts of a cache's corpus, summed over its parts if the cache was merged."""
     if "parts" not in corpus:
         return dict(corpus["summary"])
     total: dict[str, Any] = {}
@@ -200,7 +219,7 @@ def summary_of(corpus: dict[str, Any]) -> dict[str, Any]:
 
 
 def marker_path(cache: Path, split: str, block: int, generation: int = 0) -> Path:
-    """Return where the commit marker of one generation of a block lies."""
+    """Return the path of the commit marker of one generation of a block."""
     return cache / COMMITS / split / f"{block:08d}.{generation}.json"
 
 
@@ -226,7 +245,7 @@ def token_chunks(split: str, block: int) -> tuple[str, ...]:
 
 
 def block_arrays(split: str, settings: ExtractSettings) -> dict[str, ArraySpec]:
-    """Return the arrays that a block has a shard of, by path under the split, in a fixed order."""
+    """Return the arrays in which a block has a shard, by path under the split, in fixed order."""
     arrays = {
         f"{spec.group}/{tap}": spec
         for tap in settings.taps

@@ -1,1 +1,1 @@
-"""What makes a cache complete: the manifest, and the digests of all files."""
+"""The manifest, which makes a cache complete, and the digests of all files."""

@@ -1,9 +1,9 @@
-"""A digest table: a table of fixed-width records, vouched for page by page.
+"""A digest table: a file of fixed-width records, hashed page by page.
 
-The file is the records one after the other, as numpy maps them, then the SHA-256 of each page of
-`PAGE` records. Who vouches for it keeps its `TableDigest`: the number of records, and the SHA-256 of
-the page hashes. So a digest table of any size is opened at once, and each page is checked when it is
-used. One without records has no file.
+The file holds the records one after the other, as numpy stores them, then the SHA-256 of each page
+of `PAGE` records. Its `TableDigest`, which is kept elsewhere, holds the number of records and the
+SHA-256 of the page hashes. So a table of any size is opened at once, and each page is checked when
+it is used. A table without records has no file.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from embedcache.cache.shards.errors import rewritten
+from embedcache.cache.shards.errors import changed_error
 from embedcache.errors import CacheError
 from embedcache.store.files import fsync_path, make_folder
 
@@ -34,23 +34,23 @@ _DIGEST = hashlib.sha256().digest_size
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TableDigest:
-    """What vouches for a digest table: its number of records, and the SHA-256 of its page hashes."""
+    """The digest of a digest table: its number of records and the SHA-256 of its page hashes."""
 
     rows: int
     sha256: str
 
 
 class DigestTable:
-    """Reads one digest table; indexed by record. A page that is not as it was written is never used."""
+    """Reads one digest table, indexed by record; a damaged page is never used."""
 
-    def __init__(self, path: Path, dtype: np.dtype[Any], seal: TableDigest):
+    def __init__(self, path: Path, dtype: np.dtype[Any], digest: TableDigest):
         self._path = path
         self._dtype = dtype
-        self._seal = seal
+        self._digest = digest
         self._page = lru_cache(KEPT_PAGES)(self._read_page)
 
     def __len__(self) -> int:
-        return self._seal.rows
+        return self._digest.rows
 
     def __getitem__(self, row: int) -> Any:
         """Return a record; raises ``CacheError`` where its page is damaged or the file is gone."""
@@ -67,7 +67,7 @@ class DigestTable:
         return digest_table_bytes(len(self), self._dtype)
 
     def fault(self) -> str | None:
-        """Return what is wrong with the file, by all of its bytes; None if nothing is."""
+        """Read the whole file; return what is wrong with it, or None."""
         if not len(self):
             return None
         try:
@@ -90,8 +90,8 @@ class DigestTable:
     @cached_property
     def _hashes(self) -> bytes:
         hashes = self._read(len(self) * self._dtype.itemsize, self._pages * _DIGEST)
-        if hashlib.sha256(hashes).hexdigest() != self._seal.sha256:
-            raise rewritten(self._path, "holds other page hashes than were written there")
+        if hashlib.sha256(hashes).hexdigest() != self._digest.sha256:
+            raise changed_error(self._path, "holds other page hashes than were written there")
         return hashes
 
     def _read_page(self, number: int) -> Array:
@@ -99,7 +99,7 @@ class DigestTable:
         size = self._dtype.itemsize
         data = self._read(number * PAGE * size, rows * size)
         if hashlib.sha256(data).digest() != self._hashes[number * _DIGEST :][:_DIGEST]:
-            raise rewritten(self._path, f"fails the SHA-256 of page {number}")
+            raise changed_error(self._path, f"fails the SHA-256 of page {number}")
         return np.frombuffer(data, self._dtype)
 
     def _read(self, offset: int, length: int) -> bytes:
@@ -107,7 +107,7 @@ class DigestTable:
             with self._path.open("rb", buffering=0) as file:
                 return os.pread(file.fileno(), length, offset)
         except FileNotFoundError as error:
-            raise rewritten(self._path, "is missing") from error
+            raise changed_error(self._path, "is missing") from error
 
 
 def digest_table_bytes(rows: int, dtype: np.dtype[Any]) -> int:
@@ -116,7 +116,7 @@ def digest_table_bytes(rows: int, dtype: np.dtype[Any]) -> int:
 
 
 def write_digest_table(path: Path, dtype: np.dtype[Any], records: Iterable[Any]) -> TableDigest:
-    """Publish the records as the digest table at ``path``, whole; memory holds one page of them."""
+    """Publish records as the digest table at ``path``; memory holds one page of them."""
     make_folder(path.parent)
     partial = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")
     hashes, rows, left = bytearray(), 0, iter(records)

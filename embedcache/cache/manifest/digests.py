@@ -1,8 +1,9 @@
-"""The seal: what is written once and never changes, told file by file.
+"""Digests: sizes and hashes of files that are written once and never change.
 
-Pass 0 publishes one of its tokens, documents and arrays as ``sealed.json``, so that a cache can be
-verified before it is complete; the manifest holds it too, and one of what is kept of the base. Few
-files are told in the seal itself; those of pass 0, which may be millions, in its digest tables.
+Pass 0 publishes the digests of tokens, documents and metadata as ``tokens.json``, so that a cache
+can be verified before it is complete. The manifest repeats them and adds those of the base and of
+the codec. A few files are listed one by one; those of pass 0, which may be millions, in digest
+tables.
 """
 
 from __future__ import annotations
@@ -12,10 +13,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.format.layout import SEALED
+from embedcache.cache.format.layout import TOKENS_DIGESTS
 from embedcache.cache.manifest.digest_table import TableDigest
 from embedcache.cache.manifest.file_record import FileRecord, check_files, record_file
-from embedcache.cache.shards.errors import WAY_OUT, damaged
+from embedcache.cache.shards.errors import REPAIR_HINT, damaged_error
 from embedcache.errors import CacheError
 from embedcache.store.files import hash_json, publish_bytes
 
@@ -26,9 +27,12 @@ METADATA = "zarr.json"
 class Digests:
     """Files as they were written.
 
-    ``metadata`` is every ``zarr.json`` verbatim, by path: Zarr believes whatever one says, and
-    reads an empty object as a group without attributes, so readers compare all of it, and a repair
-    restores it from here. ``digest_tables`` are of further files, by path (see `sealed_files`).
+    Attributes:
+        files: files that are listed one by one.
+        metadata: every ``zarr.json`` verbatim, by path. Zarr does not check metadata, and reads an
+            empty object as a group without attributes; so readers compare all of it, and a repair
+            restores it from here.
+        digest_tables: digests of tables of further files, by path; see `TokenFiles`.
     """
 
     files: tuple[FileRecord, ...]
@@ -37,7 +41,7 @@ class Digests:
 
     @classmethod
     def of(cls, root: Path, folder: Path) -> Digests:
-        """Return the seal of every file in ``folder``, by its path inside ``root``."""
+        """Return the digests of every file in ``folder``, by its path inside ``root``."""
         names = {
             path.relative_to(root).as_posix(): path
             for path in sorted(folder.rglob("*"))
@@ -56,56 +60,56 @@ class Digests:
 
     @classmethod
     def from_dict(cls, value: dict[str, Any]) -> Digests:
-        """Return the seal that `to_dict` told; raises ``ValueError`` or ``TypeError`` else."""
+        """Parse the value of `to_dict`; raises ``ValueError`` or ``TypeError`` for another."""
         if not isinstance(value, dict) or set(value) != {"files", "metadata", "digest_tables"}:
             raise ValueError("it names no files")
         return cls(
             files=tuple(FileRecord(**record) for record in value["files"]),
             metadata=dict(value["metadata"]),
             digest_tables={
-                name: TableDigest(**seal) for name, seal in value["digest_tables"].items()
+                name: TableDigest(**table) for name, table in value["digest_tables"].items()
             },
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the seal as JSON-ready values."""
+        """Return the digests as JSON-ready values."""
         return {
             "files": [asdict(record) for record in self.files],
             "metadata": self.metadata,
-            "digest_tables": {name: asdict(seal) for name, seal in self.digest_tables.items()},
+            "digest_tables": {name: asdict(table) for name, table in self.digest_tables.items()},
         }
 
     def to_text(self) -> str:
-        """Return what ``sealed.json`` holds: the seal and its own SHA-256."""
+        """Return the content of ``tokens.json``: the digests and their own SHA-256."""
         content = self.to_dict()
         return json.dumps(content | {"sha256": hash_json(content)}, indent=2) + "\n"
 
     @classmethod
     def parse(cls, text: str) -> Digests:
-        """Return the seal that `to_text` told; ``ValueError`` saying why for another text."""
+        """Parse the text of `to_text`; raises ``ValueError``, saying why, for another text."""
         try:
             value = json.loads(text)
             value.pop("sha256")
-            seal = cls.from_dict(value)
+            digests = cls.from_dict(value)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"is no list of sealed files ({error})") from error
-        if seal.to_text() != text:
+            raise ValueError(f"is no list of digests ({error})") from error
+        if digests.to_text() != text:
             raise ValueError("does not match its own SHA-256: it was edited")
-        return seal
+        return digests
 
     def check(self, cache: Path) -> None:
-        """Raise ``CacheError`` unless all but what digest tables tell is as it was written.
+        """Raise ``CacheError`` unless metadata and listed files are as they were written.
 
-        Metadata is compared whole, files by `check_files`.
+        Metadata is compared whole, files by `check_files`; digest tables are checked when used.
         """
         for name, text in self.metadata.items():
             if (fault := metadata_fault(cache / name, text)) is not None:
-                raise damaged(cache / name, fault)
+                raise damaged_error(cache / name, fault)
         check_files(cache, self.files)
 
 
 def metadata_fault(path: Path, text: str) -> str | None:
-    """Return how a ``zarr.json`` differs from ``text``, naming its entries; None if it does not."""
+    """Return how a ``zarr.json`` differs from ``text``, naming its entries, or None if equal."""
     if not path.is_file():
         return "is missing"
     try:
@@ -133,17 +137,17 @@ def _differences(found: Any, expected: Any, place: str = "") -> list[str]:
     ]
 
 
-def publish_digests(cache: Path, seal: Digests) -> None:
-    """Publish ``sealed.json``."""
-    publish_bytes(cache / SEALED, seal.to_text().encode())
+def publish_digests(cache: Path, digests: Digests) -> None:
+    """Publish ``tokens.json``."""
+    publish_bytes(cache / TOKENS_DIGESTS, digests.to_text().encode())
 
 
 def read_digests(cache: Path) -> Digests:
-    """Read ``sealed.json``; raises ``CacheError`` where it is missing or damaged."""
-    path = cache / SEALED
+    """Read ``tokens.json``; raises ``CacheError`` where it is missing or damaged."""
+    path = cache / TOKENS_DIGESTS
     try:
         return Digests.parse(path.read_bytes().decode())
     except FileNotFoundError as error:
-        raise damaged(path, "is missing") from error
+        raise damaged_error(path, "is missing") from error
     except ValueError as error:
-        raise CacheError(f"{path} {error}. {WAY_OUT}") from error
+        raise CacheError(f"{path} {error}. {REPAIR_HINT}") from error

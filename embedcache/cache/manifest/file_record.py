@@ -1,7 +1,8 @@
-"""What is recorded of a file when it is written, and how the file is held to it later.
+"""The record of a file: its size and checksums when it was written, compared when it is read.
 
-Its size and ``crc32c`` are compared on every read: they cost one small read a chunk, and tie the
-chunks, whose own checksums the reader checks, to their place. Its SHA-256 is for `verify`.
+Size and ``crc32c`` are compared on every read. That costs one small read a chunk, and detects
+chunks in the wrong place; a chunk's own checksum detects damage inside it. `verify` compares the
+SHA-256.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 import google_crc32c
 import numpy as np
 
-from embedcache.cache.shards.errors import damaged
+from embedcache.cache.shards.errors import damaged_error
 from embedcache.store.files import hash_file
 
 
@@ -29,16 +30,16 @@ class FileRecord:
     crc32c: str
 
     def size_fault(self, found: int) -> str | None:
-        """Return what is wrong with a file of so many bytes; None if nothing is."""
+        """Return what is wrong with a file of ``found`` bytes, or None."""
         return None if found == self.bytes else f"has {found} bytes, expected {self.bytes}"
 
     def chunks_fault(self, found: str) -> str | None:
-        """Return what is wrong with a file of these `chunks_crc32c`; None if nothing is."""
+        """Return what is wrong with a file whose `chunks_crc32c` is ``found``, or None."""
         return None if found == self.crc32c else "holds other chunks than were written there"
 
 
 FILE = np.dtype([("bytes", "<u8"), ("crc32c", "<u4"), ("sha256", "V32")])
-"""A file's record in a digest table, where its place says its path."""
+"""A file's record in a digest table; its path follows from its place there."""
 
 
 def packed(record: FileRecord) -> tuple[int, int, bytes]:
@@ -47,13 +48,13 @@ def packed(record: FileRecord) -> tuple[int, int, bytes]:
 
 
 def unpacked(row: Any, path: str) -> FileRecord:
-    """Return the record of the file at ``path`` that a digest table holds as ``row``."""
+    """Return the record of the file at ``path`` from its ``row`` in a digest table."""
     size, crc32c, digest = row.item()
     return FileRecord(path=path, bytes=size, sha256=digest.hex(), crc32c=f"{crc32c:08x}")
 
 
 def record_file(path: Path, name: str, *, chunks: int | None = None) -> FileRecord:
-    """Return the record, under ``name``, of a chunk's file, or of a shard of so many chunks."""
+    """Return the record, under ``name``, of a file: one chunk, or a shard of ``chunks`` chunks."""
     return FileRecord(
         path=name,
         bytes=path.stat().st_size,
@@ -63,10 +64,14 @@ def record_file(path: Path, name: str, *, chunks: int | None = None) -> FileReco
 
 
 def chunks_crc32c(path: Path, chunks: int | None) -> str:
-    """Return, in hex, the CRC-32C of the checksums that end a file's chunks, in order.
+    """Return, in hex, the CRC-32C of the checksums at the ends of a file's chunks, in order.
 
-    ``chunks`` is their number in a shard; None is for a file that is one chunk. Empty for a file
-    that cannot hold them.
+    Args:
+        path: the file.
+        chunks: the number of chunks of a shard; None for a file that is one chunk.
+
+    Returns:
+        Eight hex digits; an empty string for a file that is too small.
     """
     with path.open("rb", buffering=0) as file:
         descriptor = file.fileno()
@@ -84,12 +89,12 @@ def chunks_crc32c(path: Path, chunks: int | None) -> str:
 
 
 def hex_crc32c(data: bytes) -> str:
-    """Return the CRC-32C of bytes in hex, as records have it."""
+    """Return the CRC-32C of bytes as eight hex digits."""
     return f"{google_crc32c.value(data):08x}"
 
 
 def fault_in(cache: Path, record: FileRecord, *, chunks: int | None = None) -> str | None:
-    """Return what is wrong with a file, by its size and its chunks' checksums; None if nothing."""
+    """Compare a file's size and its chunks' checksums; return what is wrong, or None."""
     path = cache / record.path
     try:
         if (fault := _size_fault(path, record)) is not None:
@@ -100,7 +105,7 @@ def fault_in(cache: Path, record: FileRecord, *, chunks: int | None = None) -> s
 
 
 def content_fault(cache: Path, record: FileRecord) -> str | None:
-    """Return what is wrong with a file, by all of its bytes; None if nothing is."""
+    """Compare a file's SHA-256; return what is wrong, or None."""
     path = cache / record.path
     try:
         if (fault := _size_fault(path, record)) is not None:
@@ -117,10 +122,10 @@ def _size_fault(path: Path, record: FileRecord) -> str | None:
 
 
 def check_files(cache: Path, records: Iterable[FileRecord]) -> None:
-    """Raise ``CacheError`` for the first file, each of one chunk, that is not what was recorded.
+    """Raise ``CacheError`` for the first file that differs from its record; each is one chunk.
 
-    That a chunk holds what its own checksum says is for its reader to check.
+    The chunk's own checksum is checked by its reader.
     """
     for record in records:
         if (fault := fault_in(cache, record)) is not None:
-            raise damaged(cache / record.path, fault)
+            raise damaged_error(cache / record.path, fault)

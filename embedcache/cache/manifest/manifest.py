@@ -8,18 +8,21 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from embedcache.cache.blocks.files import BlockFiles, Recorded, write_block_files
+from embedcache.cache.blocks.files import BlockFiles, BlockRecord, write_block_files
 from embedcache.cache.format.layout import MANIFEST, ExtractSettings, block_shards
 from embedcache.cache.manifest.digest_table import TableDigest
 from embedcache.cache.manifest.digests import Digests
-from embedcache.cache.shards.errors import WAY_OUT
+from embedcache.cache.shards.errors import REPAIR_HINT
 from embedcache.errors import CacheError
 from embedcache.store.files import hash_json, publish_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitManifest:
-    """One split's totals, and what vouches for the digest tables of its blocks (see `block_files`)."""
+    """The counts of a split, and the digests of its blocks' digest tables (see `BlockFiles`).
+
+    ``targets`` are tokens with a loss; ``bytes`` are those of the embeddings on disk.
+    """
 
     sequences: int
     tokens: int
@@ -27,12 +30,11 @@ class SplitManifest:
     documents: int
     blocks: int
     bytes: int
-    """Of the embeddings on disk."""
     embeddings: TableDigest
     quarantined: TableDigest
 
     def files(self, cache: Path, split: str, settings: ExtractSettings) -> BlockFiles:
-        """Return the records of the blocks, vouched for by this."""
+        """Return the records of the blocks' files."""
         return BlockFiles(
             cache, split, settings, embeddings=self.embeddings, quarantined=self.quarantined
         )
@@ -40,33 +42,36 @@ class SplitManifest:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Manifest:
-    """All splits, and the hash that a trainer's state is tied to.
+    """The counts and digests of a finished cache.
 
-    It is small, whatever the cache: files that grow in number with it are told in digest tables.
+    It is small, whatever the size of the cache: the many files are listed in digest tables.
+
+    Attributes:
+        splits: counts and digests of the blocks, by split.
+        tokens: digests of all that pass 0 wrote: tokens, documents, metadata.
+        base: digests of the base's head and token embedding.
+        codec: digests of the codec's calibrations; empty if it needs none.
+        extracted: what the run measured: tokens per second, the self-check's largest error.
     """
 
     splits: dict[str, SplitManifest]
-    sealed: Digests
-    """What pass 0 wrote."""
+    tokens: Digests
     base: Digests
-    """What is kept of the base."""
     codec: Digests
-    """The codec's calibration; empty where it needs none."""
     extracted: dict[str, Any]
-    """What the run saw: tokens per second, the self-check's largest error."""
 
     @property
     def hash(self) -> str:
-        """SHA-256 over all files: equal for equal content, whatever the speed it was made at."""
+        """SHA-256 of the content: all but ``extracted``. Checkpoints refer to a cache by it."""
         return hash_json(self._content())
 
     def _content(self) -> dict[str, Any]:
         splits = {name: asdict(split) for name, split in self.splits.items()}
-        seals = {name: getattr(self, name).to_dict() for name in ("sealed", "base", "codec")}
-        return {"splits": splits} | seals
+        digests = {name: getattr(self, name).to_dict() for name in ("tokens", "base", "codec")}
+        return {"splits": splits} | digests
 
     def to_text(self) -> str:
-        """Return what the manifest's file holds: all of it, its hash, and the SHA-256 of these."""
+        """Return the text of the manifest's file: the manifest, its hash, the SHA-256 of both."""
         content = self._content()
         value = {"hash": hash_json(content), "extracted": self.extracted} | content
         value = {"sha256": hash_json(value)} | value
@@ -74,15 +79,15 @@ class Manifest:
 
     @classmethod
     def parse(cls, text: str) -> Manifest:
-        """Return the manifest that `to_text` told; ``ValueError`` saying why for another text.
+        """Parse the text of `to_text`; raises ``ValueError``, saying why, for another text.
 
-        What the run saw is not held to the file's SHA-256: no reader depends on that.
+        The file's SHA-256 is not compared, only the hash: no reader depends on ``extracted``.
         """
         try:
             value = json.loads(text)
             manifest = cls(
                 splits={name: _parse_split(split) for name, split in value["splits"].items()},
-                sealed=Digests.from_dict(value["sealed"]),
+                tokens=Digests.from_dict(value["tokens"]),
                 base=Digests.from_dict(value["base"]),
                 codec=Digests.from_dict(value["codec"]),
                 extracted=dict(value["extracted"]),
@@ -100,11 +105,16 @@ def split_manifest(
     split: str,
     settings: ExtractSettings,
     totals: dict[str, int],
-    blocks: Iterable[Recorded],
+    blocks: Iterable[BlockRecord],
 ) -> SplitManifest:
-    """Write the digest tables of a split's blocks, given in order; return what the manifest says.
+    """Write the digest tables of a split's blocks; return the split's part of the manifest.
 
-    ``totals`` are those of its sequences, tokens, targets and documents.
+    Args:
+        cache: where the digest tables are written.
+        split: the split's name.
+        settings: the cache's settings.
+        totals: the split's sequences, tokens, targets and documents.
+        blocks: the blocks' records, in order.
     """
     embeddings, quarantined, size = write_block_files(cache, split, settings, blocks)
     return SplitManifest(
@@ -127,12 +137,12 @@ def read_manifest(cache: Path) -> Manifest:
     if not path.is_file():
         raise CacheError(
             f"{cache} is not complete (no {MANIFEST}): it is still being written, or its "
-            "extraction was stopped. Run the same 'embedcache extract' again: it resumes."
+            "extraction was stopped. Run the same `embedcache.extract()` again: it resumes."
         )
     try:
         return Manifest.parse(path.read_bytes().decode())
     except ValueError as error:
-        raise CacheError(f"{path} {error}. {WAY_OUT}") from error
+        raise CacheError(f"{path} {error}. {REPAIR_HINT}") from error
 
 
 def _parse_split(value: dict[str, Any]) -> SplitManifest:

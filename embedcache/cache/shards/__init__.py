@@ -1,1 +1,1 @@
-"""One shard file: written, read and checked whole."""
+"""Shard files, and the errors of damaged files."""

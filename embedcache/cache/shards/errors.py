@@ -1,4 +1,4 @@
-"""What Zarr raises for a damaged file, as the one error that a reader raises."""
+"""Errors of damaged files: what Zarr and its codecs raise, as one `CacheError`."""
 
 from __future__ import annotations
 
@@ -8,39 +8,39 @@ from pathlib import Path
 
 from embedcache.errors import CacheError
 
-WAY_OUT = (
-    "Run 'embedcache verify CACHE --deep' to see what is damaged, then the same 'embedcache "
-    "extract' with --repair (of a merged cache: 'embedcache extract --repair --out CACHE')."
+REPAIR_HINT = (
+    "`embedcache.verify(cache, deep=True)` lists the damage; `embedcache.repair()`, with the "
+    "corpus and the settings of the cache, repairs it."
 )
-"""What a reader's message ends in."""
+"""How the messages of readers end."""
 
 
-def damaged(path: Path, fault: str) -> CacheError:
+def damaged_error(path: Path, fault: str) -> CacheError:
     """Return the error for a file that is not as it was written."""
-    return CacheError(f"{path} {fault}: the cache is damaged. {WAY_OUT}")
+    return CacheError(f"{path} {fault}: the cache is damaged. {REPAIR_HINT}")
 
 
-def unreadable(path: Path, why: object) -> CacheError:
-    """Return the error for a file, or files under ``path``, that cannot be made sense of."""
-    return CacheError(f"{path} is damaged ({why}). {WAY_OUT}")
+def unreadable_error(path: Path, why: object) -> CacheError:
+    """Return the error for a file, or files under ``path``, that cannot be decoded."""
+    return CacheError(f"{path} is damaged ({why}). {REPAIR_HINT}")
 
 
-def rewritten(path: Path, fault: str) -> CacheError:
-    """Return the error for a file that is not what it was when its cache was opened."""
+def changed_error(path: Path, fault: str) -> CacheError:
+    """Return the error for a file that has changed since its cache was opened."""
     return CacheError(
-        f"{path} {fault}: documents were added to the cache, or deleted, since it was opened, or "
-        f"the cache is damaged. Open it again. {WAY_OUT}"
+        f"{path} {fault}: either documents were added or deleted since the cache was opened (then "
+        f"open it again), or the cache is damaged. {REPAIR_HINT}"
     )
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def translate_read_errors(path: Path) -> Iterator[None]:
     """Raise ``CacheError`` naming ``path`` for whatever Zarr and its codecs raise in the block.
 
-    Metadata that is no JSON, or JSON of another shape, and chunks that fail their checksum come
-    out of zarr-python as many kinds of exception.
+    zarr-python raises many kinds of exception for metadata that is not the expected JSON and for
+    chunks that fail their checksum.
     """
     try:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, OSError) as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error

@@ -1,9 +1,8 @@
 """One shard file, written and read whole.
 
-The bytes are those of Zarr v3's ``sharding_indexed`` codec: each chunk by its coder, then its
-crc32c; an index (bytes, crc32c) at the end. Doing this here rather than through zarr-python keeps
-the interpreter's lock free while coders work, so that a forward pass or a training step beside it
-is not slowed down.
+The bytes are those of Zarr v3's ``sharding_indexed`` codec: each chunk, encoded by its coder and
+followed by its CRC-32C; then an index, followed by its CRC-32C. zarr-python is not used because it
+holds the interpreter's lock, which would slow down a forward pass or a training step in parallel.
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ import numpy as np
 
 from embedcache.cache.codecs.coders import Coder
 from embedcache.cache.manifest.file_record import FileRecord, hex_crc32c
-from embedcache.cache.shards.errors import damaged, unreadable
+from embedcache.cache.shards.errors import damaged_error, unreadable_error
 
 Array = np.ndarray[Any, Any]
 
@@ -51,12 +50,6 @@ def write_shard(path: Path, values: Array, chunk_rows: int, coder: Coder) -> tup
     return offset + len(table) + 4, digest.hexdigest()
 
 
-def shard_bytes(values: Array, chunk_rows: int, coder: Coder) -> int:
-    """Return the size of the shard that `write_shard` would write."""
-    starts = range(0, len(values), chunk_rows)
-    return sum(len(coder.encode(values[at : at + chunk_rows])) + 20 for at in starts) + 4
-
-
 def read_shard(
     path: Path,
     *,
@@ -68,11 +61,24 @@ def read_shard(
     coder: Coder,
     record: FileRecord | None = None,
 ) -> Array:
-    """Return the first ``rows`` of a shard of ``chunks`` chunks, decoded into one new array.
+    """Return the first rows of a shard, decoded into one new array.
 
-    Raises ``CacheError`` where the index or a chunk fails its checksum or does not decode, or where
-    the file is not the one of the ``record``. Each chunk is one read: for every call that lets go
-    of the interpreter's lock, whoever launches a GPU's kernels may wait.
+    Each chunk is one read, because each call that releases the interpreter's lock may delay the
+    thread that launches a GPU's kernels.
+
+    Args:
+        path: the shard's file.
+        rows: how many rows to return.
+        columns: the shape of a row.
+        dtype: the type of the integers.
+        chunk_rows: rows of a chunk.
+        chunks: number of chunks of the shard.
+        coder: decodes a chunk.
+        record: the file's record, which is compared; nothing is compared if None.
+
+    Raises:
+        CacheError: the file is missing or not the recorded one, or its index or a chunk fails its
+            checksum or does not decode.
     """
     needed = -(-rows // chunk_rows)
     values = np.empty((needed * chunk_rows, *columns), dtype=dtype)
@@ -80,7 +86,7 @@ def read_shard(
     with _opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         if record is not None and (fault := record.size_fault(size)):
-            raise damaged(path, fault)
+            raise damaged_error(path, fault)
         part = partial(_part, file.fileno(), size, path)
         table = part(size - 16 * chunks - 4, 16 * chunks + 4, "its index")
         places = np.frombuffer(table[:-4], dtype="<u8").reshape(chunks, 2).tolist()
@@ -93,15 +99,15 @@ def read_shard(
             elif record is not None:
                 sums.append(os.pread(file.fileno(), 4, offset + length - 4))
     if record is not None and (fault := record.chunks_fault(hex_crc32c(b"".join(sums)))):
-        raise damaged(path, fault)
+        raise damaged_error(path, fault)
     return values[:rows]
 
 
 def read_chunk(path: Path, *, shape: tuple[int, ...], dtype: str, coder: Coder) -> Array:
     """Return one chunk of an array without shards.
 
-    Raises ``CacheError`` where it is missing, fails its checksum or does not decode: Zarr's own
-    way, to read zeros for a file that is not there, serves what is damaged.
+    Raises ``CacheError`` if it is missing, fails its checksum or does not decode. (zarr-python
+    reads zeros for a file that is missing.)
     """
     values = np.empty(shape, dtype)
     with _opened(path) as file:
@@ -112,7 +118,7 @@ def read_chunk(path: Path, *, shape: tuple[int, ...], dtype: str, coder: Coder) 
 
 
 def write_chunk(path: Path, values: Array, coder: Coder) -> None:
-    """Write one chunk of an array without shards, as zarr would."""
+    """Write one chunk of an array without shards."""
     chunk = coder.encode(values)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_bytes(chunk + _checksum(chunk))
@@ -123,27 +129,27 @@ def decode(coder: Coder, data: bytes | memoryview, out: Array, what: str, path: 
     try:
         coder.decode(data, out)
     except (RuntimeError, ValueError, TypeError) as error:
-        raise unreadable(path, f"{what} does not decode: {error}") from error
+        raise unreadable_error(path, f"{what} does not decode: {error}") from error
 
 
 def _opened(path: Path) -> FileIO:
     try:
         return path.open("rb", buffering=0)
     except FileNotFoundError as error:
-        raise damaged(path, "is missing") from error
+        raise damaged_error(path, "is missing") from error
 
 
 def _part(
     descriptor: int, size: int, path: Path, offset: int, length: int, what: str
 ) -> memoryview:
-    """Return ``length`` bytes of a file, of which the last four are the checksum of the others."""
+    """Return ``length`` bytes of a file; the last four are the checksum of the others."""
     if length < 4 or offset < 0 or offset + length > size:
-        raise unreadable(path, f"{what} lies outside its {size} bytes")
+        raise unreadable_error(path, f"{what} lies outside its {size} bytes")
     stored = os.pread(descriptor, length, offset)
     while len(stored) < length and (more := os.pread(descriptor, length, offset + len(stored))):
-        stored = (stored + more)[:length]  # a file system may give less at a time
+        stored = (stored + more)[:length]  # a read may return fewer bytes
     if google_crc32c.value(stored) != RESIDUE:
-        raise unreadable(path, f"{what} fails its checksum")
+        raise unreadable_error(path, f"{what} fails its checksum")
     return memoryview(stored)
 
 
@@ -152,4 +158,4 @@ def _checksum(data: bytes) -> bytes:
 
 
 RESIDUE: int = google_crc32c.value(_checksum(b""))
-"""The checksum of any bytes and their checksum behind them."""
+"""The checksum of any bytes that are followed by their own checksum."""

@@ -1,1 +1,1 @@
-"""Token ids, loss masks and offsets of a split, written before any embedding."""
+"""Token ids, loss masks, offsets and documents of a split, written before any embedding."""

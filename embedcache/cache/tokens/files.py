@@ -1,7 +1,7 @@
 """The files that pass 0 wrote of a split, and their digest table.
 
-The digest table has a record for each chunk of each array, array by array; which and how many these are
-follows from the arrays' metadata, which the seal holds verbatim.
+The digest table has a record for each chunk of each array, array by array. Which and how many these
+are follows from the arrays' metadata, which the digests hold verbatim.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from embedcache.cache.manifest.file_record import (
     record_file,
     unpacked,
 )
-from embedcache.cache.shards.errors import rewritten
+from embedcache.cache.shards.errors import changed_error
 from embedcache.errors import CacheError
 
 TOKEN_ARRAYS = {**ROWS, **TABLES}
@@ -31,17 +31,17 @@ TOKEN_ARRAYS = {**ROWS, **TABLES}
 
 
 class TokenFiles:
-    """The records of a split's sealed files, by array (its path under the split) and chunk.
+    """The records of a split's tokens and documents, by array (path under the split) and chunk.
 
-    What reads a record raises ``CacheError`` where the digest table is damaged.
+    Reading a record raises ``CacheError`` if its page of the digest table is damaged.
     """
 
-    def __init__(self, cache: Path, split: str, seal: Digests):
+    def __init__(self, cache: Path, split: str, digests: Digests):
         self._cache = cache
         self._split = split
         self.name = tokens_digest_table(split)
-        self.chunks = chunk_counts(split, seal.metadata)
-        self.digest_table = DigestTable(cache / self.name, FILE, seal.digest_tables[self.name])
+        self.chunks = chunk_counts(split, digests.metadata)
+        self.digest_table = DigestTable(cache / self.name, FILE, digests.digest_tables[self.name])
         self._starts: dict[str, int] = {}
         rows = 0
         for array, count in self.chunks.items():
@@ -53,8 +53,8 @@ class TokenFiles:
         row = self.digest_table[self._starts[array] + number]
         return unpacked(row, chunk_name(self._split, array, number))
 
-    def record_over(self, staged: Path, array: str, number: int) -> FileRecord:
-        """Return the record that a chunk has once what is ``staged`` is in place."""
+    def record_after(self, staged: Path, array: str, number: int) -> FileRecord:
+        """Return the record that a chunk will have when the files in ``staged`` are in place."""
         name = chunk_name(self._split, array, number)
         if (staged / name).is_file():
             return record_file(staged / name, name)
@@ -64,7 +64,7 @@ class TokenFiles:
         """Raise ``CacheError`` unless a chunk's file is the one that was written."""
         record = self.record(array, number)
         if (fault := fault_in(self._cache, record)) is not None:
-            raise rewritten(self._cache / record.path, fault)
+            raise changed_error(self._cache / record.path, fault)
 
     def tokens(self, block: int) -> tuple[FileRecord, ...]:
         """Return the records of a block's ids, loss mask and spans."""
@@ -87,17 +87,17 @@ class TokenFiles:
 
 
 def tokens_digest_table(split: str) -> str:
-    """Return the path, inside the cache, of the digest table of what pass 0 wrote of a split."""
-    return f"{DIGESTS}/{split}/sealed"
+    """Return the path, inside the cache, of the digest table of a split's tokens and documents."""
+    return f"{DIGESTS}/{split}/tokens"
 
 
 def chunk_counts(split: str, metadata: Mapping[str, str]) -> dict[str, int]:
-    """Return how many chunks each array of a split has, by the ``zarr.json`` of each."""
+    """Return the number of chunks of each array of a split, from its ``zarr.json``."""
     counts = {}
     for array in TOKEN_ARRAYS:
-        told = json.loads(metadata[f"{split}/{array}/{METADATA}"])
-        rows = told["chunk_grid"]["configuration"]["chunk_shape"][0]
-        counts[array] = -(-told["shape"][0] // rows)
+        about = json.loads(metadata[f"{split}/{array}/{METADATA}"])
+        rows = about["chunk_grid"]["configuration"]["chunk_shape"][0]
+        counts[array] = -(-about["shape"][0] // rows)
     return counts
 
 
@@ -118,17 +118,17 @@ def write_tokens_digest_table(
     into: Path | None = None,
     record: Callable[[str, int], FileRecord] | None = None,
 ) -> TableDigest:
-    """Write the digest table of what pass 0 wrote of a split; return its seal.
+    """Write the digest table of a split's tokens and documents; return its digest.
 
     Args:
         root: the cache, or where it is staged.
         split: the split's name.
         metadata: every ``zarr.json``, by path.
-        into: the cache that the digest table goes into, if not ``root``.
-        record: gives the record of an array's chunk; taken from the file itself otherwise.
+        into: the cache that the digest table goes into; ``root`` if None.
+        record: returns the record of an array's chunk; if None, it is computed from the file.
 
     Raises:
-        FileNotFoundError: for a file that should be there.
+        FileNotFoundError: a file is missing.
     """
 
     def of_file(array: str, number: int) -> FileRecord:
@@ -144,8 +144,8 @@ def write_tokens_digest_table(
     return write_digest_table((into or root) / tokens_digest_table(split), FILE, rows)
 
 
-def digest_tree(root: Path) -> Digests:
-    """Write the digest tables of all that pass 0 wrote in ``root``; return the seal of it."""
+def write_tokens_digests(root: Path) -> Digests:
+    """Write the digest tables of all that pass 0 wrote in ``root``; return the digests."""
     metadata = metadata_in(root)
     digest_tables = {
         tokens_digest_table(split): write_tokens_digest_table(root, split, metadata)
@@ -154,11 +154,11 @@ def digest_tree(root: Path) -> Digests:
     return Digests(files=(), metadata=metadata, digest_tables=digest_tables)
 
 
-def digest_over(cache: Path, staged: Path, old: Digests) -> tuple[Digests, list[str]]:
-    """Write, in ``staged``, the digest tables of what pass 0 wrote as it is once ``staged`` is in place.
+def write_changed_digests(cache: Path, staged: Path, old: Digests) -> tuple[Digests, list[str]]:
+    """Write, in ``staged``, the digest tables that hold when the files in ``staged`` are in place.
 
-    A split of which nothing is staged keeps its own. Returns the seal of it all, and the files that
-    are then of no array.
+    A split of which nothing is staged keeps its tables. Returns the digests, and the paths of files
+    that will then belong to no array.
     """
     metadata = old.metadata | metadata_in(staged)
     digest_tables, gone = dict(old.digest_tables), []
@@ -167,7 +167,7 @@ def digest_over(cache: Path, staged: Path, old: Digests) -> tuple[Digests, list[
             continue
         before, after = TokenFiles(cache, split, old), chunk_counts(split, metadata)
         digest_tables[before.name] = write_tokens_digest_table(
-            staged, split, metadata, record=partial(before.record_over, staged)
+            staged, split, metadata, record=partial(before.record_after, staged)
         )
         gone += [
             chunk_name(split, array, number)
@@ -178,7 +178,7 @@ def digest_over(cache: Path, staged: Path, old: Digests) -> tuple[Digests, list[
 
 
 def metadata_in(root: Path) -> dict[str, str]:
-    """Return every ``zarr.json`` of the root and the splits, by path; no chunk is looked at."""
+    """Return every ``zarr.json`` of the root and the splits, by path; chunks are not listed."""
     found = {METADATA: (root / METADATA).read_bytes().decode()}
     for split in SPLITS:
         for at, folders, names in os.walk(root / split):

@@ -1,4 +1,7 @@
-"""The sealed tokens of a split: what pass 0 wrote, readable before any block is."""
+"""Reading the tokens of a split, which pass 0 wrote and which precede the embeddings.
+
+Axes: N rows of a block, S sequences of a block.
+"""
 
 from __future__ import annotations
 
@@ -12,30 +15,34 @@ import zarr
 
 from embedcache.cache.codecs.coders import CODERS
 from embedcache.cache.format.layout import ATTRIBUTE, ROWS, TABLE_CHUNK, TABLES
-from embedcache.cache.shards.errors import damaged, reading
+from embedcache.cache.shards.errors import damaged_error, translate_read_errors
 from embedcache.cache.shards.shard import read_chunk
 from embedcache.cache.tokens.files import TokenFiles, chunk_name
 
 Array = np.ndarray[Any, Any]
 
 KEPT_CHUNKS = 32
-"""Chunks of tables in memory: those of a window of shuffled blocks, 4 MB."""
+"""Chunks of tables that are kept in memory: 4 MB, enough for a window of shuffled blocks."""
 
 
 class SplitTokens:
-    """Reads what pass 0 sealed of one split; needs no manifest.
+    """Reads the tokens and documents of one split; needs no manifest.
 
-    Nothing is read when it is opened. Whatever is read once a block is read chunk by chunk, without
-    zarr-python: half a millisecond a call is what a trainer would wait for. Every method raises
-    ``CacheError`` for what is damaged.
+    Nothing is read when it is opened. Chunks are read without zarr-python, whose half millisecond
+    a call would slow a trainer down. Every method raises ``CacheError`` for a damaged file.
+
+    Args:
+        cache: the cache's folder.
+        name: the split.
+        block_tokens: the rows of a block.
+        files: records that each chunk is compared with when it is read; none if None.
     """
 
-    def __init__(self, cache: Path, name: str, block_tokens: int, sealed: TokenFiles | None = None):
-        """Open them; with ``sealed``, a file that was rewritten since is refused, not read."""
+    def __init__(self, cache: Path, name: str, block_tokens: int, files: TokenFiles | None = None):
         self._block_tokens = block_tokens
         self._path = cache / name
-        self._sealed = sealed
-        with reading(self._path):
+        self._files = files
+        with translate_read_errors(self._path):
             self._group = zarr.open_group(self._path, mode="r")
         self._table_chunk = lru_cache(KEPT_CHUNKS)(self._chunk)
 
@@ -48,24 +55,24 @@ class SplitTokens:
         return np.concatenate(parts)[:rows] if parts else np.empty((0, *columns), dtype)
 
     def _length(self, name: str) -> int:
-        with reading(self._path / name):
+        with translate_read_errors(self._path / name):
             found = self._group.get(name)
         if isinstance(found, zarr.Array):
             return int(found.shape[0])
-        raise damaged(self._path / name, "is missing or no array")
+        raise damaged_error(self._path / name, "is missing or no array")
 
     def _chunk(self, name: str, number: int) -> Array:
-        """Return a chunk of an array, checked once it is read: a delete may be under way."""
+        """Return a chunk of an array; it is checked after it is read, as it may be replaced."""
         dtype, columns = ROWS.get(name) or TABLES[name]
         rows = self._block_tokens if name in ROWS else TABLE_CHUNK
         path = self._path.parent / chunk_name(self._path.name, name, number)
         chunk = read_chunk(path, shape=(rows, *columns), dtype=dtype, coder=CODERS["blosc"])
-        if self._sealed is not None:
-            self._sealed.check(name, number)
+        if self._files is not None:
+            self._files.check(name, number)
         return chunk
 
     def _rows(self, name: str, first: int, stop: int) -> Array:
-        """Return rows of a table, int64; the last chunks read are kept."""
+        """Return rows of a table, int64, from chunks of which the last are kept."""
         parts = []
         for number in range(first // TABLE_CHUNK, -(-stop // TABLE_CHUNK)):
             start = number * TABLE_CHUNK
@@ -84,7 +91,7 @@ class SplitTokens:
         return first, stop
 
     def offsets(self, block: int) -> Array:
-        """Return rows_S2 of a block: each sequence's first row and row past the last, in it."""
+        """Return rows_S2: first row and row past the last of each sequence, in the block, int64."""
         return self._rows("tokens/offsets", *self.bounds(block)) - block * self._block_tokens
 
     def block_rows(self, block: int) -> int:
@@ -92,11 +99,11 @@ class SplitTokens:
         return int(self.offsets(block)[:, 1].max(initial=0))
 
     def documents(self, block: int) -> Array:
-        """Return document_S of a block: the document of each sequence."""
+        """Return document_S: the document of each sequence of a block, int64."""
         return self._rows("tokens/document", *self.bounds(block))
 
     def used(self, block: int) -> tuple[Array, Array]:
-        """Return (ids_N, loss_mask_N) of a block; N is the rows in use."""
+        """Return (ids_N int64, loss_mask_N bool) of a block; N counts the rows in use."""
         rows = self.block_rows(block)
         ids_N = self._chunk("tokens/ids", block)[:rows].astype(np.int64)
         return ids_N, self._chunk("tokens/loss_mask", block)[:rows]
@@ -108,17 +115,17 @@ class SplitTokens:
         return [text[a:b].decode() for a, b in pairwise(ends)]
 
     def spans(self, block: int) -> Array:
-        """Return span_R2 of a block: the bytes of each token in its document."""
+        """Return span_N2, uint32: byte range of each token in its document; N counts all rows."""
         return self._chunk("tokens/span", block)
 
     def read(self, block: int) -> tuple[Array, Array, int]:
-        """Return (ids_N, rows_S2, number of the block's first sequence); N is R, the block's."""
+        """Return (ids_N, rows_S2, number of the block's first sequence); N counts all rows."""
         ids_N = self._chunk("tokens/ids", block).astype(np.int64)
         return ids_N, self.offsets(block), self.bounds(block)[0]
 
     @cached_property
     def totals(self) -> dict[str, int]:
-        """Return the split's sequences, tokens, targets and documents, as sealed."""
-        with reading(self._path):
+        """The split's sequences, tokens, targets and documents."""
+        with translate_read_errors(self._path):
             value: Any = self._group.attrs[ATTRIBUTE]
             return {key: int(value[key]) for key in ("sequences", "tokens", "targets", "documents")}

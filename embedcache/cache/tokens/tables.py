@@ -1,6 +1,6 @@
-"""The tables of a split: which rows are which sequence, of which document.
+"""The tables of a split: the rows and the document of each sequence.
 
-Axes: S sequences, D documents, B blocks, F bytes of a fingerprint.
+Axes: S sequences, D documents.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from embedcache.cache.format.arrays import checked
+from embedcache.cache.format.arrays import zarr_codecs
 from embedcache.cache.format.layout import TABLE_CHUNK, TABLES
 from embedcache.cache.tokens.reader import SplitTokens
 
@@ -19,7 +19,7 @@ Array = np.ndarray[Any, Any]
 
 
 class Table:
-    """A growing Zarr array that is appended in whole chunks, so that memory stays bounded."""
+    """A growing Zarr array that is written in whole chunks, so that memory stays bounded."""
 
     def __init__(self, group: zarr.Group, name: str):
         dtype, columns = TABLES[name]
@@ -28,13 +28,13 @@ class Table:
             shape=(0, *columns),
             chunks=(TABLE_CHUNK, *columns),
             dtype=dtype,
-            **checked("blosc", np.dtype(dtype).itemsize),
+            **zarr_codecs("blosc", np.dtype(dtype).itemsize),
         )
         self._pending = np.empty((TABLE_CHUNK, *columns), dtype)
         self._rows = 0
 
     def extend(self, rows: Array) -> None:
-        """Append rows, sooner or later."""
+        """Append rows; the last are written by `flush`."""
         while len(rows):
             fits = rows[: TABLE_CHUNK - self._rows]
             self._pending[self._rows : self._rows + len(fits)] = fits
@@ -44,7 +44,7 @@ class Table:
                 self.flush()
 
     def flush(self) -> None:
-        """Write what is pending."""
+        """Write pending rows."""
         if self._rows:
             self._array.append(self._pending[: self._rows])
             self._rows = 0
@@ -52,42 +52,45 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SplitTables:
-    """All tables of a split in memory; numbers are int64.
+    """All tables of a split in memory; int64 where nothing else is said.
 
-    ``rows_S2``: first row and row past the last of each sequence, in the split. ``document_S``:
-    its document, a number in ``index_D`` (of the corpus), ``names`` and ``fingerprint_DF``, bytes
-    by which it is known again. ``starts_B``: the first sequence of each block and, at the end, the
-    number of sequences.
+    Attributes:
+        rows_S2: first row and row past the last of each sequence, in the split.
+        document_S: the document of each sequence: an index into the D documents of the split.
+        block_starts: the first sequence of each block, then the number of sequences.
+        index_D: the number of each document in the corpus.
+        fingerprints: uint8 [documents, FINGERPRINT_BYTES], by which a document is recognised.
+        names: the documents' names.
     """
 
     rows_S2: Array
     document_S: Array
-    starts_B: Array
+    block_starts: Array
     index_D: Array
-    fingerprint_DF: Array
+    fingerprints: Array
     names: tuple[str, ...]
 
     @classmethod
     def read(cls, tokens: SplitTokens) -> SplitTables:
-        """Read them; raises ``CacheError`` where one is damaged."""
+        """Read all tables; raises ``CacheError`` if one is damaged."""
         return cls(
             rows_S2=tokens.table("tokens/offsets").astype(np.int64),
             document_S=tokens.table("tokens/document").astype(np.int64),
-            starts_B=tokens.table("tokens/blocks").astype(np.int64),
+            block_starts=tokens.table("tokens/blocks").astype(np.int64),
             index_D=tokens.table("documents/index").astype(np.int64),
-            fingerprint_DF=tokens.table("documents/fingerprint"),
+            fingerprints=tokens.table("documents/fingerprint"),
             names=tuple(tokens.names()),
         )
 
     def write(self, group: zarr.Group) -> None:
-        """Write them into a split's group that has none."""
+        """Write all tables into a split's group that has none."""
         encoded = [name.encode() for name in self.names]
         values = {
             "tokens/offsets": self.rows_S2,
             "tokens/document": self.document_S,
-            "tokens/blocks": self.starts_B,
+            "tokens/blocks": self.block_starts,
             "documents/index": self.index_D,
-            "documents/fingerprint": self.fingerprint_DF,
+            "documents/fingerprint": self.fingerprints,
             "documents/name_bytes": np.frombuffer(b"".join(encoded), np.uint8),
             "documents/name_offsets": np.cumsum([0, *(len(name) for name in encoded)]),
         }
@@ -98,4 +101,4 @@ class SplitTables:
 
     def block_of(self, sequence_S: Array) -> Array:
         """Return the block of each sequence."""
-        return np.searchsorted(self.starts_B, sequence_S, side="right") - 1
+        return np.searchsorted(self.block_starts, sequence_S, side="right") - 1

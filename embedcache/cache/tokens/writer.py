@@ -1,7 +1,9 @@
-"""Pass 0: tokens, masks and offsets, written before the base is loaded.
+"""Writing tokens, masks and offsets: pass 0, which needs no base.
 
-Whole sequences are packed into blocks of R rows in the order they come; memory holds one block a
-split. Sealing fixes the number of blocks for good.
+Whole sequences are packed into blocks in the order in which they come; memory holds one block a
+split. Publishing the tokens fixes the number of blocks.
+
+Axes: T tokens of a sequence.
 """
 
 from __future__ import annotations
@@ -14,18 +16,18 @@ from typing import Any
 import numpy as np
 import zarr
 
-from embedcache.cache.format.arrays import checked, create_arrays
+from embedcache.cache.format.arrays import create_arrays, zarr_codecs
 from embedcache.cache.format.layout import (
     ATTRIBUTE,
     DIGESTS,
     ROWS,
-    SEALED,
     SPLITS,
+    TOKENS_DIGESTS,
     CacheAttributes,
     block_arrays,
 )
 from embedcache.cache.manifest.digests import METADATA, publish_digests
-from embedcache.cache.tokens.files import digest_tree
+from embedcache.cache.tokens.files import write_tokens_digests
 from embedcache.cache.tokens.tables import Table
 from embedcache.errors import UsageError
 from embedcache.store.files import fsync_path
@@ -34,14 +36,14 @@ Array = np.ndarray[Any, Any]
 
 
 def create_rows(tokens: zarr.Group, *, rows: int, block_tokens: int) -> dict[str, Any]:
-    """Create the arrays of one entry a token: ids, loss mask and spans, a chunk a block."""
+    """Create the arrays with one entry a token: ids, loss mask and spans; one chunk a block."""
     return {
         name.removeprefix("tokens/"): tokens.create_array(
             name.removeprefix("tokens/"),
             shape=(rows, *columns),
             chunks=(block_tokens, *columns),
             dtype=dtype,
-            **checked("blosc", np.dtype(dtype).itemsize),
+            **zarr_codecs("blosc", np.dtype(dtype).itemsize),
         )
         for name, (dtype, columns) in ROWS.items()
     }
@@ -81,31 +83,38 @@ class SplitTokensWriter:
         self,
         index: int,
         name: str,
-        fingerprint_F: Array,
+        fingerprint: Array,
         sequences: Sequence[tuple[Array, Array, Array]],
     ) -> None:
-        """Append a document's sequences, each (ids [T], loss_mask [T], span [T, 2])."""
+        """Append a document's sequences.
+
+        Args:
+            index: its number in the corpus.
+            name: its name.
+            fingerprint: uint8 [FINGERPRINT_BYTES].
+            sequences: (ids_T, loss_mask_T, span_T2) of each.
+        """
         encoded = np.frombuffer(name.encode(), dtype=np.uint8)
         self._name_end += len(encoded)
         self._index.extend(np.array([index]))
-        self._fingerprint.extend(fingerprint_F[None])
+        self._fingerprint.extend(fingerprint[None])
         self._names.extend(encoded)
         self._name_offsets.extend(np.array([self._name_end]))
-        for ids_T, mask_T, span_T in sequences:
-            self._append(ids_T, mask_T, span_T)
+        for ids_T, loss_mask_T, span_T2 in sequences:
+            self._append(ids_T, loss_mask_T, span_T2)
         self._documents += 1
 
-    def _append(self, ids_T: Array, mask_T: Array, span_T: Array) -> None:
+    def _append(self, ids_T: Array, loss_mask_T: Array, span_T2: Array) -> None:
         length = len(ids_T)
         if length > self._block_tokens:
             raise UsageError(
-                f"a sequence of {length} tokens does not fit a block of {self._block_tokens}: "
-                "give --block-tokens at least the --context"
+                f"`block_tokens=` expects at least the tokens of a sequence, here {length}; found "
+                f"{self._block_tokens}"
             )
         if self._used + length > self._block_tokens:
             self._flush_block()
         rows = slice(self._used, self._used + length)
-        for name, values in (("ids", ids_T), ("loss_mask", mask_T), ("span", span_T)):
+        for name, values in (("ids", ids_T), ("loss_mask", loss_mask_T), ("span", span_T2)):
             self._buffers[name][rows] = values
         first = self.blocks * self._block_tokens + self._used
         self._offsets.extend(np.array([[first, first + length]]))
@@ -113,7 +122,7 @@ class SplitTokensWriter:
         self._used += length
         self.sequences += 1
         self.tokens += length
-        self.targets += int(mask_T.sum())
+        self.targets += int(loss_mask_T.sum())
 
     def _flush_block(self) -> None:
         for name, array in self._rows.items():
@@ -124,7 +133,7 @@ class SplitTokensWriter:
         self._block_starts.extend(np.array([self.sequences]))
 
     def close(self) -> None:
-        """Write what is left; the split is complete."""
+        """Write pending rows; the split is complete."""
         if self._used:
             self._flush_block()
         for table in (
@@ -146,7 +155,7 @@ class SplitTokensWriter:
 
 
 class TokensWriter:
-    """Builds the sealed tokens of all splits in a staging folder, then moves them into place."""
+    """Writes the tokens of all splits into a staging folder, then moves them into the cache."""
 
     def __init__(self, cache: Path, staging: Path, block_tokens: int):
         self._cache = cache
@@ -160,29 +169,31 @@ class TokensWriter:
 
     def close(self) -> None:
         """Flush every split, so that its counts of blocks and tokens are final."""
-        for sealer in self.splits.values():
-            sealer.close()
+        for split in self.splits.values():
+            split.close()
 
-    def seal(self, attributes: CacheAttributes, *, hidden: int) -> None:
-        """Create the empty embedding arrays, make the seal and move all into place.
+    def publish(self, attributes: CacheAttributes, *, hidden: int) -> None:
+        """Create the empty arrays of embeddings, write the digests and move all into the cache.
 
-        Call after `close`. The root's ``zarr.json`` comes last: a cache without one has not been
-        sealed, and pass 0 starts again. Where another process has cleared the staging folder away,
-        ``FileNotFoundError`` is raised, and what that process makes is left alone.
+        Call after `close`. The root's ``zarr.json`` comes last: in a cache without one, pass 0
+        starts again.
+
+        Raises:
+            FileNotFoundError: another process has removed the staging folder.
         """
         settings = attributes.settings
-        for name, sealer in self.splits.items():
+        for name, split in self.splits.items():
             create_arrays(
                 self._groups[name],
                 block_arrays(name, settings),
-                blocks=sealer.blocks,
+                blocks=split.blocks,
                 block_tokens=self._block_tokens,
                 hidden=hidden,
             )
         self._root.attrs[ATTRIBUTE] = attributes.to_dict()
         fsync_tree(self._staging)
-        publish_digests(self._staging, digest_tree(self._staging))
-        for name in (*SPLITS, DIGESTS, SEALED, METADATA):
+        publish_digests(self._staging, write_tokens_digests(self._staging))
+        for name in (*SPLITS, DIGESTS, TOKENS_DIGESTS, METADATA):
             fsync_path(self._cache)
             (self._staging / name).rename(self._cache / name)
         fsync_path(self._cache)

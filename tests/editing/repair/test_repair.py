@@ -16,7 +16,7 @@ from support.forked import ForkedCommand
 from support.stopping import KilledError, stopping
 
 from embedcache.cache.blocks import commit
-from embedcache.cache.format.layout import MANIFEST, SEALED, SPLITS, marker_path
+from embedcache.cache.format.layout import MANIFEST, SPLITS, TOKENS_DIGESTS, marker_path
 from embedcache.cache.manifest.manifest import read_manifest
 from embedcache.cache.verify import verify
 from embedcache.editing import repair
@@ -114,7 +114,7 @@ def test_many_faults_at_once(place: Path, out: Path) -> None:
             (out / name).write_text("{}")
         elif name.endswith("0"):
             flip_byte(out / name)
-    (out / SEALED).unlink()
+    (out / TOKENS_DIGESTS).unlink()
     repaired(place, out)
     restored(place, out)
 
@@ -143,7 +143,7 @@ def test_a_repair_stopped_at_any_step_loses_nothing_sound_and_resumes(
 ) -> None:
     for damaged in ("zarr.json", "train/zarr.json"):
         (out / damaged).write_text("{}")
-    (out / SEALED).unlink()
+    (out / TOKENS_DIGESTS).unlink()
     marker_path(out, "train", 0).unlink()
     for damaged in (SHARD, "dev/embeddings/final/c/0/0", TOKENS, HEAD):
         flip_byte(out / damaged)

@@ -11,12 +11,12 @@ from support.cache_faults import names_in, served
 from support.fixtures_extract import corpus_config, flip_byte, write_documents
 from support.fixtures_repair import SHARD, TOKENS, computed, repaired, restored
 
-from embedcache.cache.format.layout import MANIFEST, SEALED, marker_path
+from embedcache.cache.format.layout import MANIFEST, TOKENS_DIGESTS, marker_path
 from embedcache.cache.verify import verify
 from embedcache.errors import CacheError, CorpusError, OutputError
 from embedcache.store.files import hash_file
 
-DIGEST_TABLES = ["digests/train/sealed", "digests/dev/sealed", "digests/train/embeddings"]
+DIGEST_TABLES = ["digests/train/tokens", "digests/dev/tokens", "digests/train/embeddings"]
 
 
 @pytest.mark.parametrize("harm_file", [flip_byte, Path.unlink])
@@ -112,8 +112,8 @@ def test_embeddings_are_repaired_without_the_corpus(place: Path, out: Path) -> N
 
 def test_a_cache_without_any_digests_is_refused(place: Path, out: Path) -> None:
     (out / MANIFEST).unlink()
-    flip_byte(out / SEALED)
-    with pytest.raises(CacheError, match=r"neither manifest\.json nor sealed\.json is whole"):
+    flip_byte(out / TOKENS_DIGESTS)
+    with pytest.raises(CacheError, match=r"neither manifest\.json nor tokens\.json is whole"):
         repaired(place, out)
 
 

@@ -48,7 +48,7 @@ class Inline:
 @pytest.fixture
 def pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pause]:
     """Call ``act`` before the n-th call of a function, with the leases of this process expired."""
-    monkeypatch.setattr(leases, "BEAT_SECONDS", 1e6)
+    monkeypatch.setattr(leases, "HEARTBEAT_SECONDS", 1e6)
     monkeypatch.setattr(pipeline, "ThreadPoolExecutor", Inline)
     monkeypatch.setattr(pipeline, "prefetch", lambda dealt: dealt)
     paused = []

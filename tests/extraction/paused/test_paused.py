@@ -22,7 +22,7 @@ from support.stopping import KilledError, killed
 
 import embedcache.editing.delete as deleting
 from embedcache.cache.blocks import commit
-from embedcache.cache.format.layout import SPLITS, STAGING
+from embedcache.cache.format.layout import SPLITS
 from embedcache.cache.tokens import writer as seal
 from embedcache.cache.verify import verify
 from embedcache.editing import edit, repair
@@ -32,6 +32,7 @@ from embedcache.extraction import plan, prepare, publish
 from embedcache.extraction import run as stage_one
 from embedcache.extraction.request import Request
 from embedcache.store import transaction as rewrite
+from embedcache.store.files import STAGING
 from embedcache.store.lease import COORDINATOR, Leases
 
 pytestmark = pytest.mark.usefixtures("without_trial")
@@ -124,7 +125,7 @@ def test_a_suspended_process_wakes_up_after_its_successor_died(
 
 
 REPAIRING = [
-    pytest.param(repair, "look_at", 1, id="damage is looked for"),
+    pytest.param(repair, "verify_idle", 1, id="damage is looked for"),
     pytest.param(repair, "newest_generations", 2, id="markers are renewed"),
     pytest.param(repair.shutil, "rmtree", 1, id="the base is to be dropped"),
     pytest.param(repair, "fsync_path", 1, id="the manifest is dropped"),
@@ -164,7 +165,7 @@ DELETING = [
     pytest.param(deleting, "write_shard", 1, id="blocks are being staged"),
     pytest.param(edit, "publish_manifest", 1, id="the manifest is to be staged"),
     pytest.param(rewrite, "fsync_tree", 1, id="all is staged"),
-    pytest.param(rewrite, "finish_rewrite", 1, id="it is committed"),
+    pytest.param(rewrite, "finish_transaction", 1, id="it is committed"),
     pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
     pytest.param(deleting, "drop_superseded", 1, id="it is done"),
 ]
@@ -245,7 +246,7 @@ def test_staging_folders_of_dead_processes_are_removed_before_a_change(
 ) -> None:
     out = shutil.copytree(place / "whole", tmp_path / "cache")
     sleeper = commit.BlockWriter(out)
-    name = "write_shard" if module is deleting else "look_at"
+    name = "write_shard" if module is deleting else "verify_idle"
     real, seen = getattr(module, name), []
 
     def looking(*arguments: Any, **more: Any) -> Any:

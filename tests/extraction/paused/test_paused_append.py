@@ -27,7 +27,7 @@ STEPS = [
     pytest.param(appending, "require_compatible", 1, id="all is computed"),
     pytest.param(edit, "split_manifest", 2, id="digest_tables are being staged"),
     pytest.param(rewrite, "fsync_tree", 1, id="all is staged"),
-    pytest.param(rewrite, "finish_rewrite", 1, id="it is committed"),
+    pytest.param(rewrite, "finish_transaction", 1, id="it is committed"),
     pytest.param(rewrite, "make_folder", 2, id="files are being moved"),
 ]
 
