@@ -22,10 +22,10 @@ demo: $(SETUP) ## Extract, train, evaluate and generate (2 to 8 minutes on 2 cor
 	$(BIN)/python examples/demo.py
 
 test: $(SETUP) ## Run the tests
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n logical --dist worksteal
 
 test-slow: $(SETUP) ## Run the tests with the slow ones
-	$(BIN)/python -m pytest -q -m 'slow or not (gpu or bench)'
+	$(BIN)/python -m pytest -q -n logical --dist worksteal -m 'slow or not (gpu or bench)'
 
 check: $(SETUP) ## Check format, lint, types and doctests
 	$(BIN)/ruff format --check .

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from embedcache.units import duration, size
+from embedcache.units import format_bytes, format_seconds
 
 from .show import TerminalProgress, print_json, print_pairs, split_pairs
 
@@ -40,7 +40,12 @@ def append_documents(
                 "or near-duplicates of them were there before",
             )
         )
-    pairs.append(("size", f"{about}{size(done.bytes)} more, in {about}{duration(done.seconds)}"))
+    pairs.append(
+        (
+            "size",
+            f"{about}{format_bytes(done.bytes)} more, in {about}{format_seconds(done.seconds)}",
+        )
+    )
     print_pairs(pairs)
     if any(done.documents.values()) and not dry_run:
         typer.echo(

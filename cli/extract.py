@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.units import duration, size
+from embedcache.units import format_bytes, format_seconds
 
 from . import options
 from .append import append_documents
@@ -207,13 +207,13 @@ def _result_pairs(result: ExtractSummary) -> list[tuple[str, object]]:
         ),
         (
             "size",
-            f"{size(result.bytes)} (estimated {size(result.estimated_bytes)}), "
+            f"{format_bytes(result.bytes)} (estimated {format_bytes(result.estimated_bytes)}), "
             f"{result.bytes_per_token:,.0f} bytes a token without the base's head",
         ),
         (
             "speed",
-            f"{result.tokens_per_second:,.0f} tokens/s over {duration(result.seconds)} "
-            f"(estimated {duration(result.estimated_seconds)})",
+            f"{result.tokens_per_second:,.0f} tokens/s over {format_seconds(result.seconds)} "
+            f"(estimated {format_seconds(result.estimated_seconds)})",
         ),
     ]
 
@@ -242,12 +242,13 @@ def _estimate_pairs(estimate: Estimate) -> list[tuple[str, object]]:
     return [
         (
             "estimated size",
-            size(estimate.bytes) + (f", {size(written)} of it already written" if written else ""),
+            format_bytes(estimate.bytes)
+            + (f", {format_bytes(written)} of it already written" if written else ""),
         ),
         (
             "estimated time",
-            f"{duration(estimate.seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, measured "
-            f"on {estimate.measured_tokens:,} tokens; excludes loading the base",
+            f"{format_seconds(estimate.seconds)} at {estimate.tokens_per_second:,.0f} tokens/s, "
+            f"measured on {estimate.measured_tokens:,} tokens; excludes loading the base",
         ),
-        ("free disk", size(estimate.free_bytes)),
+        ("free disk", format_bytes(estimate.free_bytes)),
     ]

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from embedcache.units import size
+from embedcache.units import format_bytes
 
 from . import options
 from .show import counted, formatted, print_json, print_pairs, print_table
@@ -92,7 +92,7 @@ def _cache_pairs(found: dict[str, Any]) -> list[tuple[str, object]]:
             )
         )
     pairs += _component_pairs(found)
-    pairs.append(("size", size(found["bytes"])))
+    pairs.append(("size", format_bytes(found["bytes"])))
     environment = found["environment"]
     pairs.append(
         (
@@ -130,7 +130,7 @@ def _array_rows(found: dict[str, Any]) -> list[list[str]]:
             f"{arrays[split][name]['bytes_per_token']:,.2f}" if name in arrays[split] else ""
             for split in ("train", "dev", "test")
         ]
-        rows.append([name, *by_split, f"{count / max(1, tokens):,.2f}", size(count)])
+        rows.append([name, *by_split, f"{count / max(1, tokens):,.2f}", format_bytes(count)])
     return rows
 
 

@@ -38,7 +38,7 @@ def merge_command(
     without a corpus. If its tokens are damaged, merge again.
     """
     from embedcache.editing.merge import merge
-    from embedcache.units import size
+    from embedcache.units import format_bytes
 
     done = merge(caches, out, dry_run=dry_run, progress=TerminalProgress())
     if as_json:
@@ -47,7 +47,7 @@ def merge_command(
     pairs: list[tuple[str, object]] = [
         ("would write" if dry_run else "cache", done.out),
         *split_pairs(asdict(done), ("tokens", "sequences", "documents", "blocks")),
-        ("size", size(done.bytes)),
+        ("size", format_bytes(done.bytes)),
     ]
     if done.renamed:
         names = "would become" if dry_run else "are now"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from embedcache.units import duration
+from embedcache.units import format_seconds
 
 from . import options
 from .show import formatted, leader_progress, print_json, print_pairs
@@ -147,9 +147,9 @@ def train_command(
     from embedcache.training.distributed import is_leader
     from embedcache.training.sweep import merged, read_sweep
     from embedcache.training.train import preview, train
-    from embedcache.units import bytes_of
+    from embedcache.units import parse_bytes
 
-    budget = None if memory is None else bytes_of(memory)
+    budget = None if memory is None else parse_bytes(memory)
     ctx.params["taps"] = parse_taps(taps)
     typed = options.settings(ctx, TrainConfig, typed_only=True)
     if shape := options.settings(ctx, BranchConfig, typed_only=True):
@@ -209,7 +209,7 @@ def _result_pairs(result: TrainSummary) -> list[tuple[str, object]]:
                 f"({result.best_dev - result.base_dev:+.4f} nats a token)",
             )
         )
-    speed = f"{result.tokens_per_second:,.0f} tokens/s over {duration(result.seconds)}"
+    speed = f"{result.tokens_per_second:,.0f} tokens/s over {format_seconds(result.seconds)}"
     pairs.append(("speed", speed))
     if result.memory is not None:
         pairs.append(("memory", result.memory))

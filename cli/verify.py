@@ -36,7 +36,7 @@ def verify_command(
     Without --deep, embeddings are checked by the size of their files only.
     """
     from embedcache.cache.verify import verify
-    from embedcache.units import size
+    from embedcache.units import format_bytes
 
     found = verify(cache, deep=deep, progress=TerminalProgress())
     if as_json:
@@ -45,7 +45,7 @@ def verify_command(
         for fault in found.faults:
             typer.echo(translated(str(fault)))
         checked = (
-            f"{counted(found.files, 'files')}, {size(found.bytes)}; {found.committed:,} of "
+            f"{counted(found.files, 'files')}, {format_bytes(found.bytes)}; {found.committed:,} of "
             f"{counted(found.blocks, 'blocks')} committed"
         )
         faults = counted(len(found.faults), "faults") if found.faults else "no fault"

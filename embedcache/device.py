@@ -78,13 +78,13 @@ def free_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def wait_for(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until the device has finished all launched work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-recording = threading.Lock()
+capture_lock = threading.Lock()
 """Lock held while a CUDA graph is captured. Other threads must not allocate memory on the device
 during the capture, because the allocator cannot free any."""
 
@@ -95,7 +95,7 @@ def has_triton() -> bool:
     return find_spec("triton") is not None
 
 
-def current(device: torch.device) -> AbstractContextManager[Any]:
+def device_context(device: torch.device) -> AbstractContextManager[Any]:
     """Return a context in which ``device`` is CUDA's current device."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 

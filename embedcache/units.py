@@ -7,10 +7,10 @@ import re
 from embedcache.errors import UsageError
 
 
-def size(count: float) -> str:
+def format_bytes(count: float) -> str:
     """Format a number of bytes.
 
-    >>> size(1536), size(2_500_000)
+    >>> format_bytes(1536), format_bytes(2_500_000)
     ('1.5 kB', '2.5 MB')
     """
     for unit in ("B", "kB", "MB", "GB"):
@@ -20,19 +20,19 @@ def size(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def rounded_up(count: int, multiple: int) -> int:
+def round_up(count: int, multiple: int) -> int:
     """Round a count up to a multiple.
 
-    >>> rounded_up(5, 4), rounded_up(8, 4)
+    >>> round_up(5, 4), round_up(8, 4)
     (8, 8)
     """
     return -(-count // multiple) * multiple
 
 
-def bytes_of(text: str) -> int:
+def parse_bytes(text: str) -> int:
     """Parse a size such as ``1GB`` or ``0.95 GB`` to bytes; raise ``UsageError`` if it is none.
 
-    >>> bytes_of("1GB"), bytes_of("0.5 mb"), bytes_of("800000")
+    >>> parse_bytes("1GB"), parse_bytes("0.5 mb"), parse_bytes("800000")
     (1000000000, 500000, 800000)
     """
     units = {"": 1, "b": 1, "kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12}
@@ -42,11 +42,11 @@ def bytes_of(text: str) -> int:
     return int(float(match[1]) * units[match[2]])
 
 
-def duration(seconds: float) -> str:
+def format_seconds(seconds: float) -> str:
     """Format a number of seconds.
 
-    >>> duration(0.2), duration(75), duration(4000), duration(9000), duration(9e5)
-    ('0.2 s', '75 s', '67 min', '2.5 h', '10.4 days')
+    >>> [format_seconds(s) for s in (0.2, 75, 4000, 9000, 9e5)]
+    ['0.2 s', '75 s', '67 min', '2.5 h', '10.4 days']
     """
     if seconds < 10:
         return f"{seconds:.1f} s"

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import embedcache as ec
 from embedcache.corpus.sources.folders import library_files
-from embedcache.units import size
+from embedcache.units import format_bytes
 from embedcache_cli.show import TerminalProgress
 
 BASE = "builtin:smollm2-135m"
@@ -88,7 +88,7 @@ cross-entropy  base {found.base_cross_entropy:.3f}, carry-on {row["cross_entropy
 perplexity     base {found.base_perplexity:.1f}, carry-on {row["perplexity"]:.1f}
 difference     {row["difference"]:+.3f}, 95 % interval [{row["low"]:+.3f}, {row["high"]:+.3f}]
 parameters     {trained.parameters:,}
-cache          {size(extracted.bytes)}, {extracted.bytes_per_token:,.0f} bytes a token
+cache          {format_bytes(extracted.bytes)}, {extracted.bytes_per_token:,.0f} bytes a token
 stage one      {sum(extracted.tokens.values()):,} tokens in {extracted.seconds:.0f} s
 stage two      {trained.tokens:,} tokens in {trained.seconds:.0f} s
 plot           {carryon / "loss.png"}

@@ -17,7 +17,7 @@ from embedcache.base.load import Base
 from embedcache.base.taps import TapRecorder, final_embeddings
 from embedcache.device import any_shape_attention
 from embedcache.errors import NumericsError
-from embedcache.units import rounded_up
+from embedcache.units import round_up
 
 Array = np.ndarray[Any, Any]
 
@@ -77,7 +77,7 @@ class BlockForward:
     def _width(self, length: int) -> int:
         """Return the padded width of a batch whose longest sequence has ``length`` tokens."""
         most = getattr(self._base.model.config, "max_position_embeddings", None) or length
-        return max(length, min(rounded_up(length, WIDTH_MULTIPLE), most, self._batch_tokens))
+        return max(length, min(round_up(length, WIDTH_MULTIPLE), most, self._batch_tokens))
 
     def positions(self, rows_B2: Array) -> int:
         """Return the number of tokens of a batch, padding included."""

@@ -18,7 +18,7 @@ import torch
 from embedcache.cache.codecs.integers import ArraySpec
 from embedcache.cache.split_reader import StoredBlock
 from embedcache.data.batch import Counts
-from embedcache.units import rounded_up
+from embedcache.units import round_up
 
 Array = np.ndarray[Any, Any]
 
@@ -150,7 +150,7 @@ def pack(
     new = partial(torch.empty, pin_memory=device.type == "cuda")
     cu_seqlens_M = None
     if row_tokens is None:
-        T = rounded_up(max(lengths), ROW_MULTIPLE)
+        T = round_up(max(lengths), ROW_MULTIPLE)
         rows = pack_rows(lengths, T)
     else:
         T = max(row_tokens, sum(lengths))
@@ -229,7 +229,7 @@ def _cu_seqlens(lengths: list[int], T: int, new: Callable[..., torch.Tensor]) ->
     used, longest = sum(lengths), max(lengths)
     starts = [*np.cumsum([0, *lengths]).tolist(), *range(used + longest, T, longest)]
     power_of_two = 1 << len(starts).bit_length()
-    size = rounded_up(len(starts) + 1, min(power_of_two, CU_SEQLENS_MULTIPLE))
+    size = round_up(len(starts) + 1, min(power_of_two, CU_SEQLENS_MULTIPLE))
     cu_seqlens_M = new(size, dtype=torch.int32).fill_(T)
     cu_seqlens_M.numpy()[: len(starts)] = starts
     return cu_seqlens_M

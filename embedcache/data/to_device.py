@@ -17,7 +17,7 @@ from embedcache.cache.codecs.integers import Codec
 from embedcache.data.batch import Batch
 from embedcache.data.packing import Packed
 from embedcache.data.prefetch import prefetch
-from embedcache.device import recording
+from embedcache.device import capture_lock
 
 RETRIES, RETRY_SECONDS = 5, 0.02
 """How often a part is tried again when the device is out of memory, and the seconds in between: the
@@ -89,7 +89,7 @@ class ToDevice(Generic[Prepared]):
     def _make_on_stream(self, packed: Packed) -> tuple[Prepared, torch.cuda.Event]:
         """Make a batch on the stream of batches; return it with the event that ends its making."""
         # The context does not span a yield: another thread may close the generator.
-        with recording, torch.cuda.stream(_stream(self._device)):
+        with capture_lock, torch.cuda.stream(_stream(self._device)):
             prepared, ready = self.make(packed), torch.cuda.Event()
             ready.record()
         return prepared, ready

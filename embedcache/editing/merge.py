@@ -23,7 +23,7 @@ from embedcache.editing.edit import FinishedCache, StagedCache, file_of
 from embedcache.errors import OutputError, UsageError
 from embedcache.progress import SILENT, Bar, Progress
 from embedcache.store.files import fsync_path, fsync_tree, translate_write_errors, writer_lock
-from embedcache.units import size
+from embedcache.units import format_bytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,8 +138,8 @@ def _require_room(out: Path, needed: int) -> None:
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise OutputError(
-            f"expected {size(needed)} of free space for {out}, found {size(free)}. Make room, or "
-            "give another `out=`."
+            f"expected {format_bytes(needed)} of free space for {out}, found "
+            f"{format_bytes(free)}. Make room, or give another `out=`."
         )
 
 

@@ -19,7 +19,7 @@ from embedcache.base.head import Head
 from embedcache.base.taps import FINAL
 from embedcache.cache.codecs.integers import ArraySpec, Codec
 from embedcache.cache.format.layout import LIKELY, TOP_IDS, ExtractSettings, block_arrays
-from embedcache.units import rounded_up
+from embedcache.units import round_up
 
 Array = np.ndarray[Any, Any]
 EncodedArrays = dict[str, torch.Tensor]
@@ -125,7 +125,7 @@ class HostBuffers:
         Blocks while every buffer is in use.
         """
         values = [*arrays.values(), finite_N]
-        sizes = [rounded_up(value.nbytes, ALIGNMENT) for value in values]
+        sizes = [round_up(value.nbytes, ALIGNMENT) for value in values]
         buffer = self._free.get()
         if len(buffer) < sum(sizes):
             buffer = torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=self._cuda)

@@ -34,12 +34,12 @@ from embedcache.cache.manifest.digest_table import digest_table_bytes
 from embedcache.cache.manifest.file_record import FILE
 from embedcache.cache.tokens.reader import SplitTokens
 from embedcache.cache.usage import used_bytes
-from embedcache.device import wait_for
+from embedcache.device import synchronize
 from embedcache.errors import OutputError
 from embedcache.extraction.encode import BlockEncoder, HostBuffers, Slot
 from embedcache.extraction.sample import BlockId, ComputedBatches, SampledBatch, sample_batches
 from embedcache.progress import Progress
-from embedcache.units import duration, size
+from embedcache.units import format_bytes, format_seconds
 
 MIN_TOKENS = 2048
 MIN_BATCHES = 4
@@ -81,11 +81,13 @@ class Estimate:
 
     def __str__(self) -> str:
         """Return the estimate as one line."""
-        whole = f" ({size(self.bytes)} when finished)" if self.bytes_to_go < self.bytes else ""
+        whole = (
+            f" ({format_bytes(self.bytes)} when finished)" if self.bytes_to_go < self.bytes else ""
+        )
         return (
-            f"{self.tokens_to_go:,} tokens to go: about {size(self.bytes_to_go)} to write{whole}, "
-            f"{duration(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s; "
-            f"{size(self.free_bytes)} of disk free"
+            f"{self.tokens_to_go:,} tokens to go: about {format_bytes(self.bytes_to_go)} to write"
+            f"{whole}, {format_seconds(self.seconds)} at {self.tokens_per_second:,.0f} tokens/s; "
+            f"{format_bytes(self.free_bytes)} of disk free"
         )
 
     def require_room(self, out: Path) -> None:
@@ -199,10 +201,10 @@ def run_trial(
                 first = batch.rows_B2[:1].copy()
                 first[:, 1] = np.minimum(first[:, 1], first[:, 0] + 64)
                 forward.batch(batch.ids_N, first)
-                wait_for(base.device)
+                synchronize(base.device)
             started = time.perf_counter()
             x_BTH = forward.batch(batch.ids_N, batch.rows_B2)
-            wait_for(base.device)
+            synchronize(base.device)
             seconds += time.perf_counter() - started
             x_NH = {tap: batch.unpadded(x) for tap, x in computed.add(batch, x_BTH).items()}
             sample.append((batch, x_NH))
@@ -273,7 +275,7 @@ def _codec_cost(
                 for batch, _ in sample[number :: len(trial_blocks)]:
                     forward.batch(batch.ids_N, batch.rows_B2)
                     forward_tokens += len(batch)
-                wait_for(device)
+                synchronize(device)
                 forward_seconds += time.perf_counter() - started
             started = time.perf_counter()
             slot = encoded(x_NH, ids_N)

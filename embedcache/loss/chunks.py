@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from embedcache.errors import UsageError
-from embedcache.units import size as bytes_text
+from embedcache.units import format_bytes as bytes_text
 
 LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 1 << 30}
 """Default bytes of logits that exist at a time; on a CPU about what its caches hold."""

@@ -26,7 +26,7 @@ from embedcache.loss.chunks import Chunks, plan_chunks
 from embedcache.loss.one_tile import one_tile_cross_entropy
 from embedcache.loss.online_softmax import OnlineSoftmax, combine, update
 from embedcache.loss.tiles import LabelRows, VocabSubset, tiles
-from embedcache.units import rounded_up
+from embedcache.units import round_up
 
 IMPLS = ("auto", "torch", "triton")
 ROW_ALIGNMENT = 64
@@ -207,7 +207,7 @@ def _row_stride(columns: int, device: torch.device) -> int:
 
     On a CPU rows are contiguous: oneDNN's bfloat16 products read what lies between rows.
     """
-    return columns if device.type == "cpu" else rounded_up(columns, ROW_ALIGNMENT)
+    return columns if device.type == "cpu" else round_up(columns, ROW_ALIGNMENT)
 
 
 def _matrix(buffer: Tensor, rows: int, columns: int) -> Tensor:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from embedcache.errors import OutputError
-from embedcache.units import size
+from embedcache.units import format_bytes
 
 LOCK = ".lock"
 STAGING = ".staging"
@@ -135,7 +135,7 @@ def _is_within(place: Path, out: Path) -> bool:
 
 def _free(place: Path) -> str:
     existing = next(folder for folder in [place, *place.absolute().parents] if folder.exists())
-    return size(shutil.disk_usage(existing).free)
+    return format_bytes(shutil.disk_usage(existing).free)
 
 
 def canonical_json(value: Any) -> str:

@@ -25,7 +25,7 @@ from embedcache.training.run.checkpoint import check_out
 from embedcache.training.run.report import TrainSummary
 from embedcache.training.run.run import Run
 from embedcache.training.trainer import Trainer
-from embedcache.units import bytes_of
+from embedcache.units import parse_bytes
 
 LONGER = 8
 """``loss="auto"`` takes a shortlist where the vocabulary is so many times as long as its draws: a
@@ -158,7 +158,7 @@ class Session:
     ):
         self.cache = Cache(Path(cache))
         self.device = device
-        self.memory = bytes_of(memory) if isinstance(memory, str) else memory
+        self.memory = parse_bytes(memory) if isinstance(memory, str) else memory
         self._progress, self._ranks = progress, ranks
         self._trainer = Trainer(self.cache, device, progress, ranks, self.memory)
         self.inputs = self._trainer.inputs

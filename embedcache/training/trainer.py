@@ -13,7 +13,7 @@ from embedcache.cache.cache import Cache
 from embedcache.carryon.protocol import CarryOn
 from embedcache.carryon.registry import build
 from embedcache.data.loader import kept_bytes_per_loader
-from embedcache.device import current, free_memory
+from embedcache.device import device_context, free_memory
 from embedcache.errors import DeviceMemoryError
 from embedcache.progress import Progress
 from embedcache.training.budget.allocator import memory_limit
@@ -153,7 +153,7 @@ class Trainer:
         begun = sorted((one for one in begun if one[0].failure is None), key=self._place)
         if begun:
             budget = None if plan is None else plan.budget
-            with current(self._device), memory_limit(budget, self._device):
+            with device_context(self._device), memory_limit(budget, self._device):
                 self._train(begun, settings)
 
     def _train(self, begun: Sequence[Begun], settings: StepSettings) -> None:

@@ -34,7 +34,7 @@ from embedcache.corpus.config import CorpusConfig
 from embedcache.data.batch import Batch
 from embedcache.data.frozen import FrozenInputs
 from embedcache.data.loader import BatchLoader
-from embedcache.device import wait_for
+from embedcache.device import synchronize
 from embedcache.evaluation.evaluate import evaluate
 from embedcache.extraction.extract import extract
 from embedcache.loss import linear_cross_entropy
@@ -106,7 +106,7 @@ class Lora:
 
     def epoch(self, optimizer: torch.optim.Optimizer, tokens: int, epoch: int, rate: Any) -> float:
         """Train one epoch and return its seconds. ``rate`` maps tokens seen to a learning rate."""
-        wait_for(self.device)
+        synchronize(self.device)
         began, done = time.perf_counter(), 0
         for batch in self.batches("train", tokens, epoch):
             done += batch.tokens
@@ -116,7 +116,7 @@ class Lora:
             torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        wait_for(self.device)
+        synchronize(self.device)
         return time.perf_counter() - began
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from embedcache.loss.online_softmax import OnlineSoftmax
 from embedcache.loss.tiles import Tile
-from embedcache.units import rounded_up
+from embedcache.units import round_up
 
 BLOCK = 4096
 """Columns that a program computes at a time."""
@@ -59,7 +59,7 @@ def update(
             subset.bias_C,
             subset.log_weight_C,
             columns,
-            min(logits_NC.stride(0), rounded_up(columns, 16)),
+            min(logits_NC.stride(0), round_up(columns, 16)),
             subset.scale,
             1.0 if subset.softcap is None else subset.softcap,
             HAS_SOFTCAP=subset.softcap is not None,

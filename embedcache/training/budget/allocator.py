@@ -12,7 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from embedcache.device import wait_for
+from embedcache.device import synchronize
 
 SMALL_SEGMENT = 12 << 20
 """Bytes that the allocator reserves at a time where `configure_allocator` could decide."""
@@ -98,10 +98,10 @@ def peak_memory(device: torch.device, resident: Iterable[torch.Tensor]) -> Itera
     """
     peak: list[int] = []
     if device.type == "cuda":
-        wait_for(device)
+        synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
         yield peak
-        wait_for(device)
+        synchronize(device)
         peak.append(torch.cuda.max_memory_allocated(device))
         return
     with _LiveBytes() as live:

@@ -11,7 +11,7 @@ import torch
 from embedcache.device import has_triton
 from embedcache.errors import DeviceMemoryError
 from embedcache.training.step.settings import StepSettings, plain_settings
-from embedcache.units import size
+from embedcache.units import format_bytes
 
 PART_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
 """Sizes of the parts of a step that are tried with each settings. Smaller parts are slower by the
@@ -48,9 +48,8 @@ class MemoryPlan:
     def __str__(self) -> str:
         parts = f"parts of {self.settings.part_tokens:,} tokens"
         graphs = ", CUDA graphs" if self.settings.cuda_graph else ""
-        return (
-            f"{size(self.expected)} expected of {size(self.budget)}: {self.name}, {parts}{graphs}"
-        )
+        use = f"{format_bytes(self.expected)} expected of {format_bytes(self.budget)}"
+        return f"{use}: {self.name}, {parts}{graphs}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +141,8 @@ def too_small(budget: int, longest: int, least: float | None) -> DeviceMemoryErr
         text = rounded_size(least)
         takes, way_out = f"at least {text}", f'Pass `memory="{text}"`'
     return DeviceMemoryError(
-        f"`memory=` of {size(budget)} does not hold a sequence of {longest:,} tokens and the "
-        f"carry-ons that train on it: that takes {takes}. {way_out}"
+        f"`memory=` of {format_bytes(budget)} does not hold a sequence of {longest:,} tokens and "
+        f"the carry-ons that train on it: that takes {takes}. {way_out}"
     )
 
 

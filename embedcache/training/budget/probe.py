@@ -12,7 +12,7 @@ import torch
 
 from embedcache.carryon.registry import build
 from embedcache.data.batch import Batch
-from embedcache.device import current, fast_dtype, wait_for
+from embedcache.device import device_context, fast_dtype, synchronize
 from embedcache.training.budget.allocator import memory_limit, peak_memory
 from embedcache.training.budget.ladder import MemoryPlan, Rung, ladder, too_small
 from embedcache.training.config import TrainConfig
@@ -166,7 +166,11 @@ class _Probe:
         used = [*frozen.tensors(), *scoring.tensors()]
         resident = {id(tensor): tensor for tensor in used if tensor.device == device}
         orders = {inputs.order(config): config for config in configs}
-        with current(device), peak_memory(device, resident.values()) as peak, ExitStack() as opened:
+        with (
+            device_context(device),
+            peak_memory(device, resident.values()) as peak,
+            ExitStack() as opened,
+        ):
             stack = Stack(self._models, configs, frozen, settings)
             captured = GraphedStack(stack, device) if settings.cuda_graph else None
             taker = captured or stack
@@ -174,7 +178,7 @@ class _Probe:
                 order: opened.enter_context(closing(self._parts(config, settings)))
                 for order, config in orders.items()
             }
-            opened.callback(wait_for, device)  # graphs are freed when none of them runs
+            opened.callback(synchronize, device)  # graphs are freed when none of them runs
             for _ in range(PARTS[device.type]):
                 due = {order: next(parts, None) for order, parts in streams.items()}
                 work = [

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from embedcache.device import recording, wait_for
+from embedcache.device import capture_lock, synchronize
 from embedcache.training.step.padding import Buffers, Shape, padded, shape_of
 from embedcache.training.step.settings import StepSettings
 from embedcache.training.step.stack import Stack, Work
@@ -155,7 +155,7 @@ class GraphedStack:
 
     def _drop(self) -> None:
         """Free all graphs once the device is done with them."""
-        wait_for(self._device)
+        synchronize(self._device)
         self._graphs.clear()
         self._buffers.clear()
         self._pool = None
@@ -230,7 +230,7 @@ def capture(
         # Where memory runs out before the first kernel, the error is enough.
         warnings.filterwarnings("ignore", message="The CUDA Graph is empty")
         with (
-            recording,
+            capture_lock,
             torch.cuda.graph(graph, pool=pool, stream=side, capture_error_mode="thread_local"),
         ):
             torch.empty(wanted, dtype=torch.uint8, device=device)

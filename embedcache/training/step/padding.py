@@ -14,7 +14,7 @@ from torch import Tensor
 from embedcache.loss import Shortlist
 from embedcache.training.step.stack import POSITIONS_MULTIPLE
 from embedcache.training.step.step_inputs import StepInputs
-from embedcache.units import rounded_up
+from embedcache.units import round_up
 
 PIECES, COLUMNS = 4, 1024
 """Predicted positions are padded to quarters of a row, and the columns of a shortlist to a
@@ -56,13 +56,13 @@ def shape_of(inputs: StepInputs, *, whole: bool) -> Shape:
     batch = inputs.batch
     assert batch.cu_seqlens_M is not None
     row = batch.ids_BT.shape[1]
-    piece = rounded_up(row if whole else -(-row // PIECES), POSITIONS_MULTIPLE)
+    piece = round_up(row if whole else -(-row // PIECES), POSITIONS_MULTIPLE)
     columns = [len(one.weight_CH) for one in inputs.shortlists]
     return Shape(
         row=row,
         boundaries=max(len(batch.cu_seqlens_M), BOUNDARIES if whole else 0),
-        positions=rounded_up(max(1, len(batch.targets_N)), piece),
-        columns=rounded_up(sum(columns), COLUMNS),
+        positions=round_up(max(1, len(batch.targets_N)), piece),
+        columns=round_up(sum(columns), COLUMNS),
     )
 
 

@@ -31,7 +31,7 @@ from embedcache.training.distributed import ALONE, Ranks
 from embedcache.training.optim.adamw import StackAdamW, send
 from embedcache.training.step.settings import PLAIN, StepSettings
 from embedcache.training.step.step_inputs import StepInputs
-from embedcache.units import rounded_up
+from embedcache.units import round_up
 
 POSITIONS_MULTIPLE = 128
 """Pad the number of predicted positions to a multiple of this, so that products have few shapes:
@@ -168,7 +168,7 @@ class Stack:
         together = batches[0] if len(groups) == 1 else stacked_batch([*chain(*groups)])
         h_KBTR = batch_features(self.model, together, self._inputs)
         K, B, T, _ = h_KBTR.shape
-        N = rounded_up(max(len(batch.targets_N) for batch in batches), POSITIONS_MULTIPLE)
+        N = round_up(max(len(batch.targets_N) for batch in batches), POSITIONS_MULTIPLE)
         place_KN = torch.cat(
             [
                 _positions(batch, T, N).expand(len(group), -1)
@@ -230,7 +230,7 @@ class Stack:
         head, batch, listed = self._inputs.head, inputs.batch, list(inputs.shortlists)
         if listed:
             last = listed[-1]
-            more = rounded_up(len(batch.targets_N), POSITIONS_MULTIPLE) - len(batch.targets_N)
+            more = round_up(len(batch.targets_N), POSITIONS_MULTIPLE) - len(batch.targets_N)
             listed[-1] = last._replace(index_N=F.pad(last.index_N, (0, more)))
             some = slice_shortlists(listed, rows)
             return shortlist_cross_entropy(y_GnH, some, head, logit_bytes=self.settings.logit_bytes)
@@ -241,7 +241,7 @@ class Stack:
 
 def _rows_of(batch: Batch, rows: slice) -> slice:
     """Return those of some rows that a batch has, padded to `POSITIONS_MULTIPLE`."""
-    return slice(rows.start, min(rows.stop, rounded_up(len(batch.targets_N), POSITIONS_MULTIPLE)))
+    return slice(rows.start, min(rows.stop, round_up(len(batch.targets_N), POSITIONS_MULTIPLE)))
 
 
 def _padded(values_N: Tensor) -> Tensor:

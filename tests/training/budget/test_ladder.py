@@ -12,7 +12,7 @@ from embedcache.training.budget import ladder as ladder_module
 from embedcache.training.budget.allocator import peak_memory
 from embedcache.training.budget.ladder import ladder
 from embedcache.training.budget.probe import _first_that_holds, _plans
-from embedcache.units import bytes_of
+from embedcache.units import parse_bytes
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -101,4 +101,4 @@ def test_bisection_finds_the_first_plan_that_holds(limit):
 @pytest.mark.parametrize("text", ["", "GB", "1 GiBs", "-1GB", "1,5GB"])
 def test_a_text_that_is_no_size_is_refused(text):
     with pytest.raises(UsageError, match="1GB"):
-        bytes_of(text)
+        parse_bytes(text)

@@ -28,7 +28,7 @@ from embedcache.training.step.settings import PLAIN
 from embedcache.training.step.stack import Stack
 from embedcache.training.sweep import sweep
 from embedcache.training.train import train
-from embedcache.units import bytes_of
+from embedcache.units import parse_bytes
 from embedcache_cli.app import app
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def test_a_sweep_that_does_not_fit_is_trained_in_halves(world, tmp_path, monkeyp
 def test_a_budget_that_holds_no_sequence_is_refused_with_the_least_that_does(world, tmp_path):
     with pytest.raises(DeviceMemoryError, match="a sequence of 64 tokens") as refused:
         train(world.cache_path, out=tmp_path / "c", config=CONFIG, device="cpu", memory=200_000)
-    least = bytes_of(str(refused.value).split('"')[-2])
+    least = parse_bytes(str(refused.value).split('"')[-2])
     assert least > 300_000  # as measured, not by the budget
     train(world.cache_path, out=tmp_path / "d", config=CONFIG, device="cpu", memory=least)
     assert not (tmp_path / "c").exists()
