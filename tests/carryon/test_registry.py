@@ -37,13 +37,11 @@ class Shift(CarryOn):
         self.weight = torch.nn.Parameter(torch.zeros(1, hidden))
 
     def features(self, inputs: CarryOnInputs, alpha=1.0) -> torch.Tensor:
-        x_BTH = inputs.x_BTH["final"].float()
-        stacked = self.weight.ndim == 3 and x_BTH.ndim == 3
-        return x_BTH.expand(len(self.weight), *x_BTH.shape) if stacked else x_BTH
+        shift = self.weight if self.weight.ndim == 2 else self.weight[:, None]
+        return inputs.x_BTH["final"] + shift
 
     def embeddings(self, h, x, alpha=1.0) -> torch.Tensor:
-        shift = self.weight if self.weight.ndim == 2 else self.weight[:, None]
-        return blend(x, shift.to(x.dtype).expand(h.shape), alpha)
+        return blend(x, h.to(x.dtype) - x, alpha)
 
     @property
     def key_value_layers(self) -> int:

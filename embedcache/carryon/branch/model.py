@@ -34,6 +34,10 @@ EPS = 1e-6
 """Added to the mean square of an input before its root is taken, so that zeros stay finite."""
 
 
+TINY = torch.finfo(torch.float32).tiny
+"""An ``eps`` that changes no variance; some versions of PyTorch refuse 0."""
+
+
 class Branch(CarryOn):
     """A trainable branch on frozen embeddings. Its output is initialised to zero."""
 
@@ -186,7 +190,7 @@ def _input(
     """
     low = product_dtype(mean_H)
     if x_BTH.is_cpu and low == x_BTH.dtype != mean_H.dtype and bridge_bits == 16:
-        x_NH = F.batch_norm(x_BTH.flatten(0, -2), mean_H, scale_H**-2, eps=0.0)
+        x_NH = F.batch_norm(x_BTH.flatten(0, -2), mean_H, scale_H**-2, eps=TINY)
         return x_NH.mul_(one_over_rms(x_NH, EPS).to(low)).view(x_BTH.shape)
     return _unit_rms(bridge(_standard(x_BTH, mean_H, scale_H, dtype), bridge_bits)).to(dtype)
 

@@ -33,9 +33,10 @@ SHAPES = 12
 MOST = 8
 """Carry-ons of a stack whose parts are captured, at most. With more, a step waits for the GPU, and
 graphs would only take memory."""
-OFTEN = 10
-"""Parts of a shape after which the shape is captured. Rare shapes, of the last batches of epochs,
-are not worth the time that capturing takes."""
+OFTEN = 20
+"""Parts of a shape after which the shape gets a graph of its own, where the graph of a larger shape
+computes them until then. Most shapes are of the last batches of epochs, and capturing takes long.
+"""
 WARM_UPS = 2
 """Times that a part is computed before it is captured."""
 
@@ -71,7 +72,8 @@ class GraphedStack:
     The stack computes other parts kernel by kernel; and all parts once memory ran out while one was
     captured, after which ``room`` is False.
 
-    Without a memory budget there is a graph for each of a few padded shapes. Within one there is a
+    Without a memory budget there are graphs of a few padded shapes, and a part takes the smallest
+    that holds it. Within one there is a
     single graph, since each takes the memory of a part: it is captured anew, larger, for a part
     that does not fit into it.
     """
@@ -99,7 +101,7 @@ class GraphedStack:
         inputs, shape, copied = work[0].inputs, None, None
         if self.room and all(one.inputs is inputs for one in work) and self._fits(inputs):
             shape = self._shape(inputs)
-        if shape is not None:
+        if shape in self._graphs or (shape is not None and len(self._graphs) < SHAPES):
             with self._capturing():
                 copied = padded(inputs, shape, self._buffers)
         if shape is None or copied is None:
@@ -139,8 +141,8 @@ class GraphedStack:
         one_row = inputs.batch.cu_seqlens_M is not None and len(inputs.shortlists) <= 1
         return one_row and not self._stack.streams(inputs)
 
-    def _shape(self, inputs: StepInputs) -> Shape | None:
-        """Return the shape to which a batch is padded for a graph; None if it takes none."""
+    def _shape(self, inputs: StepInputs) -> Shape:
+        """Return the shape to which a batch is padded for a graph."""
         shape = shape_of(inputs, whole=self._single)
         if self._single:
             for other in self._graphs:
@@ -150,8 +152,10 @@ class GraphedStack:
                 self._drop()
             return shape
         self._seen[shape] += 1
-        new = self._seen[shape] >= OFTEN and len(self._graphs) < SHAPES
-        return shape if new or shape in self._graphs else None
+        if self._seen[shape] < OFTEN or len(self._graphs) == SHAPES:
+            larger = [other for other in self._graphs if other.holds(shape)]
+            return min(larger, key=Shape.logits, default=shape)
+        return shape
 
     def _drop(self) -> None:
         """Free all graphs once the device is done with them."""

@@ -43,6 +43,15 @@ class Shape(NamedTuple):
     positions: int
     columns: int
 
+    def holds(self, other: Shape) -> bool:
+        """Say whether batches of another shape can be padded to this one."""
+        alike = self.row == other.row and bool(self.columns) == bool(other.columns)
+        return alike and self.around(other) == self
+
+    def logits(self) -> int:
+        """Return the number of logits, positions times columns, by which graphs are compared."""
+        return self.positions * max(1, self.columns)
+
     def around(self, other: Shape) -> Shape:
         """Return the smallest shape to which batches of both can be padded."""
         return Shape(*map(max, zip(self, other, strict=True)))

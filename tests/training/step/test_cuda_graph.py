@@ -115,7 +115,8 @@ def longer(inputs: StepInputs, more: int) -> StepInputs:
 
 def first_targets(inputs: StepInputs, count: int) -> StepInputs:
     batch = inputs.batch
-    return changed(inputs, predict_N=batch.predict_N[:count], targets_N=batch.targets_N[:count])
+    few = changed(inputs, predict_N=batch.predict_N[:count], targets_N=batch.targets_N[:count])
+    return replace(few, shortlists=[s._replace(index_N=s.index_N[:count]) for s in few.shortlists])
 
 
 def works(batches) -> list[list[Work]]:
@@ -378,20 +379,41 @@ def test_a_batch_is_freed_before_its_graph_is_replayed(stacks):
     assert [graph.replays for graph in graphs] == [2]
 
 
-def test_a_shape_is_captured_once_it_came_often_and_only_so_many_are(stacks, monkeypatch):
+def test_a_rare_shape_is_computed_by_the_graph_of_a_larger_one(stacks, monkeypatch):
     make, graphs = stacks
-    monkeypatch.setattr(cuda_graph, "OFTEN", 3)
-    monkeypatch.setattr(cuda_graph, "SHAPES", 2)
-    (plain, captured), batches = make("exact")
+    monkeypatch.setattr(cuda_graph, "OFTEN", 4)
+    (plain, captured), batches = make("shortlist")
+    graphed, whole, few = GraphedStack(captured, CPU), batches[0], first_targets(batches[0], 20)
+    fewer, more = (padding.shape_of(one, whole=False) for one in (few, whole))
+    assert more.holds(fewer)
+    assert fewer.logits() < more.logits()
+    between = fewer._replace(boundaries=fewer.boundaries + 8)
+    for shapes in ((more, between), (between, more)):
+        graphed._graphs = dict.fromkeys(shapes)
+        assert graphed._shape(few) == between  # the smallest that holds it
     graphed = GraphedStack(captured, CPU)
-    few, made = first_targets(batches[0], 20), []
-    for one in (few, batches[0], few, few, few, *[batches[0]] * 2, *[longer(few, 16)] * 4):
+    made = []
+    for one in (whole, few, few, few, few, few, whole):
         found, expected = step(captured, graphed, works([one])), step(plain, plain, works([one]))
         for value, other in zip(found, expected, strict=True):
             torch.testing.assert_close(value, other, rtol=1e-4, atol=1e-6)
         made.append(len(graphs))
-    assert made == [0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 2]
-    assert [graph.replays for graph in graphs] == [2, 1]
+    assert made == [1, 1, 1, 1, 2, 2, 2]
+    assert [graph.replays for graph in graphs] == [5, 2]
+
+
+def test_a_shape_that_no_graph_holds_is_captured_at_once(stacks, monkeypatch):
+    make, graphs = stacks
+    monkeypatch.setattr(cuda_graph, "OFTEN", 4)
+    (_, captured), batches = make("exact")
+    graphed, few = GraphedStack(captured, CPU), first_targets(batches[0], 20)
+    for one in (few, longer(batches[0], 16)):
+        step(captured, graphed, works([one]))
+    assert len(graphs) == 2
+    monkeypatch.setattr(cuda_graph, "SHAPES", 2)
+    for _ in range(6):  # one shape too many: the graph of the larger one computes it for good
+        step(captured, graphed, works([longer(few, 8)]))
+    assert [graph.replays for graph in graphs] == [1, 7]
 
 
 def test_a_stream_s_end_does_not_make_all_deltas_at_once(stacks, monkeypatch):
