@@ -74,7 +74,7 @@ def test_damaged_blocks_come_out_as_they_were(
     damaged = shards(out)
     for name in damaged:
         harm(out / name)
-    with pytest.raises(CacheError, match=r"extract --repair --out CACHE"):
+    with pytest.raises(CacheError, match=r"`embedcache\.repair\("):
         served(out)
     summary = mend(out, tiny_base)
     restored(out, merged)

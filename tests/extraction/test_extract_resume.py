@@ -160,7 +160,7 @@ def test_lost_tokens_are_not_computed_as_zeros(place: Path, tmp_path: Path) -> N
     (out / "manifest.json").unlink()
     for lost in ("train/embeddings/final/c/3/0", "train/tokens/ids/c/3"):
         (out / lost).unlink()
-    with pytest.raises(CacheError, match=r"train/tokens/ids/c/3 is missing.*--repair"):
+    with pytest.raises(CacheError, match=r"train/tokens/ids/c/3 is missing.*`embedcache\.repair\("):
         run(place, out)
 
 

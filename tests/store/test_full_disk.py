@@ -341,7 +341,7 @@ def test_the_command_prints_one_line_and_exits_with_1(
         assert shown.out == ""
         (line,) = [text for text in shown.err.splitlines() if not text.endswith("disk free")]
         assert line.startswith("embedcache: expected ")
-        assert "run the same call again" in line
+        assert "run the same command again" in line
 
 
 def test_a_folder_without_write_permission(place: Path, tmp_path: Path) -> None:
