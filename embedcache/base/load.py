@@ -1,4 +1,4 @@
-"""Load a base: frozen, in evaluation mode, checked against its own logits.
+"""Load a base (a frozen causal language model) and check that its head reproduces its logits.
 
 Axes: B batch, T time, H hidden, V vocabulary.
 """
@@ -24,12 +24,12 @@ from embedcache.device import resolve_device, resolve_dtype
 from embedcache.errors import BaseModelError, IdentityError, NumericsError
 
 _CHECK_TOKENS = 8
-"""Tokens of each of the two sequences that the check runs."""
+"""Length of the two sequences that `check_base` runs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Base:
-    """A loaded base. Its model takes no gradients and is in evaluation mode."""
+    """A loaded base. Its parameters require no gradients, and the model is in evaluation mode."""
 
     identity: BaseIdentity
     model: PreTrainedModel
@@ -43,7 +43,7 @@ def load_identity(spec: str | os.PathLike[str], *, revision: str | None = None) 
     """Return the identity of a base without loading its weights.
 
     Args:
-        spec: the base, as `locate` takes it.
+        spec: the base, in any form that `locate` accepts.
         revision: the revision of a hub id.
 
     Raises:
@@ -65,22 +65,23 @@ def load_tokenizer(
 def local_tokenizer(
     identity: BaseIdentity, spec: str | os.PathLike[str] | None = None
 ) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a recorded base from this machine, without a download.
+    """Return the tokenizer of the base that an identity describes, without a download.
 
     Args:
-        identity: the base whose tokenizer is needed.
-        spec: where the base is now; ``identity.name`` if None.
+        identity: the identity of the base, as recorded in a cache.
+        spec: the current location of the base; ``identity.name`` if None.
 
     Raises:
         BaseModelError: the base is not on this machine.
-        IdentityError: the tokenizer found is a different one.
+        IdentityError: the tokenizer differs from the recorded one.
     """
     directory = locate(os.fspath(spec or identity.name), fetch=False)
     found = tokenizer_hash(directory)
     if found != identity.tokenizer:
         raise IdentityError(
-            f"{directory} has another tokenizer ({found[:12]}) than {identity.name} had "
-            f"({identity.tokenizer[:12]}). Set `base=` to the directory of that base."
+            f"expected the tokenizer of {identity.name} (hash {identity.tokenizer[:12]}), but "
+            f"{directory} has another tokenizer (hash {found[:12]}). Set `base=` to the directory "
+            "of the recorded base."
         )
     return read_tokenizer(directory)
 
@@ -95,14 +96,14 @@ def load_base(
     """Load a base and check it with a short forward pass.
 
     Args:
-        spec: the base, as `locate` takes it.
+        spec: the base, in any form that `locate` accepts.
         revision: the revision of a hub id.
         device: a torch device, or ``auto`` for CUDA where there is a GPU, else the CPU.
         dtype: float32, bfloat16, float16, or ``auto`` for bfloat16 on CUDA, else float32.
 
     Raises:
-        BaseModelError: the base is not a causal language model that embedcache understands.
-        NumericsError: the base gives values that are not finite in this dtype.
+        BaseModelError: the base is not a causal language model that embedcache supports.
+        NumericsError: the base returns values that are not finite in this dtype.
         UsageError: the device or dtype is unknown.
     """
     spec = os.fspath(spec)
@@ -129,11 +130,11 @@ def load_base(
 def check_base(model: Any, head: Head) -> None:
     """Check that ``head`` gives the model's logits and that no token sees a later one.
 
-    Root-mean-square differences may be 1e-5 of the values' size in float32, and 4e-3 (one rounding
-    of bfloat16) in 16 bits.
+    The tolerance is a relative root-mean-square error of 1e-5 in float32, and of 4e-3 (one bfloat16
+    rounding) in 16-bit dtypes.
 
     Raises:
-        BaseModelError: the logits or the causality are not as expected.
+        BaseModelError: the head does not reproduce the logits, or the model is not causal.
         NumericsError: a value is not finite.
     """
     name = type(model).__name__
@@ -146,29 +147,29 @@ def check_base(model: Any, head: Head) -> None:
     x_BTH = final_embeddings(model, ids_BT)
     if x_BTH.shape != (2, _CHECK_TOKENS, H):
         raise BaseModelError(
-            f"a base's final embeddings have the width of its head's input, {H}; "
-            f"{name} gave the shape {tuple(x_BTH.shape)} for {tuple(ids_BT.shape)} tokens. "
-            "Use another base."
+            f"expected final embeddings of shape {(*ids_BT.shape, H)}, as the head's input has "
+            f"width {H}; {name} returned shape {tuple(x_BTH.shape)}. Use another base."
         )
     expected_BTV = model(input_ids=ids_BT, use_cache=False).logits
     if not (x_BTH.isfinite().all() and expected_BTV.isfinite().all()):
         raise NumericsError(
-            f"{name} gives values that are not finite in {x_BTH.dtype}. "
+            f"{name} returns values that are not finite in {x_BTH.dtype}. "
             "Set `dtype=` to bfloat16 or float32."
         )
     tolerance = 1e-5 if x_BTH.dtype == torch.float32 else 4e-3
     error = _relative_error(head(x_BTH), expected_BTV)
     if error > tolerance:
         raise BaseModelError(
-            f"{name} has an operation between the final norm and the logits that embedcache does "
-            f"not know: its head gives logits with a relative error of {error:.1e} against the "
-            f"model's own; expected at most {tolerance:.0e}. Use another base."
+            f"{name} applies an operation between the final norm and the logits that embedcache "
+            "does not support: the logits of the head differ from those of the model by a "
+            f"relative error of {error:.1e}; expected at most {tolerance:.0e}. Use another base."
         )
     leak = _relative_error(x_BTH[0, :-1], x_BTH[1, :-1])
     if leak > tolerance:
         raise BaseModelError(
-            f"a base is causal: no token sees a later one; in {name} another last token changed "
-            f"the embeddings before it by {leak:.1e} of their size. Use another base."
+            f"a base must be causal: no token may see a later one; in {name}, changing the last "
+            f"token changed the earlier embeddings by a relative error of {leak:.1e}; expected "
+            f"at most {tolerance:.0e}. Use another base."
         )
 
 
@@ -178,7 +179,7 @@ def _relative_error(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 def _require_causal(directory: Path) -> None:
-    """Raise ``BaseModelError`` unless config.json is that of a causal language model."""
+    """Raise ``BaseModelError`` unless config.json describes a causal language model."""
     config = read_config(directory)
     declared = config.architectures or []
     known = set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values())

@@ -1,13 +1,14 @@
-"""Leases: which process works on which part of a folder that several processes write.
+"""Leases divide the work on a folder among several processes that write to it.
 
-Every process keeps one file under ``leases/writers`` and touches it while it lives. A lease is a
-hard link to that file, created exclusively, so one touch keeps all leases of a process alive. A
-lease whose file was not touched for `EXPIRY_SECONDS` has expired, and any process may take it over.
-Age is measured by the file system's clock, because the clocks of machines differ.
+Every process keeps one file under ``leases/writers`` and touches it regularly. A lease is a hard
+link to that file, created exclusively, so one touch renews all leases of a process. A lease whose
+file was not touched for `EXPIRY_SECONDS` has expired, and any process may take it over. Age is
+measured by the file system's clock, because the clocks of machines differ.
 
-Leases spare work and keep processes out of each other's way. They are no proof of exclusiveness:
-where two processes compute one block, its commit marker decides (`embedcache.cache.blocks.commit`),
-and a process that publishes for all calls `Leases.require` first.
+Leases avoid duplicate work. They do not guarantee mutual exclusion: two processes may compute the
+same block, and its commit marker then decides which result counts
+(`embedcache.cache.blocks.commit`). A process calls `Leases.require` before it publishes a file that
+all processes share.
 """
 
 from __future__ import annotations
@@ -32,21 +33,22 @@ from embedcache.store.files import STAGING, publish_json
 LEASES = "leases"
 WRITERS = "writers"
 COORDINATOR = "coordinator"
-"""The lease on work that one process does for all: tokens, base, calibration, manifest."""
+"""The lease on work done once per cache: tokens, base, calibration, manifest."""
 EXPIRY_SECONDS = 60.0
 HEARTBEAT_SECONDS = 10.0
 POLL_SECONDS = 0.2
 PATIENCE_SECONDS = 1.0
-"""A wait that takes longer is reported."""
-_CLEARED = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
-"""Errors that a process meets when others have cleared or replaced its files."""
+"""Waits longer than this are reported to the user."""
+_REMOVED_ERRNOS = (errno.ENOENT, errno.EEXIST, errno.ENOTEMPTY)
+"""Error numbers that occur when another process has removed or replaced this process's files."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Writer:
-    """A process that writes, as its file describes it.
+    """A process that writes to the folder: the contents of its file under ``leases/writers``.
 
-    ``machine`` identifies the running system; two hosts may have one name.
+    ``attempt`` identifies the run. ``machine`` identifies the running system, because two hosts may
+    have the same name. ``began`` is the start time in ISO 8601, UTC.
     """
 
     attempt: str
@@ -59,7 +61,7 @@ class Writer:
         return f"process {self.pid} on {self.host}"
 
     def is_alive(self, age: float) -> bool:
-        """Whether the process lives; ``age``: seconds since it touched its file."""
+        """Whether the process is alive; ``age`` is the seconds since it touched its file."""
         if self.machine == this_machine() and not is_running(self.pid):
             return False
         return age <= EXPIRY_SECONDS
@@ -69,8 +71,8 @@ class Leases:
     """The leases of this process on one folder, kept alive by a thread while the context is open.
 
     Attributes:
-        attempt: an id of this process's run, hex.
-        staging: the folder in which this run makes files before they are published; not made here.
+        attempt: the id of this run, in hexadecimal.
+        staging: the folder for this run's unpublished files. `Leases` does not create it.
     """
 
     def __init__(self, root: Path):
@@ -103,16 +105,16 @@ class Leases:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         """Release all leases.
 
-        Raises ``OutputError`` in place of an error that follows from having been taken over: this
-        process stood still until its leases expired, and others cleared its files away.
+        Raises ``OutputError`` from ``error`` if ``error`` is the consequence of a takeover: the
+        leases of this process expired and another process removed its files.
         """
         self._closed.set()
         self._thread.join()
-        cleared = not self.staging.is_dir()
-        with suppress(OSError, OutputError):  # on a full disk the leases are left to expire
+        files_removed = not self.staging.is_dir()
+        with suppress(OSError, OutputError):  # for example a full disk: the leases will expire
             self._leave()
-        cleared |= isinstance(error, OSError) and error.errno in _CLEARED
-        if isinstance(error, Exception) and self._expired and cleared:
+        files_removed |= isinstance(error, OSError) and error.errno in _REMOVED_ERRNOS
+        if isinstance(error, Exception) and self._expired and files_removed:
             raise taken_over(self._root) from error
 
     def _leave(self) -> None:
@@ -120,7 +122,9 @@ class Leases:
             now = self._touch()
             for name in list(self._held):
                 self.release(name)
-            self._file.unlink(missing_ok=True)  # first: the last of several to leave sees no other
+            # Remove this file before looking for others. If several processes exit at once, the
+            # last one then finds no other and cleans up.
+            self._file.unlink(missing_ok=True)
             if not live_writers(self._root, now):
                 self._remove_dead(now)
         finally:
@@ -135,13 +139,13 @@ class Leases:
 
     def _remove_empty_folders(self) -> None:
         for folder in (*self._folder.glob("*/"), self._folder, self.staging, self.staging.parent):
-            with suppress(OSError):  # not empty: in use
+            with suppress(OSError):  # still in use, so not empty
                 folder.rmdir()
 
     def take(self, name: str) -> bool:
-        """Take the lease ``name``, such as ``train/00000003``; False if a live process has it.
+        """Take the lease ``name``, such as ``train/00000003``; False if a live process holds it.
 
-        Raises ``OutputError`` where this process was itself taken over.
+        Raises ``OutputError`` if another process has taken over from this one.
         """
         path = self._path(name)
         while True:
@@ -151,14 +155,14 @@ class Leases:
                 os.link(self._file, path)
             except FileExistsError:
                 pass
-            except FileNotFoundError:  # the last process to leave removed the folder
+            except FileNotFoundError:  # another process removed the empty folder
                 continue
             else:
                 self._held.add(name)
                 return True
             found = read_writer(path)
             if found is None:
-                continue  # released just now
+                continue  # released in the meantime
             if found[0].attempt == self.attempt:
                 return True
             if found[0].is_alive(now - found[1]):
@@ -166,7 +170,7 @@ class Leases:
             self._remove_expired(path, found[0])
 
     def _remove_expired(self, path: Path, writer: Writer) -> None:
-        """Remove the lease of a dead writer; a lease that another has taken meanwhile is kept."""
+        """Remove the lease of a dead writer unless another process has taken it meanwhile."""
         removed = path.with_name(f".{path.name}.{self.attempt}")
         with suppress(FileNotFoundError):
             path.rename(removed)
@@ -177,45 +181,49 @@ class Leases:
             removed.unlink()
 
     def holds(self, name: str) -> bool:
-        """Whether this process still has the lease: it may have slept until that expired."""
+        """Whether this process still holds the lease. It may have expired and been taken over."""
         found = read_writer(self._path(name))
         return found is not None and found[0].attempt == self.attempt
 
     def require(self, name: str) -> None:
-        """Raise ``OutputError`` unless this process still has the lease."""
+        """Raise ``OutputError`` unless this process still holds the lease."""
         if not self.holds(name):
             raise taken_over(self._root)
 
     def release(self, name: str) -> None:
-        """Give a lease up; nothing happens if it is not held."""
+        """Release a lease. Does nothing if this process does not hold it."""
         self._held.discard(name)
         if self.holds(name):
             self._path(name).unlink(missing_ok=True)
 
     def others(self) -> list[Writer]:
-        """Return the other live processes that write here."""
+        """Return the other live processes that write to the folder."""
         found = live_writers(self._root, self._touch())
         return [writer for writer in found if writer.attempt != self.attempt]
 
     def require_alone(self, what: str) -> None:
-        """Raise ``OutputError`` if another process writes here; ``what`` needs that none does."""
+        """Raise ``OutputError`` if another process writes to the folder.
+
+        ``what`` names the operation that needs exclusive access, for the message.
+        """
         if others := self.others():
             raise OutputError(
-                f"{what} needs {self._root} alone, but {', '.join(map(str, others))} is writing "
-                "it: wait for that process or stop it, then run the same call again. (A process "
-                f"that was killed on another machine counts as alive for {EXPIRY_SECONDS:.0f} s.)"
+                f"{what} needs exclusive access to {self._root}, but another process is writing to "
+                f"it: {', '.join(map(str, others))}. Wait for it to finish or stop it, then run "
+                "the same call again. (A process that was killed on another machine counts as "
+                f"alive for {EXPIRY_SECONDS:.0f} s.)"
             )
 
     @contextmanager
     def coordinating(self, progress: Progress) -> Iterator[None]:
-        """Hold `COORDINATOR` in the context, after waiting for the process that holds it."""
+        """Hold the `COORDINATOR` lease in the context; wait while another process holds it."""
         started, reported = time.monotonic(), ""
         while not self.take(COORDINATOR):
             found = read_writer(self._path(COORDINATOR))
             waited = time.monotonic() - started > PATIENCE_SECONDS
             if waited and found is not None and found[0].attempt != reported:
                 reported = found[0].attempt
-                progress.say(f"waiting for {found[0]}, which prepares or finishes the cache")
+                progress.say(f"waiting for {found[0]} to prepare or finish the cache")
             time.sleep(POLL_SECONDS)
         try:
             yield
@@ -226,7 +234,7 @@ class Leases:
         return self._folder / f"{name}.json"
 
     def _touch(self) -> float:
-        """Touch this process's file; return the file system's time of that."""
+        """Touch this process's file and return its new time, by the file system's clock."""
         try:
             before = self._file.stat().st_mtime
             os.utime(self._file)
@@ -239,39 +247,40 @@ class Leases:
 
     def _keep_alive(self) -> None:
         while not self._closed.wait(HEARTBEAT_SECONDS):
-            with suppress(OSError, OutputError):  # the next heartbeat makes up for a missed one
+            with suppress(OSError, OutputError):  # the next heartbeat tries again
                 self._touch()
 
 
 def taken_over(root: Path) -> OutputError:
-    """Return the error of a process whose leases expired and whose work others do now."""
+    """Return the error for a process whose leases expired and were taken over."""
     return OutputError(
-        f"{root} was taken over by another process while this one stood still for more than "
-        f"{EXPIRY_SECONDS:.0f} s: run the same call again to join it"
+        f"{root} was taken over by another process because this one did not renew its leases for "
+        f"more than {EXPIRY_SECONDS:.0f} s. Run the same call again to join that process."
     )
 
 
 def writers_of(root: Path) -> list[Writer]:
-    """Return the live processes that write a folder; for a reader, which touches nothing.
+    """Return the live processes that write to a folder, without touching a file.
 
-    The age of a process of another machine is measured by this machine's clock.
+    Ages are measured by this machine's clock, which may differ from the file system's.
     """
     return live_writers(root, time.time())
 
 
 def live_writers(root: Path, now: float) -> list[Writer]:
-    """Return the live processes that write a folder; ``now``: seconds since the epoch."""
+    """Return the live processes that write to a folder; ``now`` is in seconds since the epoch."""
     files: list[Path] = []
-    with suppress(FileNotFoundError):  # the last process to leave removes the folder
+    with suppress(FileNotFoundError):  # no process has written, or the last one removed it
         files = sorted((root / LEASES / WRITERS).glob("*.json"))
     found = [entry for path in files if (entry := read_writer(path)) is not None]
     return [writer for writer, touched in found if writer.is_alive(now - touched)]
 
 
 def read_writer(path: Path) -> tuple[Writer, float] | None:
-    """Return the writer in a file and the time at which it touched the file; None if it is gone.
+    """Return the writer that a file describes and the file's time; None if the file is gone.
 
-    The file is opened before its time is read: a network file system may else answer from a cache.
+    The file is opened before its time is read, because a network file system may otherwise return a
+    cached time.
     """
     try:
         with path.open() as file:
@@ -281,12 +290,12 @@ def read_writer(path: Path) -> tuple[Writer, float] | None:
         return None
     try:
         return Writer(**json.loads(text)), touched
-    except (ValueError, TypeError):  # damaged: it counts as alive until it expires
+    except (ValueError, TypeError):  # a damaged file counts as a live writer until it expires
         return Writer(attempt="", host="an unknown host", machine="", pid=0, began=""), touched
 
 
 def is_running(pid: int) -> bool:
-    """Whether this machine has a process of that id."""
+    """Whether a process with this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -297,7 +306,7 @@ def is_running(pid: int) -> bool:
 
 
 def this_machine() -> str:
-    """Return an id of this running system and its process namespace."""
+    """Return an id of the running system (since boot) and the process namespace."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

@@ -83,7 +83,7 @@ def test_a_bidirectional_model_is_refused(tmp_path: Path) -> None:
     config = tiny_base_directory(tmp_path, "gemma3_text") / "config.json"
     both_ways = json.loads(config.read_text()) | {"use_bidirectional_attention": True}
     config.write_text(json.dumps(both_ways))
-    with pytest.raises(BaseModelError, match="a base is causal: no token sees a later one"):
+    with pytest.raises(BaseModelError, match="a base must be causal: no token may see a later one"):
         load_base(str(tmp_path))
 
 

@@ -79,7 +79,7 @@ def test_a_corpus_that_cannot_be_read_is_refused(untouched: Path, tmp_path: Path
 def test_an_append_is_refused_while_another_process_writes(untouched: Path, more: Path) -> None:
     with Leases(untouched) as other:
         assert other.take("turn")
-        with pytest.raises(OutputError, match=r"append needs .* alone.*process \d+"):
+        with pytest.raises(OutputError, match=r"append needs exclusive access.*process \d+"):
             added(untouched, more)
 
 

@@ -99,7 +99,7 @@ def test_the_lease_of_a_killed_process_of_this_machine_is_taken_over_at_once(
         assert process.stdout is not None
         assert process.stdout.readline() == "True\n"
         assert not taker.take(BLOCK)
-        with pytest.raises(OutputError, match=rf"needs .* alone.*process {process.pid} on"):
+        with pytest.raises(OutputError, match=rf"needs exclusive access.*process {process.pid} on"):
             taker.require_alone("`repair=`")
         process.kill()
         process.wait()
@@ -179,7 +179,7 @@ def test_a_process_that_slept_gives_nothing_up_but_its_own(
     fall_asleep(sleeper)
     assert second.take(BLOCK)
     assert not sleeper.holds(BLOCK)
-    with pytest.raises(OutputError, match=r"was taken over .* stood still .*run the same call"):
+    with pytest.raises(OutputError, match=r"taken over .* did not renew its leases .*Run the same"):
         sleeper.require(BLOCK)
     sleeper.release(BLOCK)
     assert second.holds(BLOCK)
@@ -243,7 +243,7 @@ def test_waiting_for_the_coordinator_is_reported_once(
     with second.coordinating(Listener()):
         assert second.holds(COORDINATOR)
     assert not second.holds(COORDINATOR)
-    assert said == [f"waiting for {writers_of(tmp_path)[0]}, which prepares or finishes the cache"]
+    assert said == [f"waiting for {writers_of(tmp_path)[0]} to prepare or finish the cache"]
 
 
 def test_a_full_disk_hides_no_other_error_and_leaves_no_folder(

@@ -36,7 +36,7 @@ def finishes(call: Callable[[Path, Path], Any], place: Path, out: Path) -> bool:
     try:
         call(place, out)
     except OutputError as error:
-        assert "was taken over by another process while this one stood still" in str(error)
+        assert "was taken over by another process because this one did not renew" in str(error)
         return False
     return True
 

@@ -1,7 +1,7 @@
-"""The files that pass 0 wrote of a split, and their digest table.
+"""The files that tokenising (pass 0) writes for a split, and their digest table.
 
-The digest table has a record for each chunk of each array, array by array. Which and how many these
-are follows from the arrays' metadata, which the digests hold verbatim.
+The digest table has one record per chunk, ordered by array, then by chunk number. The number of
+chunks of an array follows from its ``zarr.json``, which `Digests.metadata` holds verbatim.
 """
 
 from __future__ import annotations
@@ -27,11 +27,13 @@ from embedcache.cache.shards.errors import changed_error
 from embedcache.errors import CacheError
 
 TOKEN_ARRAYS = {**ROWS, **TABLES}
-"""What pass 0 writes of a split, in the order of its digest table."""
+"""The arrays that pass 0 writes for a split, in the order of the digest table."""
 
 
 class TokenFiles:
-    """The records of a split's tokens and documents, by array (path under the split) and chunk.
+    """The file records of a split's tokens and documents, by array and chunk number.
+
+    An array is named by its path inside the split, such as ``tokens/ids``.
 
     Reading a record raises ``CacheError`` if its page of the digest table is damaged.
     """
@@ -54,14 +56,14 @@ class TokenFiles:
         return unpacked(row, chunk_name(self._split, array, number))
 
     def record_after(self, staged: Path, array: str, number: int) -> FileRecord:
-        """Return the record that a chunk will have when the files in ``staged`` are in place."""
+        """Return the record of a chunk's file in ``staged``, else in the cache."""
         name = chunk_name(self._split, array, number)
         if (staged / name).is_file():
             return record_file(staged / name, name)
         return self.record(array, number)
 
     def check(self, array: str, number: int) -> None:
-        """Raise ``CacheError`` unless a chunk's file is the one that was written."""
+        """Raise ``CacheError`` unless a chunk's file matches its record."""
         record = self.record(array, number)
         if (fault := fault_in(self._cache, record)) is not None:
             raise changed_error(self._cache / record.path, fault)
@@ -72,11 +74,11 @@ class TokenFiles:
 
     @property
     def bytes(self) -> int:
-        """Bytes of all of them."""
+        """Total size of the split's token and document files, in bytes."""
         return sum(int(row["bytes"]) for row in self.digest_table)
 
     def records(self) -> Iterator[tuple[str, FileRecord | None]]:
-        """Yield every file with its record, None where the digest table is damaged there."""
+        """Yield every file's path and its record, or None if the digest table is damaged."""
         for array, count in self.chunks.items():
             for number in range(count):
                 try:
@@ -92,12 +94,12 @@ def tokens_digest_table(split: str) -> str:
 
 
 def chunk_counts(split: str, metadata: Mapping[str, str]) -> dict[str, int]:
-    """Return the number of chunks of each array of a split, from its ``zarr.json``."""
+    """Return the number of chunks of each array of a split, from ``zarr.json`` texts by path."""
     counts = {}
     for array in TOKEN_ARRAYS:
-        about = json.loads(metadata[f"{split}/{array}/{METADATA}"])
-        rows = about["chunk_grid"]["configuration"]["chunk_shape"][0]
-        counts[array] = -(-about["shape"][0] // rows)
+        array_metadata = json.loads(metadata[f"{split}/{array}/{METADATA}"])
+        rows = array_metadata["chunk_grid"]["configuration"]["chunk_shape"][0]
+        counts[array] = -(-array_metadata["shape"][0] // rows)
     return counts
 
 
@@ -121,23 +123,24 @@ def write_tokens_digest_table(
     """Write the digest table of a split's tokens and documents; return its digest.
 
     Args:
-        root: the cache, or where it is staged.
+        root: the folder with the chunk files: the cache or a staging folder.
         split: the split's name.
-        metadata: every ``zarr.json``, by path.
-        into: the cache that the digest table goes into; ``root`` if None.
-        record: returns the record of an array's chunk; if None, it is computed from the file.
+        metadata: the text of every ``zarr.json``, by path inside the cache.
+        into: the folder to write the digest table to; ``root`` if None.
+        record: a function of array and chunk number that returns the record; if None, the record
+            is computed from the file.
 
     Raises:
         FileNotFoundError: a file is missing.
     """
 
-    def of_file(array: str, number: int) -> FileRecord:
+    def record_of_chunk(array: str, number: int) -> FileRecord:
         name = chunk_name(split, array, number)
         return record_file(root / name, name)
 
     counts = chunk_counts(split, metadata)
     rows = (
-        packed((record or of_file)(array, number))
+        packed((record or record_of_chunk)(array, number))
         for array, count in counts.items()
         for number in range(count)
     )
@@ -145,7 +148,7 @@ def write_tokens_digest_table(
 
 
 def write_tokens_digests(root: Path) -> Digests:
-    """Write the digest tables of all that pass 0 wrote in ``root``; return the digests."""
+    """Write the digest tables of both splits in ``root`` after pass 0; return the digests."""
     metadata = metadata_in(root)
     digest_tables = {
         tokens_digest_table(split): write_tokens_digest_table(root, split, metadata)
@@ -155,13 +158,13 @@ def write_tokens_digests(root: Path) -> Digests:
 
 
 def write_changed_digests(cache: Path, staged: Path, old: Digests) -> tuple[Digests, list[str]]:
-    """Write, in ``staged``, the digest tables that hold when the files in ``staged`` are in place.
+    """Write to ``staged`` the digest tables of the cache as it will be with the staged files.
 
-    A split of which nothing is staged keeps its tables. Returns the digests, and the paths of files
-    that will then belong to no array.
+    A split without staged files keeps its digest table. Returns the new digests, and the paths of
+    the chunk files that no array uses any more.
     """
     metadata = old.metadata | metadata_in(staged)
-    digest_tables, gone = dict(old.digest_tables), []
+    digest_tables, unused = dict(old.digest_tables), []
     for split in SPLITS:
         if not (staged / split).is_dir():
             continue
@@ -169,16 +172,19 @@ def write_changed_digests(cache: Path, staged: Path, old: Digests) -> tuple[Dige
         digest_tables[before.name] = write_tokens_digest_table(
             staged, split, metadata, record=partial(before.record_after, staged)
         )
-        gone += [
+        unused += [
             chunk_name(split, array, number)
             for array, count in before.chunks.items()
             for number in range(after[array], count)
         ]
-    return Digests(files=(), metadata=metadata, digest_tables=digest_tables), gone
+    return Digests(files=(), metadata=metadata, digest_tables=digest_tables), unused
 
 
 def metadata_in(root: Path) -> dict[str, str]:
-    """Return every ``zarr.json`` of the root and the splits, by path; chunks are not listed."""
+    """Return the text of every ``zarr.json`` of the root and the splits, by path inside ``root``.
+
+    Chunk folders, named ``c``, are skipped.
+    """
     found = {METADATA: (root / METADATA).read_bytes().decode()}
     for split in SPLITS:
         for at, folders, names in os.walk(root / split):
