@@ -30,7 +30,7 @@ def append_documents(
     pairs: list[tuple[str, object]] = [
         ("cache", done.cache),
         *split_pairs(asdict(done), ("tokens", "sequences", "documents"), added),
-        ("skipped", f"{done.already_there:,} documents that the cache has already"),
+        ("skipped", f"{done.already_there:,} documents that the cache already has"),
     ]
     if done.elsewhere:
         pairs.append(

@@ -1,4 +1,4 @@
-"""Errors as a user of the command line reads them.
+"""Errors in the words of the command line.
 
 The library's messages name its arguments (`` `out=` ``) and functions
 (`` `embedcache.verify()` ``). Here they become options and commands.

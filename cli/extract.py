@@ -79,7 +79,7 @@ def extract_command(
         typer.Option(
             "--append",
             help="Add the documents of CORPUS to the finished cache OUT. Options that are not "
-            "typed are as they were for the cache.",
+            "typed keep the settings of the cache.",
             rich_help_panel=EXISTING,
         ),
     ] = False,

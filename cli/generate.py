@@ -30,7 +30,7 @@ def generate_command(
         typer.Option(help="Strength of the carry-on: 0 is the base alone, 1 as trained."),
     ] = 1.0,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Print the answer of the base alone, too.")
+        bool, typer.Option("--compare", help="Also print the answer of the base alone.")
     ] = False,
     as_json: options.AsJson = False,
     max_new_tokens: Annotated[

@@ -31,7 +31,7 @@ def merge_command(
     block size; with the transform codec also the same calibration.
 
     A document that two caches hold (the same name and tokens, or the same tokens in another split)
-    is an error: delete it from one of them first. Near-duplicates are not looked for. If two
+    is an error: delete it from one of them first. Near-duplicates are not detected. If two
     documents with different texts have one name, the later one becomes name@2.
 
     To repair damaged embeddings of a merged cache, run 'embedcache extract --repair --out CACHE'

@@ -46,8 +46,8 @@ def train_command(
     memory: Annotated[
         str | None,
         typer.Option(
-            help="Most memory of the device to use, such as 1GB or 800MB. A step is then computed "
-            "in a way that fits.",
+            help="Most memory of the device to use, such as 1GB or 800MB. Training is then "
+            "computed in a way that fits.",
             metavar="SIZE",
             show_default="all that is free",
         ),
@@ -126,9 +126,9 @@ def train_command(
         str,
         typer.Option(
             help="exact: cross-entropy over the whole vocabulary. shortlist: over the labels of a "
-            "step and a sample of other tokens, faster with a large vocabulary; what it differs "
-            "by on dev is printed. auto: shortlist if the vocabulary is at least 8 times the "
-            "sample. A cache extracted with --top-ids needs a smaller sample.",
+            "step and a sample of other tokens, faster with a large vocabulary; its difference "
+            "from the exact loss on dev is printed. auto: shortlist if the vocabulary is at least "
+            "8 times the sample. A cache extracted with --top-ids needs a smaller sample.",
             autocompletion=options.choices(["auto", "exact", "shortlist"]),
             rich_help_panel=DATA,
         ),
@@ -137,8 +137,8 @@ def train_command(
     """Stage two: train a carry-on from a cache, without the base.
 
     The epoch with the best dev loss is kept. Run the same command again to resume a run that was
-    stopped. A file of settings has further ones (warmup, weight_decay, samples, …) and takes those
-    of the carry-on in a table: [carryon] with width, blocks, ….
+    stopped. A file of settings can also set warmup, weight_decay, samples, …; its table [carryon]
+    holds the settings of the carry-on: width, blocks, ….
     """
     from embedcache.base.taps import parse_taps
     from embedcache.carryon.branch.config import BranchConfig

@@ -1,5 +1,6 @@
-"""The carry-on: a small transformer branch on a base's embeddings.
+"""Carry-ons: small trainable modules on a base's embeddings.
 
-`config` says what one is, `model` computes it, `store` saves and loads its directory. It depends on
-torch alone: neither the base nor transformers is needed to train one.
+`protocol` is the interface of every kind, `registry` finds the kinds, and `saving` saves and loads
+a carry-on's folder. A kind has its own folder, such as `branch`. Training a carry-on needs PyTorch,
+but neither the base nor transformers.
 """

@@ -1,4 +1,4 @@
-"""What the configuration of every kind of carry-on offers."""
+"""The base class of the configurations of carry-ons."""
 
 from __future__ import annotations
 
@@ -61,5 +61,5 @@ class CarryOnConfig(Config):
         return f"{self.kind}, reading {', '.join(self.taps)}"
 
     def values_per_token(self, hidden: int) -> int:
-        """Return roughly how many values training keeps for each token, for a base that wide."""
+        """Return approximately how many values training keeps per token of a base of that width."""
         raise NotImplementedError

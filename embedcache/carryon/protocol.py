@@ -1,4 +1,4 @@
-"""What every kind of carry-on offers: the one class that training, evaluation and serving see.
+"""The interface of every kind of carry-on, which training, evaluation and serving use.
 
 A kind is a folder of `embedcache.carryon` that registers itself (see `embedcache.carryon.registry`
 and ``examples/add_a_kind.md``). It has a configuration, a subclass of `CarryOnConfig`, and a
@@ -44,7 +44,7 @@ class InputStats(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CarryOnInputs:
-    """What a carry-on computes from. A stack takes (K)BT shapes, or BT shapes that all share.
+    """Inputs of a carry-on. Those of a stack have the axis K, or are shared by its carry-ons.
 
     Attributes:
         x_BTH: embeddings by tap; every tap of the configuration is there.
@@ -64,7 +64,7 @@ class CarryOnInputs:
 
 
 class CarryOn(nn.Module, ABC):
-    """A trainable module on a base's embeddings: it turns x into x′, which the head then takes.
+    """A trainable module on a base's embeddings: it maps x to x′, the input of the head.
 
     A new carry-on starts as the base: x′ = x. A module may hold K carry-ons of one shape, stacked:
     every parameter then has K as its first axis, and so has x′.
@@ -84,11 +84,11 @@ class CarryOn(nn.Module, ABC):
 
     @abstractmethod
     def features(self, inputs: CarryOnInputs, alpha: Alpha = 1.0) -> Tensor:
-        """Return h_(K)BTR, all that is computed across the positions of a sequence."""
+        """Return h_(K)BTR, computed across the positions of a sequence."""
 
     @abstractmethod
     def embeddings(self, h: Tensor, x: Tensor, alpha: Alpha = 1.0) -> Tensor:
-        """Return y(α), [..., H], of some positions, each by itself.
+        """Return y(α), [..., H]; each position is computed independently.
 
         Args:
             h: `features` of these positions, (K)…R.
@@ -106,7 +106,7 @@ class CarryOn(nn.Module, ABC):
         return self.embeddings(self.features(inputs, alpha), inputs.x_BTH["final"], alpha)
 
     def calibrate(self, stats: dict[str, InputStats]) -> None:
-        """Set what depends on the spread of each tap's components, before training begins."""
+        """Set buffers from the statistics of each tap's components, before training begins."""
 
     def parameter_count(self) -> int:
         """Return the number of trainable parameters."""
@@ -132,7 +132,7 @@ class CarryOn(nn.Module, ABC):
         return stacked
 
     def member(self, index: int) -> dict[str, Tensor]:
-        """Return the weights of one carry-on of a stack, as views, by their names when alone."""
+        """Return views of one carry-on's weights in a stack, by their names in a single one."""
         parameters = {name: value.detach()[index] for name, value in self.named_parameters()}
         return parameters | dict(self.named_buffers())
 
@@ -168,8 +168,8 @@ def predicted_embeddings(
 ) -> Tensor:
     """Return y(α), [(K), N, H], at the positions of a batch that predict a target.
 
-    In the dtype of the head. Without a ``model``, or at α = 0, that is the base's x_NH. Features
-    are computed at all positions, embeddings only at these.
+    The result has the dtype of the head. Without a ``model``, or at α = 0, it is the base's x_NH.
+    Features are computed at all positions, embeddings only at the predicting ones.
     """
     x_NH = batch.at_predicted(batch.x_BTH["final"]).to(frozen.dtype)
     if model is None or (not isinstance(alpha, Tensor) and alpha == 0):

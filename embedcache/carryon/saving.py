@@ -25,10 +25,10 @@ WEIGHTS_FILE = "carryon.safetensors"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CarryOnRecord:
-    """What is known of a carry-on besides its weights.
+    """The configuration of a carry-on and the record of its training, without weights.
 
-    ``base`` is the identity of the base it belongs to; ``training``, ``cache`` and ``results`` say
-    how it was made and what came of it.
+    ``base`` is the identity of the base it belongs to; ``training``, ``cache`` and ``results``
+    record how it was trained, and the outcome.
     """
 
     config: CarryOnConfig
@@ -89,7 +89,7 @@ def read_record(folder: Path) -> CarryOnRecord:
 def load_carryon(folder: Path) -> tuple[CarryOn, CarryOnRecord]:
     """Load a carry-on, in evaluation mode, on the CPU, in float32.
 
-    Every weight must be there and fit: unlike a warning, an error cannot be overlooked.
+    Raises ``CarryOnError`` if a weight is missing, unknown, not finite or of another shape.
     """
     record = read_record(folder)
     model = build(record.config, record.base["hidden_size"])

@@ -36,10 +36,10 @@ class FrozenInputs:
         """Read the arrays from the cache.
 
         Args:
-            cache: the cache whose base is meant.
+            cache: the cache of the base.
             device: where carry-ons compute.
             arrays: ``head`` and, where needed, ``token_embedding``.
-            dtype: by default that of exact figures: float32 on a CPU; on a GPU bfloat16, in which
+            dtype: by default the dtype of scoring: float32 on a CPU; on a GPU bfloat16, in which
                 the base itself runs.
             host_head: whether the arrays stay in host memory.
 

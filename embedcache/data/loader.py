@@ -1,7 +1,7 @@
 """Loads batches in a deterministic order; see `embedcache.data.order`.
 
-Blocks are read and decompressed on threads, ahead of the trainer: at most the blocks of two windows
-are in memory, and, from one epoch to the next, as many as there is room for.
+Blocks are read and decompressed on threads, ahead of the trainer. At most the blocks of two windows
+are in memory, plus the blocks that ``kept_bytes`` keeps from one epoch to the next.
 """
 
 from __future__ import annotations
@@ -42,11 +42,11 @@ KEPT_BYTES = 1 << 30
 class BatchLoader:
     """Iterates over one split, or a subset of it, in batches.
 
-    With ``ranks``, one loader for each ``rank`` of a data-parallel trainer: in turn, they yield
-    exactly the batches of a single loader, and each reads only the blocks that its own batches
-    need. If the order is shuffled, for training, all ranks have the same number of batches: up to
-    ``ranks`` - 1 batches at the end of an epoch are left out. If it is not, for scoring, nothing is
-    left out, and the ranks' numbers of batches may differ by one.
+    With ``ranks``, each ``rank`` of a data-parallel trainer has its own loader. In turn, the
+    loaders yield exactly the batches of a single loader, and each reads only the blocks that its
+    own batches need. If the order is shuffled, for training, all ranks have the same number of
+    batches: up to ``ranks`` - 1 batches at the end of an epoch are left out. If it is not, for
+    scoring, nothing is left out, and the ranks' numbers of batches may differ by one.
 
     Args:
         split: the split to read.

@@ -27,8 +27,8 @@ ROW_MULTIPLE = 64
 is slow."""
 CU_SEQLENS_MULTIPLE = 64
 """The cu_seqlens of a batch of one row are padded to a multiple of this, or below it to a power of
-two, so that few shapes occur. Not more: the backward pass of attention allocates memory for 128
-positions for each entry."""
+two, so that few shapes occur. A larger multiple would waste memory: the backward pass of attention
+allocates memory for 128 positions per entry."""
 
 
 class BatchPart(NamedTuple):

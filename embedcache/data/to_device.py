@@ -20,12 +20,12 @@ from embedcache.data.prefetch import prefetch
 from embedcache.device import capture_lock
 
 RETRIES, RETRY_SECONDS = 5, 0.02
-"""How often a part is tried again when the device is out of memory, and the seconds in between: the
-part in use is about to be freed."""
+"""Number of retries when the device is out of memory, and the seconds between them. Meanwhile the
+part in use is freed."""
 
 
 class HasTensors(Protocol):
-    """What a batch is turned into for the caller; it owns tensors on the device."""
+    """The result of ``prepare``: an object that owns tensors on the device."""
 
     def tensors(self) -> Iterable[torch.Tensor]:
         """Return all tensors on the loader's device."""
@@ -36,7 +36,7 @@ Prepared = TypeVar("Prepared", bound=HasTensors)
 
 
 class ToDevice(Generic[Prepared]):
-    """Turns packed batches into batches on a device, and these into what the caller prepares.
+    """Copies packed batches to a device, decodes them, and applies the caller's ``prepare``.
 
     Args:
         codecs: the decoder of each tap.

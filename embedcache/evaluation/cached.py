@@ -62,7 +62,7 @@ def evaluate_cached(
 ) -> Evaluation:
     """Compare a carry-on with its base on a split of a cache, from the cache alone.
 
-    Raises ``IdentityError`` where cache and carry-on are of different bases.
+    Raises ``IdentityError`` if the cache and the carry-on belong to different bases.
     """
     model, record = load_carryon(carryon)
     cache = Cache(cache_path)

@@ -38,13 +38,13 @@ def evaluate(
         split: split of the cache.
         alphas: one or several values of the rescale dial α.
         live: whether the live base computes the embeddings of the cache's tokens anew.
-        base: the base, where it is no longer where the carry-on says.
+        base: where the base is now, if it has moved since the carry-on was trained.
         device: ``auto``, ``cpu`` or ``cuda``.
         dtype: dtype of the live base.
         progress: receives the stages.
 
     Raises:
-        IdentityError: if cache, base and carry-on are not all of one base.
+        IdentityError: if the cache, the carry-on and the base loaded do not belong to one base.
         UsageError: unless exactly one of ``cache`` and ``corpus`` is given.
     """
     if (cache is None) == (corpus is None):

@@ -42,7 +42,7 @@ def evaluate_cache_live(
 ) -> Evaluation:
     """Compare carry-on and base on the tokens of a cache, with embeddings of the live base.
 
-    Raises ``IdentityError`` where base, cache and carry-on are not all of one base.
+    Raises ``IdentityError`` if the cache or the carry-on belongs to another base.
     """
     cache = Cache(cache_path)
     BaseIdentity.from_dict(cache.attributes.base).require(
@@ -129,7 +129,7 @@ def trained_corpus(record: CarryOnRecord, sources: tuple[str, ...]) -> CorpusCon
 def _score(
     base: Base, composed: ComposedModel, groups: Sequences, alphas: tuple[float, ...], bar: Bar
 ) -> Scores:
-    """Return the scores at every α. Each α but 0 takes a forward pass of its own."""
+    """Return the scores at every α. Each α except 0 takes its own forward pass."""
     losses: dict[int, Array] = {}
     targets: dict[int, int] = {}
     passes = [alpha for alpha in alphas if alpha != 0] or [1.0]

@@ -41,13 +41,13 @@ class TrainConfig(Config):
         weight_decay: weight decay of AdamW, on matrices only.
         beta2: decay of AdamW's second moment; that of the first moment is 0.9.
         clip: largest norm of the gradient.
-        loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``, which means a shortlist
-            where the vocabulary is much longer than one.
-        samples: tokens that a shortlist draws beside its labels, approximately. None means 2,048,
-            or 256 where the cache stores top ids.
+        loss: ``exact``, ``shortlist`` (see `embedcache.loss`), or ``auto``: a shortlist if the
+            vocabulary is at least 8 times the sampled tokens.
+        samples: approximate number of tokens that a shortlist samples in addition to its labels.
+            None means 2,048, or 256 where the cache stores top ids.
         patience: epochs without a better dev loss after which training stops.
-        seed: seed of the initial weights, of the order of documents and of draws.
-        order_seed: seed of order and draws, if it should not be ``seed``. Carry-ons of one sweep
+        seed: seed of the initial weights, of the order of documents and of sampling.
+        order_seed: seed of order and sampling, if it differs from ``seed``. Carry-ons of one sweep
             with the same order share each batch.
         documents: patterns of the names of the documents that are trained and scored on, as in a
             shell (``*``, ``?``, ``[…]``). Empty means all.
@@ -74,7 +74,7 @@ class TrainConfig(Config):
 
     @property
     def order(self) -> int:
-        """Seed of order and draws."""
+        """Seed of the order of documents and of sampling."""
         return self.seed if self.order_seed is None else self.order_seed
 
     @classmethod
@@ -89,7 +89,7 @@ class TrainConfig(Config):
         return super(TrainConfig, cls).from_dict(values)
 
     def steps_tokens(self, train_tokens: int) -> int:
-        """Return the tokens of a step, for a train split of so many tokens.
+        """Return the tokens of a step for a train split of ``train_tokens`` tokens.
 
         >>> TrainConfig().steps_tokens(100_000), TrainConfig(batch_tokens=512).steps_tokens(10)
         (2048, 512)
@@ -100,15 +100,15 @@ class TrainConfig(Config):
 
 
 def config_from(config: TrainConfig | None, settings: Mapping[str, Any]) -> TrainConfig:
-    """Return a configuration, or make one of settings by name.
+    """Return ``config``, or make a configuration from settings by name.
 
-    A name belongs to `TrainConfig` or to the configuration of the carry-on, whose kind the name
-    ``kind`` gives.
+    Each name is a field of `TrainConfig` or of the carry-on's configuration. The setting ``kind``
+    gives the carry-on's kind.
 
     >>> config_from(None, {"lr": 1e-3, "width": 128}).carryon.width
     128
 
-    Raises ``UsageError`` for a name that is unknown, naming the nearest known one, and where both a
+    Raises ``UsageError`` for an unknown name, naming the nearest known one, and if both a
     configuration and settings are given.
     """
     if config is not None:

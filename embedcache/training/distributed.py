@@ -20,7 +20,7 @@ Value = TypeVar("Value")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """Number ``rank`` of ``count`` processes. The first one, rank 0, writes files."""
+    """The ``rank`` of this process among ``count`` processes. Rank 0 writes files."""
 
     rank: int = 0
     count: int = 1
@@ -39,7 +39,7 @@ class Ranks:
     def agree(self, counts: list[Counts], due: bool) -> tuple[list[Counts], bool]:
         """Return the sums of counts over all processes, and whether ``due`` is true in any of them.
 
-        The hosts exchange them, so that no device has to wait.
+        The values are exchanged between hosts, so that no device has to wait.
         """
         if self.count == 1:
             return counts, due
@@ -79,8 +79,8 @@ def local_device(device: torch.device) -> torch.device:
 def joined(device: torch.device) -> Iterator[Ranks]:
     """Join the processes that ``torchrun`` started, by NCCL for CUDA devices and gloo for hosts.
 
-    The process group is made once in the life of a process, and destroyed when the process exits.
-    After a failure it is not, since the others may wait for this process.
+    The process group is made once per process, and destroyed when the process exits. After a
+    failure it is not destroyed, because the other processes may wait for this one.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) < 2:
         yield ALONE

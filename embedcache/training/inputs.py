@@ -24,9 +24,9 @@ from embedcache.training.step.settings import StepSettings
 Patterns = tuple[str, ...]
 
 PROPOSAL_POSITIONS = 4096
-"""Positions whose probabilities make the distribution that shortlists draw from."""
+"""Number of positions whose probabilities give the distribution that shortlists sample from."""
 HOST_PROPOSAL_POSITIONS = 1024
-"""The same where a CPU computes the probabilities for a GPU, within a memory budget."""
+"""The same number if a CPU computes the probabilities for a GPU, within a memory budget."""
 
 
 class TrainingInputs:
@@ -47,9 +47,9 @@ class TrainingInputs:
         self._proposal_V: torch.Tensor | None = None
 
     def subset(self, split: str, patterns: Patterns) -> Subset | None:
-        """Return the documents of a split that match, None for all.
+        """Return the documents of a split that match the patterns; None means all documents.
 
-        Raises ``UsageError`` where none of train does; dev may be empty.
+        Raises ``UsageError`` if no document of train matches. For dev, the result may be empty.
         """
         if not patterns:
             return None
@@ -62,9 +62,9 @@ class TrainingInputs:
         return self._subsets[split, patterns]
 
     def tokens(self, split: str, patterns: Patterns) -> int:
-        """Return the tokens of the documents of a split that match; 0 where there is no split.
+        """Return the number of tokens in the matching documents of a split; 0 without the split.
 
-        Raises ``UsageError`` if none of train does.
+        Raises ``UsageError`` if no document of train matches.
         """
         if split not in self._splits:
             return 0
@@ -72,12 +72,12 @@ class TrainingInputs:
         return self._splits[split].manifest.tokens if subset is None else subset.tokens
 
     def batch_tokens(self, config: TrainConfig) -> int:
-        """Return the tokens of a step that this process computes."""
+        """Return the number of tokens of a step that this process computes."""
         step = config.steps_tokens(self.tokens("train", config.documents))
         return -(-step // self.ranks.count)
 
     def order(self, config: TrainConfig) -> tuple[object, ...]:
-        """Return what the order of batches depends on."""
+        """Return the settings that determine the order of batches."""
         return config.documents, config.order, self.batch_tokens(config)
 
     def sample(self, taps: tuple[str, ...]) -> dict[str, torch.Tensor]:
@@ -87,7 +87,7 @@ class TrainingInputs:
         return self._samples[taps]
 
     def input_stats(self, taps: tuple[str, ...]) -> dict[str, InputStats]:
-        """Return the mean and deviation of each tap's components, by a sample."""
+        """Return the mean and deviation of each tap's components, from a sample."""
         if taps not in self._input_stats:
             sample = self.sample(taps)
             self._input_stats[taps] = {tap: InputStats.of(sample[tap]) for tap in taps}
@@ -96,12 +96,12 @@ class TrainingInputs:
     def frozen(
         self, carryon: CarryOnConfig, settings: StepSettings, *, training: bool = False
     ) -> FrozenInputs:
-        """Return the frozen parts of the base in the dtype of exact figures, or of ``training``."""
+        """Return the frozen parts of the base, in the dtype of scoring or of ``training``."""
         dtype = fast_dtype(self.device) if training else resolve_dtype("auto", self.device)
         key = (carryon.base_arrays, dtype, settings.host_head)
         if key not in self._frozen:
             arrays, dtype, host_head = key
-            # Parts in the other place are of settings that did not hold, or of other carry-ons.
+            # Drop arrays of earlier settings, which ran out of memory, and of other carry-ons.
             self._frozen = {
                 k: v for k, v in self._frozen.items() if (k[0], k[2]) == (arrays, host_head)
             }
@@ -117,7 +117,7 @@ class TrainingInputs:
             x_NH, home = self.sample(config.carryon.taps)["final"], frozen.head.weight_VH.device
             head, most = frozen.head, PROPOSAL_POSITIONS
             if settings.logit_bytes is not None and self.device.type == "cuda":
-                # Probabilities of the whole vocabulary take much memory; a CPU computes a few.
+                # Probabilities over the whole vocabulary take much memory: the CPU computes fewer.
                 home, most = torch.device("cpu"), HOST_PROPOSAL_POSITIONS
                 head = Head.from_parts(
                     head.weight_VH.cpu(),
@@ -133,7 +133,7 @@ class TrainingInputs:
         return ShortlistSampler(head, proposal_V, samples=self.draws(config), seed=config.order)
 
     def draws(self, config: TrainConfig) -> int:
-        """Return how many tokens a shortlist draws, approximately."""
+        """Return the approximate number of tokens that a shortlist samples."""
         return config.samples or (DRAWS_BESIDE_TOP_IDS if self.train.top_ids else DRAWS)
 
     def train_loader(
@@ -159,7 +159,7 @@ class TrainingInputs:
     def dev_loader(
         self, patterns: Patterns, taps: tuple[str, ...], settings: StepSettings
     ) -> BatchLoader:
-        """Return the batches of dev that are scored."""
+        """Return the batches of dev, for scoring."""
         return BatchLoader(
             self._splits["dev"],
             batch_tokens=min(EVAL_TOKENS, settings.part_tokens or EVAL_TOKENS),

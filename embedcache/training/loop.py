@@ -29,7 +29,7 @@ class PendingValues:
     """Losses and gradient norms of a step, [K] each, that are being copied to the host."""
 
     def __init__(self, loss_K: Tensor, norm_K: Tensor):
-        # From a GPU they are copied to pinned memory.
+        # A copy from a GPU goes to pinned memory.
         self._values_2K = torch.stack([loss_K, norm_K]).to("cpu", non_blocking=True)
         self._there = torch.cuda.Event() if loss_K.is_cuda else None
         if self._there is not None:
@@ -45,7 +45,7 @@ class PendingValues:
 
 @dataclass(frozen=True, slots=True)
 class PendingStep:
-    """A step whose values are not read yet: its runs, tokens and targets, values, and waits."""
+    """A launched step whose values are not read yet: its runs, counts, values and data waits."""
 
     runs: list[Run]
     counts: list[Counts]
@@ -82,7 +82,7 @@ class Loop:
         self._on(stack)
 
     def _on(self, stack: Stack) -> None:
-        """Continue with a stack."""
+        """Train this stack from now on."""
         self._stack = stack
         graphed = capturable(stack.settings, len(self._rows()))
         self._stepper = GraphedStack(stack, self._device) if graphed else stack
@@ -90,9 +90,9 @@ class Loop:
     def train(self) -> None:
         """Train until no run is left.
 
-        When memory runs out, every run is saved at its last complete step before
-        ``torch.OutOfMemoryError`` is raised; unless the optimiser was stepping, when the weights
-        may be those of half a step and the last checkpoint stays.
+        When memory runs out, every run is saved at its last complete step, then
+        ``torch.OutOfMemoryError`` is raised. If memory runs out during the optimiser's step, the
+        weights may be partly updated: they are not saved, and the last checkpoint is kept.
         """
         try:
             self._train()
@@ -130,7 +130,7 @@ class Loop:
         return list(enumerate(run for stream in self._streams for run in stream.runs))
 
     def _step(self) -> None:
-        """Launch a step, and record the one before while the device computes."""
+        """Launch a step, and record the previous step while the device computes."""
         here = [inputs.batch.total for inputs in self._due()]
         due = any(run.save_due for _, run in self._rows())
         everywhere, due = self._ranks.agree(here, due)
@@ -157,7 +157,7 @@ class Loop:
                     run.save(self._stack, index)
 
     def _read(self) -> None:
-        """Record the step that was launched last, unless that was done."""
+        """Record the pending step, if there is one."""
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -226,7 +226,7 @@ class Loop:
     def _end_epoch(self, stream: BatchStream) -> None:
         """Score dev and save the runs of a stream."""
         if self._stack.settings.part_tokens is not None:
-            self._on(self._stack)  # scoring takes the memory of the graphs
+            self._on(self._stack)  # frees the graphs: scoring needs their memory
         rows = [(index, run) for index, run in self._rows() if run in stream.runs]
         stack = self._stack.model
         if len(self._streams) > 1:
@@ -265,9 +265,10 @@ class Loop:
 
 @contextmanager
 def failing(run: Run) -> Iterator[None]:
-    """Record an error as the failure of one run, so that it ends no other.
+    """Record an error as the failure of one run, so that the other runs continue.
 
-    If several processes train the run, the error is raised: the others would wait for this one.
+    If several processes train the run, the error is raised, because the other processes would wait
+    for this one.
     """
     try:
         with translate_write_errors(run.out):

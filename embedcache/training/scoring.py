@@ -1,4 +1,4 @@
-"""The exact cross-entropy of stacked carry-ons on dev, by which epochs are chosen."""
+"""Exact cross-entropy of stacked carry-ons on dev, by which the best epoch is chosen."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from embedcache.training.step.settings import PLAIN, StepSettings
 class DevLoss(NamedTuple):
     """A carry-on's cross-entropy on held-out text, in nats a token.
 
-    ``estimate`` is what the shortlist it is trained with makes of the same: their difference is the
-    shortlist's bias. None where the loss is exact.
+    ``estimate`` is the same cross-entropy, estimated by the shortlists of training; ``estimate`` -
+    ``exact`` is the shortlists' bias. It is None if training uses the exact loss.
     """
 
     exact: float
@@ -38,10 +38,10 @@ def dev_losses(
     ranks: Ranks = ALONE,
     settings: StepSettings = PLAIN,
 ) -> list[DevLoss]:
-    """Return the loss of each of K carry-ons in one pass over batches that hold some target.
+    """Return the loss of each of K carry-ons, in one pass over batches with at least one target.
 
-    Without a ``stack``, that of the base, as a list of one. Each of ``ranks`` gives some of the
-    batches.
+    Without a ``stack``, the list holds the base's loss only. Each process of ``ranks`` passes its
+    own share of the batches.
     """
     K = 1 if stack is None else stack.count
     exact_K, estimate_K = torch.zeros(2, K, dtype=torch.float64)

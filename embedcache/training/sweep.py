@@ -31,10 +31,10 @@ from embedcache.training.train import Session, training_device
 
 GRID, RUNS, NAME = "grid", "runs", "name"
 MOST_RUNS = 10_000
-"""Runs of a sweep file, at most."""
+"""Most runs of a sweep file."""
 BOARD_FILE, PICTURE_FILE = "leaderboard.json", "leaderboard.png"
 SHOWN = 30
-"""Runs in the leaderboard's picture, at most."""
+"""Most runs in the leaderboard's picture."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, repr=False)
@@ -61,11 +61,11 @@ def sweep(
     progress: Progress = SILENT,
     **settings: Any,
 ) -> list[SweepResult]:
-    """Train several carry-ons on one cache. Each learns what `train` alone would teach it.
+    """Train several carry-ons on one cache. Each is trained as `train` would train it.
 
     Carry-ons of one shape are stacked: they share products, and those that see the same documents
-    in the same order share each batch. A run that fails ends no other. Under ``torchrun`` the runs
-    are spread over the processes, and every process returns all results. A sweep that was
+    in the same order share each batch. A failed run does not stop the others. Under ``torchrun``
+    the runs are spread over the processes, and every process returns all results. A sweep that was
     interrupted is resumed by the same call, which skips the runs that are finished.
 
         embedcache.sweep("cache", runs={"a": {"lr": 1e-3}, "b": {"lr": 2e-3}}, width=128)
@@ -76,7 +76,8 @@ def sweep(
         memory: budget of the device's memory, such as ``"1GB"``, or bytes; see `train`.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: receives bars and remarks.
-        settings: settings of all runs that are given as mappings; a run's own come first.
+        settings: settings of all runs that are given as mappings; a run's own settings take
+            precedence.
 
     Returns:
         The outcome of each run, in the order of ``runs``.
@@ -177,7 +178,7 @@ def _nested(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def _misplaced(settings: dict[str, Any]) -> str:
-    """Return a hint at ``grid`` or ``runs`` where a setting is spelt like one of them."""
+    """Return a hint if the spelling of a setting is close to ``grid`` or ``runs``."""
     close = [hint for key in settings if (hint := nearest(key, (GRID, RUNS)))]
     return close[0] if close else ""
 

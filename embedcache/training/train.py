@@ -28,8 +28,8 @@ from embedcache.training.trainer import Trainer
 from embedcache.units import parse_bytes
 
 LONGER = 8
-"""``loss="auto"`` takes a shortlist where the vocabulary is so many times as long as its draws: a
-shortlist holds labels, too."""
+"""``loss="auto"`` uses a shortlist if the vocabulary is at least this many times the sampled
+tokens; a shortlist also holds labels."""
 
 __all__ = ["TrainPlan", "TrainSummary", "preview", "train"]
 
@@ -56,11 +56,10 @@ def train(
         cache: folder of a finished cache.
         out: folder of the carry-on: a new or empty one, or that of the interrupted run.
         config: the configuration of the run; by default it is made of ``settings``.
-        memory: budget of the device's memory, such as ``"1GB"``, or bytes. The way in which a step
-            is computed is chosen so that tensors take no more (CUDA's own context is not counted);
-            on CUDA the allocator is limited to the budget. A run that runs out of memory goes on
-            with a leaner plan. What is learned stays the same up to rounding and the draws of a
-            shortlist.
+        memory: budget of device memory, such as ``"1GB"``, or bytes. Step settings are chosen so
+            that tensors fit in the budget (CUDA's own context is not counted). On CUDA the
+            allocator is limited to the budget. A run that runs out of memory continues with a
+            leaner plan. The result is the same up to rounding and the sampling of shortlists.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         progress: receives bars and remarks.
         settings: names and values of `TrainConfig` and of the carry-on's configuration
@@ -74,7 +73,7 @@ def train(
         CacheError: if the cache is incomplete or damaged, or lacks a tap.
         OutputError: if ``out`` holds other files or a finished carry-on.
         NumericsError: if the loss or gradient is not finite; the last finite state is kept.
-        DeviceMemoryError: if the budget holds no sequence, or the device has too little memory.
+        DeviceMemoryError: if the budget or the device has too little memory for a sequence.
     """
     request = config_from(config, settings)
     target = training_device(device, memory)
@@ -138,7 +137,7 @@ def preview(
 
 
 def training_device(device: str, memory: str | int | None) -> torch.device:
-    """Return the device named; with a budget, its allocator is set up to reserve little."""
+    """Return the named device; with a budget, configure its allocator to reserve little."""
     target = resolve_device(device)
     if memory is not None and target.type == "cuda":
         configure_allocator()  # before PyTorch first uses the device
@@ -177,7 +176,7 @@ class Session:
         return "shortlist" if vocabulary >= LONGER * (config.samples or DRAWS) else "exact"
 
     def finished(self, out: Path, config: TrainConfig) -> TrainSummary | None:
-        """Return the summary of this very run if it was finished before, else None."""
+        """Return the summary of this run if it is already finished, else None."""
         if not (out / CONFIG_FILE).is_file():
             return None
         record = read_record(out)
@@ -188,7 +187,7 @@ class Session:
         return TrainSummary(**record.results) if same else None
 
     def train(self, configs: Mapping[Path, TrainConfig]) -> list[Run]:
-        """Train carry-ons by folder; a run that fails holds its error and ends no other."""
+        """Train carry-ons by folder; a failed run holds its error and does not stop the others."""
         for config in configs.values():
             self.inputs.sample(config.carryon.taps)  # embeddings that are not finite raise here
         ranks = self._ranks

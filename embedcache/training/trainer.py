@@ -1,4 +1,4 @@
-"""Training carry-ons on one cache: those of one shape are stacked, each learns as if alone."""
+"""Trains carry-ons on one cache. Carry-ons of one shape are stacked; each learns as if alone."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from embedcache.training.step.settings import PLAIN, StepSettings, plain_setting
 from embedcache.training.step.stack import Stack
 
 CPU_STACK_BYTES = 400 << 20
-"""Bytes that a stack works on, at most, on a CPU: more would not stay in its caches."""
+"""Most bytes that a stack uses on a CPU, so that they stay in the CPU's caches."""
 
 FREE = 0.9
-"""Share of the free memory that is the budget of a run without one, once it runs out of memory."""
+"""When a run without a budget runs out of memory, its budget becomes this share of free memory."""
 
 Begun = tuple[Run, CarryOn]
 
@@ -55,7 +55,7 @@ class Trainer:
         self._said = ""
 
     def stacks(self, runs: Sequence[Run]) -> Iterator[list[Run]]:
-        """Yield the runs in lists that can be stacked: of one shape and loss, and few enough."""
+        """Yield lists of runs to stack: runs of one shape and loss, as many as memory allows."""
 
         def kind(run: Run) -> str:
             config = run.config
@@ -68,9 +68,10 @@ class Trainer:
                 yield stack[start : start + size]
 
     def _most(self, runs: Sequence[Run]) -> int:
-        """Return how many runs of one shape to stack, by a rough estimate of what each takes.
+        """Return how many runs of one shape to stack, by a rough estimate of the memory of each.
 
-        On a GPU they may take half of the free memory; on a CPU, `CPU_STACK_BYTES`.
+        The runs may take half of the budget or of the free memory; on a CPU, at most
+        `CPU_STACK_BYTES`.
         """
         config, hidden = runs[0].config.carryon, self.inputs.hidden
         tokens = max(self.inputs.batch_tokens(run.config) for run in runs)
@@ -85,8 +86,8 @@ class Trainer:
     def run(self, runs: Sequence[Run], plan: MemoryPlan | None = None) -> None:
         """Train runs of one shape and one loss until each is finished or has failed.
 
-        When the device runs out of memory, everything on it is freed, and the run goes on from its
-        last state by a leaner plan.
+        When the device runs out of memory, everything on the device is freed, and training resumes
+        from the last saved state with a leaner plan.
         """
         todo: list[tuple[Sequence[Run], MemoryPlan | None]] = [(runs, plan)]
         while todo:
@@ -106,9 +107,9 @@ class Trainer:
     def _leaner(
         self, runs: list[Run], plan: MemoryPlan | None
     ) -> list[tuple[list[Run], MemoryPlan | None]]:
-        """Return how to go on with runs after memory ran out: a leaner plan, or smaller stacks.
+        """Return what to retry after memory ran out: a leaner plan, or smaller stacks.
 
-        A run for which there is none ends with a ``DeviceMemoryError``.
+        A run for which neither is left fails with a ``DeviceMemoryError``.
         """
         found: MemoryPlan | None = None
         parts: list[tuple[list[Run], MemoryPlan | None]]
@@ -124,12 +125,12 @@ class Trainer:
             half = len(runs) // 2
             parts = [(runs[:half], plan), (runs[half:], plan)]
         elif plan is not None and runs[0].advanced:
-            parts = [(runs, plan)]  # again: it took whole steps by this plan
+            parts = [(runs, plan)]  # retry: the run has completed steps with this plan
         else:
             (run,) = runs
             run.failure = DeviceMemoryError(
                 f"{self._device} ran out of memory at step {run.state.step}, and no smaller plan "
-                "holds. Train a smaller carry-on (fewer or narrower layers, fewer taps), or pass a "
+                "fits. Train a smaller carry-on (fewer or narrower layers, fewer taps), or pass a "
                 f"larger `memory=`. The last checkpoint is kept in {run.out}: run the same call "
                 "again to resume."
             )
@@ -138,7 +139,7 @@ class Trainer:
         return parts
 
     def _attempt(self, runs: Sequence[Run], plan: MemoryPlan | None) -> None:
-        """Train runs by one plan; raises ``torch.OutOfMemoryError`` when memory runs out."""
+        """Train runs with one plan; raises ``torch.OutOfMemoryError`` when memory runs out."""
         settings = plain_settings(self._device, runs[0].config.carryon.attention_head_width)
         if plan is not None:
             settings = plan.settings
@@ -206,7 +207,10 @@ class Trainer:
         config = runs[0].config
         likely = ", the base's top ids" if self.inputs.train.top_ids else ""
         draws = self.inputs.draws(config)
-        text = f"loss: shortlists of the labels{likely} and {draws:,} draws"
+        text = (
+            f"loss: softmax over a shortlist (the batch's labels{likely} and {draws:,} sampled "
+            "tokens)"
+        )
         if runs[0].loss == "exact":
             head = self.inputs.frozen(config.carryon, settings, training=True).head
             tokens = max(self.inputs.batch_tokens(run.config) for run in runs)
@@ -215,7 +219,7 @@ class Trainer:
                 positions = min(positions, settings.delta_positions)
             positions *= len(runs)
             chunks = settings.chunks(head, positions, self._device)
-            text = f"loss: exact, logits of {chunks} at a time"
+            text = f"loss: exact softmax, logits in chunks of {chunks}"
         if text != self._said:
             self._said = text
             self._progress.say(text)
@@ -238,10 +242,10 @@ class Trainer:
         """Return the dev loss of each carry-on of a stack, or of the base without one.
 
         Args:
-            run: its documents are scored on.
+            run: the run whose dev documents are scored.
             stack: the carry-ons.
-            settings: how much is computed at a time.
-            stream: its shortlists estimate the loss as well.
+            settings: how a step is computed.
+            stream: the stream whose shortlists estimate the loss as well.
 
         Returns None for a cache without a dev split.
         """
@@ -270,21 +274,21 @@ class Trainer:
             if found is None and (scores := self.score(run, None, settings)):
                 found = scores[0].exact
             if found is None:
-                which = f" of {', '.join(patterns)}" if patterns else ""
-                self._progress.say(f"this cache has no dev split{which}: the last epoch is kept")
+                which = f" that match {', '.join(patterns)}" if patterns else ""
+                self._progress.say(f"no dev documents{which}: the last epoch is kept, not the best")
             self._base_dev[patterns] = found
         return self._base_dev[patterns]
 
     def _place(self, begun: Begun) -> tuple[object, ...]:
-        """Return the order of batches and the place in it; runs at one place share batches."""
+        """Return a run's order of batches and its position; runs with equal ones share batches."""
         config, state = begun[0].config, begun[0].state
         return (*self.inputs.order(config), state.epoch, state.position)
 
     def planned(self, runs: Sequence[Run]) -> list[tuple[list[Run], MemoryPlan | None]]:
-        """Return the runs in lists to stack, each with its plan for the memory budget.
+        """Return lists of runs to stack, each with its plan for the memory budget.
 
-        All processes of a run take the leanest plan of any. Raises ``DeviceMemoryError`` if no plan
-        holds.
+        All processes of a run use the leanest of their plans. Raises ``DeviceMemoryError`` if no
+        plan fits.
         """
         found: list[tuple[list[Run], MemoryPlan | None]] = []
         todo = list(self.stacks(runs))

@@ -94,7 +94,7 @@ class Branch(CarryOn):
                     inputs.attention,
                     inputs.update,
                     use_reentrant=False,
-                    preserve_rng_state=False,  # a block draws nothing; a CUDA graph could not
+                    preserve_rng_state=False,  # a block uses no random numbers
                 )
             else:
                 h_BTR = block(h_BTR, rotary, inputs.attention, inputs.update)
@@ -116,8 +116,8 @@ class Branch(CarryOn):
     def calibrate(self, stats: dict[str, InputStats]) -> None:
         """Set the scales that bring each component of each tap to mean 0 and variance 1.
 
-        A few components of a base's embeddings are ten times the others. Without scales they are
-        most of what a branch of small width sees.
+        A few components of a base's embeddings are ten times as large as the others. Without
+        scales, they dominate the input of a narrow branch.
         """
         for index, tap in enumerate(self.config.taps):
             mean_H, deviation_H = stats[tap]
@@ -185,8 +185,8 @@ def _input(
 ) -> Tensor:
     """Return a tap's embeddings with standardised components, scaled to unit mean square a token.
 
-    The result has ``dtype``, or on a CPU the dtype of products where no step needs more: there the
-    time goes into memory traffic.
+    The result has ``dtype``. On a CPU it has the dtype of products if no step needs more precision,
+    because memory traffic takes most of the time there.
     """
     low = product_dtype(mean_H)
     if x_BTH.is_cpu and low == x_BTH.dtype != mean_H.dtype and bridge_bits == 16:

@@ -1,4 +1,4 @@
-"""Causal attention that never crosses a sequence: by a mask, or over spans of one long row.
+"""Causal attention within sequences, by a mask or over spans of one long row.
 
 Axes: K stacked carry-ons, B rows of a batch, T time, U keys, E heads, F width of a head, M
 boundaries of sequences. (K) stands for an axis that only a stack has.
@@ -30,7 +30,7 @@ class Spans:
     Attributes:
         cu_seqlens_M: int32 (K)M, where each sequence starts, and the row's length. Equal entries
             are empty sequences.
-        longest: a bound of the tokens of a sequence.
+        longest: an upper bound of the length of a sequence.
     """
 
     cu_seqlens_M: Tensor
@@ -44,7 +44,8 @@ def attend(q_BTEF: Tensor, k_BUEF: Tensor, v_BUEF: Tensor, where: Tensor | Spans
         q_BTEF: queries, with K as the first axis of a stack.
         k_BUEF: keys.
         v_BUEF: values.
-        where: what a query sees: a causal mask_(K)BTU, `Spans`, or None for all earlier positions.
+        where: the keys that a query sees: a causal mask_(K)BTU, `Spans`, or None for all earlier
+            positions.
     """
     if isinstance(where, Spans):
         return _over_spans(q_BTEF, k_BUEF, v_BUEF, where)

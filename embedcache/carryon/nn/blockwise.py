@@ -1,8 +1,8 @@
-"""Causal attention with a mask for a CPU's bfloat16 products: in blocks of queries.
+"""Masked causal attention in bfloat16 on a CPU, computed in blocks of queries.
 
 PyTorch's attention computes the probabilities a second time for the gradient. Here they are saved
-for the backward pass. Attention and its gradient then take 0.4 to 0.8 of the time, where a mask
-tells sequences apart (one core with AMX; rows of 128 to 2,048 tokens).
+for the backward pass. With a mask that separates sequences, attention and its gradient then take
+0.4 to 0.8 of PyTorch's time (one core with AMX; rows of 128 to 2,048 tokens).
 
 Axes: B rows of a batch, T time, U keys, E heads, of all rows where there is no B, F width of a
 head; t queries of a block.
@@ -16,14 +16,15 @@ import torch
 from torch import Tensor
 
 BLOCK = 256
-"""Queries of a block. A block sees no key after its last query: smaller blocks compute less that is
-masked, but much smaller products are slow."""
+"""Queries of a block. A block skips the keys after its last query. Smaller blocks compute fewer
+masked scores, but much smaller products are slow."""
 MAX_TOKENS = 2048
-"""Most tokens of a row: in longer rows the probabilities would take more memory than all else."""
+"""Most tokens of a row: in longer rows the probabilities would take more memory than everything
+else."""
 
 
 def applies(q_BTEF: Tensor, k_BUEF: Tensor) -> bool:
-    """Return whether `attend_blockwise` is faster than PyTorch on these, with a mask."""
+    """Return whether `attend_blockwise` is faster than PyTorch on these inputs, with a mask."""
     supported = q_BTEF.device.type == "cpu" and q_BTEF.dtype == torch.bfloat16
     return supported and 1 < q_BTEF.shape[1] == k_BUEF.shape[1] <= MAX_TOKENS
 
@@ -36,7 +37,7 @@ def attend_blockwise(q_BTEF: Tensor, k_BTEF: Tensor, v_BTEF: Tensor, mask_BTU: T
 
 
 class _Blockwise(torch.autograd.Function):
-    """The parts of each block are contiguous and saved so: products would copy them otherwise."""
+    """Saves each block's tensors contiguously, because products would copy them otherwise."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""What a carry-on computes between its products: norms, rotations and gates.
+"""The operations of a carry-on between its products: norms, rotations and gates.
 
 On CUDA, if Triton is installed, each is one kernel forward and one backward (`kernels`). Otherwise
 PyTorch computes it.
@@ -37,7 +37,7 @@ def wide_dtype(x: Tensor) -> torch.dtype:
 
 def one_over_rms(x_BTH: Tensor, eps: float) -> Tensor:
     """Return the reciprocal of each token's root mean square, [B, T, 1], at least float32."""
-    # By a vector norm: a CPU would write all squares to memory.
+    # A vector norm does not write all squares to memory on a CPU.
     norm_BT1 = torch.linalg.vector_norm(x_BTH, dim=-1, keepdim=True)
     return (norm_BT1.to(wide_dtype(x_BTH)).square() / x_BTH.shape[-1] + eps).rsqrt()
 
@@ -117,8 +117,8 @@ def rotary_angles(positions_BT: Tensor, head_width: int) -> tuple[Tensor, Tensor
 def _angles(positions: int, head_width: int) -> tuple[Tensor, Tensor]:
     """Return (cos, sin), each [positions, F/2], float32.
 
-    By NumPy: the first cosine that torch computes in a process is sometimes less accurate, which
-    would make two runs differ.
+    NumPy computes them: the first cosine that torch computes in a process is sometimes less
+    accurate, which would make two runs differ.
     """
     exponent = np.arange(0, head_width, 2) / head_width
     angle = np.arange(positions)[:, None] * 10000.0**-exponent

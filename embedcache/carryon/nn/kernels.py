@@ -1,4 +1,4 @@
-"""What `elementwise`, the oracle, computes, by one Triton kernel forward and one backward.
+"""The operations of `elementwise`, each as one Triton kernel forward and one backward.
 
 Each value is read and written once; sums are float32. Where a gradient is a sum over positions,
 each program sums its own positions, and the programs' sums are added up in a fixed order.
@@ -170,7 +170,7 @@ def _launch_rotate(
 
 
 def _whole_rows(x: Tensor, weight: Tensor) -> tuple[tuple[int, int], dict[str, int]]:
-    """Return a grid [programs, K] of programs that have whole rows, and their sizes."""
+    """Return a grid [programs, K] of programs that compute whole rows, and their sizes."""
     R = weight.shape[-1]
     K = weight.numel() // R
     N, block = x.numel() // (K * R), triton.next_power_of_2(R)
@@ -190,12 +190,12 @@ def _some_columns(x: Tensor, bias: Tensor) -> tuple[tuple[int, int, int], dict[s
 
 
 def _programs(rows: int, tile: int, beside: int) -> int:
-    """Return how many programs share so many rows."""
+    """Return the number of programs that share ``rows`` rows."""
     return min(triton.cdiv(PROGRAMS, beside), triton.cdiv(rows, TILES * tile))
 
 
 def _stride(weight: Tensor) -> int:
-    """Return the distance of two carry-ons' weights; those of one carry-on are contiguous."""
+    """Return the stride between carry-ons' weights; those of one carry-on are contiguous."""
     return weight.stride(0)
 
 
@@ -212,7 +212,7 @@ def _norm(
         if more is not None:
             sum_nr = (value + _values(more, place, inside)).to(kept.dtype.element_ty)
             tl.store(kept + place, sum_nr, mask=inside)
-            value = sum_nr.to(tl.float32)  # the gradient is taken of what was kept
+            value = sum_nr.to(tl.float32)  # the backward pass reads the rounded sum
         scale_n = 1.0 / tl.sqrt(tl.sum(value * value, axis=1) / width + eps)
         _store(normed, place, inside, value * scale_n[:, None] * weight_r[None, :])
 

@@ -37,7 +37,7 @@ class Linear(nn.Linear):
 
 
 class _StackedLinear(torch.autograd.Function):
-    """K linear layers of one shared x_BTI, or of one each, x_KBTI; y_KBTO in either case.
+    """K linear layers, of a shared input x_BTI or of an input each, x_KBTI; returns y_KBTO.
 
     If the optimiser keeps a low-precision copy of the weight, the product uses it; if it keeps a
     gradient buffer, the gradient is accumulated there, by the product itself where both have one
@@ -70,7 +70,7 @@ class _StackedLinear(torch.autograd.Function):
         y_NO = F.linear(x_NI, weight, bias)
         if K == 1:
             return y_NO.view(1, *shape[-3:-1], -1)
-        # Each carry-on's output is contiguous: all that is computed from it would be strided too.
+        # Make each carry-on's output contiguous; later results would be strided otherwise.
         return y_NO.view(*shape[:-1], K, -1).movedim(2, 0).contiguous()
 
     @staticmethod

@@ -1,4 +1,4 @@
-"""The CUDA allocator: how it reserves memory, a limit on it, and the peak of what it gave out."""
+"""The CUDA allocator: its configuration, a limit on it, and the peak of allocated memory."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from torch.utils._pytree import tree_leaves
 from embedcache.device import synchronize
 
 SMALL_SEGMENT = 12 << 20
-"""Bytes that the allocator reserves at a time where `configure_allocator` could decide."""
+"""Bytes that the allocator reserves at a time with the settings of `configure_allocator`."""
 DEFAULT_SEGMENT = 20 << 20
-"""Bytes that PyTorch's allocator reserves at a time otherwise."""
+"""Bytes that PyTorch's allocator reserves at a time by default."""
 SETTINGS = f"expandable_segments:True,large_segment_size_mb:{SMALL_SEGMENT >> 20}"
 
 
@@ -25,8 +25,8 @@ def configure_allocator() -> None:
     """Set the environment so that PyTorch and cuBLAS reserve little of a GPU.
 
     Expandable segments leave no gaps, and grow by 12 MiB instead of 20. cuBLAS keeps 8 MiB for each
-    stream instead of 32. Nothing changes where the user has set these variables. Both libraries
-    read them once, when they first use the GPU: after that the call has no effect.
+    stream instead of 32. Variables that the user has set are not changed. Both libraries read the
+    variables once, when they first use the GPU; a later call has no effect.
     """
     if not torch.cuda.is_initialized() and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", SETTINGS)
@@ -34,16 +34,16 @@ def configure_allocator() -> None:
 
 
 def segment_bytes() -> int:
-    """Return how many bytes the allocator may reserve beyond a limit that it is given."""
+    """Return the number of bytes by which the allocator may exceed a limit."""
     ours = os.environ.get("PYTORCH_ALLOC_CONF") == SETTINGS
     return SMALL_SEGMENT if ours else DEFAULT_SEGMENT
 
 
 @contextmanager
 def memory_limit(budget: int | None, device: torch.device) -> Iterator[None]:
-    """Keep what the allocator reserves within a budget in bytes. On a CPU nothing is limited.
+    """Limit the allocator's reserved memory to ``budget`` bytes. On a CPU, nothing is limited.
 
-    Raises ``torch.OutOfMemoryError`` where more would be needed.
+    Raises ``torch.OutOfMemoryError`` if more is needed.
     """
     if budget is None or device.type != "cuda":
         yield
@@ -59,7 +59,7 @@ def memory_limit(budget: int | None, device: torch.device) -> Iterator[None]:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of tensors made while it is entered; ``peak`` is the most at a time."""
+    """Counts the bytes of live tensors made in its ``with`` block; ``peak`` is the maximum."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -91,10 +91,10 @@ class _LiveBytes(TorchDispatchMode):
 
 @contextmanager
 def peak_memory(device: torch.device, resident: Iterable[torch.Tensor]) -> Iterator[list[int]]:
-    """Append to the yielded list, at the end, the most bytes that were in use at a time.
+    """Measure the peak memory of the block in bytes; append it to the yielded list at exit.
 
-    On CUDA these are the bytes that the allocator had given out. On a CPU they are those of the
-    ``resident`` tensors and of all tensors that the calling thread made.
+    On CUDA, this is the peak of the memory that the allocator allocated. On a CPU, it counts the
+    ``resident`` tensors and all tensors that the calling thread made.
     """
     peak: list[int] = []
     if device.type == "cuda":

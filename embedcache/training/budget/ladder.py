@@ -14,28 +14,28 @@ from embedcache.training.step.settings import StepSettings, plain_settings
 from embedcache.units import format_bytes
 
 PART_TOKENS = (16384, 12288, 8192, 6144, 4096, 3072, 2048, 1536, 1024, 768, 512)
-"""Sizes of the parts of a step that are tried with each settings. Smaller parts are slower by the
-token, so that leaner settings with larger parts are preferred to them."""
+"""Sizes of the parts of a step that are tried with all settings. Still smaller parts take more time
+per token, so they are tried with the leanest settings only."""
 FEWEST_TOKENS = (384, 256, 192, 128, 64)
-"""Sizes that are tried last, with the leanest settings alone."""
+"""Sizes that are tried last, with the leanest settings only."""
 DELTA_POSITIONS = 512
-"""Positions whose embeddings after the carry-on exist at a time: more would hardly be faster."""
+"""Positions whose x′ exists at a time; more would hardly be faster."""
 LOGIT_SHARE = 16
-"""Logits take at most one part in so many of the budget."""
+"""Logits take at most the budget divided by this."""
 LEAST_LOGITS, LOGITS_OF_HIDDEN = 1 << 20, 1024
-"""The least bytes of logits: so many, or so many for each component of an embedding. With fewer,
-the tiles of a head that is streamed would be too small to be worth a product."""
+"""Least bytes of logits, in total and per component of an embedding; the larger limit applies. With
+fewer, the tiles of a streamed head are too small for an efficient product."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryPlan:
-    """Step settings that were measured to hold within a budget.
+    """Step settings that were measured to fit in a budget.
 
     Attributes:
-        name: which settings these are, in words.
+        name: the settings in words.
         settings: how steps are computed.
-        rung: their place in the ladder, which tells plans of several processes apart.
-        budget: bytes of the device.
+        rung: number of the plan in the ladder, by which several processes compare their plans.
+        budget: bytes of device memory.
         expected: bytes in use at the peak of the probe.
     """
 
@@ -75,15 +75,15 @@ def ladder(
     """Return the step settings for a budget, the fastest first.
 
     Args:
-        device: the device that is trained on. Host memory is a place of its own beside a GPU only.
-        budget: bytes of the device.
+        device: the training device. Only with a GPU can parts of a step move to host memory.
+        budget: bytes of device memory.
         hidden: width of the base's embeddings.
         head_width: width of an attention head of the carry-on.
-        loss: ``"exact"`` or ``"shortlist"``. An exact loss streams a head that is in host memory,
-            which is slow, so that the optimiser moves there first.
+        loss: ``"exact"`` or ``"shortlist"``. The exact loss streams a head in host memory, which is
+            slow, so the optimiser moves to host memory before the head.
         longest: tokens of the longest sequence; sequences are never cut.
-        step_tokens: tokens of a step; larger parts are of no use.
-        graphs: whether the steps of these carry-ons can be captured as CUDA graphs at all.
+        step_tokens: tokens of a step. No part is larger, unless it is one longer sequence.
+        graphs: whether the steps of these carry-ons can be captured as CUDA graphs.
     """
     logits = max(budget // LOGIT_SHARE, LEAST_LOGITS, LOGITS_OF_HIDDEN * hidden)
     plain = replace(
@@ -111,12 +111,12 @@ def ladder(
 
 
 def _named(device: torch.device, loss: str) -> dict[str, dict[str, Any]]:
-    """Return what each settings change of the plain ones, by name, the fastest first."""
+    """Return the changes to the plain settings, by name, the fastest first."""
     again = {"recompute": True}
     if device.type != "cuda":
         return {"activations kept": {}, "activations recomputed": again}
     head, optimiser = {"host_head": True}, {"offload": True}
-    if not has_triton():  # the kernel that steps states in host memory is written in it
+    if not has_triton():  # the optimiser step in host memory is a Triton kernel
         both, places = head, "head"
         one: dict[str, dict[str, Any]] = {}
     else:
@@ -135,19 +135,19 @@ def _named(device: torch.device, loss: str) -> dict[str, dict[str, Any]]:
 
 
 def too_small(budget: int, longest: int, least: float | None) -> DeviceMemoryError:
-    """Return the error for a budget that holds no sequence; ``least`` bytes would do, if known."""
-    takes, way_out = "more", "Give more."
+    """Return the error for a budget too small for a sequence; ``least`` bytes suffice, if known."""
+    takes, way_out = "more", "Pass a larger `memory=`."
     if least is not None:
         text = rounded_size(least)
         takes, way_out = f"at least {text}", f'Pass `memory="{text}"`'
     return DeviceMemoryError(
-        f"`memory=` of {format_bytes(budget)} does not hold a sequence of {longest:,} tokens and "
-        f"the carry-ons that train on it: that takes {takes}. {way_out}"
+        f"`memory=` of {format_bytes(budget)} is too small to train on a sequence of {longest:,} "
+        f"tokens: expected {takes}. {way_out}"
     )
 
 
 def rounded_size(count: float) -> str:
-    """Return bytes as `bytes_of` reads them, rounded up.
+    """Return a number of bytes as text that `parse_bytes` reads, rounded up.
 
     >>> rounded_size(1_230_000_000), rounded_size(2_040_000)
     ('1.3GB', '2.1MB')

@@ -1,4 +1,4 @@
-"""The choice of step settings for a memory budget, by probing what a part of a step takes."""
+"""Chooses step settings for a memory budget by measuring the memory of parts of a step."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ from embedcache.training.step.step_inputs import StepInputs
 USED = 0.95
 """Share of a budget that a probe may use: later parts may take more."""
 LEANER = 0.9
-"""Share of that for a plan after another one, which passed its probe, ran out of memory."""
+"""Factor on `USED` after a plan that had passed its probe ran out of memory."""
 PARTS = {"cpu": 2, "cuda": 4}
-"""Parts of a probe: on a GPU, others are prepared ahead by the last one, as in training."""
+"""Parts of a probe. On a GPU there are more, so that others are prepared ahead as in training."""
 
 
 def plan_memory(
@@ -39,17 +39,18 @@ def plan_memory(
     *,
     below: MemoryPlan | None = None,
 ) -> MemoryPlan:
-    """Return the fastest step settings that hold within a budget.
+    """Return the fastest step settings that fit in a budget.
 
     Args:
-        inputs: what is trained on.
-        configs: carry-ons of one shape, trained together.
+        inputs: the training inputs.
+        configs: configurations of carry-ons of one shape, trained together.
         loss: ``"exact"`` or ``"shortlist"``.
-        budget: bytes of the device.
+        budget: bytes of device memory.
         below: a plan that ran out of memory; only leaner ones are tried.
 
     Raises:
-        DeviceMemoryError: if no settings hold a sequence, with the least budget that would do.
+        DeviceMemoryError: if no settings fit a sequence. The message gives the least budget that
+            fits.
     """
     probe = _Probe(inputs, configs, loss)
     shares = [USED]
@@ -85,7 +86,7 @@ def _leanness(plan: MemoryPlan, names: Sequence[str]) -> tuple[int, int, bool]:
 
 
 def _first_that_holds(plans: Sequence[MemoryPlan], probe: _Probe, limit: int) -> MemoryPlan | None:
-    """Return the first plan that holds, each taking less than the one before: by bisection."""
+    """Return the first plan that fits, by bisection: each takes less memory than the last."""
     found: MemoryPlan | None = None
     low, high = 0, len(plans)
     while low < high:
@@ -99,7 +100,7 @@ def _first_that_holds(plans: Sequence[MemoryPlan], probe: _Probe, limit: int) ->
 
 
 class _Probe:
-    """Takes the first parts of a step by one settings or another, and keeps nothing of them."""
+    """Measures the memory of the first parts of a step with given settings."""
 
     def __init__(self, inputs: TrainingInputs, configs: Sequence[TrainConfig], loss: str):
         self._inputs, self._configs, self._loss = inputs, configs, loss
@@ -122,7 +123,7 @@ class _Probe:
         )
 
     def least(self, budget: int) -> float | None:
-        """Return the least bytes of a budget that holds a sequence, above one that does not."""
+        """Return the least budget in bytes that fits a sequence, above one that does not."""
         *_, leanest = _plans(self.ladder(budget), budget)
         taken = self.taken(leanest.settings, None)
         if taken is None:
@@ -144,11 +145,11 @@ class _Probe:
                 taken = self._measured(settings)
         except torch.OutOfMemoryError:
             taken = None
-        gc.collect()  # the error of a loader's thread holds what was tried
+        gc.collect()  # an error of the loader's thread keeps tensors alive
         return taken if limit is None or taken is None or taken <= limit else None
 
     def _kept(self, settings: StepSettings) -> int:
-        """Return the bytes that settings keep on the device whatever a part is."""
+        """Return the bytes that settings keep on the device for parts of any size."""
         weights = sum(model.parameter_count() for model in self._models)
         # Weights and gradients; and both moments, unless they are in host memory.
         kept = weights * (2 * 2 if settings.offload else 4 * 4)

@@ -1,1 +1,1 @@
-"""AdamW for stacked carry-ons, with states on the device or, in 16 bits, in host memory."""
+"""AdamW for stacked carry-ons. Its states are on the device, or in host memory in 16 bits."""

@@ -1,6 +1,6 @@
-"""AdamW for a stack of carry-ons, whose parameters and gradients are one matrix each.
+"""AdamW for a stack of carry-ons. One matrix holds all parameters, another all gradients.
 
-Axes: K carry-ons, P parameters of one. A row holds the matrices first, then the vectors.
+Axes: K carry-ons, P parameters of one carry-on. A row holds weight matrices first, then vectors.
 """
 
 from __future__ import annotations
@@ -20,12 +20,13 @@ from embedcache.training.optim.states import DeviceStates, HostStates, StepArgum
 
 
 class StackAdamW:
-    """AdamW with weight decay on matrices only, for each carry-on of a stack by itself.
+    """AdamW with weight decay on matrices only, applied to each carry-on of a stack separately.
 
-    The stack's parameters become views of ``values_KP``, and their gradients of ``gradient_KP``, so
-    that the gradient of a carry-on is clipped, checked or summed over processes at once. Both are
-    float32, or bfloat16 where the states are in host memory; the parameters are exact in any case.
-    For products in another dtype, one copy of all parameters is kept in that.
+    The stack's parameters become views of ``values_KP``, and their gradients views of
+    ``gradient_KP``, so that the gradient of a carry-on is clipped, checked and summed over
+    processes as one row. Both matrices are float32, or bfloat16 if the states are in host memory.
+    The optimiser updates float32 parameters in either case. If products use another dtype, the
+    optimiser keeps a copy of all parameters in that dtype.
     """
 
     def __init__(
@@ -41,10 +42,10 @@ class StackAdamW:
 
         Args:
             stack: the carry-ons, on the host.
-            configs: the configuration of each.
+            configs: the configuration of each carry-on.
             device: where parameters and gradients are kept.
             offload: whether the states are in host memory.
-            low: dtype of the products that take the parameters.
+            low: dtype of the products that use the parameters.
         """
         parameters = sorted(stack.named_parameters(), key=lambda one: -min(one[1].ndim, 3))
         sizes = [parameter[0].numel() for _, parameter in parameters]
@@ -71,7 +72,7 @@ class StackAdamW:
             self._states = HostStates(self.values_KP, exact_KP, configs, matrices)
         else:
             self._states = DeviceStates(self.values_KP, configs, matrices)
-        # Arguments of a step are on the device, so that a CUDA graph can replay it.
+        # The arguments of a step are on the device, so that a CUDA graph can replay the step.
         device = self.values_KP.device
         self._clip_K = torch.tensor([config.clip for config in configs], device=device)
         self._arguments_2K, (self._step_K, self._broken_K) = torch.zeros(
@@ -80,7 +81,7 @@ class StackAdamW:
         self._rate_K, self._skip_K = self._arguments_2K
 
     def clip(self) -> Tensor:
-        """Clip each carry-on's gradient to its largest norm; return norm_K before that."""
+        """Clip the gradient norm of each carry-on; return norm_K, the norms before clipping."""
         norm_K = self.gradient_KP.norm(dim=1, dtype=torch.float32)
         self.gradient_KP *= (self._clip_K / (norm_K + 1e-6)).clamp_max(1.0)[:, None]
         return norm_K
@@ -92,7 +93,7 @@ class StackAdamW:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Skip every carry-on in the steps that are taken meanwhile."""
+        """Skip every carry-on in all steps inside the ``with`` block."""
         skip_K, broken_K = self._skip_K.clone(), self._broken_K.clone()
         self._skip_K.fill_(1.0)
         try:
@@ -103,9 +104,10 @@ class StackAdamW:
 
     @torch.no_grad()
     def step(self, *seen: Tensor) -> None:
-        """Take a step at the rates that were set.
+        """Take a step at the rates that `schedule` set.
 
-        A carry-on is skipped from now on if one of its values in ``seen``, each [K], is not finite.
+        ``seen`` holds tensors [K], such as losses and gradient norms. A carry-on with a value that
+        is not finite is skipped in this step and all later ones.
         """
         for seen_K in seen:
             self._broken_K.masked_fill_(~seen_K.isfinite(), 1.0)
@@ -115,7 +117,7 @@ class StackAdamW:
         self._follow()
 
     def _follow(self) -> None:
-        """Update the copy of the parameters in low precision."""
+        """Update the low-precision copy of the parameters."""
         if self._low_KP is not None:
             self._low_KP.copy_(self.values_KP)
 
@@ -126,7 +128,7 @@ class StackAdamW:
         return self._states.row(index) | {"step": self._step_K[index].clone()}
 
     def restore(self, index: int, moments: dict[str, Tensor]) -> None:
-        """Restore what `moments` returned, of this optimiser or another."""
+        """Restore the states that `moments` of this optimiser or another returned."""
         if not moments:
             return
         self._step_K[index] = moments["step"]
@@ -135,14 +137,14 @@ class StackAdamW:
 
 
 def send(values: Sequence[float] | Sequence[Sequence[float]], to: Tensor) -> None:
-    """Copy values to a tensor of their shape on the device, without waiting for the copy."""
+    """Copy values to a device tensor of the same shape, without waiting for the copy."""
     to.copy_(torch.tensor(values, pin_memory=to.is_cuda), non_blocking=True)
 
 
 def _accumulate(gradient: Tensor, parameter: Tensor) -> None:
-    """Add a parameter's gradient to its buffer at once, so that few gradients exist twice.
+    """Add a parameter's gradient to its buffer and free it at once, to save memory.
 
-    There is none if the product added it to the buffer itself.
+    The gradient is None if the product has already added it to the buffer.
     """
     if parameter.grad is not None:
         gradient.add_(parameter.grad)
@@ -150,9 +152,9 @@ def _accumulate(gradient: Tensor, parameter: Tensor) -> None:
 
 
 def learning_rate(progress: float, *, peak: float, warmup: float) -> float:
-    """Return the learning rate after a share ``progress`` of all tokens.
+    """Return the learning rate after the fraction ``progress`` of all tokens.
 
-    The rate rises linearly over the share ``warmup``; then it falls to 0 along a cosine.
+    The rate rises linearly over the fraction ``warmup``, then falls to 0 along a cosine.
 
     >>> [round(learning_rate(p, peak=1.0, warmup=0.5), 3) for p in (0.25, 0.5, 0.75, 1.0)]
     [0.5, 1.0, 0.5, 0.0]

@@ -1,8 +1,8 @@
 """A step of AdamW with states in pinned host memory, as one Triton kernel: see `lowbit`.
 
 Each program reads the states of some parameters over the bus, takes the step, and writes them back.
-Thousands of programs run at a time, so that the bus is busy in both directions, and only parameters
-and gradients are on the device.
+Thousands of programs run at a time and keep the bus busy in both directions. Only parameters and
+gradients are on the device.
 
 Axes: K carry-ons, P parameters of one, B parameters of a program.
 """
@@ -20,7 +20,7 @@ from torch import Tensor
 from embedcache.training.optim.lowbit import LOWEST, STEPS
 
 BLOCK, WARPS = 2048, 4
-"""Parameters of a program, and its warps: 32 bytes of each state for a thread."""
+"""Parameters and warps of one program. A thread handles 32 bytes of each state."""
 
 
 def step_over_bus(
@@ -41,7 +41,8 @@ def step_over_bus(
         values_KP: parameters, bfloat16, on the device.
         gradient_KP: gradients, bfloat16, on the device.
         states: low halves, first moments and codes of second moments, pinned, [K, P] each.
-        arguments: learning rates, numbers of steps before, and 1 to skip, [K] each.
+        arguments: learning rates, numbers of earlier steps, and flags (1 skips a carry-on), [K]
+            each.
         beta2_K: decay of the second moment.
         decay_K: weight decay of the first ``matrices`` parameters.
         matrices: number of parameters to which weight decay applies.
@@ -125,7 +126,7 @@ def _step(
         tl.store(values + at_B, high_B.to(tl.int16), mask=inside_B)
         tl.store(low + at_B, (bits_B - (high_B << 16)).to(tl.int16), mask=inside_B)
         tl.store(mean + at_B, mean_B.to(mean.dtype.element_ty), mask=inside_B)
-        # `draws` of `lowbit`, in 32 bits
+        # The random numbers of `lowbit.draws`, in 32 bits
         uniform_B = place_B.to(tl.uint32) + before.to(tl.uint32) * 0x9E3779B9
         uniform_B = (uniform_B ^ (uniform_B >> 16)) * 0x7FEB352D
         uniform_B = (uniform_B ^ (uniform_B >> 15)) * 0x846CA68B

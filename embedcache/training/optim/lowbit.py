@@ -1,10 +1,10 @@
 """Parameters and moments of AdamW in 16 bits.
 
-A float32 parameter is split into a bfloat16, which computes, and the 16 bits that are missing, so
-that nothing is lost. The first moment is a bfloat16. The second moment is stored as its logarithm
-in even steps: a bfloat16 is too coarse to be moved by a hundredth of itself. The logarithm is
-rounded up or down at random (stochastic rounding), so that it follows on average however small the
-change; the random numbers depend on place and step alone.
+A float32 parameter is split into a bfloat16, which products use, and the 16 remaining bits, so that
+no precision is lost. The first moment is a bfloat16. The second moment is stored as its logarithm
+in uniform steps, because a bfloat16 is too coarse for updates of 1 % of its value. The logarithm is
+rounded up or down at random (stochastic rounding), so that small changes are right on average. The
+random numbers depend on position and step only.
 
 Axes: P parameters.
 """
@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 STEPS = 512
-"""Codes for a factor of two: neighbours are 0.14 % apart, their roots half as much."""
+"""Codes per factor of two. Neighbouring codes differ by 0.14 %, their square roots by 0.07 %."""
 LOWEST = -80
-"""Logarithm to base 2 of code 0, which stands for 0. The largest code stands for 2^48."""
+"""Base-2 logarithm at code 0; code 0 itself stands for 0. The largest code stands for 2^48."""
 
 
 def split(exact_P: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,13 +34,13 @@ def split(exact_P: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def joined(high_P: Tensor, low_P: Tensor) -> Tensor:
-    """Return the float32 parameters of two halves."""
+    """Return the float32 parameters from the two parts that `split` returned."""
     bits_P = (high_P.contiguous().view(torch.int16).to(torch.int32) << 16) + low_P
     return bits_P.view(torch.float32)
 
 
 def encoded_square(square_P: Tensor) -> Tensor:
-    """Return the nearest codes, int16, of values that are not negative."""
+    """Return the nearest codes, int16, of non-negative values."""
     return _coded(((square_P.log2() - LOWEST) * STEPS).round())
 
 
@@ -56,7 +56,8 @@ def stepped_square(
     """Return the second moment after one more gradient, float32, and its codes.
 
     ``uniform_P`` holds random numbers in [0, 1), which decide whether to round up or down. The code
-    moves by the logarithm of a ratio, since that of the value lacks the digits of a small step.
+    changes by the logarithm of the ratio of new to old value: the logarithm of the new value alone
+    is too imprecise for a small change.
     """
     square_P = beta2 * decoded_square(code_P) + (1 - beta2) * gradient_P.square()
     code_P = _unsigned(code_P)
@@ -78,7 +79,7 @@ def _coded(number_P: Tensor) -> Tensor:
 
 
 def draws(count: int, step: int) -> Tensor:
-    """Return random numbers in [0, 1), float32, that depend on place and step alone."""
+    """Return random numbers in [0, 1), float32, that depend on position and step only."""
     x_P = (torch.arange(count, dtype=torch.int64) + step * 0x9E3779B9) & 0xFFFFFFFF
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B), (16, 1)):
         x_P = ((x_P ^ (x_P >> shift)) * factor) & 0xFFFFFFFF

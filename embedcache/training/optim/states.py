@@ -1,7 +1,7 @@
 """The states of AdamW for a stack's parameters, on their device or in host memory.
 
-Axes: K carry-ons, P parameters of one. A row holds its ``matrices`` first, to which weight decay
-applies.
+Axes: K carry-ons, P parameters of one carry-on. The first ``matrices`` parameters of a row belong
+to weight matrices; weight decay applies to these only.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class StepArguments(NamedTuple):
     Attributes:
         rate_K: learning rates.
         step_K: numbers of steps taken before.
-        skip_K: 1 for carry-ons that stay as they are, else 0.
+        skip_K: 1 for carry-ons that are skipped, else 0.
     """
 
     rate_K: Tensor
@@ -78,14 +78,14 @@ class DeviceStates:
         return {MEAN: self._mean_KP[index], SQUARE: self._square_KP[index]}
 
     def restore(self, index: int, row: dict[str, Tensor]) -> None:
-        """Restore what `row` of this class or of `HostStates` returned."""
+        """Restore the states that `row` of this class or of `HostStates` returned."""
         self._mean_KP[index], self._square_KP[index] = row[MEAN], row[SQUARE]
         if EXACT in row:
             self._exact_KP[index] = row[EXACT]
 
 
 class HostStates:
-    """States in host memory beside bfloat16 parameters, 6 bytes for each: see `lowbit`.
+    """States in host memory, 6 bytes per bfloat16 parameter; see `lowbit`.
 
     A GPU reads and writes them over the bus, in one Triton kernel.
     """
@@ -155,9 +155,9 @@ class HostStates:
         }
 
     def restore(self, index: int, row: dict[str, Tensor]) -> None:
-        """Restore what `row` of this class or of `DeviceStates` returned.
+        """Restore the states that `row` of this class or of `DeviceStates` returned.
 
-        Without exact parameters among them, those of the device stay.
+        If the states lack exact parameters, the parameters on the device are kept.
         """
         if EXACT in row:
             self._put(index, row[EXACT].cpu())

@@ -135,7 +135,7 @@ class Metrics:
             file.write(json.dumps({"step": step, **values}) + "\n")
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return all rows but a last one that a crash cut short."""
+        """Return all rows except a last one that a crash cut short."""
         if not self._path.is_file():
             return []
         text = self._path.read_text(encoding="utf-8")
@@ -144,7 +144,7 @@ class Metrics:
 
 def _is_before(row: dict[str, Any], state: TrainState) -> bool:
     """Say whether a row was written before a checkpoint with that state."""
-    if "dev_loss" in row:  # a row of a whole epoch, 0 for the base's
+    if "dev_loss" in row:  # a row of a whole epoch; the base's has epoch 0
         return bool(row["epoch"] <= state.epoch)
     return bool(row["step"] <= state.step)
 
@@ -165,7 +165,7 @@ def check_out(out: Path, request: dict[str, Any]) -> None:
         )
     checkpoint = out / CHECKPOINT
     if checkpoint.is_file():
-        # Through JSON, like the checkpoint's: it has lists for tuples.
+        # The checkpoint's request is read from JSON, where tuples are lists.
         old, new = read_request(checkpoint), json.loads(json.dumps(request))
         for key in new:
             if key == "cache" and old.get(key) != new[key]:
@@ -178,7 +178,7 @@ def check_out(out: Path, request: dict[str, Any]) -> None:
             if old.get(key) != new[key]:
                 raise OutputError(
                     f"{out} holds a run with another {key}: {_difference(old.get(key), new[key])}. "
-                    "Pass the first one to resume, or another `out=`."
+                    "Pass the old value to resume, or another `out=`."
                 )
     elif out.is_dir() and (
         found := sorted(
@@ -194,7 +194,7 @@ def check_out(out: Path, request: dict[str, Any]) -> None:
 
 
 def is_partial(path: Path) -> bool:
-    """Say whether a file is one that a killed run left half-written."""
+    """Say whether a killed run left this file half-written."""
     return path.name.endswith(".partial") and path.name.startswith(
         tuple(f".{name}." for name in PUBLISHED)
     )

@@ -29,11 +29,11 @@ class TrainSummary:
         best_dev: the carry-on's cross-entropy on dev at the epoch that was kept.
         shortlist_bias: the shortlists' estimate of ``best_dev`` minus ``best_dev``; None where the
             loss is exact.
-        seconds: time of the steps, without evaluation; ``tokens_per_second`` is of that time.
+        seconds: time of the steps, without evaluation; ``tokens_per_second`` refers to that time.
         resumed_at_step: step of the checkpoint that the run was resumed from; 0 for a new run.
         data_wait: share of ``seconds`` that was spent waiting for batches; on a GPU, the share in
             which the device had no work left.
-        memory: the plan by which the run kept within its memory budget; None without one.
+        memory: the plan for the run's memory budget; None without a budget.
     """
 
     out: str

@@ -51,7 +51,7 @@ class Run:
         state: the progress.
         total: tokens of all epochs.
         shared: whether several processes train this carry-on.
-        memory: the plan by which it keeps within a memory budget.
+        memory: the plan for the memory budget, in words.
         failure: the error that ended the run.
         summary: the outcome of the finished run.
     """
@@ -67,7 +67,7 @@ class Run:
         progress: Progress,
         ranks: Ranks = ALONE,
     ):
-        """Make a run of ``tokens`` an epoch. Of several processes the first one writes."""
+        """Make a run of ``tokens`` per epoch. Only the first of several processes writes files."""
         self.out, self.config, self.loss = out, config, loss
         self.state = TrainState()
         self.failure: EmbedcacheError | OSError | None = None
@@ -86,7 +86,7 @@ class Run:
         self._saved_at = time.perf_counter()
 
     def begin(self, hidden: int, input_stats: dict[str, InputStats]) -> CarryOn:
-        """Return the carry-on with its initial weights, or as the checkpoint holds it."""
+        """Return the carry-on with its initial weights, or with those of the checkpoint."""
         # Initial weights depend on the seed alone, not on what was drawn before.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.config.seed)
@@ -133,7 +133,7 @@ class Run:
         return state.epoch >= self.config.epochs or stopped
 
     def rate(self, tokens: int) -> float:
-        """Return the learning rate of the next step, which has so many tokens."""
+        """Return the learning rate of the next step, which has ``tokens`` tokens."""
         done = (self.state.tokens + tokens) / self.total
         return learning_rate(done, peak=self.config.lr, warmup=self.config.warmup)
 
@@ -159,7 +159,7 @@ class Run:
         seconds: float,
         waited: float,
     ) -> None:
-        """Record a step over so many batches, one for each process."""
+        """Record a step over ``batches`` batches, one for each process."""
         state = self.state
         state.position += batches
         state.step += 1
@@ -212,7 +212,7 @@ class Run:
 
     @property
     def advanced(self) -> bool:
-        """Whether a checkpoint is later than the state that the run began with."""
+        """Whether a checkpoint was saved at a later step than the run began with."""
         return self._saved_step > self._begun_at
 
     @property

@@ -40,7 +40,7 @@ class BatchStream:
         )
 
     def advance(self) -> bool:
-        """Make a batch due. Returns False once at the end of each epoch, when none is."""
+        """Make the next batch due. Return False, with none due, once at the end of each epoch."""
         if self.due is None:
             self.due = next(self._batches)
         return self.due is not None
@@ -57,11 +57,11 @@ class BatchStream:
         self.due = None
 
     def next_part(self) -> None:
-        """Make the next part of the batch due; one without tokens after the last part."""
+        """Make the next part of the batch due, or an empty part after the last one."""
         self.due = self._nothing if self.ended else next(self._batches)
 
     def _preparing(self, step: int) -> Callable[[Batch], StepInputs]:
-        """Return a function that draws the shortlists of parts, from a step on."""
+        """Return a function that draws the shortlists of parts, beginning at ``step``."""
         shortlist = self.shortlist
         if shortlist is None:
             return StepInputs

@@ -29,13 +29,14 @@ from embedcache.training.step.stack import Stack, Work
 from embedcache.training.step.step_inputs import StepInputs
 
 SHAPES = 12
-"""Shapes that are captured, at most. Parts of other shapes are computed kernel by kernel."""
+"""Most shapes that are captured. Parts of other shapes are computed kernel by kernel."""
 MOST = 8
-"""Carry-ons of a stack whose parts are captured, at most. With more, a step waits for the GPU, and
-graphs would only take memory."""
+"""Most carry-ons of a stack whose parts are captured. With more, kernels take longer than their
+launches, and graphs would only take memory."""
 OFTEN = 20
-"""Parts of a shape after which the shape gets a graph of its own, where the graph of a larger shape
-computes them until then. Most shapes are of the last batches of epochs, and capturing takes long.
+"""Number of parts after which a shape gets its own graph, if the graph of a larger shape can
+compute them until then. Most shapes occur only in the last batches of epochs, and capturing takes
+long.
 """
 WARM_UPS = 2
 """Times that a part is computed before it is captured."""
@@ -67,15 +68,14 @@ class FinishGraph:
 
 
 class GraphedStack:
-    """Takes the steps of a stack by CUDA graphs, where all its carry-ons see one batch of one row.
+    """Takes the steps of a stack by CUDA graphs, if all its carry-ons share a batch of one row.
 
-    The stack computes other parts kernel by kernel; and all parts once memory ran out while one was
-    captured, after which ``room`` is False.
+    The stack computes other parts kernel by kernel. If memory runs out during a capture, ``room``
+    becomes False, and all later parts are computed kernel by kernel.
 
-    Without a memory budget there are graphs of a few padded shapes, and a part takes the smallest
-    that holds it. Within one there is a
-    single graph, since each takes the memory of a part: it is captured anew, larger, for a part
-    that does not fit into it.
+    Without a memory budget, there are graphs of a few padded shapes, and a part uses the smallest
+    that holds it. Within a budget, there is a single graph, because each takes the memory of a
+    part. If a part does not fit into the graph, a larger one is captured in its place.
     """
 
     def __init__(self, stack: Stack, device: torch.device):
@@ -93,7 +93,7 @@ class GraphedStack:
                 self._finish = self._capture_finish()
 
     def prepared(self, work: Sequence[Work]) -> Callable[[], Tensor]:
-        """Return a function that does what `Stack.differentiate` does with this work.
+        """Return a function equivalent to `Stack.differentiate` with this work.
 
         The losses that the function returns are valid until its next call. A batch for a graph is
         copied now, and not needed after that.
@@ -109,7 +109,7 @@ class GraphedStack:
         return partial(self._replay, shape, [replace(one, inputs=copied) for one in work])
 
     def _replay(self, shape: Shape, work: Sequence[Work]) -> Tensor:
-        """Replay the graph of a shape, which is captured now if the shape is new."""
+        """Replay the graph of a shape; capture it first if the shape is new."""
         if shape not in self._graphs:
             with self._capturing():
                 self._graphs[shape] = self._capture(work)
@@ -122,7 +122,7 @@ class GraphedStack:
         return found.loss_K
 
     def finish(self, loss_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Do what `Stack.finish` does; the tensors returned are valid until the next call."""
+        """Finish a step as `Stack.finish` does; the results are valid until the next call."""
         if self._finish is None:
             return self._stack.finish(loss_K)
         self._finish.given_K.copy_(loss_K)
@@ -177,7 +177,7 @@ class GraphedStack:
             self._finish = None
 
     def _capture(self, work: Sequence[Work]) -> Graph:
-        """Capture a padded part; nothing is added to a gradient meanwhile."""
+        """Capture a padded part, with weights of 0 so that gradients do not change."""
         with self._stack.zero_weights():
             graph, loss_K = capture(
                 lambda: self._stack.differentiate(work),
@@ -189,7 +189,7 @@ class GraphedStack:
         return Graph(loss_K, graph)
 
     def _capture_finish(self) -> FinishGraph:
-        """Capture the end of a step, before any gradient is there; no carry-on moves meanwhile."""
+        """Capture the end of a step, with all carry-ons skipped so that weights do not change."""
         given_K = torch.zeros_like(self._stack.optimizer.gradient_KP[:, 0], dtype=torch.float32)
         with self._stack.optimizer.held():
             # It has a pool of its own, so that dropping the parts' graphs frees theirs.
@@ -204,16 +204,16 @@ def capture(
 ) -> tuple[Any, Result]:
     """Capture a function as a CUDA graph.
 
-    The function is called a few times before, so that kernels are compiled, libraries take their
-    memory, and the memory that it needs is known.
+    The function is first called a few times, so that kernels are compiled, libraries allocate their
+    memory, and the memory that the function needs is known.
 
     Args:
         part: the function.
         device: the device that it computes on.
         pool: memory pool of the graph; None for a new one.
-        whole: whether the graph takes its memory in one piece first. Piece by piece it would take
-            half as much again, since nothing is freed before the capture ends; but several graphs
-            of one pool can share pieces.
+        whole: whether the graph allocates its memory in one piece first. In several pieces, it
+            would take 1.5 times as much, because nothing is freed before the capture ends; but
+            graphs of one pool can share pieces.
 
     Returns:
         The graph, and what the function returned.
@@ -259,8 +259,8 @@ def _idle_bytes(stream: torch.cuda.Stream) -> int:
 def _capture_stream(device: torch.device) -> torch.cuda.Stream:
     """Return the stream that graphs of a device are captured on.
 
-    Libraries keep memory for each stream. They take it here, not amid a part's memory, which could
-    not be freed around it.
+    Libraries keep memory for each stream. They allocate it here, so that it does not fragment the
+    memory of a part.
     """
     stream = torch.cuda.Stream(device)
     with torch.cuda.stream(stream), torch.enable_grad():

@@ -17,15 +17,15 @@ from embedcache.training.step.step_inputs import StepInputs
 from embedcache.units import round_up
 
 PIECES, COLUMNS = 4, 1024
-"""Predicted positions are padded to quarters of a row, and the columns of a shortlist to a
-multiple, so that shapes recur."""
+"""Predicted positions are padded to a multiple of 1/4 of a row, and the columns of a shortlist to a
+multiple of 1,024, so that shapes recur."""
 
 BOUNDARIES = 16
-"""Boundaries that a part within a memory budget is padded to at least: its graph is captured anew
-for a part with more."""
+"""Least number of boundaries that a part within a memory budget is padded to. A part with more
+boundaries needs a new graph."""
 
 Buffers = dict[tuple[object, ...], Tensor]
-"""The tensors that batches are copied to, by name and shape. Shapes share those that are alike."""
+"""The tensors that batches are copied to, by name and shape. Graphs share equal ones."""
 
 
 class Shape(NamedTuple):
@@ -60,7 +60,7 @@ class Shape(NamedTuple):
 def shape_of(inputs: StepInputs, *, whole: bool) -> Shape:
     """Return the shape to which a batch of one row is padded.
 
-    With ``whole``, it takes all positions of the row, and more boundaries than most parts have.
+    With ``whole``, the shape has every position of the row, and more boundaries than most parts.
     """
     batch = inputs.batch
     assert batch.cu_seqlens_M is not None
@@ -76,7 +76,7 @@ def shape_of(inputs: StepInputs, *, whole: bool) -> Shape:
 
 
 def padded(inputs: StepInputs, shape: Shape, buffers: Buffers) -> StepInputs:
-    """Copy a batch of one row to ``buffers``, padded to a shape; buffers that miss are added.
+    """Copy a batch of one row to ``buffers``, padded to a shape; missing buffers are added.
 
     The loss of positions that pad the batch has weight 0, and columns that pad a shortlist have
     probability 0.
@@ -123,7 +123,7 @@ def padded(inputs: StepInputs, shape: Shape, buffers: Buffers) -> StepInputs:
 def _copy(given: StepInputs, filled: StepInputs) -> None:
     """Copy a batch into a larger one, and write the padding.
 
-    It takes few calls, since each releases the interpreter's lock to the loader's threads.
+    Few calls are made, because each releases the interpreter's lock to the loader's threads.
     """
     batch, made, weight_N = given.batch, filled.batch, filled.weight_N
     assert made.cu_seqlens_M is not None

@@ -1,4 +1,4 @@
-"""How a step is computed, where that changes its memory and speed but not what is learned."""
+"""Settings that change the memory and speed of a training step, but not its result."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ class StepSettings:
         recompute: whether a block's activations are computed again for its gradient.
         host_head: whether the head is in host memory. The rows of a shortlist, or all tiles in
             turn, are copied to the device for each part.
-        delta_positions: positions whose embeddings after the carry-on exist at a time; None means
-            all positions of a part.
+        delta_positions: positions whose x′ exists at a time; None means all positions of a part.
         logit_bytes: bytes of logits that exist at a time; None means a default of the device.
         ahead: parts that are prepared on the device beside the one in use.
         one_row: whether the sequences of a part lie in one row, with attention over spans.

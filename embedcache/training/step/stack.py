@@ -1,4 +1,4 @@
-"""Carry-ons of one shape that are trained together, by products over all of them.
+"""Carry-ons of one shape, trained together: each product is computed for all of them.
 
 Axes: K carry-ons, G carry-ons that share a batch, N predicted positions of a batch, P parameters.
 """
@@ -96,7 +96,7 @@ class Stack:
         return model
 
     def begin(self, work: Sequence[Work]) -> None:
-        """Begin a step: set the learning rates and the weight of a target.
+        """Begin a step: set the learning rates and the weight of each carry-on's targets.
 
         A carry-on whose batch has no target is skipped.
         """
@@ -106,7 +106,7 @@ class Stack:
 
     @contextmanager
     def zero_weights(self) -> Iterator[None]:
-        """Give targets the weight 0 meanwhile, so that nothing is added to the gradients."""
+        """Set the weight of all targets to 0 in the block, so that gradients do not change."""
         share_K = self._share_K.clone()
         self._share_K.zero_()
         try:
@@ -115,7 +115,7 @@ class Stack:
             self._share_K.copy_(share_K)
 
     def prepared(self, work: Sequence[Work]) -> Callable[[], Tensor]:
-        """Return a function that does what `differentiate` does with this work."""
+        """Return a function that calls `differentiate` with this work."""
         return partial(self.differentiate, work)
 
     @any_shape_attention()
@@ -132,8 +132,10 @@ class Stack:
         h_KNR = self._features(groups)
         loss_K = torch.zeros_like(self._share_K)
         gradients = []
-        # From here on positions are independent, and as wide as the base: some at a time.
-        streamed = all(self.streams(one.inputs) for one in work)  # the whole head each time
+        # From here on, positions are independent and H wide: compute some at a time.
+        streamed = all(
+            self.streams(one.inputs) for one in work
+        )  # each chunk streams the whole head
         delta_positions = None if streamed else self.settings.delta_positions
         for rows in split_rows(h_KNR.shape[1], delta_positions or h_KNR.shape[1]):
             h_KnR = h_KNR.detach()[:, rows].requires_grad_()
@@ -188,7 +190,7 @@ class Stack:
         with self._inputs.autocast():
             y_KnH = self.model.embeddings(h_KnR.unsqueeze(1), x_KnH.unsqueeze(-3)).squeeze(1)
         losses = []
-        # A single group is not split: the gradient would be copied.
+        # A single group is not split: a split would copy the gradient.
         alone = len(groups) == 1
         parts = [y_KnH] if alone else y_KnH.split([len(group) for group in groups])
         for group, y_GnH in zip(groups, parts, strict=True):
@@ -208,7 +210,7 @@ class Stack:
     def _final(self, groups: Sequence[list[Work]], rows: slice) -> Tensor:
         """Return the final embeddings of some of the predicting positions, x_KnH, or shared x_nH.
 
-        Carry-ons whose batch has fewer positions have zeros behind them.
+        The rows of a batch with fewer positions end in zeros.
         """
         dtype = self._inputs.dtype
         found = []
@@ -240,7 +242,7 @@ class Stack:
 
 
 def _rows_of(batch: Batch, rows: slice) -> slice:
-    """Return those of some rows that a batch has, padded to `POSITIONS_MULTIPLE`."""
+    """Return the part of ``rows`` that a batch has, if padded to `POSITIONS_MULTIPLE`."""
     return slice(rows.start, min(rows.stop, round_up(len(batch.targets_N), POSITIONS_MULTIPLE)))
 
 
@@ -250,7 +252,7 @@ def _padded(values_N: Tensor) -> Tensor:
 
 
 def _positions(batch: Batch, T: int, count: int) -> Tensor:
-    """Return a batch's predicted positions in rows of T tokens, padded to so many."""
+    """Return a batch's predicted positions in rows of T tokens, padded to ``count``."""
     own_T = batch.ids_BT.shape[1]
     place_N = batch.predict_N
     if own_T != T:

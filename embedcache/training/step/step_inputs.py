@@ -1,4 +1,4 @@
-"""What one part of a training step computes on: a batch, and the shortlists of its loss."""
+"""The inputs of one part of a training step: a batch, and the shortlists of its loss."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from embedcache.loss import Shortlist
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A batch, or a part of one, and what the loss needs beside it.
+    """A batch, or a part of one, and the other inputs of the loss.
 
     Args:
         batch: the sequences and their targets.
@@ -33,5 +33,5 @@ class StepInputs:
         return [*self.batch.tensors(), *drawn]
 
     def without_tokens(self) -> StepInputs:
-        """Return inputs of padding alone, for a stack whose other batches have more parts."""
+        """Return inputs of padding only, for a stack whose other batches have more parts."""
         return StepInputs(self.batch.without_tokens())

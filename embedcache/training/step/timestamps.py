@@ -1,4 +1,4 @@
-"""Timestamps on a device, by which its idle time is measured."""
+"""Timestamps on a device, to measure its idle time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 class Timestamp:
     """The time at which a device finishes all work that was launched so far.
 
-    For a CPU that is the present. For a GPU it is known once the work is finished.
+    On a CPU, this is the current time. On a GPU, it is known once the work is finished.
     """
 
     def __init__(self, device: torch.device):

@@ -159,7 +159,7 @@ def test_a_run_at_the_last_plan_goes_on_while_it_advances(world, tmp_path, monke
         raise torch.OutOfMemoryError
 
     monkeypatch.setattr(Stack, "differentiate", never)
-    with pytest.raises(DeviceMemoryError, match="step 0, and no smaller plan holds"):
+    with pytest.raises(DeviceMemoryError, match="step 0, and no smaller plan fits"):
         train(world.cache_path, out=tmp_path / "d", **FLAGS)
 
 
