@@ -100,7 +100,7 @@ def test_other_edits_are_refused_during_an_append(
                 device="cpu",
             ),
         ):
-            with pytest.raises(OutputError, match="alone, but process") as caught:
+            with pytest.raises(OutputError, match="exclusive access") as caught:
                 edit()
             refused.append(str(caught.value).split()[0])
         return extract(*arguments, **named)
