@@ -45,7 +45,8 @@ def store(folder: Path, name: str, codec: Codec, x_NH: torch.Tensor, ids_N: Arra
     blocks, hidden = len(x_NH) // R, x_NH.shape[1]
     group = zarr.create_group(folder / name, zarr_format=3)
     specs = ARRAYS[name]
-    create_arrays(group, TAP, specs, blocks=blocks, block_tokens=R, hidden=hidden)
+    arrays = {f"{spec.group}/{TAP}": spec for spec in specs}
+    create_arrays(group, arrays, blocks=blocks, block_tokens=R, hidden=hidden)
     for block in range(blocks):
         rows = slice(block * R, (block + 1) * R)
         stored = codec.encode(x_NH[rows], ids_N[rows])
