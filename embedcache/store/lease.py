@@ -170,15 +170,25 @@ class Leases:
             self._remove_expired(path, found[0])
 
     def _remove_expired(self, path: Path, writer: Writer) -> None:
-        """Remove the lease of a dead writer unless another process has taken it meanwhile."""
-        removed = path.with_name(f".{path.name}.{self.attempt}")
-        with suppress(FileNotFoundError):
-            path.rename(removed)
-            found = read_writer(removed)
-            if found is not None and found[0].attempt != writer.attempt:
-                with suppress(FileExistsError):
-                    os.link(removed, path)
-            removed.unlink()
+        """Remove the lease of a dead writer unless another process has taken it meanwhile.
+
+        Processes that find the same expired lease race for a marker, which is a lease on removing
+        it. Its holder reads the lease again: no other process can replace the lease in between.
+        """
+        marker = path.with_name(f".{path.name}.{writer.attempt}")
+        try:
+            os.link(self._file, marker)
+        except FileNotFoundError:  # another process removed the empty folder
+            return
+        except FileExistsError:
+            found = read_writer(marker)
+            if found is not None and not found[0].is_alive(self._touch() - found[1]):
+                self._remove_expired(marker, found[0])
+            return
+        current = read_writer(path)
+        if current is not None and current[0].attempt == writer.attempt:
+            path.unlink(missing_ok=True)
+        marker.unlink(missing_ok=True)
 
     def holds(self, name: str) -> bool:
         """Whether this process still holds the lease. It may have expired and been taken over."""

@@ -153,7 +153,7 @@ def test_racing_threads_hold_a_lease_one_at_a_time(tmp_path: Path, stack: ExitSt
     assert most == 1
 
 
-def test_a_late_taker_puts_the_lease_of_a_quicker_one_back(
+def test_a_late_taker_leaves_the_lease_of_a_quicker_one(
     tmp_path: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Both find an expired lease; the quick one takes it over before the slow one removes it."""
