@@ -22,7 +22,13 @@ from embedcache.editing.concatenate import (
 from embedcache.editing.edit import FinishedCache, StagedCache, file_of
 from embedcache.errors import OutputError, UsageError
 from embedcache.progress import SILENT, Bar, Progress
-from embedcache.store.files import fsync_path, fsync_tree, translate_write_errors, writer_lock
+from embedcache.store.files import (
+    free_disk,
+    fsync_path,
+    fsync_tree,
+    translate_write_errors,
+    writer_lock,
+)
 from embedcache.units import format_bytes
 
 
@@ -134,8 +140,7 @@ def _summed(caches: list[FinishedCache], key: str) -> dict[str, int]:
 
 def _require_room(out: Path, needed: int) -> None:
     """Raise ``OutputError`` if the disk of ``out`` has fewer free bytes than ``needed``."""
-    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    free = shutil.disk_usage(existing).free
+    free = free_disk(out)
     if free < needed:
         raise OutputError(
             f"expected {format_bytes(needed)} of free space for {out}, found "

@@ -9,7 +9,6 @@ Axes: N rows of a trial block, H hidden.
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Mapping
@@ -39,6 +38,7 @@ from embedcache.errors import OutputError
 from embedcache.extraction.encode import BlockEncoder, HostBuffers, Slot
 from embedcache.extraction.sample import BlockId, ComputedBatches, SampledBatch, sample_batches
 from embedcache.progress import Progress
+from embedcache.store.files import free_disk
 from embedcache.units import format_bytes, format_seconds
 
 MIN_TOKENS = 2048
@@ -147,12 +147,6 @@ def commit_threads(device: torch.device) -> int:
     A CPU that also runs the forward pass has one. A GPU would wait for a single one.
     """
     return 1 if device.type == "cpu" else min(4, os.cpu_count() or 1)
-
-
-def free_disk(out: Path) -> int:
-    """Return the free bytes of the disk that ``out`` is or will be on."""
-    existing = next(folder for folder in [out, *out.absolute().parents] if folder.exists())
-    return shutil.disk_usage(existing).free
 
 
 def tokens_of(splits: dict[str, SplitTokens], blocks: list[BlockId]) -> dict[str, int]:

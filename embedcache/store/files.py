@@ -116,9 +116,9 @@ def translate_write_errors(out: Path) -> Iterator[None]:
         place = Path(error.filename) if isinstance(error.filename, str) else out
         if error.errno in _FULL:
             raise OutputError(
-                f"expected room on the disk of {place}, found {_free(place)} free "
-                f"({error.strerror}): make room there, then run the same call again. Finished work "
-                "is kept"
+                f"expected room on the disk of {place}, found "
+                f"{format_bytes(free_disk(place))} free ({error.strerror}): make room there, then "
+                "run the same call again. Finished work is kept"
             ) from error
         if error.errno in _FORBIDDEN and _is_within(place.absolute(), out.absolute()):
             raise OutputError(
@@ -133,9 +133,10 @@ def _is_within(place: Path, out: Path) -> bool:
     return place.is_relative_to(out) or out.is_relative_to(place)
 
 
-def _free(place: Path) -> str:
+def free_disk(place: Path) -> int:
+    """Return the free bytes of the disk that ``place`` is or will be on."""
     existing = next(folder for folder in [place, *place.absolute().parents] if folder.exists())
-    return format_bytes(shutil.disk_usage(existing).free)
+    return shutil.disk_usage(existing).free
 
 
 def canonical_json(value: Any) -> str:
